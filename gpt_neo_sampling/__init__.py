@@ -1,0 +1,31 @@
+"""GPT-Neo's sampling in mesh-tensorflow: faithful, linear, repeatable."""
+
+from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
+from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
+from gpt_neo_sampling.generate import InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.models.utils import (
+    biasmask_attn_weights,
+    entmax,
+    entmax_cross_entropy_with_logits,
+    parse_inputs,
+    sample_categorical,
+    top_k_mask,
+)
+from gpt_neo_sampling.sample import sample_autoregressive
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "InvalidDistributionError",
+    "Sample",
+    "TextGenerator",
+    "biasmask_attn_weights",
+    "entmax",
+    "entmax_cross_entropy_with_logits",
+    "open_checkpoint",
+    "parse_inputs",
+    "sample_autoregressive",
+    "sample_categorical",
+    "top_k_mask",
+]

@@ -1,0 +1,123 @@
+"""TensorFlow and mesh-tensorflow, imported so that they work together.
+
+The one file that knows their private names. Everything else takes `tf` (the
+`tensorflow.compat.v1` API, used only to build graphs) and `mtf` from here.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+import types
+
+_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Keeps TensorFlow's C++ start-up lines off file descriptor 2.
+
+    They are written below Python, some before any log level is read. What was
+    held back is shown after all if the body raises.
+    """
+    try:
+        sys.stderr.flush()
+        saved = os.dup(2)
+    except (OSError, AttributeError, ValueError):  # no stderr to speak of
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(saved, 2)
+            held.seek(0)
+            os.write(2, held.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _import_tensorflow():
+    if "tensorflow" in sys.modules:  # its chatter, if any, is history
+        import tensorflow
+
+        return tensorflow
+    # The level is read while TensorFlow loads; the caller's own setting wins,
+    # and the environment is left as it was found.
+    level = os.environ.get(_LOG_LEVEL)
+    os.environ.setdefault(_LOG_LEVEL, "2")
+    try:
+        with quiet_stderr() if level is None else contextlib.nullcontext():
+            import tensorflow
+    finally:
+        if level is None:
+            del os.environ[_LOG_LEVEL]
+    return tensorflow
+
+
+@contextlib.contextmanager
+def _names_that_mtf_imports():
+    """Puts back, for the time of one import, what mesh-tensorflow looks for.
+
+    `tensorflow.compat.v1.estimator` is gone since TensorFlow 2.16, and
+    `ops.register_tensor_conversion_function` has moved since 2.13.
+    """
+    import tensorflow.compat.v1 as tf1
+    from tensorflow.python.framework import ops
+    from tensorflow.python.training import basic_session_run_hooks
+
+    added = []
+    if not hasattr(tf1, "estimator"):
+        estimator = types.ModuleType("estimator")
+        estimator.SessionRunHook = tf1.train.SessionRunHook
+        estimator.CheckpointSaverListener = basic_session_run_hooks.CheckpointSaverListener
+        tf1.estimator = estimator
+        added.append((tf1, "estimator"))
+    if not hasattr(ops, "register_tensor_conversion_function"):
+        from tensorflow.python.framework import tensor_conversion_registry as registry
+
+        ops.register_tensor_conversion_function = registry.register_tensor_conversion_function
+        added.append((ops, "register_tensor_conversion_function"))
+    try:
+        yield
+    finally:
+        for module, name in added:
+            delattr(module, name)
+
+
+def _import_mesh_tensorflow():
+    if "mesh_tensorflow" in sys.modules:
+        import mesh_tensorflow
+
+        return mesh_tensorflow
+    if importlib.util.find_spec("mesh_tensorflow") is None:
+        raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow")
+    with _names_that_mtf_imports():
+        import mesh_tensorflow
+    return mesh_tensorflow
+
+
+tensorflow = _import_tensorflow()
+mtf = _import_mesh_tensorflow()
+
+import tensorflow.compat.v1 as tf  # noqa: E402
+
+# mesh-tensorflow's private names that the library stands on.
+LazyAllreduceSum = mtf.ops.LazyAllreduceSum
+PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
+
+
+@contextlib.contextmanager
+def quiet_logging():
+    """Holds back TensorFlow's Python warnings (deprecations that mtf causes)."""
+    logger = tf.get_logger()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

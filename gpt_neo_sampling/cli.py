@@ -1,0 +1,130 @@
+"""The command `gpt-neo-sampling`.
+
+Results go to stdout, everything else to stderr. A bad value is one line and
+exit status 2, a failure on the way one line and exit status 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+
+from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, InvalidDistributionError, TextGenerator
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+
+PROGRAM = "gpt-neo-sampling"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line; argparse would print its usage before it."""
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser():
+    parser = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate",
+        help="continue prompts",
+        description="Continue prompts. The text goes to stdout, the prompts and notes to stderr.",
+        allow_abbrev=False,
+    )
+    add = generate.add_argument
+    add("--model", metavar="DIR", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo "
+        "(default: the small model that comes with the package)")  # fmt: skip
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
+    prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
+    add("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N",
+        help="longest continuation, in tokens (default: %(default)s)")  # fmt: skip
+    add("--temperature", type=float, metavar="T",
+        help="larger is more random, 0 takes the likeliest token (default: 0.9; with --entmax 1.0)")  # fmt: skip
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone")
+    add("--entmax", type=float, nargs="?", const=DEFAULT_ALPHA, metavar="ALPHA",
+        help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
+        "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
+    add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
+    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    add("--json", action="store_true", help="print one JSON object in place of the text")
+    return parser
+
+
+def _ids(text):
+    words = re.split(r"[\s,]+", text.strip())
+    try:
+        return [int(w) for w in words if w]
+    except ValueError:
+        raise ValueError(f"--prompt-ids {text!r}: whole numbers with spaces between them are needed") from None
+
+
+def _generate(args):
+    prompts = args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
+    seed = args.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+        if args.temperature != 0:
+            print(f"seed {seed}", file=sys.stderr)
+    generator = TextGenerator.from_pretrained(args.model)
+    samples = generator.generate(
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        entmax_alpha=args.entmax,
+        seed=seed,
+        num_return_sequences=args.num_samples,
+    )
+    if args.json:
+        _write(json.dumps({"samples": [dataclasses.asdict(s) for s in samples]}) + "\n")
+        return
+    for i, sample in enumerate(samples):
+        # In a terminal the prompt stands right before its continuation.
+        if args.prompt is not None:
+            prompt, text = args.prompt[i // args.num_samples], sample.text
+        else:
+            prompt = " ".join(map(str, sample.prompt_tokens)) + " "
+            text = sample.text
+            if text is None:
+                text = " ".join(map(str, sample.tokens))
+            else:
+                prompt = generator.tokenizer.decode(sample.prompt_tokens)
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        _write(text + "\n")
+
+
+def _write(text):
+    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+    sys.stdout.flush()
+
+
+def main(argv=None):
+    """Runs the command line and returns its exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
+    tf.get_logger().setLevel("ERROR")
+    try:
+        _generate(args)
+        return 0
+    except ValueError as e:
+        status = 2
+        message = e
+    except (InvalidDistributionError, OSError) as e:
+        if isinstance(e, BrokenPipeError):  # the reader has gone: nothing is left to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        status = 1
+        message = e
+    except KeyboardInterrupt:
+        return 130
+    print(f"{PROGRAM}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The GPT-Neo transformer in mesh-tensorflow.
+
+The decoder of Radford et al. 2019 ("Language Models are Unsupervised Multitask
+Learners") as GPT-Neo varies it: layers of global and of local attention in
+turn (a window, as in Child et al. 2019, arXiv 1904.10509), attention scores
+not divided by the square root of the head's width, output tied to the token
+table. Variables carry GPT-Neo's names, so that its checkpoints load.
+
+Dimensions: batch, sequence, embd, vocab, heads, features_per_head,
+memory_length, embed_sequence, intermediate_expanded. Any of them may be split
+over a mesh axis, apart from sequence and features_per_head.
+"""
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.models.utils import entmax_cross_entropy_with_logits, parse_inputs
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, take, write_at
+
+NORM_EPSILON = 1e-5
+MASK = -1e10  # what GPT-Neo adds to the score of a key that may not be seen
+LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none
+
+# Config keys that change the model's function in ways that are not built here.
+UNSUPPORTED_OPTIONS = (
+    "axial_pos_emb",
+    "convolution_dimension",
+    "fixed_pos_emb",
+    "lightweight_conv_attention",
+    "macaron",
+    "mlp_glu",
+    "moe_layers",
+    "no_weight_tie",
+    "num_mem_kv",
+    "rezero",
+    "rotary_emb",
+    "scalenorm",
+    "share_parameters",
+)
+
+
+def expand_attention_types(nested):
+    """GPT-Neo's `[[[types…], repeats], …]` as one type a layer.
+
+    A list that already names one type a layer is returned as it is.
+    """
+    if all(isinstance(t, str) for t in nested):
+        return list(nested)
+    expanded = []
+    for types, repeats in nested:
+        expanded += list(types) * repeats
+    return expanded
+
+
+def check_params(params):
+    """Checks a GPT-Neo config for options that this model does not have.
+
+    Args:
+      params: a dict of GPT-Neo's config keys.
+
+    Raises:
+      ValueError: naming the option, what it was given and what is allowed.
+    """
+    get = params.get
+    for option in UNSUPPORTED_OPTIONS:
+        if get(option):
+            raise ValueError(f"config option {option}={get(option)!r} is not supported; leave it out or set it to false")
+    if get("activation_fn") not in (None, "gelu"):
+        raise ValueError(f"config option activation_fn={get('activation_fn')!r} is not supported; allowed: 'gelu'")
+    for option in ("n_layer", "n_head", "n_embd"):
+        if not isinstance(get(option), int) or get(option) < 1:
+            raise ValueError(f"config option {option}={get(option)!r}: a whole number of at least 1 is needed")
+    if params["n_embd"] % params["n_head"]:
+        raise ValueError(f"config option n_embd={params['n_embd']} is not a multiple of n_head={params['n_head']}")
+    types = expand_attention_types(params["attention_types"])
+    if len(types) != params["n_layer"]:
+        raise ValueError(f"config option attention_types names {len(types)} layers, n_layer is {params['n_layer']}")
+    for t in types:
+        if t not in ("global", "local"):
+            raise ValueError(f"config option attention_types: {t!r} is not supported; allowed: 'global', 'local'")
+    radius = get("local_attention_radius")
+    if radius is not None and radius < 1:
+        raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
+
+
+def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+    """The network: token ids in, logits and, when training, the loss out.
+
+    Args:
+      mtf_features: a dict with "inputs", int32 [batch, sequence]; when training
+        or evaluating "labels" too, of the same shape. An id outside the
+        vocabulary (a padding id, say) looks up a zero vector.
+      other_features: a dict with the dimensions "embd_dim", "vocab_dim",
+        "embed_sequence_dim" and "memory_length_dim", and "attn_bias", a tensor
+        [sequence, memory_length] that is added to the scores of global
+        attention, or None for none.
+      params: GPT-Neo's config, a dict. `mode` "train" and "eval" give a loss,
+        and "train" applies the dropout rates.
+      mesh: mtf.Mesh.
+      variable_dtype: mtf.VariableDType.
+      context: None for a pass over the whole sequence; in a decode loop the
+        context that `sample_autoregressive` makes. Its mode "first_part" is a
+        pass over the whole sequence that records each layer's keys and values,
+        [batch, memory_length, heads, features_per_head]; "incremental" reads
+        the token at `context.position` − 1 and those records.
+
+    Returns:
+      (logits, loss, loss_batch): logits [batch, sequence, vocab] (sequence of
+      size 1 in incremental mode) in the master dtype; the mean loss, in nats a
+      token, and [batch, sequence] of them, float32, or None and None.
+
+    Raises:
+      ValueError: for a config option that is not supported.
+    """
+    check_params(params)
+    x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim = parse_inputs(mtf_features, other_features)
+    if sequence_dim.size > embed_sequence_dim.size:
+        raise ValueError(f"inputs of {sequence_dim.size} positions; the model has {embed_sequence_dim.size} (n_ctx)")
+    incremental = context is not None and context.mode == "incremental"
+    if incremental:
+        read_position = context.position - 1
+        x = take(x, read_position, sequence_dim)
+    else:
+        read_position = mtf.range(mesh, sequence_dim, tf.int32)
+
+    wte = _variable(mesh, "wte", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
+    wpe = _variable(mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
+    with tf.variable_scope("token_embd"):
+        h = _dropout(take(wte, x, vocab_dim), "embed_dropout", params)
+    with tf.variable_scope("pos_embd"):
+        h += _dropout(take(wpe, read_position, embed_sequence_dim), "embed_dropout", params)
+
+    types = expand_attention_types(params["attention_types"])
+    for layer in range(params["n_layer"]):
+        mask = _attention_mask(types[layer], other_features, params, h, read_position, incremental)
+
+        def block(x, layer=layer, mask=mask):
+            with tf.variable_scope(f"h{layer}"):
+                x += _attention(_layer_norm(x, "norm_1", variable_dtype), mask, other_features, params,
+                                variable_dtype, context)  # fmt: skip
+                return x + _mlp(_layer_norm(x, "norm_2", variable_dtype), params, variable_dtype)
+
+        if params.get("recompute_grad") and params.get("mode") == "train":
+            h = mtf.recompute_grad(block, [h])
+        else:
+            h = block(h)
+
+    h = _layer_norm(h, "ln_f", variable_dtype)
+    with tf.variable_scope("wte_final_einsum"):
+        if incremental:
+            logits = mtf.einsum([h, wte], output_shape=[batch_dim, vocab_dim])
+            logits = mtf.reshape(logits, [batch_dim, mtf.Dimension("sequence", 1), vocab_dim])
+        else:
+            logits = mtf.einsum([h, wte], output_shape=[batch_dim, sequence_dim, vocab_dim])
+
+    loss = loss_batch = None
+    if params.get("mode") in ("train", "eval"):
+        loss, loss_batch = _loss(logits, mtf_features["labels"], params, variable_dtype)
+    return mtf.cast(logits, variable_dtype.master_dtype), loss, loss_batch
+
+
+def _loss(logits, labels, params, variable_dtype):
+    logits = mtf.cast(logits, tf.float32)
+    loss_fn = entmax_cross_entropy_with_logits if params.get("entmax_loss") else (
+        mtf.layers.softmax_cross_entropy_with_logits)  # fmt: skip
+    vocab_dim = logits.shape[-1]
+    with tf.variable_scope("xentropy_final"):
+        z_loss = params.get("z_loss")
+        loss_batch = loss_fn(logits, labels, vocab_dim, z_loss=1e-4 if z_loss is None else z_loss)
+    if params.get("causal") is False:  # masked language models do not learn padding
+        is_token = mtf.cast(mtf.not_equal(labels, params.get("padding_id") or 0), tf.float32)
+        loss_batch *= is_token
+    loss = mtf.reduce_mean(loss_batch) / (params.get("num_microbatches") or 1)
+    return mtf.cast(loss, variable_dtype.slice_dtype), loss_batch
+
+
+def _variable(mesh, name, shape, variable_dtype, stddev=None, constant=0.0):
+    initializer = tf.constant_initializer(constant) if stddev is None else tf.random_normal_initializer(stddev=stddev)
+    return mtf.get_variable(mesh, name, mtf.Shape(shape), dtype=variable_dtype, initializer=initializer)
+
+
+def _dropout(x, rate_option, params):
+    rate = params.get(rate_option) or 0.0
+    if params.get("mode") != "train" or rate == 0.0:
+        return x
+    return mtf.dropout(x, True, rate=rate, name=rate_option)
+
+
+def _layer_norm(x, scope, variable_dtype):
+    dim = x.shape[-1]
+    with tf.variable_scope(scope):
+        g = _variable(x.mesh, "g", [dim], variable_dtype, constant=1.0)
+        b = _variable(x.mesh, "b", [dim], variable_dtype)
+        x -= mtf.reduce_mean(x, reduced_dim=dim)
+        variance = mtf.reduce_mean(mtf.square(x), reduced_dim=dim)
+        return x * mtf.rsqrt(variance + NORM_EPSILON) * g + b
+
+
+def _attention_mask(attention_type, other_features, params, h, read_position, incremental):
+    """What is added to the scores: [sequence, memory_length], or a row a prompt."""
+    memory_dim = other_features["memory_length_dim"]
+    if attention_type == "global":
+        bias = other_features["attn_bias"]
+        if bias is None:
+            if incremental:
+                raise ValueError("attn_bias is None; decoding needs a causal one (see biasmask_attn_weights)")
+            return None
+        return take(bias, read_position, bias.shape[0]) if incremental else bias
+    radius = params.get("local_attention_radius") or LOCAL_RADIUS
+
+    def window(query, key):
+        distance = query - key
+        seen = tf.logical_and(distance >= 0, distance < radius)
+        return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(MASK, h.dtype))
+
+    return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
+
+
+def _attention(x, mask, other_features, params, variable_dtype, context):
+    *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
+    heads_dim = mtf.Dimension("heads", params["n_head"])
+    kv_dim = mtf.Dimension("features_per_head", params["n_embd"] // params["n_head"])
+    memory_dim = other_features["memory_length_dim"]
+    # Checkpoints hold the heads side by side in one dim, which splits as heads do.
+    joined_dim = mtf.Dimension("heads", params["n_embd"])
+    incremental = context is not None and context.mode == "incremental"
+
+    with tf.variable_scope("attn"):
+        stddev = params["n_embd"] ** -0.5
+
+        def projected(name, stddev=stddev):
+            w = _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
+            w = mtf.reshape(w, [embd_dim, heads_dim, kv_dim])
+            return mtf.einsum([x, w], output_shape=lead + [heads_dim, kv_dim])
+
+        # The scores are not scaled; the initial queries are, instead.
+        q = projected("q", stddev * kv_dim.size**-0.5)
+        k, v = projected("k"), projected("v")
+        if incremental:
+            old_k, old_v = context.get_states(2)
+            k = write_at(old_k, k, context.position - 1, memory_dim)
+            v = write_at(old_v, v, context.position - 1, memory_dim)
+        else:
+            k = mtf.replace_dimensions(k, k.shape[1], memory_dim)
+            v = mtf.replace_dimensions(v, v.shape[1], memory_dim)
+        if context is not None:
+            context.record_new_states([k, v])
+
+        # heads stand before sequence: scores and their mask are then contiguous
+        scores_shape = lead[:1] + [heads_dim] + lead[1:] + [memory_dim]
+        scores = mtf.einsum([q, k], output_shape=scores_shape)
+        if mask is not None:
+            scores += mask
+        weights = _dropout(mtf.softmax(scores, memory_dim), "attn_dropout", params)
+        a = mtf.einsum([weights, v], output_shape=lead + [heads_dim, kv_dim])
+
+        o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)
+        o = mtf.reshape(o, [heads_dim, kv_dim, embd_dim])
+        a = mtf.einsum([a, o], output_shape=lead + [embd_dim])
+        with tf.variable_scope("compute_output_bias"):
+            a += _variable(x.mesh, "o_b", [embd_dim], variable_dtype)
+    return _dropout(a, "res_dropout", params)
+
+
+def _mlp(x, params, variable_dtype):
+    *lead, embd_dim = x.shape.dims
+    hidden_dim = mtf.Dimension("intermediate_expanded", 4 * embd_dim.size)
+    in_stddev = out_stddev = 0.02
+    if params.get("scale_by_depth"):
+        out_stddev *= params["n_layer"] ** -0.5
+    if params.get("scale_by_in"):
+        in_stddev *= embd_dim.size**-0.5
+        out_stddev *= hidden_dim.size**-0.5
+
+    def linear(x, scope, in_dim, out_dim, stddev):
+        with tf.variable_scope(scope):
+            kernel = _variable(x.mesh, "kernel", [in_dim, out_dim], variable_dtype, stddev=stddev)
+            bias = _variable(x.mesh, "bias", [out_dim], variable_dtype)
+            return mtf.einsum([x, kernel], output_shape=lead + [out_dim]) + bias
+
+    with tf.variable_scope("mlp/conv1d_main"):
+        h = mtf.cwise(_gelu, [linear(x, "c_fc", embd_dim, hidden_dim, in_stddev)], name="gelu")
+        h = linear(h, "c_proj", hidden_dim, embd_dim, out_stddev)
+    return _dropout(h, "res_dropout", params)
+
+
+def _gelu(x):
+    """The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    return 0.5 * x * (1.0 + tf.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))

@@ -1,0 +1,484 @@
+"""Sampling operations: mtf tensors in, mtf tensors out.
+
+`entmax` and its loss, the masks, and the draw, under the names that GPT-Neo's
+scripts import. All work on any layout; none builds anything larger than its
+input.
+"""
+
+import numbers
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mtf_ops import (
+    align,
+    counter_uniforms,
+    cwise_broadcast,
+    grouped_draw,
+    import_rows,
+    import_seed,
+    row_index,
+    take,
+    top_k,
+)
+
+DEFAULT_ALPHA = 1.3
+MASK = -1e10  # GPT-Neo's, added to the attention score of a key that may not be seen
+
+# --- Draws --------------------------------------------------------------------
+
+
+def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_dim=None):
+    """Draws indices along `dim` in proportion to the weights `x`.
+
+    By inverse CDF in two levels (see `mtf_ops.grouped_draw`), each with a
+    float32 uniform of its own: time and memory are linear in `dim`, and the
+    index drawn is the same on every layout.
+
+    Args:
+      x: mtf.Tensor of weights, float32, bfloat16 or float16; they are summed in
+        float32 and need not be normalised.
+      dim: mtf.Dimension of x; the last by default.
+      seed: an int in [−2³¹, 2³²), or an int32 tensor, scalar or [x.shape − dim];
+        None draws a fresh one at each execution, in a loop at each iteration.
+      stream: int32, one a row: what tells rows apart under one seed. By default
+        a row's index in the request, counted in row-major order.
+      step: an int or an int32 tensor, scalar or one a row: the number of the
+        draw in its stream. The uniforms are a function of (seed, stream, step,
+        level) alone.
+      samples_dim: mtf.Dimension; that many independent draws from each row.
+
+    Returns:
+      int32 mtf.Tensor [x.shape − dim], then samples_dim. An entry of weight 0
+      is never drawn. A row that has a negative or non-finite weight, or no mass
+      at all, gives −1 (weights below 2⁻¹²⁶ may count as none).
+
+    Raises:
+      ValueError: for a `dim` that x lacks, a `samples_dim` that it has, a seed
+        out of range or an option of the wrong shape.
+    """
+    dim = _dim_of(x, dim)
+    rows = x.shape - dim
+    if not x.dtype.is_floating:
+        raise ValueError(f"sample_categorical: weights of dtype {x.dtype.name}; a floating dtype is needed")
+    if samples_dim is not None and samples_dim in x.shape.dims:
+        raise ValueError(f"samples_dim {samples_dim} is a dim of the weights, {x.shape}; it must be a new one")
+    seed = import_seed(x.mesh, seed, rows)
+    stream = row_index(x.mesh, rows) if stream is None else (
+        mtf.broadcast(import_rows(x.mesh, stream, tf.int32, rows, "stream"), rows))  # fmt: skip
+    step = import_rows(x.mesh, step, tf.int32, rows, "step")
+    sample = None if samples_dim is None else mtf.range(x.mesh, samples_dim, tf.int32)
+    uniforms = counter_uniforms(seed, stream, step, sample)
+    return grouped_draw(x, *uniforms, dim, samples_dim)
+
+
+def _dim_of(x, dim):
+    if dim is None:
+        if not x.shape.dims:
+            raise ValueError("a tensor without dims has none to work along")
+        return x.shape.dims[-1]
+    dim = mtf.ops.convert_to_dimension(dim)
+    if dim not in x.shape.dims:
+        raise ValueError(f"dim {dim} is not among the dims {x.shape}")
+    return dim
+
+
+# --- entmax ---------------------------------------------------------------------
+
+
+def entmax(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
+    """α-entmax: probabilities that are exactly 0 for all but the likelier entries.
+
+    Peters, Niculae, Martins 2019, "Sparse sequence-to-sequence models", arXiv
+    1905.05702: p = [(α−1)x − τ]₊^(1/(α−1)), with τ such that p sums to 1. α = 1
+    is softmax, α = 2 is sparsemax (Martins and Astudillo 2016); in between, the
+    larger α, the fewer entries survive.
+
+    The threshold is found by Newton steps on the 1/(α−1)-norm of [(α−1)x − τ]₊,
+    which is convex in τ and nearly straight: each step lands short of the root,
+    and α = 1 or a constant row takes one.
+
+    Args:
+      x: mtf.Tensor of scores, float32, bfloat16 or float16; solved in float32.
+        −inf is allowed and has probability 0.
+      alpha: a number in [1, 2], or a tensor, scalar or [x.shape − dim] (through
+        which no gradient flows).
+      dim: mtf.Dimension of x; the last by default.
+      n_iter: the most Newton steps that are taken; the solver stops by itself
+        once they are below float32 round-off.
+
+    Returns:
+      mtf.Tensor like x, accurate to float32 round-off, summing to 1 along
+      `dim`. A row with NaN or +inf, without any finite score, or with an alpha
+      tensor outside [1, 2], is NaN throughout.
+
+    Raises:
+      ValueError: for an alpha outside [1, 2], n_iter below 1, or a `dim` that x
+        lacks.
+    """
+    dim = _dim_of(x, dim)
+    if not isinstance(n_iter, numbers.Integral) or n_iter < 1:
+        raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
+    if isinstance(alpha, numbers.Real) and not 1 <= alpha <= 2:  # NaN fails too
+        raise ValueError(f"alpha={alpha} is out of range: from 1 (softmax) to 2 (sparsemax)")
+    alpha = import_rows(x.mesh, alpha, tf.float32, x.shape - dim, "alpha")
+    return _EntmaxOperation(x, alpha, dim, n_iter).outputs[0]
+
+
+def entmax_forward(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
+    """`entmax` under the name of GPT-Neo's forward function."""
+    return entmax(x, alpha, dim, n_iter)
+
+
+def entmax_backward(
+    explicit_inputs,
+    all_inputs,
+    forward_operations,
+    outputs,
+    output_grads,
+    alpha=DEFAULT_ALPHA,
+    dim=None,
+    n_iter=50,
+):
+    """The gradient of `entmax`, with the arguments of an mtf `custom_gradient`.
+
+    With s = p^(2−α) on the support of p and 0 off it, dX = s·dY − s·(Σ s·dY / Σ s),
+    the sums along `dim` alone (Peters et al. 2019, proposition 2).
+
+    Args:
+      explicit_inputs: [x].
+      outputs: [p], what `entmax` gave for x.
+      output_grads: [dY], of x's shape.
+      alpha, dim: as given to `entmax`.
+      all_inputs, forward_operations, n_iter: part of the call that
+        mesh-tensorflow makes; the closed form has no use for them.
+
+    Returns:
+      [dX], an mtf.Tensor of x's shape and dtype.
+    """
+    del all_inputs, forward_operations, n_iter
+    (x,), (p,), (dy,) = explicit_inputs, outputs, output_grads
+    dim = _dim_of(x, dim)
+    alpha = mtf.broadcast(import_rows(x.mesh, alpha, tf.float32, x.shape - dim, "alpha"), x.shape)
+
+    def weight(p, alpha):
+        # p⁰ is 1 on the support for α = 2, and no log of 0 is ever used.
+        inside = p > 0
+        return tf.where_v2(inside, tf.exp((2 - alpha) * tf.log(tf.where_v2(inside, p, 1.0))), 0.0)
+
+    s = mtf.cwise(weight, [mtf.cast(p, tf.float32), alpha], name="entmax_weight")
+    dy = mtf.cast(dy, tf.float32)
+    mean = mtf.reduce_sum(s * dy, reduced_dim=dim) / mtf.reduce_sum(s, reduced_dim=dim)
+    return [mtf.cast(s * (dy - mean), x.dtype)]
+
+
+class _EntmaxOperation(mtf.Operation):
+    """An operation with its own gradient: mtf's custom_gradient fails when recomputed."""
+
+    def __init__(self, x, alpha, dim, n_iter):
+        super().__init__([x, alpha], name="entmax")
+        self._dim = dim
+        self._n_iter = int(n_iter)
+        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys):
+        x, alpha = self.inputs
+        return entmax_backward([x], [], [], self.outputs, grad_ys, alpha, self._dim) + [None]
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        x, alpha = self.inputs
+        axis = x.shape.dims.index(self._dim)
+        dim_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        dim_axes = [] if dim_axis is None else [dim_axis]
+        slicewise = mesh_impl.slicewise
+
+        def across(laid_out, axes, reduction):
+            return mesh_impl.allreduce(laid_out, axes, reduction) if axes else laid_out
+
+        # In all of these a row's numbers keep `dim`, at size 1, and are finite
+        # whenever they travel, as collectives of some meshes multiply by 0.
+        def begin(x):
+            x = tf.cast(x, tf.float32)
+            largest = tf.clip_by_value(tf.reduce_max(x, axis, keepdims=True), tf.float32.min, tf.float32.max)
+            largest = tf.where_v2(tf.is_nan(largest), 0.0, largest)
+            invalid = tf.reduce_max(tf.cast(tf.logical_not(x < np.inf), tf.float32), axis, keepdims=True)
+            return largest, invalid
+
+        largest, invalid = slicewise(begin, lowering.tensors[x])
+        largest, invalid = across(largest, dim_axes, "MAX"), across(invalid, dim_axes, "MAX")
+
+        eps = slicewise(lambda a: align(a, alpha.shape, x.shape) - 1.0, lowering.tensors[alpha])
+
+        def shift(x, largest, invalid, eps):
+            good = tf.logical_and(invalid < 0.5, tf.logical_and(eps >= 0, eps <= 1))
+            return tf.where_v2(good, tf.cast(x, tf.float32) - largest, np.nan)
+
+        z = slicewise(shift, lowering.tensors[x], largest, invalid, eps)
+
+        # With y = x − max − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y)
+        # at ε = 0, and δ is sought: Σp = 1 at the root, more to its left.
+        def evaluate(z, eps, delta):
+            """p, and [..., 2] with Σp and Σ∂p/∂y, over this shard."""
+            y = z - delta
+            base = 1.0 + eps * y
+            inside = tf.logical_or(base > 0, tf.equal(eps, 0.0))
+            log_p = tf.where_v2(eps > 0, tf.log1p(eps * y) / eps, y)
+            p = tf.where_v2(inside, tf.exp(tf.where_v2(inside, log_p, 0.0)), tf.where_v2(tf.is_nan(y), y, 0.0))
+            slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / base, p)
+            sums = tf.stack([tf.reduce_sum(p, axis, keepdims=True), tf.reduce_sum(slope, axis, keepdims=True)], -1)
+            return p, sums
+
+        def newton_step(sums, eps):
+            """(Σp)^ε as a function of δ is convex: the step never passes the root."""
+            total, slope = sums[..., 0], sums[..., 1]
+            log_total = tf.log(total)
+            gain = tf.where_v2(eps > 0, -tf.math.expm1(-eps * log_total) / eps, log_total)
+            return gain * total / slope
+
+        every_axis = list(range(mesh_impl.ndims))
+        like = mesh_impl.LaidOutTensor.from_tensor_list
+
+        def body(i, _, delta):
+            delta = like(delta)
+            _, sums = slicewise(evaluate, z, eps, delta)
+            step = slicewise(newton_step, across(sums, dim_axes, "SUM"), eps)
+            delta = slicewise(tf.add, delta, step)
+
+            # NaN is not greater: an invalid row never keeps the loop going.
+            def moving(step, delta):
+                return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * (1.0 + tf.abs(delta)), tf.float32))
+
+            going = across(slicewise(moving, step, delta), every_axis, "MAX")
+            return i + 1, going.tensor_list, delta.tensor_list
+
+        delta = slicewise(tf.zeros_like, largest)
+        going = slicewise(lambda d: tf.ones([], tf.float32), delta)
+        _, _, delta = tf.while_loop(
+            lambda i, going, _: tf.logical_and(i < self._n_iter, going[0] > 0),
+            body,
+            (tf.constant(0), going.tensor_list, delta.tensor_list),
+        )
+        p, sums = slicewise(evaluate, z, eps, like(delta))
+        sums = across(sums, dim_axes, "SUM")
+        y = slicewise(lambda p, sums: tf.cast(p / sums[..., 0], x.dtype), p, sums)
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alpha=DEFAULT_ALPHA):
+    """The loss that trains for `entmax`: the α-entmax Fenchel-Young loss.
+
+    Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young losses": with
+    p = entmax(logits) and Ω(p) = (Σ p^α − 1) / (α(α−1)),
+    loss = ⟨p − t, logits⟩ − Ω(p) + Ω(t). It is at least 0, is 0 just where p = t,
+    and its gradient is p − t. α = 1 gives the cross entropy (less the entropy
+    of t).
+
+    GPT-Neo's function of this name is −log p of the target. That is infinite,
+    and its gradient undefined, as soon as a target has probability 0, which
+    under entmax is the rule; this loss is finite wherever the logits are, and
+    pulls a target back into the support from outside it.
+
+    Args:
+      logits: mtf.Tensor with `vocab_dim`, any float dtype; computed in float32.
+      targets: an integer mtf.Tensor [logits.shape − vocab_dim], or a floating
+        one of logits' shape: probabilities that sum to 1 along `vocab_dim`
+        (through which no gradient flows).
+      vocab_dim: mtf.Dimension.
+      z_loss: a number; z_loss · (log Σ exp(logits))² is added, as in mtf's
+        softmax_cross_entropy_with_logits.
+      alpha: a number in [1, 2].
+
+    Returns:
+      float32 mtf.Tensor [logits.shape − vocab_dim], in nats for α = 1.
+
+    Raises:
+      ValueError: for targets of another shape, or an alpha out of range.
+    """
+    vocab_dim = _dim_of(logits, vocab_dim)
+    rows = logits.shape - vocab_dim
+    if targets.dtype.is_integer:
+        if set(targets.shape.dims) != set(rows.dims):
+            raise ValueError(f"integer targets of shape {targets.shape}; logits {logits.shape} need {rows}")
+        targets = mtf.one_hot(targets, vocab_dim, dtype=tf.float32)
+    elif set(targets.shape.dims) != set(logits.shape.dims):
+        raise ValueError(f"soft targets of shape {targets.shape}; they need the shape of logits, {logits.shape}")
+    logits = mtf.cast(logits, tf.float32)
+    targets = mtf.transpose(mtf.stop_gradient(mtf.cast(targets, tf.float32)), logits.shape)
+    p = mtf.stop_gradient(entmax(logits, alpha, vocab_dim))
+
+    # Σ p = Σ t, so the logits may be taken from their largest: no cancellation
+    # of large numbers, and an excluded logit of −inf adds exactly nothing.
+    shifted = logits - mtf.stop_gradient(mtf.reduce_max(logits, reduced_dim=vocab_dim))
+    loss = mtf.reduce_sum(_times(p - targets, shifted), reduced_dim=vocab_dim)
+
+    def entropy_difference(p, t):
+        """Ω(t) − Ω(p), entry by entry."""
+
+        def term(q):  # (q^α − q) / (α(α−1)), which is q log q at α = 1
+            log_q = tf.log(tf.where_v2(q > 0, q, 1.0))
+            if alpha == 1:
+                return q * log_q
+            return q * tf.math.expm1((alpha - 1) * log_q) / (alpha * (alpha - 1))
+
+        return term(t) - term(p)
+
+    omega = mtf.cwise(entropy_difference, [p, targets], grad_function=0, name="omega")
+    loss += mtf.reduce_sum(omega, reduced_dim=vocab_dim)
+    if z_loss:
+        loss += z_loss * mtf.square(mtf.reduce_logsumexp(logits, vocab_dim))
+    return loss
+
+
+def _times(weight, x):
+    """weight · x, with 0 · ±inf = 0; differentiable in x alone."""
+
+    def product(w, x):
+        return tf.where_v2(tf.equal(w, 0.0), 0.0, w * x)
+
+    return mtf.cwise(product, [weight, x], grad_function=lambda op, dy: [None, dy * op.inputs[0]], name="times")
+
+
+# --- Masks ------------------------------------------------------------------------
+
+
+def mask_value(dtype):
+    """What a masked logit becomes: the lowest finite number of its dtype.
+
+    Its probability is exactly 0 under softmax and entmax, and unlike −inf it
+    passes through every mesh's collectives.
+    """
+    return dtype.min
+
+
+def top_k_mask(logits, k, dim=None, *, max_top_k=None):
+    """Masks all but the k largest logits (Fan, Lewis, Dauphin 2018, arXiv 1805.04833).
+
+    Exactly k survive: among equal logits at the border those of lower index.
+
+    Args:
+      logits: mtf.Tensor, float32, bfloat16 or float16.
+      k: an int of at least 1, or an int32 tensor, scalar or [logits.shape − dim],
+        whose values below 1 mean no mask. A k of dim.size or more changes nothing.
+      dim: mtf.Dimension of logits; the last by default.
+      max_top_k: an int, needed for a tensor k: the largest value that it may
+        take, apart from those that change nothing. A row above it becomes NaN,
+        hence invalid.
+
+    Returns:
+      mtf.Tensor like logits, the rest at `mask_value(logits.dtype)`. A NaN
+      stays NaN. The gradient flows through the survivors.
+
+    Raises:
+      ValueError: for an int k below 1, or a tensor k without max_top_k.
+    """
+    dim = _dim_of(logits, dim)
+    rows = logits.shape - dim
+    if isinstance(k, numbers.Integral):
+        if k < 1:
+            raise ValueError(f"top-k: k={k}; at least 1 is needed")
+        if k >= dim.size:
+            return logits
+        k_max = int(k)
+    else:
+        if isinstance(k, (numbers.Real, str)) or k is None:
+            raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
+        if max_top_k is None or max_top_k < 1:
+            raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
+        k_max = min(int(max_top_k), dim.size)
+    k = import_rows(logits.mesh, k, tf.int32, rows, "top-k")
+
+    k_dim = mtf.Dimension("top_k", k_max)
+    values, indices = top_k(mtf.stop_gradient(logits), dim, k_dim)
+    border = mtf.broadcast(cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_max - 1), [k]), rows)
+    value, index = take(values, border, k_dim), take(indices, border, k_dim)
+
+    def keep(x, value, index, entry, k):
+        below = tf.logical_or(x < value, tf.logical_and(tf.equal(x, value), entry > index))
+        return tf.logical_or(tf.logical_not(below), tf.logical_or(k < 1, k >= dim.size))
+
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    kept = cwise_broadcast(keep, [logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
+    masked = _mask_out(logits, kept)
+    if k_max < dim.size:
+        asked_too_many = cwise_broadcast(
+            lambda k: tf.where_v2(tf.logical_and(k > k_max, k < dim.size), np.nan, 0.0), [k], output_dtype=tf.float32
+        )
+        masked += mtf.cast(asked_too_many, logits.dtype)
+    return masked
+
+
+def token_mask(logits, token, dim=None):
+    """Masks one entry, so that it is never drawn; outside `dim` it changes nothing.
+
+    Args:
+      logits: mtf.Tensor.
+      token: an int, or an int32 tensor, scalar or [logits.shape − dim].
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits.
+    """
+    dim = _dim_of(logits, dim)
+    token = import_rows(logits.mesh, token, tf.int32, logits.shape - dim, "token")
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    kept = cwise_broadcast(tf.not_equal, [entry, token], output_dtype=tf.bool)
+    return _mask_out(logits, mtf.broadcast(kept, logits.shape))
+
+
+def _mask_out(logits, kept):
+    low = mask_value(logits.dtype)
+
+    def gradient(op, dy):
+        return [mtf.cwise(lambda kept, dy: tf.where_v2(kept, dy, tf.zeros_like(dy)), [op.inputs[1], dy], dy.dtype), None]
+
+    return mtf.cwise(
+        lambda x, kept: tf.where_v2(kept, x, tf.constant(low, x.dtype)), [logits, kept], grad_function=gradient, name="mask"
+    )
+
+
+# --- What GPT-Neo's scripts call ------------------------------------------------------
+
+
+def biasmask_attn_weights(mesh, nd, ns, variable_dtype):
+    """The additive causal mask of an attention score.
+
+    Args:
+      mesh: mtf.Mesh.
+      nd: mtf.Dimension of the queries.
+      ns: mtf.Dimension of the keys; where it is longer, the ends are aligned.
+      variable_dtype: mtf.VariableDType.
+
+    Returns:
+      mtf.Tensor [nd, ns] in the activation dtype: −1e10 (the lowest number, in
+      float16) where the key comes after the query, else 0.
+    """
+    dtype = variable_dtype.activation_dtype
+    masked = max(MASK, dtype.min)
+
+    def mask(query, key):
+        unseen = key > query + (ns.size - nd.size)
+        return tf.where_v2(unseen, tf.constant(masked, dtype), tf.zeros([], dtype))
+
+    positions = [mtf.range(mesh, d, tf.int32) for d in (nd, ns)]
+    return cwise_broadcast(mask, positions, output_dtype=dtype, name="biasmask_attn_weights")
+
+
+def parse_inputs(mtf_features, other_features):
+    """What a GPT-Neo model takes out of its two feature dicts.
+
+    Returns:
+      (x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim): the
+      inputs, int32 [batch, sequence], and the mtf.Dimensions.
+    """
+    x = mtf_features["inputs"]
+    batch_dim, sequence_dim = x.shape.dims
+    return (
+        x,
+        batch_dim,
+        sequence_dim,
+        other_features["embd_dim"],
+        other_features["vocab_dim"],
+        other_features["embed_sequence_dim"],
+    )

@@ -1,0 +1,635 @@
+"""Mesh primitives that mesh-tensorflow lacks.
+
+Each is linear in what it reads, right on any layout of its dimensions, and
+free of the one-hot matrix products that mtf's `gather` and `cumsum` are made
+of. They know nothing of sampling or of the model.
+"""
+
+import numpy as np
+
+from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
+
+
+def align(x, shape, target):
+    """Transposes and reshapes a slice so that it broadcasts against `target`.
+
+    Args:
+      x: a tf.Tensor, one slice of an mtf tensor of shape `shape`.
+      shape: mtf.Shape, whose dims are a subset of `target`'s.
+      target: mtf.Shape.
+
+    Returns:
+      a tf.Tensor with `target`'s rank; size 1 where `shape` lacks the dim.
+    """
+    present = [d for d in target.dims if d in shape.dims]
+    perm = [shape.dims.index(d) for d in present]
+    if perm != list(range(len(perm))):
+        x = tf.transpose(x, perm)
+    for axis, d in enumerate(target.dims):
+        if d not in shape.dims:
+            x = tf.expand_dims(x, axis)
+    return x
+
+
+def cwise_broadcast(fn, xs, output_shape=None, output_dtype=None, name="cwise_broadcast"):
+    """Applies a component-wise TensorFlow function to mtf tensors that broadcast.
+
+    Args:
+      fn: a function from as many tf.Tensors as there are in `xs` to one, using
+        TensorFlow's broadcasting; together its arguments span `output_shape`.
+      xs: mtf tensors, the dims of each a subset of `output_shape`.
+      output_shape: mtf.Shape; by default the union of the shapes, in order.
+      output_dtype: a tf.DType; by default the first tensor's.
+
+    Returns:
+      an mtf.Tensor. No gradient flows through it.
+    """
+    if output_shape is None:
+        dims = []
+        for x in xs:
+            dims += [d for d in x.shape.dims if d not in dims]
+        output_shape = dims
+    output_shape = mtf.Shape(output_shape)
+    shapes = [x.shape for x in xs]
+
+    def aligned_fn(*slices):
+        return fn(*[align(s, shape, output_shape) for s, shape in zip(slices, shapes)])
+
+    return mtf.slicewise(
+        aligned_fn,
+        xs,
+        output_shape=output_shape,
+        output_dtype=output_dtype or xs[0].dtype,
+        splittable_dims=output_shape.dims,
+        grad_function=0,
+        name=name,
+    )
+
+
+def settle(x):
+    """The same tensor, with any all-reduce that mtf has put off carried out.
+
+    mtf's `while_loop` carries a loop variable before its reduction and cannot
+    reduce, inside, a sum that was begun outside; what enters or leaves a loop
+    passes through here.
+    """
+    return mtf.cwise(tf.identity, [x], name="settle")
+
+
+# --- Look-ups ---------------------------------------------------------------
+
+
+def take(x, indices, dim, name="take"):
+    """Looks up entries of `x` along `dim`; an index outside it gives zeros.
+
+    What `mtf.gather` computes, as a look-up on the shard that holds the entry
+    and a sum over shards in place of a product with a one-hot matrix, so its
+    cost does not grow with `dim` and a NaN elsewhere in `x` does not spread.
+
+    Args:
+      x: mtf.Tensor with `dim` among its dims.
+      indices: int32 or int64 mtf.Tensor, without `dim`. Dims that it shares
+        with `x` are matched (one look-up for each), the others are new.
+      dim: mtf.Dimension of `x`.
+
+    Returns:
+      mtf.Tensor [shared dims, other dims of indices, other dims of x], the
+      dtype of `x`. Its gradient with respect to `x` is a scatter-add.
+
+    Raises:
+      ValueError: if `dim` is not in `x`, or is in `indices`; and, when it is
+        lowered, for a layout that splits `dim` and a dim of `indices` alike.
+    """
+    dim = mtf.ops.convert_to_dimension(dim)
+    if dim not in x.shape.dims:
+        raise ValueError(f"take: dim {dim} is not among the dims of x, {x.shape}")
+    if dim in indices.shape.dims:
+        raise ValueError(f"take: dim {dim} is looked up, so indices cannot have it: {indices.shape}")
+    return _TakeOperation(x, indices, dim, name).outputs[0]
+
+
+class _Lookup:
+    """The dims of one look-up, sorted by the part they play."""
+
+    def __init__(self, x_shape, indices_shape, dim):
+        self.dim = dim
+        self.x_shape = x_shape
+        self.indices_shape = indices_shape
+        self.shared = [d for d in indices_shape.dims if d in x_shape.dims]
+        self.others = [d for d in indices_shape.dims if d not in x_shape.dims]
+        self.rest = [d for d in x_shape.dims if d != dim and d not in self.shared]
+        self.output = mtf.Shape(self.shared + self.others + self.rest)
+        self.table = mtf.Shape(self.shared + [dim] + self.rest)
+
+    def mesh_axis(self, mesh_impl):
+        """The mesh axis that `dim` is split along, or None."""
+        axis = mesh_impl.tensor_dimension_to_mesh_axis(self.dim)
+        if axis is not None:
+            for d in self.output.dims:
+                if mesh_impl.tensor_dimension_to_mesh_axis(d) == axis:
+                    raise ValueError(
+                        f"take: the layout splits both {self.dim.name} and {d.name} along mesh axis "
+                        f"{mesh_impl.shape[axis].name}; a look-up along {self.dim.name} needs {d.name} elsewhere"
+                    )
+        return axis
+
+    def local_indices(self, indices, size, pcoord):
+        """Indices within the shard, [shared, others]; -1 for those outside it."""
+        indices = _transpose(tf.cast(indices, tf.int32), self.indices_shape, self.shared + self.others)
+        if pcoord is not None:
+            indices -= pcoord * size
+        inside = tf.logical_and(indices >= 0, indices < size)
+        return tf.where_v2(inside, indices, -1)
+
+
+def _transpose(x, shape, dims):
+    perm = [shape.dims.index(d) for d in dims]
+    return x if perm == list(range(len(perm))) else tf.transpose(x, perm)
+
+
+class _TakeOperation(mtf.Operation):
+    def __init__(self, x, indices, dim, name):
+        super().__init__([x, indices], name=name)
+        self._lookup = _Lookup(x.shape, indices.shape, dim)
+        self._outputs = [mtf.Tensor(self, self._lookup.output, x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys):
+        x, indices = self.inputs
+        if not x.dtype.is_floating:
+            return [None, None]
+        return [_TakeGradOperation(grad_ys[0], indices, self._lookup).outputs[0], None]
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        lookup = self._lookup
+        axis = lookup.mesh_axis(mesh_impl)
+
+        def tf_fn(x, indices, pcoord=None):
+            x = _transpose(x, lookup.x_shape, lookup.table.dims)
+            batch_dims = len(lookup.shared)
+            local = lookup.local_indices(indices, x.shape[batch_dims], pcoord)
+            found = tf.gather(x, tf.maximum(local, 0), axis=batch_dims, batch_dims=batch_dims)
+            held = tf.reshape(local >= 0, local.shape.as_list() + [1] * len(lookup.rest))
+            return tf.where_v2(held, found, tf.zeros_like(found))
+
+        args = [lowering.tensors[t] for t in self.inputs]
+        if axis is None:
+            y = mesh_impl.slicewise(tf_fn, *args)
+        else:
+            y = mesh_impl.slicewise(tf_fn, *args, mesh_impl.laid_out_pcoord(axis))
+            y = LazyAllreduceSum(mesh_impl, y, [axis])
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+class _TakeGradOperation(mtf.Operation):
+    """Adds rows of a gradient to the entries that they were looked up from."""
+
+    def __init__(self, dy, indices, lookup):
+        super().__init__([dy, indices], name="take_grad")
+        self._lookup = lookup
+        self._outputs = [mtf.Tensor(self, lookup.x_shape, dy.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys):
+        # Linear in dy: its gradient is the look-up itself.
+        return [_TakeOperation(grad_ys[0], self.inputs[1], self._lookup.dim, "take").outputs[0], None]
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        lookup = self._lookup
+        axis = lookup.mesh_axis(mesh_impl)
+        table_shape = mesh_impl.slice_shape(lookup.table)
+        n_shared = len(lookup.shared)
+        rows, size = int(np.prod(table_shape[:n_shared])), table_shape[n_shared]
+
+        def tf_fn(dy, indices, pcoord=None):
+            local = tf.reshape(lookup.local_indices(indices, size, pcoord), [rows, -1])
+            first = tf.expand_dims(tf.range(rows) * size, 1)
+            segments = tf.where_v2(local >= 0, local + first, -1)  # -1 is dropped
+            dy = tf.reshape(_transpose(dy, dy_shape, lookup.output.dims), [segments.shape.num_elements(), -1])
+            dx = tf.math.unsorted_segment_sum(dy, tf.reshape(segments, [-1]), rows * size)
+            return _transpose(tf.reshape(dx, table_shape), lookup.table, lookup.x_shape.dims)
+
+        dy_shape = self.inputs[0].shape
+        args = [lowering.tensors[t] for t in self.inputs]
+        if axis is not None:
+            args.append(mesh_impl.laid_out_pcoord(axis))
+        y = mesh_impl.slicewise(tf_fn, *args)
+        reduced = [mesh_impl.tensor_dimension_to_mesh_axis(d) for d in lookup.others]
+        reduced = [a for a in reduced if a is not None]
+        if reduced:
+            y = LazyAllreduceSum(mesh_impl, y, reduced)
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def write_at(x, value, position, dim, name="write_at"):
+    """`x` with `value` written at index `position` along `dim`.
+
+    Args:
+      x: mtf.Tensor with `dim` among its dims.
+      value: mtf.Tensor of x's dtype, its dims among those of `x` without `dim`.
+      position: int32 mtf.Tensor, its dims among those of `x` without `dim`; an
+        index outside `dim` writes nothing.
+      dim: mtf.Dimension of `x`.
+
+    Returns:
+      mtf.Tensor like `x`. No gradient flows through it.
+    """
+    here = cwise_broadcast(tf.equal, [position, mtf.range(x.mesh, dim, tf.int32)], output_dtype=tf.bool)
+    return cwise_broadcast(lambda old, new, here: tf.where_v2(here, new, old), [x, value, here], x.shape, name=name)
+
+
+# --- Values that come as Python numbers or as tensors -------------------------
+
+
+def import_rows(mesh, value, dtype, rows, name):
+    """An option as an mtf tensor: one value for all rows, or one a row.
+
+    Args:
+      mesh: mtf.Mesh.
+      value: a number; an array, list or tf.Tensor that is scalar or has the
+        shape of `rows`; or an mtf.Tensor whose dims are among `rows`.
+      dtype: the tf.DType wanted.
+      rows: mtf.Shape, the dims of the request.
+      name: what the option is called, for the error.
+
+    Returns:
+      mtf.Tensor of `dtype`, scalar or with dims among `rows`.
+
+    Raises:
+      ValueError: for a shape that is neither.
+    """
+    rows = mtf.Shape(rows)
+    if isinstance(value, mtf.Tensor):
+        if any(d not in rows.dims for d in value.shape.dims):
+            raise ValueError(f"{name} has shape {value.shape}; its dims must be among those of the rows, {rows}")
+        return value if value.dtype == dtype else mtf.cast(value, dtype)
+    value = tf.cast(tf.convert_to_tensor(value), dtype)
+    shape = value.shape.as_list()
+    if shape == []:
+        return mtf.import_tf_tensor(mesh, value, mtf.Shape([]))
+    if shape != rows.to_integer_list:
+        raise ValueError(f"{name} has shape {shape}; it must be one value, or one a row: {rows}")
+    return mtf.import_tf_tensor(mesh, value, rows)
+
+
+def row_index(mesh, rows):
+    """int32 [rows]: each row's index in the request, counted in row-major order."""
+    rows = mtf.Shape(rows)
+    index, stride = mtf.zeros(mesh, rows, tf.int32), 1
+    for d in reversed(rows.dims):
+        index = cwise_broadcast(
+            lambda i, r, stride=stride: i + r * stride, [index, mtf.range(mesh, d, tf.int32)], rows, name="row_index"
+        )
+        stride *= d.size
+    return index
+
+
+# --- Random numbers -----------------------------------------------------------
+
+
+def threefry_2x32(key, counter):
+    """Threefry-2x32 with 20 rounds, in integer tensor ops alone.
+
+    Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2,
+    3". The bits depend on the arguments and on nothing else: not on backend,
+    device, layout or TensorFlow version.
+
+    Args:
+      key: a pair of uint32 tf.Tensors.
+      counter: a pair of uint32 tf.Tensors, broadcastable with the key.
+
+    Returns:
+      a pair of uint32 tf.Tensors.
+    """
+
+    def rotate(x, bits):
+        return tf.bitwise.bitwise_or(
+            tf.bitwise.left_shift(x, tf.constant(bits, tf.uint32)),
+            tf.bitwise.right_shift(x, tf.constant(32 - bits, tf.uint32)),
+        )
+
+    xor = tf.bitwise.bitwise_xor
+    keys = [key[0], key[1], xor(xor(key[0], key[1]), tf.constant(0x1BD11BDA, tf.uint32))]
+    x0, x1 = counter[0] + keys[0], counter[1] + keys[1]
+    for i in range(5):
+        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x0 += x1
+            x1 = xor(rotate(x1, bits), x0)
+        x0 += keys[(i + 1) % 3]
+        x1 += keys[(i + 2) % 3] + tf.constant(i + 1, tf.uint32)
+    return x0, x1
+
+
+def counter_uniforms(seed, stream, step, sample=None):
+    """Two independent uniforms for each draw, a function of its coordinates.
+
+    Threefry-2x32 with key (seed, stream) and counter (step, sample); the upper
+    24 bits of each output word make one float.
+
+    Args:
+      seed: int32 mtf.Tensor.
+      stream: int32 mtf.Tensor.
+      step: int32 mtf.Tensor.
+      sample: int32 mtf.Tensor, or None for draw 0.
+      The shapes are broadcast together, dims in the order of their appearance
+      in `stream`, `seed`, `step`, `sample`.
+
+    Returns:
+      a pair of float32 mtf.Tensors, in [0, 1).
+    """
+    xs = [stream, seed, step] + ([] if sample is None else [sample])
+    dims = []
+    for x in xs:
+        dims += [d for d in x.shape.dims if d not in dims]
+    shape = mtf.Shape(dims)
+    shapes = [x.shape for x in xs]
+
+    def tf_fn(*slices):
+        words = [tf.bitcast(align(s, old, shape), tf.uint32) for s, old in zip(slices, shapes)]
+        stream, seed, step = words[:3]
+        sample = words[3] if len(words) == 4 else tf.zeros_like(step)
+        return tuple(
+            tf.cast(tf.bitwise.right_shift(w, tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24
+            for w in threefry_2x32((seed, stream), (step, sample))
+        )
+
+    return mtf.slicewise(
+        tf_fn,
+        xs,
+        output_shape=[shape, shape],
+        output_dtype=[tf.float32, tf.float32],
+        splittable_dims=shape.dims,
+        grad_function=0,
+        name="counter_uniforms",
+    )
+
+
+def import_seed(mesh, seed, rows=()):
+    """A seed as an int32 mtf tensor.
+
+    Args:
+      mesh: mtf.Mesh.
+      seed: an int in [−2³¹, 2³²) (its low 32 bits count); an int32 tensor,
+        scalar or one a row; or None for a fresh one at each execution.
+      rows: mtf.Shape, the dims of the request.
+
+    Returns:
+      int32 mtf.Tensor, the same on every processor.
+
+    Raises:
+      ValueError: for an int outside the range, or a wrong shape.
+    """
+    if seed is None:
+        return _FreshSeedOperation(mesh).outputs[0]
+    if isinstance(seed, (int, np.integer)):
+        if not -(2**31) <= seed < 2**32:
+            raise ValueError(f"seed={seed} is out of range: from -2**31 to 2**32 - 1")
+        seed = np.array(seed % 2**32, np.uint32).view(np.int32)
+    return import_rows(mesh, seed, tf.int32, rows, "seed")
+
+
+class _FreshSeedOperation(mtf.Operation):
+    """A random int32, drawn anew each time it runs (in a loop: each time round)."""
+
+    def __init__(self, mesh):
+        super().__init__([], mesh=mesh, name="fresh_seed")
+        self._outputs = [mtf.Tensor(self, mtf.Shape([]), tf.int32)]
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+
+        # Processor 0's bits for everyone. As halves: some meshes add in float32.
+        def draw(pnum):
+            halves = tf.random.uniform([2], maxval=2**16, dtype=tf.int32)
+            return tf.where_v2(tf.equal(pnum, 0), tf.cast(halves, tf.float32), 0.0)
+
+        halves = mesh_impl.allreduce(
+            mesh_impl.slicewise(draw, mesh_impl.laid_out_pnum()), list(range(mesh_impl.ndims)), "SUM"
+        )
+        join = lambda h: tf.cast(h[0], tf.int32) * 2**16 + tf.cast(h[1], tf.int32)  # noqa: E731
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(join, halves))
+
+
+# --- Largest entries ------------------------------------------------------------
+
+
+def top_k(x, dim, k_dim):
+    """The k_dim.size largest entries along `dim` and their indices, in order.
+
+    Among equal entries the lower index comes first, on any layout. (mtf's own
+    `top_k` goes another, wrong way for k of 2 to 4 on rows that hold masked
+    values; this is the operation under it.)
+
+    Args:
+      x: mtf.Tensor. A NaN has no defined place.
+      dim: mtf.Dimension of x.
+      k_dim: mtf.Dimension, no larger than `dim`.
+
+    Returns:
+      (values, indices): mtf.Tensors [x.shape − dim + k_dim], x.dtype and int32.
+    """
+    return tuple(mtf.ops.TopKOperation(x, dim, k_dim).outputs)
+
+
+# --- Draws ------------------------------------------------------------------------
+
+GROUPS = 64  # contiguous groups of the first level; a mesh axis of 2, 4 … 64 cuts none of them
+
+
+def group_size(size):
+    """Entries in each group of a dimension of `size` (the last may have fewer).
+
+    Padding up to the next multiple of GROUPS leaves it, and so each draw, as
+    it is.
+    """
+    return -(-size // GROUPS)
+
+
+def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None):
+    """Draws indices along `dim` in proportion to `weights`, in two levels.
+
+    First one of at most 64 contiguous groups, whose borders do not depend on
+    the layout, then an entry within it, each by inverse CDF with a uniform of
+    its own. All sums are taken in one fixed order, of weights scaled by powers
+    of two, so equal weights and uniforms give equal draws on any layout, and
+    no weight that float32 holds over- or underflows. Time and memory are
+    linear in `dim`. A layout that splits `dim` moves 128 numbers a row (all of
+    the row if it cuts through a group).
+
+    Args:
+      weights: mtf.Tensor, any float dtype, summed in float32.
+      group_uniform: float32 mtf.Tensor in [0, 1) [weights.shape − dim], then
+        samples_dim where there is one.
+      entry_uniform: likewise.
+      dim: mtf.Dimension of `weights`.
+      samples_dim: mtf.Dimension, for many draws from each row.
+
+    Returns:
+      int32 mtf.Tensor of the uniforms' shape. An entry of weight 0 is never
+      drawn; a row with a negative or non-finite weight, or with no mass, gives
+      −1.
+    """
+    return _GroupedDrawOperation(weights, group_uniform, entry_uniform, dim, samples_dim).outputs[0]
+
+
+def _fold_sum(x):
+    """Sum over the last axis, keeping it: halves are added until one is left.
+
+    Unlike reduce_sum, whose order of additions is the backend's affair.
+    """
+    size = x.shape[-1]
+    while size > 1:
+        half = (size + 1) // 2
+        upper = x[..., half:]
+        if size % 2:
+            upper = _pad_last(upper, after=1)
+        x, size = x[..., :half] + upper, half
+    return x
+
+
+def _pad_last(x, before=0, after=0, value=0.0):
+    if not before and not after:
+        return x
+    return tf.pad(x, [[0, 0]] * (x.shape.rank - 1) + [[before, after]], constant_values=value)
+
+
+def _scan(x, combine):
+    """Inclusive prefix scan over the last axis of values ≥ 0, in log₂ steps."""
+    shift, size = 1, x.shape[-1]
+    while shift < size:
+        x = combine(x, _pad_last(x[..., :-shift], before=shift))
+        shift *= 2
+    return x
+
+
+def _cdf(weights):
+    """(cdf, last) of weights [..., n], none below 0.
+
+    cdf [..., n] never falls, and rises only at entries of weight above 0: sums
+    taken in log₂ steps need not be monotone in floating point, so their running
+    maximum over those entries is. last [...] int32 is the last such entry, −1
+    where there is none.
+    """
+    has_mass = weights > 0
+    sums = tf.where_v2(has_mass, _scan(weights, tf.add), 0.0)
+    last = tf.reduce_max(tf.where_v2(has_mass, tf.range(weights.shape[-1]), -1), -1)
+    return _scan(sums, tf.maximum), last
+
+
+def _search(weights, which, u):
+    """Draws from chosen ones of several weight vectors, by inverse CDF.
+
+    Args:
+      weights: [rows, vectors, n] float32, none below 0.
+      which: [rows, samples] int32 in [0, vectors).
+      u: [rows, samples] float32 in [0, 1).
+
+    Returns:
+      [rows, samples] int32: the first entry whose cdf passes u times the total
+      (the last entry with mass where rounding leaves none), −1 without mass.
+    """
+    rows, vectors, n = weights.shape.as_list()
+    if u.shape[1] <= vectors:  # few draws: look only at what they draw from
+        cdf, last = _cdf(tf.gather(weights, which, batch_dims=1))
+        target = u[..., tf.newaxis] * cdf[..., -1:]
+        entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1)
+        return tf.minimum(entry, last)
+    cdf, last = _cdf(weights)
+    cdf = tf.reshape(cdf, [-1])
+    vector = which + tf.range(rows)[:, tf.newaxis] * vectors
+    begin = vector * n
+    target = u * tf.gather(cdf, begin + (n - 1))
+    low, high = tf.zeros_like(which), tf.fill(tf.shape(which), n)  # cdf[low − 1] ≤ target < cdf[high]
+    for _ in range(n.bit_length()):
+        middle = (low + high) // 2
+        right = tf.logical_and(low < high, tf.gather(cdf, begin + tf.minimum(middle, n - 1)) <= target)
+        low, high = tf.where_v2(right, middle + 1, low), tf.where_v2(right, high, middle)
+    return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector))
+
+
+class _GroupedDrawOperation(mtf.Operation):
+    def __init__(self, weights, group_uniform, entry_uniform, dim, samples_dim):
+        super().__init__([weights, group_uniform, entry_uniform], name="grouped_draw")
+        rows = weights.shape - dim
+        shape = rows if samples_dim is None else rows + samples_dim
+        for u in (group_uniform, entry_uniform):
+            if u.shape != shape:
+                raise ValueError(f"grouped_draw: uniforms of shape {u.shape} where {shape} is needed")
+        self._dim = dim
+        self._outputs = [mtf.Tensor(self, shape, tf.int32)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        weights, group_uniform, entry_uniform = (lowering.tensors[t] for t in self.inputs)
+        dim, axis = self._dim, self.inputs[0].shape.dims.index(self._dim)
+        size = group_size(dim.size)
+        out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
+
+        def to_rows(w):
+            """[rows, dim] float32; whatever makes a row invalid becomes +inf."""
+            perm = [i for i in range(w.shape.rank) if i != axis] + [axis]
+            w = tf.cast(tf.transpose(w, perm), tf.float32)
+            w = tf.reshape(w, [-1, w.shape[-1]])
+            return tf.where_v2(w >= 0, tf.abs(w), np.inf)  # false for NaN too; −0.0 becomes 0.0
+
+        w = mesh_impl.slicewise(to_rows, weights)
+        if mesh_axis is not None and (dim.size // mesh_impl.shape[mesh_axis].size) % size:
+            # The layout cuts through groups: gather the row. In finite values, as
+            # collectives of some meshes multiply by 0; −1 stands for +inf.
+            w = mesh_impl.slicewise(lambda w: tf.where_v2(w < np.inf, w, -1.0), w)
+            w = mesh_impl.allconcat(w, mesh_axis, 1)
+            w = mesh_impl.slicewise(lambda w: tf.where_v2(w >= 0, w, np.inf), w)
+            mesh_axis = None
+
+        def scale_groups(w):
+            """Groups [rows, groups, size], each scaled by a power of two to a maximum
+            in [1, 4), and [rows, groups, 2]: its sum and the exponent taken out."""
+            w = _pad_last(w, after=-w.shape[-1] % size)
+            w = tf.reshape(w, [w.shape[0], -1, size])
+            bits = tf.bitcast(tf.reduce_max(w, -1, keepdims=True), tf.int32)
+            exponent = tf.bitwise.right_shift(bits, tf.constant(23))  # biased; 255 is +inf
+            scale = tf.bitwise.left_shift(254 - tf.minimum(exponent, 253), tf.constant(23))
+            w *= tf.bitcast(scale, tf.float32)
+            invalid = exponent >= 255
+            total = tf.where_v2(invalid, 0.0, _fold_sum(w))  # finite, to travel
+            return w, tf.concat([total, tf.cast(exponent, tf.float32)], -1)
+
+        w, summary = mesh_impl.slicewise(scale_groups, w)
+        if mesh_axis is not None:
+            summary = mesh_impl.allconcat(summary, mesh_axis, 1)
+
+        def choose_group(summary, u):
+            """[rows, samples] int32, −1 for an invalid row."""
+            totals, exponent = summary[..., 0], tf.cast(summary[..., 1], tf.int32)
+            largest = tf.reduce_max(exponent, -1, keepdims=True)
+            relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
+            relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
+            totals *= tf.bitcast(relative, tf.float32)
+            u = tf.reshape(u, [totals.shape[0], -1])
+            group = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
+            return tf.where_v2(largest < 255, group, -1)
+
+        group = mesh_impl.slicewise(choose_group, summary, group_uniform)
+
+        def choose_entry(w, group, u, pcoord=0):
+            """One more than the index drawn; 0 where another shard holds the group."""
+            local = group - pcoord * w.shape[1]
+            held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < w.shape[1]))
+            entry = _search(w, tf.where_v2(held, local, 0), tf.reshape(u, group.shape))
+            return tf.reshape(tf.where_v2(held, group * size + entry + 1, 0), out_shape)
+
+        if mesh_axis is None:
+            drawn = mesh_impl.slicewise(choose_entry, w, group, entry_uniform)
+        else:
+            pcoord = mesh_impl.laid_out_pcoord(mesh_axis)
+            drawn = mesh_impl.slicewise(choose_entry, w, group, entry_uniform, pcoord)
+            drawn = mesh_impl.allreduce(drawn, [mesh_axis], "SUM")
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(lambda d: d - 1, drawn))

@@ -1,0 +1,65 @@
+"""What the tests share: running mtf graphs on CPU meshes, and the data folder."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
+
+DATA = pathlib.Path(__file__).parent / "data"
+DEVICES = 8
+
+
+class MeshRunner:
+    """Builds an mtf graph on a mesh and runs it.
+
+    mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y";
+    every processor is a virtual CPU device of its own.
+    """
+
+    def __init__(self, mesh_shape="", layout=""):
+        self.mesh_shape, self.layout = mesh_shape, layout
+        self.impl = PlacementMeshImpl(mesh_shape, layout, self.devices())
+
+    def devices(self):
+        size = mtf.convert_to_shape(self.mesh_shape).size
+        return [""] if size == 1 else [f"cpu:{i}" for i in range(size)]
+
+    def __call__(self, build, *arrays, times=None):
+        """Values of the mtf tensors that build(mesh, *placeholders) returns.
+
+        With `times`, the same session runs the graph that often: a list of results.
+        """
+        with tf.Graph().as_default():
+            mesh = mtf.Mesh(mtf.Graph(), "mesh")
+            holders = [tf.placeholder(tf.as_dtype(a.dtype), a.shape) for a in map(np.asarray, arrays)]
+            out = build(mesh, *holders)
+            single = isinstance(out, mtf.Tensor)
+            outs = [out] if single else list(out)
+            lowering = mtf.Lowering(mesh.graph, {mesh: self.impl}, autostack=False)
+            fetches = [lowering.export_to_tf_tensor(o) for o in outs]
+            config = tf.ConfigProto(device_count={"CPU": DEVICES}, inter_op_parallelism_threads=2)
+            with tf.Session(config=config) as session:
+                session.run(tf.global_variables_initializer())
+                session.run(lowering.copy_masters_to_slices())
+                feed = dict(zip(holders, arrays))
+                results = [session.run(fetches, feed) for _ in range(times or 1)]
+        results = [r[0] if single else r for r in results]
+        return results if times else results[0]
+
+    def __repr__(self):
+        return f"{self.mesh_shape or 'one device'} {self.layout}"
+
+
+def dims(**sizes):
+    """mtf.Dimensions by name, in order."""
+    return [mtf.Dimension(name, size) for name, size in sizes.items()]
+
+
+@pytest.fixture
+def single():
+    return MeshRunner()

@@ -1,0 +1,422 @@
+"""Plain NumPy float64 reference that the test-suite compares the library with.
+
+It is written from the published equations and from the description of the
+original, never from the library's own code, so that a mistake in one is not
+repeated in the other.  It favours the obvious form over the fast one: nothing is
+cached, nothing is fused, and every sum is made in float64.
+
+Papers named below:
+
+* Martins & Astudillo 2016, "From Softmax to Sparsemax", arXiv 1602.02068
+* Peters, Niculae & Martins 2019, "Sparse Sequence-to-Sequence Models",
+  arXiv 1905.05702
+* Blondel, Martins & Niculae 2020, "Learning with Fenchel-Young Losses",
+  arXiv 1901.02324
+* Salmon, Moraes, Dror & Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"
+* Su et al. 2021, "RoFormer", arXiv 2104.09864
+"""
+
+import numpy as np
+
+# --------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------
+
+
+def expand_attention_types(nested):
+    """One attention type a layer, from the config's [[[types...], repeats], ...].
+
+    >>> expand_attention_types([[["global", "local"], 2]])
+    ['global', 'local', 'global', 'local']
+    """
+    return [kind for types, repeats in nested for _ in range(repeats) for kind in types]
+
+
+def _layer_norm(x, gain, bias, eps=1e-5):
+    """Normalise the last axis by its mean and (biased) variance."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = np.mean(centred**2, axis=-1, keepdims=True)
+    return centred / np.sqrt(variance + eps) * gain + bias
+
+
+def _gelu(x):
+    """GELU by its tanh approximation (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+    return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _rotate(x):
+    """Turn x [B, T, H, D] by its position (Su et al. 2021).
+
+    Entry j of the first half is paired with entry j of the second half, and the
+    pair is turned by the angle position * 10000^(-2j/D).
+    """
+    length, depth = x.shape[1], x.shape[3]
+    half = depth // 2
+    angle = np.arange(length)[:, None] * 10000.0 ** (-2.0 * np.arange(half) / depth)
+    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _may_attend(length, kind, radius):
+    """bool [T, T], [query, key]: which keys a query sees."""
+    query, key = np.arange(length)[:, None], np.arange(length)[None, :]
+    if kind == "global":
+        return key <= query
+    if kind == "local":
+        # `radius` positions in all, the query's own among them.
+        return (key <= query) & (key > query - radius)
+    raise ValueError(f"the reference knows 'global' and 'local' attention, not {kind!r}")
+
+
+def gpt_neo_forward(
+    weights,
+    ids,
+    *,
+    n_head,
+    attention_types,
+    local_attention_radius=256,
+    padding_id=None,
+    rotary_emb=False,
+):
+    """Logits of GPT-Neo's full forward pass.
+
+    weights: dict of arrays under GPT-Neo's own variable names less the "gpt2/"
+        prefix ("wte" [V, E], "wpe" [n_ctx, E], "h0/attn/q" [E, E], ...), any
+        float type; read as float64.
+    ids: int [B, T].  An id outside [0, V) looks up a zero vector, as a one-hot
+        product does.
+    attention_types: one of "global", "local" a layer.
+    padding_id: has no part in the logits (padding only decides where a prompt
+        ends); taken so that a whole configuration can be passed on.
+    rotary_emb: turn q and k by position instead of adding "wpe".
+
+    Returns float64 [B, T, V].
+    """
+    del padding_id
+    w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
+    ids = np.asarray(ids)
+    batch, length = ids.shape
+    vocab, embd = w["wte"].shape
+
+    known = (ids >= 0) & (ids < vocab)
+    h = w["wte"][np.where(known, ids, 0)] * known[..., None]
+    if not rotary_emb:
+        if length > w["wpe"].shape[0]:
+            raise ValueError(f"{length} positions, but wpe has {w['wpe'].shape[0]}")
+        h = h + w["wpe"][:length]
+
+    for layer, kind in enumerate(attention_types):
+        p = f"h{layer}/"
+        x = _layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"])
+        q, k, v = (
+            (x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head)
+            for name in "qkv"
+        )
+        if rotary_emb:
+            q, k = _rotate(q), _rotate(k)
+        # GPT-Neo does not divide the scores by the root of the head's depth.
+        scores = np.einsum("bqhd,bkhd->bhqk", q, k)
+        scores = np.where(_may_attend(length, kind, local_attention_radius), scores, -np.inf)
+        mixed = np.einsum("bhqk,bkhd->bqhd", softmax(scores), v).reshape(batch, length, embd)
+        h = h + mixed @ w[p + "attn/o"] + w[p + "attn/compute_output_bias/o_b"]
+
+        x = _layer_norm(h, w[p + "norm_2/g"], w[p + "norm_2/b"])
+        m = p + "mlp/conv1d_main/"
+        x = _gelu(x @ w[m + "c_fc/kernel"] + w[m + "c_fc/bias"])
+        h = h + x @ w[m + "c_proj/kernel"] + w[m + "c_proj/bias"]
+
+    h = _layer_norm(h, w["ln_f/g"], w["ln_f/b"])
+    return h @ w["wte"].T
+
+
+# Hugging Face's name inside a layer -> (GPT-Neo's name, whether to transpose).
+# A torch Linear holds [out, in]; GPT-Neo multiplies on the right by [in, out].
+_HF_LAYER_NAMES = {
+    "ln_1.weight": ("norm_1/g", False),
+    "ln_1.bias": ("norm_1/b", False),
+    "attn.attention.q_proj.weight": ("attn/q", True),
+    "attn.attention.k_proj.weight": ("attn/k", True),
+    "attn.attention.v_proj.weight": ("attn/v", True),
+    "attn.attention.out_proj.weight": ("attn/o", True),
+    "attn.attention.out_proj.bias": ("attn/compute_output_bias/o_b", False),
+    "ln_2.weight": ("norm_2/g", False),
+    "ln_2.bias": ("norm_2/b", False),
+    "mlp.c_fc.weight": ("mlp/conv1d_main/c_fc/kernel", True),
+    "mlp.c_fc.bias": ("mlp/conv1d_main/c_fc/bias", False),
+    "mlp.c_proj.weight": ("mlp/conv1d_main/c_proj/kernel", True),
+    "mlp.c_proj.bias": ("mlp/conv1d_main/c_proj/bias", False),
+}
+_HF_TOP_NAMES = {
+    "wte.weight": "wte",
+    "wpe.weight": "wpe",
+    "ln_f.weight": "ln_f/g",
+    "ln_f.bias": "ln_f/b",
+}
+# The head is tied to wte, and the masks are constants that older files carry.
+_HF_IGNORED = ("lm_head.weight", "attn.attention.bias", "attn.attention.masked_bias")
+
+
+def hf_to_mesh_names(hf_weights):
+    """GPT-Neo's variable names and layouts for a Hugging Face GPT-Neo state dict.
+
+    hf_weights: dict of arrays ("transformer.h.0.ln_1.weight", ...).  Returns a new
+    dict of arrays of the same dtypes; an unknown name raises KeyError.
+    """
+    out = {}
+    for full_name, value in hf_weights.items():
+        name = full_name.removeprefix("transformer.")
+        if name.endswith(_HF_IGNORED):
+            continue
+        if name.startswith("h."):
+            _, layer, rest = name.split(".", 2)
+            mesh_name, transpose = _HF_LAYER_NAMES[rest]
+            out[f"h{layer}/{mesh_name}"] = np.asarray(value).T if transpose else np.asarray(value)
+        else:
+            out[_HF_TOP_NAMES[name]] = np.asarray(value)
+    return out
+
+
+def greedy_decode(weights, prompts, n_new, length, *, stop_at_token=None, **config):
+    """Greedy continuation of each prompt, the whole sequence anew for every token.
+
+    prompts: list of non-empty lists of ids, lengths may differ.
+    n_new: at most this many new tokens a row.
+    length: at most this many tokens a row, the prompt among them.
+    stop_at_token: a row ends once it has written this token, which it keeps;
+        those in its prompt do not count.
+    config: passed on to gpt_neo_forward.
+
+    Returns a list of lists: each prompt followed by its new tokens.  Equal logits
+    go to the lower id.
+    """
+    rows = []
+    for prompt in prompts:
+        row = [int(token) for token in prompt]
+        if not row:
+            raise ValueError("an empty prompt has no last token to go on from")
+        for _ in range(min(n_new, length - len(row))):
+            logits = gpt_neo_forward(weights, np.array([row]), **config)
+            row.append(int(np.argmax(logits[0, -1])))
+            if row[-1] == stop_at_token:
+                break
+        rows.append(row)
+    return rows
+
+
+# --------------------------------------------------------------------------
+# Softmax and its sparse relatives
+# --------------------------------------------------------------------------
+#
+# All take x of any shape, finite or -inf with a finite entry in each row, and
+# return float64 of the same shape that sums to 1 along `axis`.
+
+
+def softmax(x, axis=-1):
+    """exp(x) / sum exp(x) along axis."""
+    x = np.asarray(x, dtype=np.float64)
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def entmax_bisect(x, alpha, axis=-1):
+    """Alpha-entmax, 1 <= alpha <= 2, by bisection (Peters et al. 2019, Algorithm 1).
+
+    p = max((alpha-1) x - tau, 0)^(1/(alpha-1)) with the tau that makes p sum to 1.
+    alpha = 1, the limit, is softmax.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if alpha == 1:
+        return softmax(x, axis)
+    if not 1 < alpha <= 2:
+        raise ValueError(f"alpha must lie in [1, 2], got {alpha}")
+    # With the largest entry moved to 0 (which changes no probability) tau lies in
+    # [-1, 0), where float64 is finest whatever the size of x.
+    z = (alpha - 1) * (x - x.max(axis=axis, keepdims=True))
+
+    def p_of(tau):
+        return np.maximum(z - tau, 0.0) ** (1.0 / (alpha - 1))
+
+    # At -1 the largest entry alone has probability 1, so the sum is at least 1; at
+    # -n^(1-alpha) no entry has more than 1/n, so the sum is at most 1.
+    low = np.full(x.max(axis=axis, keepdims=True).shape, -1.0)
+    high = np.full_like(low, -(float(x.shape[axis]) ** (1 - alpha)))
+    for _ in range(64):  # halves an interval below 1 past float64's last bit
+        middle = 0.5 * (low + high)
+        too_much = p_of(middle).sum(axis=axis, keepdims=True) >= 1
+        low, high = np.where(too_much, middle, low), np.where(too_much, high, middle)
+    p = p_of(low)
+    return p / p.sum(axis=axis, keepdims=True)
+
+
+def _sorted_for_support(x, axis):
+    """z: x less its maximum, axis last; top: z sorted, largest first; rho: 1..n.
+
+    An entry 1 or more below the maximum never has mass where this is used, so
+    clipping at 2 below changes no answer and keeps -inf out of the running sums.
+    """
+    z = np.moveaxis(np.asarray(x, dtype=np.float64), axis, -1)
+    z = np.maximum(z - z.max(axis=-1, keepdims=True), -2.0)
+    return z, -np.sort(-z, axis=-1), np.arange(1, z.shape[-1] + 1)
+
+
+def _tau_at_support(tau, top):
+    """The candidate threshold of the largest support that it is consistent with."""
+    size = (tau < top).sum(axis=-1, keepdims=True)
+    return np.take_along_axis(tau, size - 1, axis=-1)
+
+
+def entmax15_exact(x, axis=-1):
+    """1.5-entmax by sorting (Peters et al. 2019, Algorithm 2)."""
+    z, top, rho = _sorted_for_support(np.asarray(x, dtype=np.float64) / 2, axis)
+    mean = np.cumsum(top, axis=-1) / rho
+    # The sum of squared distances from the mean of the rho largest.
+    spread = np.cumsum(top**2, axis=-1) - rho * mean**2
+    tau = mean - np.sqrt(np.maximum(1 - spread, 0.0) / rho)
+    p = np.maximum(z - _tau_at_support(tau, top), 0.0) ** 2
+    return np.moveaxis(p, -1, axis)
+
+
+def sparsemax_exact(x, axis=-1):
+    """Sparsemax, that is 2-entmax, by sorting (Martins & Astudillo 2016, Algorithm 1)."""
+    z, top, rho = _sorted_for_support(x, axis)
+    tau = (np.cumsum(top, axis=-1) - 1) / rho
+    return np.moveaxis(np.maximum(z - _tau_at_support(tau, top), 0.0), -1, axis)
+
+
+def entmax(x, alpha, axis=-1):
+    """Alpha-entmax by the most exact way there is for this alpha."""
+    if alpha == 1.5:
+        return entmax15_exact(x, axis)
+    if alpha == 2:
+        return sparsemax_exact(x, axis)
+    return entmax_bisect(x, alpha, axis)
+
+
+def entmax_grad(x, dy, alpha, axis=-1, step=1e-5):
+    """Gradient by x of sum(dy * entmax(x)), by central differences.
+
+    Rows along `axis` do not touch each other, so one entry of every row is moved
+    at once.  No formula for the derivative is used.  Where an entry sits within
+    `step` of the support's edge the answer is only as good as the derivative is
+    continuous there (at alpha = 2 it jumps).  float64, x's shape.
+    """
+    x = np.moveaxis(np.asarray(x, dtype=np.float64), axis, -1)
+    dy = np.moveaxis(np.asarray(dy, dtype=np.float64), axis, -1)
+    grad = np.empty_like(x)
+    for j in range(x.shape[-1]):
+        shift = np.zeros(x.shape[-1])
+        shift[j] = step
+        change = entmax(x + shift, alpha) - entmax(x - shift, alpha)
+        grad[..., j] = (dy * change).sum(axis=-1) / (2 * step)
+    return np.moveaxis(grad, -1, axis)
+
+
+def _tsallis(p, alpha, axis):
+    """Omega(p) = (sum p^alpha - 1) / (alpha (alpha-1)); sum p log p at alpha = 1."""
+    if alpha == 1:
+        return np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=axis)
+    return (np.sum(p**alpha, axis=axis) - 1) / (alpha * (alpha - 1))
+
+
+def _dot(p, x, axis):
+    """sum p x, where no probability times a logit of -inf counts as 0."""
+    return np.sum(p * np.where(p > 0, x, 0.0), axis=axis)
+
+
+def entmax_loss(x, target_probs, alpha, axis=-1):
+    """Fenchel-Young loss of alpha-entmax (Blondel et al. 2020).
+
+    Omega*(x) + Omega(t) - <x, t>, with Omega*(x) = <p, x> - Omega(p) at
+    p = entmax(x).  At alpha = 1 that is KL(t || softmax(x)), which for a one-hot t
+    is the cross entropy.  Never negative, 0 just where p = t; its gradient by x is
+    p - t.  target_probs sums to 1 along axis.  float64, x's shape less axis.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    t = np.asarray(target_probs, dtype=np.float64)
+    p = entmax(x, alpha, axis)
+    conjugate = _dot(p, x, axis) - _tsallis(p, alpha, axis)
+    return conjugate + _tsallis(t, alpha, axis) - _dot(t, x, axis)
+
+
+def top_k_keep(x, k, axis=-1):
+    """bool mask, x's shape: exactly the k largest along axis, ties to the lower index."""
+    x = np.asarray(x, dtype=np.float64)
+    if not 0 <= k <= x.shape[axis]:
+        raise ValueError(f"k must lie in [0, {x.shape[axis]}], got {k}")
+    order = np.argsort(-x, axis=axis, kind="stable")
+    keep = np.zeros(x.shape, dtype=bool)
+    np.put_along_axis(keep, np.take(order, np.arange(k), axis=axis), True, axis=axis)
+    return keep
+
+
+# --------------------------------------------------------------------------
+# Random numbers and drawing
+# --------------------------------------------------------------------------
+
+# Published with Random123 for Threefry-2x32 of 20 rounds:
+# (key0, key1), (counter0, counter1), (output0, output1)
+THREEFRY2X32_VECTORS = (
+    ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+)
+
+
+def threefry2x32(key0, key1, counter0, counter1):
+    """Threefry-2x32 of 20 rounds (Salmon et al. 2011; Random123).
+
+    Integers in [0, 2^32), or arrays of them that broadcast together.  Returns two
+    uint32 arrays of the broadcast shape.
+    """
+    key0, key1, x0, x1 = np.broadcast_arrays(
+        *(np.asarray(word, dtype=np.uint32) for word in (key0, key1, counter0, counter1))
+    )
+    # uint32 arrays wrap around in silence, NumPy's scalars do not: keep arrays.
+    shape = x0.shape
+    key0, key1, x0, x1 = (np.atleast_1d(word) for word in (key0, key1, x0, x1))
+    keys = (key0, key1, key0 ^ key1 ^ np.uint32(0x1BD11BDA))
+    rotations = (13, 15, 26, 6, 17, 29, 16, 24)
+
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for i in range(20):
+        left = np.uint32(rotations[i % 8])
+        x0 = x0 + x1
+        x1 = ((x1 << left) | (x1 >> (np.uint32(32) - left))) ^ x0
+        if i % 4 == 3:  # the key goes in again after every fourth round
+            n = (i + 1) // 4
+            x0 = x0 + keys[n % 3]
+            x1 = x1 + keys[(n + 1) % 3] + np.uint32(n)
+    return x0.reshape(shape), x1.reshape(shape)
+
+
+def bits_to_uniform(bits):
+    """uint32 -> float64 in [0, 1): the upper 24 bits, each value exact in float32."""
+    return (np.asarray(bits, dtype=np.uint32) >> np.uint32(8)) * 2.0**-24
+
+
+def _first_past(weights, u):
+    """The first index whose running sum is more than u of the whole sum."""
+    running = np.cumsum(weights)
+    return int(np.argmax(running > u * running[-1]))
+
+
+def two_level_draw(weights_row, u1, u2, groups=64):
+    """Index drawn in proportion to weights_row [V], or -1 where none can be.
+
+    Inversion of the cumulative distribution in two steps: u1 in [0, 1) picks one of
+    the contiguous groups of ceil(V/groups) entries (the last may be shorter, and
+    there may be fewer groups), u2 in [0, 1) an entry of it.  At both steps the first
+    whose running sum is *more* than u of the whole is taken, so an entry of weight 0
+    is never drawn.  The weights need not sum to 1.  A negative or non-finite weight,
+    or no mass at all, gives -1.
+    """
+    if not (0 <= u1 < 1 and 0 <= u2 < 1):
+        raise ValueError(f"u1 and u2 must lie in [0, 1), got {u1} and {u2}")
+    weights = np.asarray(weights_row, dtype=np.float64)
+    if not np.all(np.isfinite(weights)) or np.any(weights < 0) or not np.any(weights > 0):
+        return -1
+    size = -(-len(weights) // groups)
+    parts = [weights[start : start + size] for start in range(0, len(weights), size)]
+    group = _first_past([part.sum() for part in parts], u1)
+    return group * size + _first_past(parts[group], u2)

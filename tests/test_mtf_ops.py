@@ -1,0 +1,658 @@
+"""gpt_neo_sampling.mtf_ops, on one device and on split meshes, against NumPy.
+
+Building a graph costs more than running it, so a test puts its cases into one.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+from conftest import MeshRunner, dims
+
+from gpt_neo_sampling._compat import mtf, tensorflow, tf
+from gpt_neo_sampling.mtf_ops import (
+    GROUPS,
+    counter_uniforms,
+    cwise_broadcast,
+    group_size,
+    grouped_draw,
+    import_rows,
+    import_seed,
+    row_index,
+    settle,
+    take,
+    threefry_2x32,
+    top_k,
+    write_at,
+)
+
+B, T, E, V = dims(batch=4, time=2, embd=6, vocab=16)
+FULL = MeshRunner("x:2,y:2,z:2", "batch:x,vocab:y,embd:z")
+LAYOUTS = (
+    MeshRunner(),
+    MeshRunner("x:4", "vocab:x"),
+    FULL,
+    MeshRunner("x:2,y:2,z:2", "time:x,vocab:y,embd:z"),
+    MeshRunner("x:2,y:2", "batch:x,time:y"),
+)
+
+
+def imp(mesh, value, *shape):
+    return mtf.import_tf_tensor(mesh, value, mtf.Shape(shape))
+
+
+@pytest.fixture(params=LAYOUTS, ids=str)
+def runner(request):
+    return request.param
+
+
+# --- Look-ups -----------------------------------------------------------------
+
+
+def np_take(x, indices):
+    """x [V, …] at indices: zeros for an index outside it."""
+    inside = (indices >= 0) & (indices < len(x))
+    found = x[np.where(inside, indices, 0)]
+    found[~inside] = 0
+    return found
+
+
+def np_scatter(dy, indices, size):
+    """What np_take's gradient is: rows of dy added where they were looked up."""
+    dx = np.zeros((size, *dy.shape[indices.ndim :]))
+    for at in np.ndindex(indices.shape):
+        if 0 <= indices[at] < size:
+            dx[indices[at]] += dy[at]
+    return dx
+
+
+# Inside, repeated, at both ends, and outside on both sides.
+INDICES = np.array([[0, 3], [15, 3], [-1, 7], [16, 2**30]], np.int32)
+
+
+def test_take(runner):
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(16, 6)).astype(np.float32)
+    stacked = rng.normal(size=(4, 16, 6)).astype(np.float32)
+    big = rng.integers(2**24, 2**31, size=(4, 16)).astype(np.int32)
+    half = table.astype(np.float16)
+
+    def build(mesh, table, stacked, big, half, indices):
+        i = imp(mesh, indices, B, T)
+        first = imp(mesh, indices[:, 0], B)
+        return [
+            take(imp(mesh, table, V, E), i, V),
+            take(imp(mesh, tf.transpose(table), E, V), imp(mesh, tf.cast(tf.transpose(indices), tf.int64), T, B), V),
+            take(imp(mesh, table, V, E), mtf.constant(mesh, 3, mtf.Shape([]), tf.int32), V),
+            # Dims that both have are matched, wherever they stand.
+            take(imp(mesh, stacked, B, V, E), i, V),
+            take(imp(mesh, tf.transpose(stacked, [2, 1, 0]), E, V, B), i, V),
+            take(imp(mesh, stacked, B, V, E), first, V),
+            take(imp(mesh, big, B, V), i, V),
+            take(imp(mesh, big, B, V), first, V),
+            take(imp(mesh, half, V, E), i, V),
+        ]
+
+    got = runner(build, table, stacked, big, half, INDICES)
+    matched = np.stack([np_take(x, i) for x, i in zip(stacked, INDICES)])
+    integers = np.stack([np_take(x, i) for x, i in zip(big, INDICES)])
+    want = [
+        np_take(table, INDICES),
+        np_take(table, INDICES.T),
+        table[3],
+        matched,
+        matched,
+        matched[:, 0],
+        integers,
+        integers[:, 0],
+        np_take(half, INDICES),
+    ]
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        np.testing.assert_array_equal(g, w)
+    inside = np.clip(INDICES, 0, 15)
+    np.testing.assert_array_equal(got[0][:2], np.take(table, inside, axis=0)[:2])
+
+
+def test_take_reads_only_what_it_looks_up(runner):
+    table = np.arange(96, dtype=np.float32).reshape(16, 6)
+    table[5], table[6] = np.nan, np.inf
+    indices = np.array([[4, 7], [5, 0], [-1, 16], [15, 15]], np.int32)
+    got = runner(lambda m, x, i: take(imp(m, x, V, E), imp(m, i, B, T), V), table, indices)
+    np.testing.assert_array_equal(got, np_take(table, indices))
+    assert np.isnan(got).sum() == E.size
+
+
+def test_take_gradient(runner):
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=(16, 6)).astype(np.float32)
+    stacked = rng.normal(size=(4, 16, 6)).astype(np.float32)
+    dy = rng.normal(size=(4, 2, 6)).astype(np.float32)
+    indices = np.array([[0, 3], [15, 15], [-1, 3], [16, 3]], np.int32)
+
+    def build(mesh, table, stacked, dy, indices):
+        i, dy = imp(mesh, indices, B, T), imp(mesh, dy, B, T, E)
+        outs = []
+        for x, v in (
+            (imp(mesh, table, V, E), imp(mesh, table, V, E)),
+            (imp(mesh, stacked, B, V, E), imp(mesh, stacked, B, V, E)),
+            (imp(mesh, tf.transpose(stacked, [2, 1, 0]), E, V, B), imp(mesh, stacked, B, V, E)),
+        ):
+            dx = mtf.gradients([mtf.reduce_sum(take(x, i, V) * dy)], [x])[0]
+            outs += [dx, mtf.gradients([mtf.reduce_sum(dx * v)], [dy])[0]]
+        return outs
+
+    got = runner(build, table, stacked, dy, indices)
+    shared = np.stack([np_scatter(d, i, 16) for d, i in zip(dy, indices)])
+    looked_up = np.stack([np_take(x, i) for x, i in zip(stacked, indices)])
+    want = [
+        np_scatter(dy, indices, 16),
+        np_take(table, indices),
+        shared,
+        looked_up,
+        shared.transpose(2, 1, 0),
+        looked_up,
+    ]
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
+
+
+def test_take_has_no_gradient_for_integers():
+    def build(mesh):
+        x = mtf.range(mesh, V, tf.int32)
+        y = mtf.cast(take(x, mtf.zeros(mesh, [B], tf.int32), V), tf.float32)
+        assert mtf.gradients([mtf.reduce_sum(y)], [x]) == [None]
+        return y
+
+    np.testing.assert_array_equal(MeshRunner()(build), np.zeros(4))
+
+
+def test_take_errors():
+    def build(mesh, dim, *shape):
+        return take(mtf.zeros(mesh, [V, E]), mtf.zeros(mesh, list(shape), tf.int32), dim)
+
+    with pytest.raises(ValueError, match="batch.*not among.*vocab"):
+        MeshRunner()(lambda m: build(m, B, T))
+    with pytest.raises(ValueError, match="indices cannot have it"):
+        MeshRunner()(lambda m: build(m, V, T, V))
+    with pytest.raises(ValueError, match="splits both vocab and time along mesh axis x"):
+        MeshRunner("x:2", "vocab:x,time:x")(lambda m: build(m, V, B, T))
+
+
+def test_write_at(runner):
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(4, 16, 6)).astype(np.float32)
+    x[0, 3] = np.nan  # is written over; a NaN elsewhere stays where it is
+    x[1, 0, 0] = np.nan
+    value = rng.normal(size=(4, 6)).astype(np.float32)
+    position = np.array([3, 15, -1, 16], np.int32)
+
+    def build(mesh, x, value, position):
+        x, p = imp(mesh, x, B, V, E), imp(mesh, position, B)
+        return [
+            write_at(x, imp(mesh, value, B, E), p, V),
+            write_at(x, imp(mesh, value[:, 0], B), mtf.constant(mesh, 2, mtf.Shape([]), tf.int32), V),
+            write_at(mtf.cast(x, tf.bfloat16), mtf.constant(mesh, 7, mtf.Shape([]), tf.bfloat16), p, V),
+            write_at(mtf.zeros(mesh, [V, B], tf.int32), p + 2**30, p, V),
+        ]
+
+    got = runner(build, x, value, position)
+    want = [x.copy(), x.copy(), x.astype(got[2].dtype), np.zeros((16, 4), np.int32)]
+    want[1][:, 2] = value[:, :1]
+    for row, at in ((0, 3), (1, 15)):
+        want[0][row, at] = value[row]
+        want[2][row, at] = 7
+        want[3][at, row] = at + 2**30
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        np.testing.assert_array_equal(g, w)
+
+
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "batch:x,vocab:y")], ids=str)
+def test_settle_in_a_loop(runner):
+    """A sum that mtf has put off, carried into, through and around a loop."""
+    x = np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)
+
+    def build(mesh, x):
+        x = imp(mesh, x, B, V)
+        total = settle(mtf.reduce_sum(x, reduced_dim=V))
+
+        def body(i, y):
+            return i + 1, settle(mtf.einsum([x, x, y], output_shape=[B]) * 0.1 + total)
+
+        zero = mtf.zeros(mesh, [], tf.int32)
+        return mtf.while_loop(lambda i, y: mtf.less(i, 3), body, [zero, settle(mtf.reduce_sum(x * x, reduced_dim=V))])[1]
+
+    want, total = (x.astype(float) ** 2).sum(1), x.astype(float).sum(1)
+    for _ in range(3):
+        want = (x.astype(float) ** 2).sum(1) * want * 0.1 + total
+    np.testing.assert_allclose(runner(build, x), want, rtol=1e-5)
+
+
+# --- Rows and options ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "a:x,c:y")], ids=str)
+def test_row_index(runner):
+    a, b, c = dims(a=2, b=3, c=4)
+    got = runner(lambda m: [row_index(m, [a, b, c]), row_index(m, [c]), row_index(m, [])])
+    assert all(g.dtype == np.int32 for g in got)
+    np.testing.assert_array_equal(got[0], np.arange(24).reshape(2, 3, 4))
+    np.testing.assert_array_equal(got[1], np.arange(4))
+    np.testing.assert_array_equal(got[2], 0)
+
+
+def test_import_rows():
+    a, b = dims(a=2, b=3)
+    rows = [a, b]
+    values = np.arange(6.0).reshape(2, 3)
+
+    def build(mesh, held):
+        def one(value, dtype=tf.float32):
+            return import_rows(mesh, value, dtype, rows, "knob")
+
+        column = mtf.range(mesh, b, tf.int32)
+        assert one(column, tf.int32) is column
+        return [
+            one(0.5),
+            one(np.float64(0.5)),
+            one(values),
+            one(values.tolist()),
+            one(held),
+            one(column),
+            one(mtf.constant(mesh, 2, mtf.Shape([]), tf.int32)),
+            one(values, tf.int32),
+        ]
+
+    got = MeshRunner("x:2", "a:x")(build, values.astype(np.float32))
+    want = [0.5, 0.5, values, values, values, np.arange(3), 2, values]
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    assert [g.dtype for g in got] == [np.float32] * 7 + [np.int32]
+
+
+def test_import_rows_errors():
+    a, b, c = dims(a=2, b=3, c=2)
+    mesh = mtf.Mesh(mtf.Graph(), "mesh")
+    with tf.Graph().as_default():
+        # One a row means the shape of the rows: nothing is broadcast or transposed.
+        for value in (np.zeros(2), np.zeros(3), np.zeros((3, 2)), np.zeros((1, 3)), [[1, 2]], tf.zeros([2, 3, 1])):
+            with pytest.raises(ValueError, match=r"knob has shape \[.*one value, or one a row"):
+                import_rows(mesh, value, tf.float32, [a, b], "knob")
+        for shape in ([c], [a, c], [mtf.Dimension("a", 3)]):
+            with pytest.raises(ValueError, match="knob has shape .* among those of the rows"):
+                import_rows(mesh, mtf.zeros(mesh, shape), tf.float32, [a, b], "knob")
+
+
+# --- Random numbers -----------------------------------------------------------
+
+
+def words(rng, n):
+    """n random 32-bit words as int32, the extremes among them."""
+    out = rng.integers(-(2**31), 2**31, n)
+    out[:4] = 0, -1, 2**31 - 1, -(2**31)
+    return out.astype(np.int32)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_threefry(jit):
+    rng = np.random.default_rng(4)
+    vectors = np.array([[*key, *counter] for key, counter, _ in reference.THREEFRY2X32_VECTORS], np.uint32)
+    published = np.array([out for *_, out in reference.THREEFRY2X32_VECTORS], np.uint32)
+    inputs = np.concatenate([vectors, rng.integers(0, 2**32, (1000, 4), dtype=np.uint32)])
+
+    @tensorflow.function(jit_compile=jit)
+    def run(k0, k1, c0, c1):
+        return threefry_2x32((k0, k1), (c0, c1))
+
+    got = np.stack([out.numpy() for out in run(*[tensorflow.constant(column) for column in inputs.T])], -1)
+    np.testing.assert_array_equal(got[: len(published)], published)
+    np.testing.assert_array_equal(got, np.stack(reference.threefry2x32(*inputs.T), -1))
+
+
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "batch:x,samples:y")], ids=str)
+def test_counter_uniforms(runner):
+    b, s = dims(batch=64, samples=6)
+    rng = np.random.default_rng(5)
+    seed, stream, step, sample = words(rng, 64), words(rng, 64), words(rng, 64), words(rng, 6)
+
+    def build(mesh, seed, stream, step, sample):
+        per_row = [imp(mesh, x, b) for x in (seed, stream, step)]
+        scalar = [imp(mesh, x[7]) for x in (seed, stream, step)]
+        return [
+            *counter_uniforms(*per_row, imp(mesh, sample, s)),
+            *counter_uniforms(*per_row),
+            *counter_uniforms(scalar[0], per_row[1], scalar[2], imp(mesh, sample, s)),
+            *counter_uniforms(*scalar),
+        ]
+
+    got = runner(build, seed, stream, step, sample)
+    c = (slice(None), None)
+    bits = [
+        *reference.threefry2x32(*(x.view(np.uint32) for x in (seed[c], stream[c], step[c], sample[None]))),
+        *reference.threefry2x32(*(x.view(np.uint32) for x in (seed, stream, step)), 0),
+        *reference.threefry2x32(
+            seed[7:8].view(np.uint32), stream[c].view(np.uint32), step[7:8].view(np.uint32), sample[None].view(np.uint32)
+        ),
+        *(x[0] for x in reference.threefry2x32(*(x[7:8].view(np.uint32) for x in (seed, stream, step)), 0)),
+    ]
+    for g, w in zip(got, bits, strict=True):
+        assert g.dtype == np.float32
+        np.testing.assert_array_equal(g.astype(np.float64), reference.bits_to_uniform(w))
+    assert got[0].min() >= 0 and got[0].max() < 1
+
+
+def test_import_seed_values():
+    a = dims(a=2)
+
+    def build(mesh):
+        seeds = [0, -1, 2**32 - 1, 2**31, -(2**31), np.int64(7), np.uint32(2**32 - 2), [3, -4]]
+        return [import_seed(mesh, s, a) for s in seeds]
+
+    got = MeshRunner()(build)
+    assert all(g.dtype == np.int32 for g in got)
+    assert [g.tolist() for g in got] == [0, -1, -1, -(2**31), -(2**31), 7, -2, [3, -4]]
+
+
+@pytest.mark.parametrize("seed", [2**32, -(2**31) - 1, 10**30])
+def test_import_seed_out_of_range(seed):
+    with tf.Graph().as_default(), pytest.raises(ValueError, match=rf"seed={seed} is out of range"):
+        import_seed(mtf.Mesh(mtf.Graph(), "mesh"), seed)
+
+
+def test_import_seed_of_wrong_shape():
+    with tf.Graph().as_default(), pytest.raises(ValueError, match="seed has shape"):
+        import_seed(mtf.Mesh(mtf.Graph(), "mesh"), [1, 2, 3], dims(a=2))
+
+
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:4", "shard:x"), MeshRunner("x:2,y:2", "shard:x")], ids=str)
+def test_fresh_seed(runner):
+    """None: another seed at each run and each time round a loop, on every processor the same.
+
+    A false alarm, two of the 18 seeds being equal, has probability 153 / 2**32 = 4e-8.
+    """
+    shard, steps = dims(shard=4, steps=4)
+
+    def build(mesh):
+        def body(i, seen):
+            fresh = settle(mtf.broadcast(import_seed(mesh, None), [shard]))
+            return i + 1, write_at(seen, fresh, i, steps)
+
+        start = [mtf.zeros(mesh, [], tf.int32), mtf.zeros(mesh, [shard, steps], tf.int32)]
+        looped = mtf.while_loop(lambda i, _: mtf.less(i, steps.size), body, start)[1]
+        return [mtf.broadcast(import_seed(mesh, None), [shard]) for _ in range(2)] + [looped]
+
+    seen = []
+    for first, second, looped in runner(build, times=3):
+        by_shard = np.concatenate([first[:, None], second[:, None], looped], 1)
+        np.testing.assert_array_equal(by_shard, by_shard[:1].repeat(4, 0))
+        seen += by_shard[0].tolist()
+    assert len(set(seen)) == len(seen) == 18
+    # All 32 bits are in use: some high ones set, and some clear.
+    assert np.any(np.abs(np.array(seen, np.int64)) >= 2**28) and len({s & 0xFF for s in seen}) > 6
+
+
+# --- Largest entries ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "runner", [MeshRunner(), MeshRunner("x:4", "vocab:x"), MeshRunner("x:2,y:2", "batch:x,vocab:y")], ids=str
+)
+def test_top_k(runner):
+    """In order, ties to the lower index, on rows of distinct, equal and masked values."""
+    rng = np.random.default_rng(6)
+    low = np.finfo(np.float32).min
+    x = np.stack(
+        [
+            rng.permutation(16),
+            rng.integers(0, 3, 16),
+            np.zeros(16),
+            np.where(np.arange(16) == 9, 1.0, low),
+            np.where(np.arange(16) % 5 == 2, rng.normal(size=16), low),
+            np.full(16, low),
+            np.where(np.arange(16) == 3, 0.0, -1e10),
+            np.where(np.arange(16) % 3 == 0, -np.inf, 1e30),
+        ]
+    ).astype(np.float32)
+    b = mtf.Dimension("batch", len(x))
+    sizes = (1, 2, 3, 4, 5, 8, 16)
+
+    def build(mesh, x):
+        outs = []
+        for k in sizes:
+            k_dim = mtf.Dimension("top_k", k)
+            outs += top_k(imp(mesh, x, b, V), V, k_dim)
+            outs += top_k(imp(mesh, tf.transpose(x), V, b), V, k_dim)
+        return outs
+
+    got = runner(build, x)
+    order = np.argsort(-x.astype(np.float64), axis=1, kind="stable").astype(np.int32)
+    for n, k in enumerate(sizes):
+        for values, indices in (got[4 * n : 4 * n + 2], got[4 * n + 2 : 4 * n + 4]):
+            np.testing.assert_array_equal(indices, order[:, :k])
+            np.testing.assert_array_equal(values, np.take_along_axis(x, order[:, :k], 1))
+
+
+# --- Draws --------------------------------------------------------------------
+
+
+def uniforms(rng, *shape):
+    """Multiples of 2**-24 in [0, 1), as float32, both ends among them."""
+    u = rng.integers(0, 2**24, shape)
+    u.flat[:2] = 0, 2**24 - 1
+    return (u * 2.0**-24).astype(np.float32)
+
+
+def expected(weights, u1, u2):
+    """reference.two_level_draw, row by row; u [rows] or [rows, samples]."""
+    draw = np.vectorize(reference.two_level_draw, signature="(v),(),()->()")
+    if u1.ndim == 2:
+        weights = weights[:, None]
+    return draw(weights.astype(np.float64), u1, u2)
+
+
+def draw_all(cases, runner=None):
+    """grouped_draw of each (weights [rows, V], u1, u2), in one graph.
+
+    u is [rows], or [rows, samples] for many draws from a row.
+    """
+    flat = [array for case in cases for array in case]
+
+    def build(mesh, *holders):
+        outs = []
+        for w, u1, u2 in zip(holders[::3], holders[1::3], holders[2::3]):
+            b, v = dims(batch=w.shape[0], vocab=w.shape[1])
+            s = None if len(u1.shape) == 1 else mtf.Dimension("samples", u1.shape.as_list()[1])
+            rows = [b] if s is None else [b, s]
+            outs.append(grouped_draw(imp(mesh, w, b, v), imp(mesh, u1, *rows), imp(mesh, u2, *rows), v, s))
+        return outs
+
+    return (runner or MeshRunner())(build, *flat)
+
+
+def sparse_weights(rng, rows, size):
+    """Likelihoods of Gaussian logits, small integers and mostly zeros, a third of the rows each."""
+    w = np.exp(2 * rng.normal(size=(rows, size)))
+    w[1::3] = rng.integers(0, 16, w[1::3].shape)
+    w[2::3] *= rng.random(w[2::3].shape) < 0.05
+    w[:, -1] = np.maximum(w[:, -1], 0.25)  # no row without mass
+    return w.astype(np.float32)
+
+
+SPLITS = (
+    MeshRunner("x:2", "vocab:x"),
+    MeshRunner("x:4", "vocab:x"),
+    MeshRunner("x:8", "vocab:x"),
+    MeshRunner("x:2,y:4", "batch:x,vocab:y"),
+    MeshRunner("x:2", "batch:x"),
+)
+
+
+def test_draw_is_the_reference_on_every_layout():
+    """4,096 rows, index by index: against float64, and bit for bit between layouts."""
+    rng = np.random.default_rng(7)
+    case = sparse_weights(rng, 4096, 256), uniforms(rng, 4096), uniforms(rng, 4096)
+    (single,) = draw_all([case])
+    assert single.dtype == np.int32
+    np.testing.assert_array_equal(single, expected(*case))
+    assert np.all(np.take_along_axis(case[0], single[:, None], 1) > 0)
+    for runner in SPLITS:
+        np.testing.assert_array_equal(draw_all([case], runner)[0], single, err_msg=repr(runner))
+
+
+def test_draw_where_the_layout_cuts_groups():
+    """130 entries make groups of 3, and 65 lie on a shard; 72 make groups of 2, and 9 lie on one of 8."""
+    rng = np.random.default_rng(8)
+    assert group_size(130) == 3 and group_size(72) == 2
+    cases = [(sparse_weights(rng, 1024, size), uniforms(rng, 1024), uniforms(rng, 1024)) for size in (130, 72)]
+    many = sparse_weights(rng, 8, 130), uniforms(rng, 8, 100), uniforms(rng, 8, 100)
+    want = [expected(*case) for case in (*cases, many)]
+    for g, w in zip(draw_all([*cases, many], MeshRunner("x:2", "vocab:x")), want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    (got,) = draw_all([cases[1]], MeshRunner("x:8", "vocab:x"))
+    np.testing.assert_array_equal(got, want[1])
+
+
+def test_draw_from_every_small_vocabulary():
+    """1 to 70 entries: from one group of one entry to 35 groups of two."""
+    rng = np.random.default_rng(9)
+    cases = [(sparse_weights(rng, 40, size), uniforms(rng, 40), uniforms(rng, 40)) for size in range(1, 71)]
+    for case, got in zip(cases, draw_all(cases), strict=True):
+        np.testing.assert_array_equal(got, expected(*case), err_msg=f"{case[0].shape[1]} entries")
+
+
+def test_many_draws_are_the_single_draws():
+    """samples_dim takes other code paths for few and for many samples: the same draws."""
+    rng = np.random.default_rng(10)
+    w = sparse_weights(rng, 8, 256)
+    cases, want = [], []
+    for n in (1, 2, GROUPS, GROUPS + 1, 300):
+        u1, u2 = uniforms(rng, 8, n), uniforms(rng, 8, n)
+        cases += [(w, u1, u2), (w.repeat(n, 0), u1.reshape(-1), u2.reshape(-1))]
+        want.append(expected(w, u1, u2))
+    for runner in (MeshRunner(), MeshRunner("x:2,y:4", "batch:x,vocab:y")):
+        got = draw_all(cases, runner)
+        for many, single, right in zip(got[::2], got[1::2], want, strict=True):
+            np.testing.assert_array_equal(many, right)
+            np.testing.assert_array_equal(single.reshape(many.shape), right)
+
+
+def test_draw_with_samples_split():
+    rng = np.random.default_rng(11)
+    case = sparse_weights(rng, 4, 128), uniforms(rng, 4, 8), uniforms(rng, 4, 8)
+    (got,) = draw_all([case], MeshRunner("x:2,y:2", "samples:x,vocab:y"))
+    np.testing.assert_array_equal(got, expected(*case))
+    # Along one mesh axis no processor has all that a draw needs: an error, not another index.
+    with pytest.raises(ValueError, match="samples"):
+        draw_all([case], MeshRunner("x:2", "samples:x,vocab:x"))
+
+
+def test_weight_0_is_never_drawn():
+    """At both ends of the uniforms' range, and for zeros at the ends of groups and of the row."""
+    rng = np.random.default_rng(12)
+    w = sparse_weights(rng, 512, 256)
+    w[:, :5], w[:, 8:12], w[:, -6:] = 0, 0, 0
+    w[::2, rng.permutation(256)[:128]] = 0
+    w[np.arange(512), rng.integers(12, 250, 512)] = 1
+    lone = np.eye(64, 256, k=100, dtype=np.float32) * 0.25  # one entry, a mass below 1
+    ends = np.array([0, 1 - 2.0**-24], np.float32)
+    cases = [(w, np.full(512, a, np.float32), np.full(512, b, np.float32)) for a, b in itertools.product(ends, ends)]
+    cases.append((w, *(uniforms(rng, 512, 200) for _ in range(2))))
+    cases.append((lone, *(uniforms(rng, 64, 200) for _ in range(2))))
+    for (weights, u1, u2), got in zip(cases, draw_all(cases), strict=True):
+        columns = got.reshape(len(weights), -1)
+        assert columns.min() >= 0
+        assert np.all(np.take_along_axis(weights, columns, 1) > 0)
+        if u1.ndim == 1:
+            np.testing.assert_array_equal(got, expected(weights, u1, u2))
+    np.testing.assert_array_equal(got, np.broadcast_to(100 + np.arange(64)[:, None], got.shape))
+
+
+def test_draw_at_every_scale():
+    """From the smallest normal float32 to the largest, where plain sums under- or overflow."""
+    rng = np.random.default_rng(13)
+    base = rng.integers(0, 16, (600, 130)).astype(np.float32)
+    base[:, 70] = 9
+    cases = [(base * np.float32(2.0**e), uniforms(rng, 600), uniforms(rng, 600)) for e in (-126, -100, 0, 100, 124)]
+    real = 0.1 + 0.9 * rng.random((600, 130))
+    for scale in (1.2e-37, 3e-30, 1.0, 3e38):
+        cases.append(((real * scale).astype(np.float32), uniforms(rng, 600), uniforms(rng, 600)))
+    # All magnitudes in one row. (A group 2**127 below the largest may go unseen by a
+    # uniform of exactly 0, which has a use for it once in 2**24.)
+    mixed = 10 ** rng.uniform(-37.9, 38.4, (600, 130))
+    cases.append((mixed.astype(np.float32), *(np.maximum(uniforms(rng, 600), np.float32(2**-24)) for _ in range(2))))
+    for case, got in zip(cases, draw_all(cases), strict=True):
+        assert np.isfinite(case[0]).all()
+        np.testing.assert_array_equal(got, expected(*case))
+
+
+def test_draw_in_other_dtypes_and_dims():
+    """bfloat16 and float16 weights are summed in float32; dim may stand anywhere."""
+    rng = np.random.default_rng(14)
+    p, q, v = dims(p=4, q=50, vocab=512)
+    w = rng.random((4, 50, 512)).astype(np.float32)
+    u1, u2 = uniforms(rng, 4, 50), uniforms(rng, 4, 50)
+
+    def build(mesh, w, u1, u2):
+        u1, u2 = imp(mesh, u1, p, q), imp(mesh, u2, p, q)
+        x = imp(mesh, w, p, q, v)
+        orders = [mtf.transpose(x, order) for order in ([p, v, q], [v, p, q], [p, q, v])]
+        halves = [mtf.cast(x, dtype) for dtype in (tf.bfloat16, tf.float16)]
+        rounded = [mtf.cast(half, tf.float32) for half in halves]
+        return rounded + [grouped_draw(x, u1, u2, v) for x in orders + halves]
+
+    for runner in (MeshRunner(), MeshRunner("x:2,y:4", "p:x,vocab:y")):
+        *rounded, a, b, c, bfloat16, float16 = runner(build, w, u1, u2)
+        want = [expected(x.reshape(200, 512), u1.reshape(-1), u2.reshape(-1)).reshape(4, 50) for x in (w, *rounded)]
+        for got in (a, b, c):
+            np.testing.assert_array_equal(got, want[0])
+        np.testing.assert_array_equal(bfloat16, want[1])
+        np.testing.assert_array_equal(float16, want[2])
+        assert np.any(want[1] != want[0])  # the rounding shows
+
+
+INVALID = {1: (9, np.nan), 3: (77, -1.0), 4: (0, np.inf), 6: (129, -np.inf)}
+
+
+@pytest.mark.parametrize("samples", [None, 3, 90])
+def test_invalid_rows(samples):
+    """−1, and only for the rows that are."""
+    rng = np.random.default_rng(15)
+    w = 0.1 + rng.random((10, 130)).astype(np.float32)
+    for row, (column, value) in INVALID.items():
+        w[row, column] = value
+    w[7] = 0  # no mass
+    w[8, :64] = -0.0  # no weight, yet not negative
+    shape = (10,) if samples is None else (10, samples)
+    wide = np.pad(w, [(0, 0), (0, 126)])
+    u1, u2 = uniforms(rng, *shape), uniforms(rng, *shape)
+    want = expected(w, u1, u2)
+    bad = sorted([*INVALID, 7])
+    assert np.all(want[bad] == -1) and np.all(np.delete(want, bad, 0) >= 0)
+    # The second cuts groups, the third does not.
+    np.testing.assert_array_equal(draw_all([(w, u1, u2)])[0], want)
+    np.testing.assert_array_equal(draw_all([(w, u1, u2)], MeshRunner("x:2,y:2", "batch:x,vocab:y"))[0], want)
+    wide_want = expected(wide, u1, u2)
+    np.testing.assert_array_equal(draw_all([(wide, u1, u2)], MeshRunner("x:2,y:4", "batch:x,vocab:y"))[0], wide_want)
+
+
+def test_draw_checks_its_uniforms():
+    def build(mesh, *shape):
+        right = mtf.zeros(mesh, [B])
+        return grouped_draw(mtf.ones(mesh, [B, V]), right, mtf.zeros(mesh, list(shape)), V)
+
+    for shape in ([], [T], [B, T], [V]):
+        with pytest.raises(ValueError, match="uniforms of shape"):
+            MeshRunner()(lambda m, shape=shape: build(m, *shape))
+
+
+def test_cwise_broadcast_aligns_by_name(runner):
+    a, b, c = (np.arange(float(n)).astype(np.float32) for n in (4 * 6, 16, 6 * 16))
+
+    def build(mesh, a, b, c):
+        xs = [imp(mesh, a, B, E), imp(mesh, b, V), imp(mesh, c, E, V)]
+        return cwise_broadcast(lambda a, b, c: a + 2 * b - c, xs, [V, B, E])
+
+    want = a.reshape(1, 4, 6) + 2 * b.reshape(16, 1, 1) - c.reshape(6, 16).T[:, None]
+    np.testing.assert_array_equal(runner(build, a.reshape(4, 6), b, c.reshape(6, 16)), want)
