@@ -121,3 +121,9 @@ def quiet_logging():
         yield
     finally:
         logger.setLevel(level)
+
+
+def probe_devices():
+    """Has TensorFlow look for its devices, which it does once and not in silence."""
+    with quiet_stderr():
+        tensorflow.config.list_physical_devices()

@@ -22,9 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_neo_sampling._compat import quiet_logging, tf
-
-ATTENTION_TYPES = ("global", "local", "linear", "none")
-LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
+from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types
 
 _ALLOWED = (
     "allowed: a GPT-Neo mesh-TF checkpoint (a JSON config, model.ckpt-N.index, model.ckpt-N.data-*) "
@@ -64,12 +62,6 @@ _LAYER = _NORM_1 + _ATTENTION + _NORM_2_AND_MLP
 _OPTIMIZER_STATE = re.compile(r".*(/adam_[mv]|/v[rc]|_slot_(vr|vc|v|m))|(gpt2/)?global_step")
 _HF_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")
 
-# Options of GPT-Neo that give a model other variables than the ones above.
-_OTHER_VARIABLES = (
-    "axial_pos_emb", "fixed_pos_emb", "macaron", "mlp_glu", "moe_layers",
-    "no_weight_tie", "num_mem_kv", "rezero", "scalenorm", "share_parameters",
-)  # fmt: skip
-
 
 class CheckpointError(ValueError):
     """A folder that cannot be read as a model; the message is one line."""
@@ -79,36 +71,6 @@ class CheckpointError(ValueError):
 
 
 # ------------------------------------------------------------------ public
-
-
-def expand_attention_types(nested, n_layer):
-    """GPT-Neo's `[[[types…], repeats], …]` as a list of one type a layer.
-
-    `[[["global", "local"], 2]]` gives global, local, global, local.
-
-    Args:
-      nested: the config's list. One that names a type a layer already, as this
-        function returns it, is taken too.
-      n_layer: int, the number of layers that it must come to.
-
-    Returns:
-      a list of n_layer strings, each "global", "local", "linear" or "none".
-
-    Raises:
-      CheckpointError: for a list of another form, an unknown type, or another
-        number of layers.
-    """
-    groups = [([entry], 1) if isinstance(entry, str) else entry for entry in _as_list(nested)]
-    if not groups or not all(len(_as_list(g)) == 2 and _as_list(g[0]) and _is_int(g[1]) for g in groups):
-        shown = repr(nested)[:80]
-        raise CheckpointError(f"attention_types is {shown}; allowed: [[[types…], repeats], …]")
-    unknown = [t for types, _ in groups for t in types if t not in ATTENTION_TYPES]
-    if unknown:
-        raise CheckpointError(f"attention_types has {unknown[0]!r}; allowed: {', '.join(ATTENTION_TYPES)}")
-    count = sum(len(types) * repeats for types, repeats in groups)
-    if count != n_layer or any(repeats < 0 for _, repeats in groups):
-        raise CheckpointError(f"attention_types names {count} layers, but n_layer is {n_layer}")
-    return [t for types, repeats in groups for _ in range(repeats) for t in types]
 
 
 def variable_shapes(params):
@@ -124,7 +86,7 @@ def variable_shapes(params):
       a dict from name, without the scope `gpt2/`, to shape, a tuple of ints.
 
     Raises:
-      CheckpointError: see `expand_attention_types`.
+      ValueError: see `models.gpt2.expand_attention_types`.
     """
     n_embd = params["n_embd"]
     shapes = {"wte": (params["n_vocab"], n_embd)}
@@ -539,7 +501,7 @@ def _hugging_face_params(config, config_file):
     if config.get("attention_types") is not None:
         try:
             nested = expand_attention_types(config["attention_types"], params["n_layer"])
-        except CheckpointError as e:
+        except ValueError as e:
             raise CheckpointError(f"{config_file}: {e}") from None
         if nested != types:
             raise CheckpointError(f"{config_file}: attention_types and attention_layers do not say the same")
@@ -721,13 +683,8 @@ def _check_sizes(params, source, names=None):
         )
     try:
         return expand_attention_types(params["attention_types"], params["n_layer"])
-    except CheckpointError as e:
+    except ValueError as e:
         raise CheckpointError(f"{source}: {e}") from None
-
-
-def _as_list(value):
-    """A list or tuple as it is; anything else, a string among it, as []."""
-    return value if isinstance(value, (list, tuple)) else []
 
 
 def _compare(source, expected, found, params):
@@ -747,7 +704,7 @@ def _compare(source, expected, found, params):
     ]
     if not problems:
         return
-    options = [f"{option}={params[option]!r}" for option in _OTHER_VARIABLES if params.get(option)]
+    options = [f"{option}={params[option]!r}" for option in UNSUPPORTED_OPTIONS if params.get(option)]
     hint = f" (the config sets {', '.join(options)}, which is not supported)" if options else ""
     raise CheckpointError(f"{source}: the variables are not those of the config{hint}: {'; '.join(problems)}")
 

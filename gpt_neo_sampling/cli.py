@@ -67,8 +67,6 @@ def _generate(args):
     seed = args.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-        if args.temperature != 0:
-            print(f"seed {seed}", file=sys.stderr)
     generator = TextGenerator.from_pretrained(args.model)
     samples = generator.generate(
         prompts,
@@ -79,6 +77,8 @@ def _generate(args):
         seed=seed,
         num_return_sequences=args.num_samples,
     )
+    if args.seed is None and args.temperature != 0:
+        print(f"seed {seed}", file=sys.stderr)
     if args.json:
         _write(json.dumps({"samples": [dataclasses.asdict(s) for s in samples]}) + "\n")
         return

@@ -8,7 +8,7 @@ import secrets
 
 import numpy as np
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, quiet_logging, quiet_stderr, tf
+from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
 from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
@@ -18,6 +18,7 @@ DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 64
 MAX_BATCH = 32  # rows of one graph; a larger request goes through in parts
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
+LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 SHORTEST = 32  # positions of the smallest graph
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 
@@ -335,6 +336,8 @@ class TextGenerator:
         if len(self._programs) >= MAX_PROGRAMS:
             self.close()  # nodes cannot be taken out of a graph, only the graph dropped
         first = self._session is None
+        if first:
+            probe_devices()
         graph = tf.Graph() if first else self._session.graph
         with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
             program = _Program(key, self.params, self._mesh_impl)
@@ -352,14 +355,21 @@ class TextGenerator:
         return program
 
     def _load_weights(self, session):
-        """Fills the variables of the session's graph, one tensor at a time."""
+        """Fills the variables of the session's graph, a few megabytes at a time."""
         variables = {v.op.name.removeprefix("gpt2/"): v for v in tf.global_variables()}
         missing = sorted(set(variables) ^ set(self.checkpoint.names()))
         if missing:
             raise CheckpointError(f"{self.checkpoint.folder}: model and checkpoint differ in {', '.join(missing[:5])}")
-        for name, v in variables.items():
-            # the initial value is fed, so none is computed first
-            session.run(v.initializer, {v.initializer.inputs[1]: self.checkpoint.read(name)})
+        feed, size = {}, 0  # each run of another set of variables costs some 50 ms
+        names = list(variables)
+        for name in names:
+            value = self.checkpoint.read(name)
+            feed[variables[name].initializer] = value
+            size += value.nbytes
+            if size >= LOAD_BYTES or name == names[-1]:
+                # the initial values are fed, so none are computed
+                session.run(list(feed), {initializer.inputs[1]: value for initializer, value in feed.items()})
+                feed, size = {}, 0
 
 
 def _load_tokenizer(checkpoint):

@@ -236,8 +236,12 @@ def write_at(x, value, position, dim, name="write_at"):
     Returns:
       mtf.Tensor like `x`. No gradient flows through it.
     """
-    here = cwise_broadcast(tf.equal, [position, mtf.range(x.mesh, dim, tf.int32)], output_dtype=tf.bool)
-    return cwise_broadcast(lambda old, new, here: tf.where_v2(here, new, old), [x, value, here], x.shape, name=name)
+    at = mtf.range(x.mesh, dim, tf.int32)
+
+    def write(old, new, at, position):
+        return tf.where_v2(tf.equal(at, position), new, old)
+
+    return cwise_broadcast(write, [x, value, at, position], x.shape, name=name)
 
 
 # --- Values that come as Python numbers or as tensors -------------------------

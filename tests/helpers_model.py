@@ -1,13 +1,14 @@
-"""The bundled model with weights of the test's own, on a mesh of the test's own."""
+"""The bundled model on a mesh, with weights of the test's own."""
 
 import json
 
 import numpy as np
-from conftest import DATA, DEVICES, MeshRunner
+from conftest import DATA, DEVICES, MeshRunner, dims
 
-from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
+from gpt_neo_sampling.sample import DecodeContext
 
 FLOAT32 = mtf.VariableDType(tf.float32)
 
@@ -15,34 +16,166 @@ FLOAT32 = mtf.VariableDType(tf.float32)
 class Program:
     """An mtf graph on a mesh, built once and run as often as wanted.
 
-    build(mesh, *placeholders) returns mtf tensors in a list or a dict; there is
-    a placeholder for each (dtype, shape) in `inputs`. `weights` are loaded by
-    name less the prefix "gpt2/", and every variable must be among them; where
-    it is None, variables start as their initialisers say.
+    build(mesh, *placeholders) returns mtf tensors, by themselves, in a list or in
+    a dict; there is a placeholder for each (dtype, shape) in `inputs`. `weights`
+    are loaded under their names with "gpt2/" before; they must be just the
+    variables that the graph has. Where they are None, variables start as their
+    initialisers say.
     """
 
     def __init__(self, build, inputs=(), weights=None, runner=None):
         self.graph = tf.Graph()
-        with self.graph.as_default():
+        with self.graph.as_default(), quiet_logging():
             mesh = mtf.Mesh(mtf.Graph(), "mesh")
             self._holders = [tf.placeholder(dtype, shape) for dtype, shape in inputs]
-            out = build(mesh, *self._holders)
+            outputs = build(mesh, *self._holders)
             lowering = mtf.Lowering(mesh.graph, {mesh: (runner or MeshRunner()).impl}, autostack=False)
-            self._fetches = tf.nest.map_structure(
-                lowering.export_to_tf_tensor, out, expand_composites=False
-            )
-            self.variables = {
-                v.op.name: v.shape.as_list() for v in tf.global_variables() if "_slice_" not in v.op.name
-            }
-            self._session = tf.Session(config=tf.ConfigProto(device_count={"CPU": DEVICES}))
+            self._fetches = tf.nest.map_structure(lowering.export_to_tf_tensor, outputs)
+            masters = {v.op.name: v for v in tf.global_variables() if "_slice_" not in v.op.name}
+            self.variables = {name: tuple(v.shape.as_list()) for name, v in masters.items()}
             feed = {}
             if weights is not None:
-                assert {"gpt2/" + name for name in weights} == set(self.variables)
-                for v in tf.global_variables():
-                    if v.op.name in self.variables:
-                        feed[v.initial_value] = weights[v.op.name.removeprefix("gpt2/")]
+                assert set(masters) == {"gpt2/" + name for name in weights}
+                feed = {masters["gpt2/" + name].initial_value: value for name, value in weights.items()}
+            self._session = tf.Session(config=tf.ConfigProto(device_count={"CPU": DEVICES}))
             self._session.run(tf.global_variables_initializer(), feed)
             self._session.run(lowering.copy_masters_to_slices())
 
     def __call__(self, *arrays):
+        assert len(arrays) == len(self._holders)
         return self._session.run(self._fetches, dict(zip(self._holders, arrays)))
+
+
+def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more):
+    """GPT-Neo's config for one attention type a layer."""
+    return {
+        "attention_types": [[list(attention_types), 1]],
+        "n_layer": len(attention_types),
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "n_vocab": n_vocab,
+        "n_ctx": n_ctx,
+        "padding_id": 0,
+        "mode": "predict",
+        **more,
+    }
+
+
+def variable_shapes(params):
+    """GPT-Neo's variables, as its checkpoints hold them: {name less "gpt2/": shape}."""
+    v, c, e = params["n_vocab"], params["n_ctx"], params["n_embd"]
+    shapes = {"wte": (v, e), "wpe": (c, e), "ln_f/g": (e,), "ln_f/b": (e,)}
+    for layer in range(params["n_layer"]):
+        for name, shape in {
+            "norm_1/g": (e,),
+            "norm_1/b": (e,),
+            "attn/q": (e, e),
+            "attn/k": (e, e),
+            "attn/v": (e, e),
+            "attn/o": (e, e),
+            "attn/compute_output_bias/o_b": (e,),
+            "norm_2/g": (e,),
+            "norm_2/b": (e,),
+            "mlp/conv1d_main/c_fc/kernel": (e, 4 * e),
+            "mlp/conv1d_main/c_fc/bias": (4 * e,),
+            "mlp/conv1d_main/c_proj/kernel": (4 * e, e),
+            "mlp/conv1d_main/c_proj/bias": (e,),
+        }.items():
+            shapes[f"h{layer}/{name}"] = shape
+    return shapes
+
+
+def random_weights(params, seed=0):
+    """Weights that make every part of the model count (logits of size 1 or so)."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in variable_shapes(params).items():
+        if name.endswith("/g"):
+            w = 1 + 0.3 * rng.standard_normal(shape)
+        elif len(shape) == 1 or name == "wpe":
+            w = 0.3 * rng.standard_normal(shape)
+        elif name == "wte":
+            w = 0.5 * rng.standard_normal(shape)
+        else:
+            w = rng.standard_normal(shape) * shape[0] ** -0.5
+        weights[name] = w.astype(np.float32)
+    return weights
+
+
+def checkpoint(name):
+    """(params, weights, golden) of a checkpoint under tests/data."""
+    folder = DATA / "gpt_neo_checkpoints" / name
+    params = {**json.loads((folder / "config.json").read_text()), "mode": "predict"}
+    reader = tf.train.load_checkpoint(str(folder))
+    weights = {
+        key.removeprefix("gpt2/"): reader.get_tensor(key)
+        for key in reader.get_variable_to_shape_map()
+        if key.startswith("gpt2/")
+    }
+    return params, weights, dict(np.load(folder / "golden.npz"))
+
+
+def reference_config(params):
+    """What reference.gpt_neo_forward wants to know."""
+    return {
+        "n_head": params["n_head"],
+        "attention_types": [t for types, repeats in params["attention_types"] for _ in range(repeats) for t in types],
+        "local_attention_radius": params.get("local_attention_radius", 256),
+        "padding_id": params["padding_id"],
+    }
+
+
+def features(mesh, params, batch, length, *, causal=True, variable_dtype=FLOAT32):
+    """([batch, sequence], other_features) as GPT-Neo's model_fn makes them."""
+    b, s, m, e, v, es = dims(
+        batch=batch,
+        sequence=length,
+        memory_length=length,
+        embd=params["n_embd"],
+        vocab=params["n_vocab"],
+        embed_sequence=params["n_ctx"],
+    )
+    other = {
+        "embd_dim": e,
+        "vocab_dim": v,
+        "embed_sequence_dim": es,
+        "memory_length_dim": m,
+        "attn_bias": biasmask_attn_weights(mesh, s, m, variable_dtype) if causal else None,
+    }
+    return mtf.Shape([b, s]), other
+
+
+def call_model(ids, other, params, context=None, labels=None, variable_dtype=FLOAT32):
+    """gpt2.model in its scope, whose variables every call shares."""
+    with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
+        return gpt2.model({"inputs": ids, "labels": labels}, other, params, ids.mesh, variable_dtype, context=context)
+
+
+def incremental_logits(first_ids, ids, lengths, other, params, steps):
+    """Logits [batch, 1, vocab] of `steps` tokens a row, decoded one by one.
+
+    The first pass sees first_ids; the steps read ids at lengths − 1, lengths, …
+    (int32 mtf tensors, [batch, sequence] twice, and [batch]).
+    """
+
+    def context(mode, position, states=None):
+        return DecodeContext(
+            mesh=ids.mesh,
+            batch_dims=ids.shape.dims[:1],
+            length_dim=ids.shape.dims[1],
+            variable_dtype=FLOAT32,
+            mode=mode,
+            position=position,
+            position_is_default=mode == "first_part",
+            states=states,
+            new_states=[],
+            inputs=ids,
+        )
+
+    ctx = context("first_part", mtf.range(ids.mesh, ids.shape.dims[1], tf.int32))
+    call_model(first_ids, other, params, ctx)
+    logits = []
+    for i in range(steps):
+        ctx = context("incremental", lengths + i, ctx.new_states)
+        logits.append(call_model(ids, other, params, ctx)[0])
+    return logits

@@ -22,11 +22,11 @@ from gpt_neo_sampling._compat import quiet_logging, tf
 from gpt_neo_sampling.checkpoint import (
     Checkpoint,
     CheckpointError,
-    expand_attention_types,
     open_checkpoint,
     variable_shapes,
     write_mesh_tf_checkpoint,
 )
+from gpt_neo_sampling.models.gpt2 import expand_attention_types
 
 DATA = Path(__file__).parent / "data"
 MESH_TF = DATA / "gpt_neo_checkpoints"
@@ -309,7 +309,7 @@ def test_attention_types_are_expanded(nested, expanded):
     ],
 )
 def test_attention_types_are_checked(nested, message):
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ValueError) as error:
         expand_attention_types(nested, 4)
     assert message in str(error.value)
 

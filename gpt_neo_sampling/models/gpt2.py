@@ -17,7 +17,8 @@ from gpt_neo_sampling.mtf_ops import cwise_broadcast, take, write_at
 
 NORM_EPSILON = 1e-5
 MASK = -1e10  # what GPT-Neo adds to the score of a key that may not be seen
-LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none
+LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
+ATTENTION_TYPES = ("global", "local", "linear", "none")  # what GPT-Neo's configs may name
 
 # Config keys that change the model's function in ways that are not built here.
 UNSUPPORTED_OPTIONS = (
@@ -37,17 +38,39 @@ UNSUPPORTED_OPTIONS = (
 )
 
 
-def expand_attention_types(nested):
-    """GPT-Neo's `[[[types…], repeats], …]` as one type a layer.
+def expand_attention_types(nested, n_layer):
+    """GPT-Neo's `[[[types…], repeats], …]` as a list of one type a layer.
 
-    A list that already names one type a layer is returned as it is.
+    `[[["global", "local"], 2]]` gives global, local, global, local.
+
+    Args:
+      nested: the config's list. One that names a type a layer already, as this
+        function returns it, is taken too.
+      n_layer: int, the number of layers that it must come to.
+
+    Returns:
+      a list of n_layer strings, each "global", "local", "linear" or "none".
+
+    Raises:
+      ValueError: for a list of another form, an unknown type, or another
+        number of layers.
     """
-    if all(isinstance(t, str) for t in nested):
-        return list(nested)
-    expanded = []
-    for types, repeats in nested:
-        expanded += list(types) * repeats
-    return expanded
+    groups = [([entry], 1) if isinstance(entry, str) else entry for entry in _as_list(nested)]
+    if not groups or not all(len(_as_list(g)) == 2 and _as_list(g[0]) and isinstance(g[1], int) for g in groups):
+        shown = repr(nested)[:80]
+        raise ValueError(f"attention_types is {shown}; allowed: [[[types…], repeats], …]")
+    unknown = [t for types, _ in groups for t in types if t not in ATTENTION_TYPES]
+    if unknown:
+        raise ValueError(f"attention_types has {unknown[0]!r}; allowed: {', '.join(ATTENTION_TYPES)}")
+    count = sum(len(types) * repeats for types, repeats in groups)
+    if count != n_layer or any(repeats < 0 for _, repeats in groups):
+        raise ValueError(f"attention_types names {count} layers, but n_layer is {n_layer}")
+    return [t for types, repeats in groups for _ in range(repeats) for t in types]
+
+
+def _as_list(value):
+    """A list or tuple as it is; anything else, a string among it, as []."""
+    return value if isinstance(value, (list, tuple)) else []
 
 
 def check_params(params):
@@ -70,10 +93,7 @@ def check_params(params):
             raise ValueError(f"config option {option}={get(option)!r}: a whole number of at least 1 is needed")
     if params["n_embd"] % params["n_head"]:
         raise ValueError(f"config option n_embd={params['n_embd']} is not a multiple of n_head={params['n_head']}")
-    types = expand_attention_types(params["attention_types"])
-    if len(types) != params["n_layer"]:
-        raise ValueError(f"config option attention_types names {len(types)} layers, n_layer is {params['n_layer']}")
-    for t in types:
+    for t in expand_attention_types(get("attention_types"), params["n_layer"]):
         if t not in ("global", "local"):
             raise ValueError(f"config option attention_types: {t!r} is not supported; allowed: 'global', 'local'")
     radius = get("local_attention_radius")
@@ -128,7 +148,7 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
     with tf.variable_scope("pos_embd"):
         h += _dropout(take(wpe, read_position, embed_sequence_dim), "embed_dropout", params)
 
-    types = expand_attention_types(params["attention_types"])
+    types = expand_attention_types(params["attention_types"], params["n_layer"])
     for layer in range(params["n_layer"]):
         mask = _attention_mask(types[layer], other_features, params, h, read_position, incremental)
 
@@ -241,6 +261,8 @@ def _attention(x, mask, other_features, params, variable_dtype, context):
         else:
             k = mtf.replace_dimensions(k, k.shape[1], memory_dim)
             v = mtf.replace_dimensions(v, v.shape[1], memory_dim)
+            if context is not None and context.initial_position is not None:
+                k, v = (_up_to(t, context.initial_position, memory_dim) for t in (k, v))
         if context is not None:
             context.record_new_states([k, v])
 
@@ -258,6 +280,13 @@ def _attention(x, mask, other_features, params, variable_dtype, context):
         with tf.variable_scope("compute_output_bias"):
             a += _variable(x.mesh, "o_b", [embd_dim], variable_dtype)
     return _dropout(a, "res_dropout", params)
+
+
+def _up_to(x, length, dim):
+    """x with zeros from `length` on: what stands behind a prompt is never read,
+    but a NaN there would be, times a weight of 0."""
+    at = mtf.range(x.mesh, dim, tf.int32)
+    return cwise_broadcast(lambda x, at, n: tf.where_v2(at < n, x, tf.zeros_like(x)), [x, at, length], x.shape)
 
 
 def _mlp(x, params, variable_dtype):

@@ -1,0 +1,168 @@
+"""The command line, run as a user runs it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import DATA
+
+from gpt_neo_sampling import cli
+
+GLOBAL = DATA / "gpt_neo_checkpoints" / "global"
+
+
+def run(*args, **kwargs):
+    """The installed command, in a process of its own."""
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def main(capfd, *args):
+    """The same in this process: (status, stdout, stderr)."""
+    try:
+        status = cli.main([str(a) for a in args])
+    except SystemExit as e:
+        status = e.code
+    captured = capfd.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_json_of_golden_prompts():
+    golden = np.load(GLOBAL / "golden.npz")
+    prompts = [" ".join(map(str, row[:n])) for row, n in zip(golden["prompts"], golden["lengths"])]
+    done = run("generate", "--model", str(GLOBAL), "--prompt-ids", *prompts, "--temperature", "0",
+               "--max-new-tokens", "20", "--json")  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == {
+        "samples": [
+            {"prompt_tokens": row[:n].tolist(), "tokens": row[n : n + 20].tolist(), "text": None}
+            for row, n in zip(golden["greedy_fast"], golden["lengths"])
+        ]
+    }
+
+
+def test_text_alone_goes_to_stdout():
+    args = ["generate", "--prompt", "The family of Dashwood", "--max-new-tokens", "12"]
+    done = run(*args, "--seed", "11")
+    assert done.returncode == 0
+    assert done.stderr == "The family of Dashwood"
+    again = json.loads(run(*args, "--seed", "11", "--json").stdout)["samples"]
+    assert done.stdout == again[0]["text"] + "\n"
+    fresh = run(*args)
+    assert fresh.stderr.startswith("seed ")
+    seed = fresh.stderr.split()[1]
+    assert run(*args, "--seed", seed).stdout == fresh.stdout
+
+
+def test_without_a_tokenizer_the_ids_are_printed(capfd):
+    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 6", "7,8", "--max-new-tokens", 4, "--seed", 1]
+    _, as_json, _ = main(capfd, *args, "--json")
+    status, out, err = main(capfd, *args)
+    assert status == 0
+    assert [list(map(int, line.split())) for line in out.splitlines()] == [
+        s["tokens"] for s in json.loads(as_json)["samples"]
+    ]
+
+
+def test_samples_are_in_the_order_of_the_prompts(capfd):
+    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5", "6", "--num-samples", 2, "--max-new-tokens", 3, "--json"]
+    _, out, _ = main(capfd, *args)
+    assert [s["prompt_tokens"] for s in json.loads(out)["samples"]] == [[5], [5], [6], [6]]
+
+
+@pytest.mark.parametrize("options", [["--entmax"], ["--entmax", "1.3"]])
+def test_entmax_alone_is_alpha_1_3(capfd, options):
+    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5", "--seed", 4, "--json"]
+    _, out, _ = main(capfd, *args, *options)
+    _, explicit, _ = main(capfd, *args, "--entmax", "1.3")
+    _, other, _ = main(capfd, *args, "--entmax", "2")
+    assert out == explicit != other
+
+
+def test_the_contexts_end_is_noted_on_stderr(capfd):
+    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 " * 46, "--max-new-tokens", 10, "--seed", 1, "--json"]
+    done = run(*map(str, args))
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout)["samples"][0]["tokens"]) <= 2
+    assert "note: " in done.stderr and "context" in done.stderr
+
+
+BAD = [
+    ([], "COMMAND"),
+    (["sing"], "invalid choice: 'sing'"),
+    (["generate"], "--prompt"),
+    (["generate", "--prompt", "a", "--prompt-ids", "1"], "not allowed with"),
+    (["generate", "--prompt", "a", "--temperature", "warm"], "invalid float value: 'warm'"),
+    (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0; 0 (argmax) or a finite number above 0"),
+    (["generate", "--prompt", "a", "--temperature", "inf"], "temperature=inf"),
+    (["generate", "--prompt", "a", "--top-k", "0"], "top_k=0; a whole number of at least 1"),
+    (["generate", "--prompt", "a", "--entmax", "2.5"], "entmax_alpha=2.5 is out of range: from 1"),
+    (["generate", "--prompt", "a", "--entmax", "0.5"], "entmax_alpha=0.5 is out of range: from 1"),
+    (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
+    (["generate", "--prompt", "a", "--num-samples", "-3"], "num_return_sequences=-3"),
+    (["generate", "--prompt", "a", "--seed", "99999999999"], "seed=99999999999"),
+    (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere is not there"),
+    (["generate", "--prompt", "word " * 400], "at most 256"),
+    (["generate", "--prompt-ids", "5 2048"], "2048 is outside the vocabulary; 0 to 2047"),
+    (["generate", "--prompt-ids", "5 x"], "--prompt-ids '5 x'"),
+    (["generate", "--model", str(GLOBAL), "--prompt", "a"], "no tokenizer.json"),
+    (["generate", "--model", str(DATA / "gpt_neo_checkpoints" / "rotary"), "--prompt-ids", "1"], "rotary_emb"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_a_bad_value_is_one_line_and_status_2(capfd, args, message):
+    status, out, err = main(capfd, *args)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.startswith("gpt-neo-sampling: error: ")
+    assert message in err
+
+
+def test_a_bad_value_has_no_traceback_in_a_process_of_its_own():
+    done = run("generate", "--prompt", "a", "--top-k", "0")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr
+
+
+def test_nan_is_reported_with_step_and_sample(capfd, tmp_path):
+    from gpt_neo_sampling.checkpoint import open_checkpoint, write_mesh_tf_checkpoint
+
+    with open_checkpoint(GLOBAL) as checkpoint:
+        weights = {name: checkpoint.read(name) for name in checkpoint.names()}
+        weights["wpe"] = np.full_like(weights["wpe"], np.nan)
+        write_mesh_tf_checkpoint(tmp_path / "model", checkpoint.params, weights)
+    status, out, err = main(capfd, "generate", "--model", tmp_path / "model", "--prompt-ids", "5", "--seed", 1)
+    assert status == 1
+    assert out == ""
+    assert "sample 0, step 0" in err and err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate", "--model", str(GLOBAL), "--prompt-ids", "5",
+               "--num-samples", "4", "--max-new-tokens", "5", "--seed", "1", "--json"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=300) == 1
+    assert err == ""
+
+
+def test_help_names_every_option(capfd):
+    status, out, _ = main(capfd, "generate", "--help")
+    assert status == 0
+    for option in ("--model", "--prompt", "--prompt-ids", "--max-new-tokens", "--temperature", "--top-k", "--entmax",
+                   "--seed", "--num-samples", "--json"):  # fmt: skip
+        assert option in out
+
+
+def test_the_command_is_installed():
+    command = pathlib.Path(sys.executable).parent / "gpt-neo-sampling"
+    done = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "generate" in done.stdout

@@ -1,0 +1,274 @@
+"""TextGenerator: golden tokens, options, sizes, and what it does with bad requests."""
+
+import json
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import reference
+from conftest import DATA
+
+from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, open_checkpoint
+from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
+
+MESH_TF = DATA / "gpt_neo_checkpoints"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return TextGenerator.from_pretrained(MESH_TF / "local")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return TextGenerator.from_pretrained()
+
+
+@pytest.mark.parametrize("name", ["global", "local", "padding_outside"])
+def test_golden_greedy_tokens_of_mesh_tf_checkpoints(name):
+    golden = np.load(MESH_TF / name / "golden.npz")
+    lengths = golden["lengths"]
+    prompts = [row[:n].tolist() for row, n in zip(golden["prompts"], lengths)]
+    samples = TextGenerator.from_pretrained(MESH_TF / name).generate(prompts, max_new_tokens=20, do_sample=False)
+    for sample, prompt, row, n in zip(samples, prompts, golden["greedy_fast"], lengths):
+        assert sample.prompt_tokens == prompt
+        assert sample.tokens == row[n : n + 20].tolist()
+        assert sample.text is None
+
+
+def test_golden_greedy_tokens_of_a_hugging_face_folder():
+    golden = np.load(DATA / "hf_gpt_neo_tiny" / "golden.npz")
+    prompts = [golden[f"prompt{i}"].ravel().tolist() for i in range(3)]
+    samples = TextGenerator.from_pretrained(DATA / "hf_gpt_neo_tiny").generate(
+        prompts, max_new_tokens=30, temperature=0
+    )
+    for i, sample in enumerate(samples):
+        assert prompts[i] + sample.tokens == golden[f"greedy{i}"].ravel().tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(temperature=0.8, top_k=5), dict(temperature=1.0, entmax_alpha=1.5), dict(), dict(entmax_alpha=1.3)],
+)
+def test_sampled_tokens_are_those_of_numpy(tiny, options):
+    """Every token against an independent forward pass, distribution and draw in float64.
+
+    A token may differ only where the float64 draw lies within rounding of a
+    border: none does at this seed.
+    """
+    prompt, n_new, seed = [5, 17, 101], 12, 20261122
+    weights = {name: tiny.checkpoint.read(name).astype(np.float64) for name in tiny.checkpoint.names()}
+    params = tiny.params
+    (sample,) = tiny.generate(prompt, max_new_tokens=n_new, seed=seed, eos_token_id=-1, **options)
+    ids = list(prompt)
+    for step in range(n_new):
+        logits = reference.gpt_neo_forward(
+            weights,
+            np.array([ids]),
+            n_head=params["n_head"],
+            attention_types=params["attention_types"],
+            local_attention_radius=params["local_attention_radius"],
+        )[0, -1]
+        alpha = options.get("entmax_alpha", 1.0)
+        scaled = logits / options.get("temperature", 1.0 if "entmax_alpha" in options else 0.9)
+        if "top_k" in options:
+            scaled = np.where(reference.top_k_keep(scaled, options["top_k"], -1), scaled, -np.inf)
+        p = reference.entmax(scaled, alpha, -1) if alpha > 1 else reference.softmax(scaled, -1)
+        words = reference.threefry2x32(np.uint32(seed), np.uint32(0), np.uint32(step), np.uint32(0))
+        u1, u2 = (float(reference.bits_to_uniform(w)) for w in words)
+        ids.append(int(reference.two_level_draw(p, u1, u2)))
+    assert sample.tokens == ids[len(prompt) :]
+
+
+def test_same_seed_same_text_other_seed_other_text_no_seed_fresh_text(demo):
+    def text(seed):
+        return demo.generate("She had been", max_new_tokens=24, seed=seed, eos_token_id=-1)[0].text
+
+    assert text(7) == text(7)
+    assert len({text(seed) for seed in range(5)}) == 5
+    # Chance of a false alarm: two equal texts of 24 tokens, far below 1e-9.
+    assert text(None) != text(None)
+
+
+def test_a_row_does_not_depend_on_the_others(demo):
+    prompts = ["Emma", "Mr. Knightley was", "It was", "a", "The", "Elinor could", "No", "Captain Wentworth"]
+    options = dict(max_new_tokens=8, seed=3, eos_token_id=-1)
+    eight = demo.generate(prompts, **options)
+    three = demo.generate(prompts[:3], **options)
+    assert [s.tokens for s in three] == [s.tokens for s in eight[:3]]
+
+
+def test_num_return_sequences_stand_together_and_differ(demo):
+    samples = demo.generate(["Emma", "Anne"], num_return_sequences=3, max_new_tokens=16, seed=1, eos_token_id=-1)
+    assert [s.prompt_tokens for s in samples] == [samples[0].prompt_tokens] * 3 + [samples[3].prompt_tokens] * 3
+    assert len({tuple(s.tokens) for s in samples}) == 6
+
+
+def test_a_request_larger_than_a_graph_goes_through_in_parts(tiny, monkeypatch):
+    prompts = [[i + 1, i + 2] for i in range(10)]
+    whole = tiny.generate(prompts, max_new_tokens=4, seed=5)
+    monkeypatch.setattr(generate, "MAX_BATCH", 4)
+    assert tiny.generate(prompts, max_new_tokens=4, seed=5) == whole
+
+
+def test_tokens_end_with_the_stop_token(tiny):
+    prompt = [5, 17, 101]
+    free = tiny.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=-1)[0].tokens
+    assert len(free) == 20
+    stop = free[7]
+    stopped = tiny.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=stop)[0].tokens
+    assert stopped == free[: free.index(stop) + 1]
+
+
+def test_padding_in_a_prompt_is_a_token_like_any_other(tiny):
+    """0 is this model's padding id."""
+    prompt = [5, 0, 17, 0]
+    weights = {name: tiny.checkpoint.read(name).astype(np.float64) for name in tiny.checkpoint.names()}
+    expected = reference.greedy_decode(
+        weights,
+        [prompt],
+        6,
+        tiny.params["n_ctx"],
+        n_head=tiny.params["n_head"],
+        attention_types=tiny.params["attention_types"],
+        local_attention_radius=tiny.params["local_attention_radius"],
+    )
+    assert prompt + tiny.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=-1)[0].tokens == expected[0]
+
+
+def test_an_empty_prompt_is_the_models_first_token(demo):
+    first = demo.checkpoint.generation_defaults["eos_token_id"]
+    empty, explicit = demo.generate(["", [first]], max_new_tokens=6, do_sample=False)
+    assert empty.prompt_tokens == [first]
+    assert empty.tokens == explicit.tokens
+
+
+def test_the_contexts_end_stops_generation_with_a_note(tiny, caplog):
+    n_ctx = tiny.params["n_ctx"]
+    (sample,) = tiny.generate([7] * (n_ctx - 3), max_new_tokens=10, eos_token_id=-1, seed=0)
+    assert len(sample.tokens) == 3
+    assert "context" in caplog.text
+    assert tiny.generate([7] * n_ctx, max_new_tokens=1)[0].tokens == []
+
+
+def test_text_is_that_of_the_new_tokens(demo):
+    prompt = "It is a truth universally acknowledged, that"
+    (sample,) = demo.generate(prompt, max_new_tokens=12, seed=2, eos_token_id=-1)
+    assert demo.tokenizer.decode(sample.prompt_tokens) == prompt
+    assert demo.tokenizer.decode(sample.prompt_tokens + sample.tokens) == prompt + sample.text
+
+
+def test_a_character_whose_bytes_lie_on_both_sides_of_the_border(demo):
+    ids = demo.tokenizer.encode("é").ids
+    assert len(ids) == 2  # two byte tokens: Austen's text has no é
+    assert demo._decode(ids[:1], ids[1:]) == demo.tokenizer.decode(ids[1:])
+    assert demo._decode(ids, demo.tokenizer.encode(" x").ids) == " x"
+
+
+def test_mixed_requests_keep_the_number_of_graphs_and_nodes_bounded(monkeypatch):
+    monkeypatch.setattr(generate, "MAX_PROGRAMS", 2)
+    generator = TextGenerator.from_pretrained(MESH_TF / "local")
+    before = generator.generate([[3, 4]], max_new_tokens=3, seed=1)
+    nodes = []
+    for batch, options in ((1, dict(do_sample=False)), (2, dict(top_k=5)), (1, {}), (3, {}), (1, dict(top_k=100))):
+        generator.generate([[3, 4]] * batch, max_new_tokens=3, seed=1, **options)
+        assert len(generator._programs) <= 2
+        nodes.append(len(generator._session.graph.get_operations()))
+    assert nodes[-1] < 1.5 * max(nodes[:2])
+    assert generator.generate([[3, 4]], max_new_tokens=3, seed=1) == before
+
+
+def test_the_same_request_builds_nothing_more(tiny):
+    def size():
+        tiny.generate([[4, 5, 6]], max_new_tokens=5, temperature=0.5, top_k=3, seed=1)
+        return len(tiny._session.graph.get_operations())
+
+    assert size() == size()
+
+
+def test_resident_set_of_64_new_tokens(demo):
+    """A loose bound on the whole test process; the README has a fresh process's figure."""
+    demo.generate("The family of Dashwood", max_new_tokens=64)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # in kB
+
+
+def test_nan_in_the_weights_ends_with_step_and_sample(tmp_path):
+    with open_checkpoint(MESH_TF / "global") as checkpoint:
+        weights = {name: checkpoint.read(name) for name in checkpoint.names()}
+        weights["wte"] = weights["wte"].copy()
+        # logits stay finite as long as position 4 has not been read
+        weights["wpe"] = weights["wpe"].copy()
+        weights["wpe"][4] = np.nan
+        write_mesh_tf_checkpoint(tmp_path / "model", checkpoint.params, weights)
+    generator = TextGenerator.from_pretrained(tmp_path / "model")
+    assert len(generator.generate([[2, 3], [4]], max_new_tokens=2, do_sample=False)[0].tokens) == 2
+    for options in (dict(do_sample=False), dict(seed=1), dict(seed=1, entmax_alpha=1.5), dict(seed=1, top_k=3)):
+        with pytest.raises(InvalidDistributionError, match="sample 0, step 3"):
+            generator.generate([[2, 3], [4]], max_new_tokens=6, eos_token_id=-1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(temperature=-0.1), "temperature=-0.1"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature="hot"), "temperature='hot'"),
+        (dict(temperature=0.5, do_sample=False), "greedy"),
+        (dict(top_k=0), "top_k=0"),
+        (dict(top_k=2.5), "top_k=2.5"),
+        (dict(entmax_alpha=0.9), "from 1"),
+        (dict(entmax_alpha=2.1), "to 2"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(num_return_sequences=0), "num_return_sequences=0"),
+        (dict(seed=2**32), "seed=4294967296"),
+        (dict(seed=1.5), "seed=1.5"),
+        (dict(eos_token_id=[1, 2]), "one stop token"),
+        (dict(pad_token_id=-2), "pad_token_id=-2"),
+    ],
+)
+def test_bad_options_are_named(tiny, options, message):
+    with pytest.raises(ValueError) as error:
+        tiny.generate([1, 2, 3], **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("text", "no tokenizer.json"),
+        ([], "no prompts"),
+        ([[127]], "prompt id 127 is outside the vocabulary; 0 to 126"),
+        ([[-1]], "prompt id -1"),
+        ([[1.5]], "prompt id 1.5"),
+        ([[5] * 49], "at most 48"),
+    ],
+)
+def test_bad_prompts_are_named(tiny, prompts, message):
+    with pytest.raises(ValueError) as error:
+        tiny.generate(prompts)
+    assert message in str(error.value)
+
+
+def test_a_model_option_that_is_not_supported_is_named():
+    with pytest.raises(ValueError, match="rotary_emb"):
+        TextGenerator.from_pretrained(MESH_TF / "rotary")
+
+
+def test_a_tokenizer_that_does_not_fit_or_read(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MESH_TF / "global", folder)
+    shutil.copy(generate.DEMO_FOLDER / "tokenizer.json", folder)
+    with pytest.raises(CheckpointError, match="2048 tokens; the model's vocabulary has 127"):
+        TextGenerator.from_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        TextGenerator.from_pretrained(folder)
+
+
+def test_the_bundled_model_is_what_its_card_says(demo):
+    assert 2_000_000 <= sum(np.prod(demo.checkpoint.shape(n)) for n in demo.checkpoint.names()) <= 3_000_000
+    for size in ("n_vocab", "n_ctx", "n_embd", "n_head"):
+        assert demo.params[size] % 8 == 0
+    assert sum(f.stat().st_size for f in generate.DEMO_FOLDER.iterdir()) <= 8 * 2**20

@@ -1,0 +1,1268 @@
+"""sample.sample_autoregressive: the loop against a simulation in NumPy float64.
+
+The loop is tested by itself, with models of a few lines whose logits are a
+table's, and with the bundled model and GPT-Neo's checkpoints. `follow` walks
+along the tokens that came out and says at each what had to be drawn there.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+from conftest import MeshRunner, dims
+from helpers_model import FLOAT32, Program, checkpoint, config, features, random_weights, reference_config
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.sample import INVALID, sample_autoregressive
+
+VOCAB, BATCH, LENGTH = 192, 8, 24  # 64 groups of 3 entries
+PAD, STOP, BOS = 0, 1, 7
+DEFAULT_STOP = DEFAULT_BOS = 50256
+
+# --- The simulation ---------------------------------------------------------------
+
+
+def uniforms(seed, stream, step):
+    words = reference.threefry2x32(int(seed) % 2**32, int(stream) % 2**32, step, 0)
+    return [float(reference.bits_to_uniform(word)) for word in words]
+
+
+def weights_of(logits, temperature, top_k, alpha):
+    """The documented order: temperature, top-k, then softmax (alpha None) or entmax."""
+    z = (logits.astype(np.float64) - logits.max()) / temperature
+    if top_k is not None and 1 <= top_k < len(z):
+        z = np.where(reference.top_k_keep(z, int(top_k)), z, -np.inf)
+    return reference.softmax(z) if alpha is None else reference.entmax(z, float(alpha))
+
+
+def boundary_distance(weights, u1, u2, groups=64):
+    """How far the uniforms are from where another index would be drawn."""
+    size = -(-len(weights) // groups)
+    totals = np.add.reduceat(weights, range(0, len(weights), size))
+    cdf = np.cumsum(totals) / totals.sum()
+    group = np.argmax(cdf > u1)
+    part = weights[group * size : (group + 1) * size]
+    inner = np.cumsum(part) / part.sum()
+    return min(np.abs(cdf[:-1] - u1).min(initial=1.0), np.abs(inner[:-1] - u2).min(initial=1.0))
+
+
+def follow(
+    out,
+    prompts,
+    logits_of,
+    *,
+    lengths=None,
+    padding=PAD,
+    bos=DEFAULT_BOS,
+    temperature=0.9,
+    top_k=None,
+    alpha=None,
+    seed=0,
+    stream=None,
+    stop=DEFAULT_STOP,
+    max_steps=None,
+    never_end=False,
+    weights=weights_of,
+    margin=1e-5,
+):
+    """Holds tokens against what had to be drawn after those before them.
+
+    out, prompts: int [rows, length]. logits_of(list of tokens): float32 [vocab].
+    The options may be numbers or one a row. The draws are float64; where one lies
+    within `margin` of another index, either is right.
+
+    Asserts that prompts, ends of rows and padding are in place, and returns
+    (the tokens that are wrong, as (row, position, found, expected), the number
+    of tokens drawn, the number of those that the margin excused).
+    """
+    n_rows, length = prompts.shape
+    assert out.shape == prompts.shape and out.dtype == np.int32
+    lengths = (prompts != padding).sum(1) if lengths is None else lengths
+    stream = np.arange(n_rows) if stream is None else stream
+    wrong, drawn, excused = [], 0, 0
+    for r in range(n_rows):
+        of_row = lambda option: None if option is None else np.broadcast_to(option, n_rows)[r]  # noqa: E731
+        row = [int(t) for t in prompts[r, : lengths[r]]] or [int(of_row(bos))]
+        start, limit = len(row), length if max_steps is None else of_row(max_steps)
+        while len(row) < length and len(row) - start < limit:
+            found, close = out[r, len(row)], False
+            logits = logits_of(row)
+            if never_end:
+                logits = np.where(np.arange(len(logits)) == of_row(stop), -np.inf, logits)
+            if np.isnan(logits).any() or not np.isfinite(logits.max()):
+                expected = INVALID
+            elif of_row(temperature) == 0:
+                expected = np.argmax(logits)
+            else:
+                w = weights(logits, of_row(temperature), of_row(top_k), of_row(alpha))
+                u = uniforms(of_row(seed), of_row(stream), len(row) - start)
+                expected = reference.two_level_draw(w, *u)
+                close = boundary_distance(w, *u) < margin
+            drawn += 1
+            if found != expected:
+                excused += close
+                wrong += [] if close else [(r, len(row), int(found), int(expected))]
+            row.append(int(found))
+            if found in (of_row(stop), INVALID):
+                break
+        assert out[r].tolist() == row + [padding] * (length - len(row)), f"row {r}"
+    return wrong, drawn, excused
+
+
+def check(*args, at_least=20, **kwargs):
+    wrong, drawn, excused = follow(*args, **kwargs)
+    assert wrong == []
+    assert drawn >= at_least
+    assert excused <= drawn // 100
+
+
+# --- Models of a few lines -----------------------------------------------------------
+
+rng = np.random.default_rng(0)
+TABLE = (2 * rng.standard_normal((VOCAB, VOCAB))).astype(np.float32)
+TABLE[:, STOP] += 4  # some rows end early
+TIES = rng.integers(-2, 3, (VOCAB, VOCAB)).astype(np.float32)  # each largest logit many times
+
+# behind these tokens the logits are no distribution (NOTHING: only −inf)
+NAN, INFINITE, NOTHING = 100, 101, 102
+
+
+def spoiled(logits, token):
+    """float32 logits [..., vocab] behind `token` [..., vocab], in TensorFlow."""
+    third = tf.equal(tf.cast(tf.range(logits.shape[-1]), tf.int32), 3)
+    at = lambda t: tf.equal(token, t)  # noqa: E731
+    logits = tf.where_v2(tf.logical_and(at(NAN), third), np.nan, logits)
+    logits = tf.where_v2(tf.logical_and(at(INFINITE), third), np.inf, logits)
+    return tf.where_v2(at(NOTHING), -np.inf, logits)
+
+
+def spoiled_row(logits, token):
+    if token == NOTHING:
+        return np.full_like(logits, -np.inf)
+    if token in (NAN, INFINITE):
+        logits = logits.copy()
+        logits[3] = np.nan if token == NAN else np.inf
+    return logits
+
+
+def table_rows(index, vocab_dim, mesh):
+    """Rows of the variable gpt2/table; an index outside it gives zeros."""
+    row_dim = mtf.Dimension("table_row", vocab_dim.size)
+    table = mtf.get_variable(mesh, "table", [row_dim, vocab_dim], initializer=tf.zeros_initializer())
+    one_hot = mtf.one_hot(index, row_dim, dtype=tf.float32)
+    return mtf.einsum([one_hot, table], output_shape=index.shape + vocab_dim)
+
+
+def token_at(ids, position):
+    """ids [batch…, length] at position [batch…]; 0 outside."""
+    here = mtf.one_hot(position, ids.shape[-1], dtype=tf.int32)
+    return mtf.reduce_sum(ids * here, reduced_dim=ids.shape[-1])
+
+
+class Bigram:
+    """The next token's logits are a row of the table: that of the last token."""
+
+    def __init__(self):
+        self.contexts = []
+
+    def __call__(self, mtf_features, other_features, params, mesh, variable_dtype, context=None):
+        self.contexts.append(context)
+        last, vocab_dim = mtf_features["inputs"], other_features["vocab_dim"]
+        one_token = context is not None and context.mode == "incremental"
+        if one_token:
+            last = token_at(last, context.position - 1)
+        logits = table_rows(last, vocab_dim, mesh)
+        if params["spoiled"]:
+            logits = mtf.slicewise(spoiled, [logits, mtf.broadcast(last, logits.shape)], output_dtype=tf.float32)
+        if one_token:
+            logits = mtf.reshape(logits, last.shape + [mtf.Dimension("sequence", 1), vocab_dim])
+        return logits, None, None
+
+
+def bigram_logits(table, spoil=False):
+    def logits_of(row):
+        inside = 0 <= row[-1] < len(table)
+        logits = table[row[-1]] if inside else np.zeros(len(table), np.float32)
+        return spoiled_row(logits, row[-1]) if spoil else logits
+
+    return logits_of
+
+
+class History:
+    """Logits of all tokens so far, by way of states; only for the cached path.
+
+    Row (sum of the tokens + offset) of the table, plus half the row of the last
+    token but one. The offset is the prompt's first token, as a constant state,
+    or the encoder's output. States leave as the sums over split dims that they
+    are, unreduced.
+    """
+
+    def __init__(self, constant_state=False, encoder=False):
+        self.constant_state, self.encoder = constant_state, encoder
+
+    def __call__(self, mtf_features, other_features, params, mesh, variable_dtype, context=None):
+        ids, vocab_dim = mtf_features["inputs"], other_features["vocab_dim"]
+        length_dim = context.length_dim
+        if context.mode == "first_part":
+            assert context.inputs is ids
+            before = context.initial_position - 1  # what the first step will read
+            earlier = mtf.less(mtf.range(mesh, length_dim, tf.int32), mtf.broadcast(before, ids.shape))
+            total = mtf.reduce_sum(ids * mtf.cast(earlier, tf.int32), reduced_dim=length_dim)
+            second = table_rows(mtf.where(mtf.equal(before, 0), -1, token_at(ids, before - 1)), vocab_dim, mesh)
+            context.record_new_states([total])
+            context.record_new_states([second])
+            if self.constant_state:
+                context.record_constant_state(token_at(ids, mtf.zeros_like(before)))
+            return mtf.zeros(mesh, ids.shape + vocab_dim), None, None
+        (total,) = context.get_states(1)
+        token = token_at(ids, context.position - 1)
+        total += token
+        context.record_new_states([total])
+        (second,) = context.get_states(1)
+        context.record_new_states([table_rows(token, vocab_dim, mesh)])
+        index = total
+        if self.constant_state:
+            index += context.get_constant_state()
+        if self.encoder:
+            index += context.encoder_output
+        index = mtf.mod(index, mtf.constant(mesh, vocab_dim.size, dtype=tf.int32))
+        logits = table_rows(index, vocab_dim, mesh) + 0.5 * second
+        return mtf.reshape(logits, ids.shape[:-1] + [mtf.Dimension("sequence", 1), vocab_dim]), None, None
+
+
+def history_logits(offset=lambda row: 0):
+    def logits_of(row):
+        logits = TABLE[(sum(row) + offset(row)) % VOCAB]
+        return logits + np.float32(0.5) * TABLE[row[-2]] if len(row) > 1 else logits
+
+    return logits_of
+
+
+class Input(str):
+    """Stands among a case's options for a tensor that is fed, by its name."""
+
+
+INPUTS = {
+    "temperature": tf.float32,
+    "top_k": tf.int32,
+    "alpha": tf.float32,
+    "seed": tf.int32,
+    "stream": tf.int32,
+    "stop": tf.int32,
+    "max_steps": tf.int32,
+    "bos": tf.int32,
+    "lengths": tf.int32,
+}
+
+
+def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=None, weights=None, **params):
+    """One graph with a decode loop for each of `cases`, {name: options}.
+
+    Returns a function of the prompts, int [batch, length], and of the Inputs
+    that the cases name, each [batch] or scalar, that returns {name: tokens}.
+    """
+    names = sorted({v for options in cases.values() for v in options.values() if isinstance(v, Input)})
+
+    def build(mesh, prompts, *inputs):
+        batch_dim, length_dim, vocab_dim = dims(batch=batch, sequence=length, vocab=len(table))
+        shape, other = mtf.Shape([batch_dim, length_dim]), {"vocab_dim": vocab_dim}
+        if model is None:
+            shape, other = features(mesh, params, batch, length)
+        prompts = mtf.import_tf_tensor(mesh, prompts, shape)
+        tensors = {name: mtf.import_tf_tensor(mesh, x, shape[:1]) for name, x in zip(names, inputs)}
+        return {
+            name: sample_autoregressive(
+                prompts,
+                other,
+                {"padding_id": PAD, **params, **options.get("params", {})},
+                model=options.get("model", model),
+                **{
+                    k: tensors[v] if isinstance(v, Input) else v(mesh, shape) if callable(v) else v
+                    for k, v in options.items()
+                    if k not in ("params", "model")
+                },
+            )
+            for name, options in cases.items()
+        }
+
+    inputs = [(tf.int32, [batch, length])] + [(INPUTS[name], [batch]) for name in names]
+    run = Program(build, inputs, weights or {"table": table}, runner)
+    return lambda prompts, **arrays: run(prompts, *[np.broadcast_to(arrays[name], [batch]) for name in names])
+
+
+def prompts_of(lengths, length=LENGTH, vocab=VOCAB, padding=PAD, seed=1):
+    """int32 [rows, length]: random tokens, none of them special, then padding."""
+    tokens = np.random.default_rng(seed).integers(10, min(vocab, 100), (len(lengths), length))
+    return np.where(np.arange(length) < np.array(lengths)[:, None], tokens, padding).astype(np.int32)
+
+
+PROMPTS = prompts_of([1, 3, 5, LENGTH, 0, 2, 11, LENGTH - 1])  # one fills the length, one is empty
+bigram = bigram_logits(TABLE)
+
+# --- Draws -------------------------------------------------------------------------
+
+# For each option a value a row; rows 0 and 5 greedy.
+MIXED = {
+    "temperature": np.array([0, 0.9, 0.3, 1, 2, 0, 0.7, 1.5], np.float32),
+    "top_k": np.array([40, 5, -1, 3, 0, 1, 50, 1], np.int32),
+    "alpha": np.array([1.3, 1, 1.5, 2, 1.05, 1.7, 1.25, 1.9], np.float32),
+    "seed": np.array([1, -5, 2**31 - 1, 0, 77, 1, 77, 3], np.int32),
+    "stream": np.array([0, 3, 3, 12, -1, 5, 900000, 7], np.int32),
+    "stop": np.array([STOP, STOP, -1, STOP, 500, 20, STOP, 30], np.int32),
+    "max_steps": np.array([30, 7, 24, 9, 20, 0, 4, 1], np.int32),
+    "bos": np.arange(10, 18, dtype=np.int32),
+    "lengths": np.array([1, 3, 2, LENGTH, 0, 2, 11, 0], np.int32),
+}
+AS_ARGUMENT = {
+    "temperature": "temperature",
+    "top_k": "sampling_keep_top_k",
+    "alpha": "entmax_alpha",
+    "seed": "seed",
+    "stream": "stream",
+    "stop": "stop_at_token",
+    "max_steps": "max_steps",
+    "bos": "bos_id",
+    "lengths": "prompt_lengths",
+}
+ALL_INPUTS = {AS_ARGUMENT[name]: Input(name) for name in INPUTS}
+TENSOR_CASES = {
+    "softmax": {**ALL_INPUTS, "max_top_k": 50},
+    "entmax": {**ALL_INPUTS, "max_top_k": 50, "sampling_use_entmax": True},
+}
+
+
+@functools.cache
+def tensor_loops():
+    """One graph that takes every option as a tensor [batch], for softmax and entmax."""
+    return loops(TENSOR_CASES, Bigram())
+
+
+def defaults(**options):
+    """Inputs for tensor_loops that amount to no option, but for those given."""
+    plain = dict(temperature=1, top_k=-1, alpha=1.3, seed=5, stream=np.arange(BATCH), stop=-1, max_steps=LENGTH,
+                 bos=BOS, lengths=(PROMPTS != PAD).sum(1))  # fmt: skip
+    return {**plain, **options}
+
+
+def alpha_of(case, options):
+    return options["alpha"] if case == "entmax" else None
+
+
+@pytest.mark.parametrize("case", TENSOR_CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_mixed_requests_against_the_simulation(case, seed):
+    options = {name: np.roll(values, seed) if name != "lengths" else values for name, values in MIXED.items()}
+    out = tensor_loops()(PROMPTS, **options)[case]
+    check(out, PROMPTS, bigram, **{**options, "alpha": alpha_of(case, options)}, at_least=30)
+
+
+@pytest.mark.parametrize("case", TENSOR_CASES)
+def test_one_request_of_each_kind_against_the_simulation(case):
+    for changed in ({}, {"temperature": 0.5}, {"top_k": 5}, {"temperature": 0.7, "top_k": 9}, {"seed": -(2**31)},
+                    {"alpha": 1.8, "top_k": 2}, {"stop": STOP}, {"max_steps": 5, "stop": STOP}):  # fmt: skip
+        options = defaults(**changed)
+        out = tensor_loops()(PROMPTS, **options)[case]
+        check(out, PROMPTS, bigram, **{**options, "alpha": alpha_of(case, options)})
+
+
+MISTAKES = {
+    "temperature after entmax": lambda x, t, k, a: weights_of(x, 1, k, a) ** (1 / t),
+    "top-k after entmax": lambda x, t, k, a: weights_of(x, t, None, a) * reference.top_k_keep(x, int(k)),
+    "no temperature": lambda x, t, k, a: weights_of(x, 1, k, a),
+    "no top-k": lambda x, t, k, a: weights_of(x, t, None, a),
+    "one fewer in top-k": lambda x, t, k, a: weights_of(x, t, k - 1, a),
+    "softmax": lambda x, t, k, a: weights_of(x, t, k, None),
+    "alpha 1.3": lambda x, t, k, a: weights_of(x, t, k, 1.3),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_simulation_sees_another_order_or_a_lost_option(mistake):
+    drawn = {}
+    for top_k, alpha in ((3, 1.1), (6, 1.6)):
+        options = defaults(temperature=1.6, top_k=top_k, alpha=alpha)
+        out = tensor_loops()(PROMPTS, **options)["entmax"]
+        check(out, PROMPTS, bigram, **options)
+        drawn[top_k] = follow(out, PROMPTS, bigram, **options, weights=MISTAKES[mistake])
+    assert max(len(wrong) / n for wrong, n, _ in drawn.values()) > 0.03
+
+
+def test_the_simulation_sees_other_uniforms():
+    options = defaults(seed=11)
+    out = tensor_loops()(PROMPTS, **options)["softmax"]
+    del options["alpha"]
+    check(out, PROMPTS, bigram, **options)
+    for changed in ({"seed": 12}, {"stream": np.arange(BATCH) + 1}, {"seed": np.arange(BATCH), "stream": 11}):
+        wrong, drawn, _ = follow(out, PROMPTS, bigram, **{**options, **changed})
+        assert len(wrong) > 0.5 * drawn
+
+
+NUMBER_CASES = {
+    "default": {},
+    "default entmax": {"sampling_use_entmax": True},
+    "temperature 0.5": {"temperature": 0.5},
+    "temperature 0": {"temperature": 0},
+    "temperature 0.0, entmax": {"temperature": 0.0, "sampling_use_entmax": True},
+    "entmax at temperature 0.5": {"temperature": 0.5, "sampling_use_entmax": True, "entmax_alpha": 1.6},
+    "entmax, alpha 1": {"sampling_use_entmax": True, "entmax_alpha": 1},
+    "entmax, alpha 2": {"sampling_use_entmax": True, "entmax_alpha": 2.0},
+    "top-k": {"sampling_keep_top_k": 4},
+    "top-k, entmax, temperature": {"sampling_keep_top_k": 4, "sampling_use_entmax": True, "temperature": 1.7},
+    "top-k off": {"sampling_keep_top_k": -1},
+    "top-k a tenth": {"sampling_keep_top_k": -2},
+    "top-k of 19": {"sampling_keep_top_k": 19},
+    "top-k of the vocabulary": {"sampling_keep_top_k": VOCAB},
+    "top-k beyond it": {"sampling_keep_top_k": VOCAB + 1000},
+    "stop": {"stop_at_token": STOP},
+    "no stop": {"stop_at_token": None},
+    "max_steps 3": {"max_steps": 3},
+    "max_steps 1": {"max_steps": 1},
+    "max_steps 0": {"max_steps": 0},
+    "max_steps None": {"max_steps": None},
+    "slow": {"params": {"slow_sampling": True}, "stop_at_token": STOP, "sampling_keep_top_k": 30},
+    "fast": {"stop_at_token": STOP, "sampling_keep_top_k": 30},
+    "slow entmax": {"params": {"slow_sampling": True}, "sampling_use_entmax": True},
+    "no prompts": {"has_partial_sequences": False},
+}
+
+
+@functools.cache
+def number_cases():
+    """Each of NUMBER_CASES on PROMPTS at seed 5."""
+    cases = {name: {"seed": 5, "bos_id": BOS, **options} for name, options in NUMBER_CASES.items()}
+    return loops(cases, Bigram())(PROMPTS)
+
+
+def simulated_options(options):
+    """The keyword arguments of follow() for those of sample_autoregressive."""
+    entmax = options.get("sampling_use_entmax", False)
+    k = options.get("sampling_keep_top_k", -1)
+    return {
+        "seed": 5,
+        "bos": BOS,
+        "temperature": options.get("temperature", 1.0 if entmax else 0.9),
+        "alpha": options.get("entmax_alpha", 1.3) if entmax else None,
+        "top_k": {-1: None, -2: 19}.get(k, k),
+        "stop": options.get("stop_at_token", DEFAULT_STOP),
+        "max_steps": options.get("max_steps"),
+        "never_end": options.get("never_end", False),
+    }
+
+
+@pytest.mark.parametrize("case", NUMBER_CASES)
+def test_python_numbers_against_the_simulation(case):
+    options = NUMBER_CASES[case]
+    lengths = np.zeros(BATCH, int) if case == "no prompts" else None
+    at_least = {"max_steps 0": 0, "max_steps 1": 7, "max_steps 3": 19}.get(case, 40)
+    check(number_cases()[case], PROMPTS, bigram, lengths=lengths, at_least=at_least, **simulated_options(options))
+
+
+def test_cases_that_must_agree():
+    """Not only with the simulation, and for what it does not look at: that they differ."""
+    out = number_cases()
+    for a, b in [("default", "top-k off"), ("default", "max_steps None"), ("default", "no stop"),
+                 ("top-k a tenth", "top-k of 19"), ("default", "top-k of the vocabulary"),
+                 ("default", "top-k beyond it"), ("temperature 0", "temperature 0.0, entmax"),
+                 ("slow", "fast"), ("default entmax", "slow entmax")]:  # fmt: skip
+        assert np.array_equal(out[a], out[b]), (a, b)
+    for a in ("temperature 0.5", "temperature 0", "default entmax", "top-k", "top-k of 19", "stop"):
+        assert not np.array_equal(out[a], out["default"]), a
+    for a in ("temperature 0", "entmax at temperature 0.5", "entmax, alpha 1", "entmax, alpha 2",
+              "top-k, entmax, temperature"):  # fmt: skip
+        assert not np.array_equal(out[a], out["default entmax"]), a
+
+
+def test_tensor_options_are_the_numbers_one_row_each():
+    """A mixed request gives each row the tokens of the run with that row's options alone."""
+    softmax = ["temperature 0.5", "temperature 0", "top-k", "stop", "no stop", "max_steps 3", "max_steps 0",
+               "top-k of 19"]  # fmt: skip
+    entmax = ["default entmax", "temperature 0.0, entmax", "entmax at temperature 0.5", "entmax, alpha 1",
+              "entmax, alpha 2", "top-k, entmax, temperature", "default entmax", "entmax, alpha 2"]  # fmt: skip
+    for kind, cases in (("softmax", softmax), ("entmax", entmax)):
+        for shift in range(BATCH):
+            of_row = [cases[(row + shift) % BATCH] for row in range(BATCH)]
+            rows = [simulated_options(NUMBER_CASES[case]) for case in of_row]
+
+            def values(name, absent):
+                return np.array([absent if o[name] is None else o[name] for o in rows])
+
+            out = tensor_loops()(
+                PROMPTS,
+                **defaults(
+                    temperature=values("temperature", None).astype(np.float32),
+                    top_k=values("top_k", -1),
+                    alpha=values("alpha", 1.3),
+                    stop=values("stop", -1),
+                    max_steps=values("max_steps", LENGTH),
+                ),
+            )[kind]
+            expected = [number_cases()[case][row] for row, case in enumerate(of_row)]
+            assert np.array_equal(out, expected)
+
+
+def test_scalar_tensors():
+    """tf and mtf tensors without dims, where a number may stand."""
+
+    def tensors(mesh, make):
+        return dict(temperature=make(0.5, tf.float32), sampling_keep_top_k=make(6, tf.int32), max_top_k=6,
+                    seed=make(5, tf.int32), stop_at_token=make(STOP, tf.int32), max_steps=make(20, tf.int32),
+                    bos_id=make(BOS, tf.int32))  # fmt: skip
+
+    def build(mesh, prompts):
+        shape = mtf.Shape(dims(batch=BATCH, sequence=LENGTH))
+        ids = mtf.import_tf_tensor(mesh, prompts, shape)
+        other = {"vocab_dim": mtf.Dimension("vocab", VOCAB)}
+        return [
+            sample_autoregressive(ids, other, {}, model=Bigram(), **tensors(mesh, make))
+            for make in (
+                lambda value, dtype: value,
+                lambda value, dtype: tf.constant(value, dtype),
+                lambda value, dtype: mtf.constant(mesh, value, dtype=dtype),
+            )
+        ]
+
+    number, tf_tensor, mtf_tensor = Program(build, [(tf.int32, PROMPTS.shape)], {"table": TABLE})(PROMPTS)
+    check(number, PROMPTS, bigram, seed=5, bos=BOS, temperature=0.5, top_k=6, stop=STOP, max_steps=20)
+    assert np.array_equal(number, tf_tensor) and np.array_equal(number, mtf_tensor)
+
+
+def test_greedy_ties_go_to_the_lower_index():
+    cases = {"number": {"temperature": 0}, "tensor": {"temperature": Input("temperature")}}
+    prompts = prompts_of([1] * BATCH)
+    out = loops(cases, Bigram(), table=TIES)(prompts, temperature=0.0)
+    for tokens in out.values():
+        check(tokens, prompts, bigram_logits(TIES), temperature=0)
+        for row in tokens:
+            for last, token in zip(row, row[1:]):
+                assert TIES[last, token] == TIES[last].max() and np.all(TIES[last, :token] < TIES[last, token])
+    assert all((row == row.max()).sum() > 1 for row in TIES)
+
+
+def test_top_k_ties_go_to_the_lower_index():
+    out = loops({"k": {"sampling_keep_top_k": 3, "seed": 5, "bos_id": BOS}}, Bigram(), table=TIES)(PROMPTS)["k"]
+    check(out, PROMPTS, bigram_logits(TIES), seed=5, bos=BOS, top_k=3)
+    three = np.argsort(-TIES, axis=1, kind="stable")[:, :3]
+    assert all(token in three[last] for last, token in zip(out[0], out[0][1:]))
+
+
+def test_a_tensor_option_out_of_range_makes_the_row_invalid():
+    """What cannot be refused when the graph is built: −1, for that row alone."""
+    for kind, bad in (
+        ("softmax", {"temperature": [1, -1, np.nan, 1, 1, -np.inf, 1, 1]}),
+        ("softmax", {"top_k": [-1, 51, 191, -1, -1, 52, 50, -1]}),
+        ("entmax", {"alpha": [1.3, 0.9, 2.1, 1.3, 1.3, np.nan, 1, 2]}),
+    ):
+        options = defaults(**{k: np.array(v) for k, v in bad.items()})
+        out = tensor_loops()(PROMPTS, **options)[kind]
+        lengths = options["lengths"]
+        assert [out[r, lengths[r]] for r in (1, 2, 5)] == [INVALID] * 3
+        good = tensor_loops()(PROMPTS, **defaults(**({"alpha": 1.3} if kind == "entmax" else {})))[kind]
+        kept = [0, 3, 4] + ([] if kind == "entmax" else [7])
+        assert np.array_equal(out[kept], good[kept])
+        assert not np.any(out[kept] == INVALID)
+
+
+# --- Seeds and streams ---------------------------------------------------------------
+
+
+def test_batch_independence():
+    """A row's tokens are the same in any company: the first 3 of 8, or any 3 with their streams."""
+    cases = {
+        "softmax": {"seed": 9, "stop_at_token": STOP, "stream": Input("stream")},
+        "entmax": {"seed": 9, "sampling_use_entmax": True, "stream": Input("stream")},
+        "default stream": {"seed": 9, "stop_at_token": STOP},
+    }
+    prompts = prompts_of([4, 1, 2, 9, 3, 3, 7, 1])
+    eight = loops(cases, Bigram())(prompts, stream=np.arange(8))
+    three = loops(cases, Bigram(), batch=3)
+    first, others = three(prompts[:3], stream=np.arange(3)), three(prompts[[6, 3, 4]], stream=np.array([6, 3, 4]))
+    for case in cases:
+        assert np.array_equal(first[case], eight[case][:3])
+    for case in ("softmax", "entmax"):
+        assert np.array_equal(others[case], eight[case][[6, 3, 4]])
+    assert np.array_equal(eight["default stream"], eight["softmax"])
+
+
+def test_equal_prompts_differ_by_their_stream_alone():
+    prompts = np.repeat(prompts_of([3]), BATCH, 0)
+    options = defaults(lengths=3)
+    rows = tensor_loops()(prompts, **options)["softmax"]
+    assert len(np.unique(rows, axis=0)) == BATCH
+    rows = tensor_loops()(prompts, **{**options, "stream": 4})["softmax"]
+    assert len(np.unique(rows, axis=0)) == 1
+    rows = tensor_loops()(prompts, **{**options, "stream": 4, "seed": np.arange(BATCH)})["softmax"]
+    assert len(np.unique(rows, axis=0)) == BATCH
+
+
+def test_seeds():
+    cases = {
+        "none": {},
+        "none, slow": {"params": {"slow_sampling": True}},
+        "5": {"seed": 5},
+        "5 again": {"seed": 5},
+        "6": {"seed": 6},
+        "-1": {"seed": -1},
+        "2**32 - 1": {"seed": 2**32 - 1},
+    }
+    run = loops(cases, Bigram())
+    prompts = prompts_of([3] * BATCH)
+    first, second = run(prompts), run(prompts)
+    for name in cases:
+        same = np.array_equal(first[name], second[name])
+        assert same == (not name.startswith("none")), name
+        # within one run each of the rows and each of the steps has numbers of its own
+        assert len(np.unique(first[name][:, 3:], axis=0)) == BATCH
+    assert np.array_equal(first["5"], first["5 again"])
+    assert np.array_equal(first["-1"], first["2**32 - 1"])
+    assert not np.array_equal(first["5"], first["6"])
+    assert not np.array_equal(first["none"], first["none, slow"])
+    # a seed that nobody gave is one seed for the whole run: some seed explains all of it
+    check(first["-1"], prompts, bigram, seed=-1)
+
+
+def test_a_fresh_seed_holds_for_the_whole_run():
+    """Rows of equal streams and prompts stay equal, at every step."""
+    prompts = np.repeat(prompts_of([2]), BATCH, 0)
+    cases = {"one stream": {"stream": Input("stream")}, "own streams": {}}
+    out = loops(cases, Bigram())(prompts, stream=0)
+    assert len(np.unique(out["one stream"], axis=0)) == 1
+    assert len(np.unique(out["own streams"], axis=0)) == BATCH
+
+
+# --- Where rows begin and end -----------------------------------------------------------
+
+
+def test_an_empty_prompt_is_the_beginning_token():
+    """At position 0, by number, by tensor, without prompts, and by default 50256."""
+    nothing = np.full((BATCH, LENGTH), PAD, np.int32)
+    garbage = prompts_of([LENGTH] * BATCH)
+    common = {"seed": 5, "stop_at_token": STOP}
+    cases = {
+        "number": {"bos_id": BOS, **common},
+        "tensor": {"bos_id": Input("bos"), **common},
+        "default": common,
+        "no prompts": {"bos_id": BOS, "has_partial_sequences": False, **common},
+        "lengths": {"bos_id": BOS, "prompt_lengths": Input("lengths"), **common},
+        "no steps": {"bos_id": BOS, "max_steps": 0},
+        "removed": {"bos_id": BOS, "remove_partial_sequences": True, **common},
+    }
+    run = loops(cases, Bigram())
+    bos = np.arange(10, 18)
+    out = run(nothing, bos=bos, lengths=0)
+    one_token = np.where(np.arange(LENGTH) == 0, BOS, PAD) * np.ones((BATCH, 1), int)
+    as_prompt = run(one_token.astype(np.int32), bos=bos, lengths=1)["number"]
+    for case in ("number", "no prompts", "lengths"):
+        assert np.array_equal(out[case], as_prompt), case
+        check(out[case], nothing, bigram, seed=5, bos=BOS, stop=STOP)
+    check(out["tensor"], nothing, bigram, seed=5, bos=bos, stop=STOP)
+    check(out["default"], nothing, bigram, seed=5, bos=50256, stop=STOP)
+    assert out["no steps"].tolist() == one_token.tolist()
+    assert np.array_equal(out["removed"][:, :-1], out["number"][:, 1:]) and np.all(out["removed"][:, -1] == PAD)
+    out = run(garbage, bos=bos, lengths=0)  # what stands there is not a prompt
+    assert np.array_equal(out["no prompts"], as_prompt) and np.array_equal(out["lengths"], as_prompt)
+
+
+def test_finished_rows_hold_padding_while_others_go_on():
+    out = number_cases()["stop"]
+    prompt_lengths = np.maximum((PROMPTS != PAD).sum(1), 1)
+    stopped = [r for r in range(BATCH) if STOP in out[r, prompt_lengths[r] :]]
+    going = [r for r in range(BATCH) if r not in stopped and prompt_lengths[r] < LENGTH - 5]
+    assert stopped and going
+    for r in stopped:
+        end = prompt_lengths[r] + np.argmax(out[r, prompt_lengths[r] :] == STOP)
+        assert end < LENGTH - 2
+        assert np.all(out[r, end + 1 :] == PAD)
+        assert STOP not in out[r, prompt_lengths[r] : end]
+    for r in going:
+        assert PAD not in out[r].tolist()
+
+
+NEVER_END_CASES = {
+    "sampled": {"stop_at_token": STOP},
+    "top-k": {"stop_at_token": STOP, "sampling_keep_top_k": 2},
+    "greedy": {"stop_at_token": STOP, "temperature": 0},
+    "entmax": {"stop_at_token": STOP, "sampling_use_entmax": True},
+    "outside": {"stop_at_token": DEFAULT_STOP},
+}
+
+
+@functools.cache
+def never_end(mesh_shape="", layout=""):
+    cases = {name: {"seed": 5, "bos_id": BOS, "never_end": True, **o} for name, o in NEVER_END_CASES.items()}
+    return loops(cases, Bigram(), runner=MeshRunner(mesh_shape, layout))(PROMPTS)
+
+
+@pytest.mark.parametrize("case", NEVER_END_CASES)
+def test_never_end(case):
+    out = never_end()[case]
+    check(out, PROMPTS, bigram, never_end=True, **simulated_options(NEVER_END_CASES[case]))
+    assert (STOP in out) == (case == "outside")
+    assert np.array_equal(never_end("x:2,y:2", "batch:x,vocab:y")[case], out)
+
+
+def test_never_end_by_tensors():
+    """A stop token a row; −1 is none."""
+    stop = np.array([STOP, 20, -1, STOP, STOP, 40, 500, -1])
+    out = loops({"x": {"seed": 5, "bos_id": BOS, "never_end": True, "stop_at_token": Input("stop")}}, Bigram())(
+        PROMPTS, stop=stop
+    )["x"]
+    check(out, PROMPTS, bigram, seed=5, bos=BOS, stop=stop, never_end=True)
+    assert [STOP in row for row in out[[0, 4]]] == [False, False] and STOP in out[[1, 2, 5, 6]]
+
+
+def test_stop_tokens_of_the_prompt_do_not_count():
+    prompts = prompts_of([4] * BATCH)
+    prompts[:4, :4] = STOP
+    prompts[4:, 3] = STOP
+    out = tensor_loops()(prompts, **defaults(stop=STOP, lengths=4))["softmax"]
+    check(out, prompts, bigram, temperature=1, seed=5, stop=STOP)
+    assert np.array_equal(out[:, :4], prompts[:, :4])
+    assert np.all(out[:, 4] != PAD)  # each went on
+
+
+def test_prompt_lengths():
+    """The padding id inside a prompt, its end too; what stands behind becomes padding."""
+    prompts = prompts_of([LENGTH] * BATCH, seed=3)
+    prompts[:, 1] = prompts[2:, 3] = PAD
+    lengths = np.array([2, 3, 4, 5, 9, LENGTH, LENGTH - 1, 1])
+    out = tensor_loops()(prompts, **defaults(lengths=lengths, max_steps=4))["softmax"]
+    check(out, prompts, bigram, lengths=lengths, temperature=1, seed=5, max_steps=4)
+    for row, n in enumerate(lengths):
+        assert np.array_equal(out[row, :n], prompts[row, :n])
+        assert np.all(out[row, n + 4 :] == PAD)
+    none = tensor_loops()(prompts, **defaults(lengths=lengths, max_steps=0))["softmax"]
+    assert np.array_equal(none, np.where(np.arange(LENGTH) < lengths[:, None], prompts, PAD))
+    # without lengths, the tokens other than padding are counted
+    gap = np.where(np.arange(LENGTH) < 6, prompts, PAD)
+    out = loops({"counted": {"seed": 5, "max_steps": 2}}, Bigram())(gap)["counted"]
+    check(out, gap, bigram, lengths=(gap != PAD).sum(1), seed=5, max_steps=2, at_least=16)
+
+
+def test_prompts_that_fill_the_length():
+    prompts = prompts_of([LENGTH] * BATCH)
+    prompts[0] = STOP
+    for kind, tokens in tensor_loops()(prompts, **defaults(stop=STOP, lengths=LENGTH)).items():
+        assert np.array_equal(tokens, prompts), kind
+    cases = {"slow": {"params": {"slow_sampling": True}}, "removed": {"remove_partial_sequences": True}}
+    out = loops(cases, Bigram())(prompts)
+    assert np.array_equal(out["slow"], prompts)
+    assert np.all(out["removed"] == PAD)
+
+
+def test_a_length_of_one():
+    out = loops({"one": {"bos_id": BOS}}, Bigram(), length=1)(np.array([[3]] * 7 + [[PAD]], np.int32))["one"]
+    assert out.ravel().tolist() == [3] * 7 + [BOS]
+
+
+def test_remove_partial_sequences():
+    cases = {
+        "kept": {"seed": 5, "stop_at_token": STOP, "bos_id": BOS},
+        "removed": {"seed": 5, "stop_at_token": STOP, "bos_id": BOS, "remove_partial_sequences": True},
+    }
+    lengths = np.maximum((PROMPTS != PAD).sum(1), 1)
+    for padding in (PAD, VOCAB + 5):
+        prompts = np.where(PROMPTS == PAD, padding, PROMPTS)
+        out = loops(cases, Bigram(), padding_id=padding)(prompts)
+        check(out["kept"], prompts, bigram, padding=padding, seed=5, stop=STOP, bos=BOS)
+        for row, n in enumerate(lengths):
+            assert out["removed"][row].tolist() == out["kept"][row, n:].tolist() + [padding] * n
+
+
+def test_padding_outside_the_vocabulary():
+    """Its id may not be drawn, so all of a row's tokens count, 0 among them."""
+    prompts = prompts_of([1, 3, 5, LENGTH, 0, 2, 11, LENGTH - 1], padding=VOCAB)
+    prompts[1, :3] = 0
+    out = loops({"x": {"seed": 5, "stop_at_token": STOP, "bos_id": 0}}, Bigram(), padding_id=VOCAB)(prompts)["x"]
+    check(out, prompts, bigram, padding=VOCAB, seed=5, stop=STOP, bos=0)
+    ends = [row.tolist().index(VOCAB) for row in out if VOCAB in row]
+    assert ends and all(np.all(row[row.tolist().index(VOCAB) :] == VOCAB) for row in out if VOCAB in row)
+
+
+# --- No distribution --------------------------------------------------------------------
+
+
+def test_invalid_rows():
+    """NaN, +inf or nothing but −inf at one step of one row: −1 there and padding after."""
+    cases = {
+        "greedy": {"temperature": 0},
+        "greedy tensor": {"temperature": Input("temperature")},
+        "softmax": {"seed": 5},
+        "top-k": {"seed": 5, "sampling_keep_top_k": 20},
+        "entmax": {"seed": 5, "sampling_use_entmax": True},
+        "slow": {"seed": 5, "params": {"slow_sampling": True}},
+    }
+    table = TABLE.copy()
+    for token in (NAN, INFINITE, NOTHING):
+        table[:, token] = -30  # never drawn, but
+    for before, token in ((60, NAN), (61, INFINITE), (62, NOTHING)):
+        table[before, token] = 100  # after this one, always
+    prompts = prompts_of([4] * BATCH)
+    prompts[1, 3], prompts[4, 3], prompts[6, 3] = NAN, INFINITE, NOTHING  # at the first step
+    prompts[2, 3], prompts[3, 3], prompts[5, 3] = 60, 61, 62  # at the second
+    run = loops(cases, Bigram(), table=table, spoiled=True)
+    out = run(prompts, temperature=0.0)
+    clean = prompts.copy()
+    clean[[1, 2, 3, 4, 5, 6], 3] = 20
+    harmless = run(clean, temperature=0.0)
+    for case, tokens in out.items():
+        options = simulated_options(cases[case])
+        if case == "greedy tensor":
+            options["temperature"] = 0
+        check(tokens, prompts, bigram_logits(table, spoil=True), **options)
+        assert tokens[[1, 4, 6], 4].tolist() == [INVALID] * 3
+        assert tokens[[2, 3, 5], 4].tolist() == [NAN, INFINITE, NOTHING]
+        assert tokens[[2, 3, 5], 5].tolist() == [INVALID] * 3
+        assert np.all(tokens[1, 5:] == PAD) and np.all(tokens[2, 6:] == PAD)
+        assert np.array_equal(tokens[[0, 7]], harmless[case][[0, 7]])
+
+
+# --- What the model is told -----------------------------------------------------------------
+
+
+def test_the_context():
+    model = Bigram()
+    seen = {}
+
+    def build(mesh, prompts):
+        shape = mtf.Shape(dims(batch=BATCH, sequence=LENGTH))
+        memory = mtf.Dimension("memory_length", 5)
+        ids = mtf.import_tf_tensor(mesh, prompts, shape)
+        seen.update(
+            mesh=mesh,
+            shape=shape,
+            encoder_output=mtf.zeros(mesh, [shape[0], memory]),
+            encoder_sequence_id=mtf.ones(mesh, [shape[0], memory], tf.int32),
+            encoder_inputs=mtf.ones(mesh, [shape[0], memory], tf.int32),
+            encoder_layer_outputs=[mtf.zeros(mesh, [shape[0], memory])],
+            shared_params={"a": mtf.zeros(mesh, [])},
+        )
+        given = {k: seen[k] for k in seen if k not in ("mesh", "shape")}
+        out = sample_autoregressive(
+            ids, {"vocab_dim": mtf.Dimension("vocab", VOCAB)}, {}, model=model, seed=1, bos_id=BOS, **given
+        )
+        first = model.contexts[0]
+        assert first.inputs.shape == ids.shape
+        return out, first.inputs, first.initial_position, first.position, first.write_priority, first.read_priority
+
+    run = Program(build, [(tf.int32, PROMPTS.shape)], {"table": TABLE})
+    out, inputs, initial, position, write_priority, read_priority = run(PROMPTS)
+    lengths = np.maximum((PROMPTS != PAD).sum(1), 1)
+    at = np.arange(LENGTH)
+    assert np.array_equal(initial, lengths)
+    assert np.array_equal(inputs, np.where((at == 0) & (PROMPTS == PAD), BOS, PROMPTS))
+    assert np.array_equal(position, at)
+    assert np.array_equal(write_priority, np.where(at > lengths[:, None], at, 0))
+    assert np.array_equal(read_priority, write_priority)
+
+    first, *steps = model.contexts
+    assert first.mode == "first_part" and first.position_is_default and not first.states
+    assert steps and all(c.mode == "incremental" and not c.position_is_default for c in steps)
+    batch_dim, length_dim = seen["shape"]
+    for c in model.contexts:
+        assert (c.mesh, c.batch_dims, c.length_dim) == (seen["mesh"], [batch_dim], length_dim)
+        assert c.variable_dtype == FLOAT32 and c.activation_dtype == tf.float32
+        assert c.train is False and c.num_microbatches == 1 and c.layer_index == 0
+        assert c.cache == {} and c.layer_outputs == [] and not c.losses
+        assert c.model is None and c.beam_dim is None and c.subsequence_id is None
+        for name in ("encoder_output", "encoder_sequence_id", "encoder_inputs"):
+            assert getattr(c, name).shape == seen[name].shape
+        assert c.encoder_length_dim == seen["encoder_output"].shape[1]
+        assert [t.shape for t in c.encoder_layer_outputs] == [seen["encoder_output"].shape]
+        assert list(c.shared_params) == ["a"]
+        assert hasattr(c, "sequence_id") and hasattr(c, "write_priority") and c.initial_position.shape == [batch_dim]
+        assert c.new_states == [] and c.constant_states == []
+    for c in steps:
+        assert c.position.shape == [batch_dim] and c.position.dtype == tf.int32
+        assert c.inputs.shape == seen["shape"] and c.read_priority.shape == [batch_dim]
+        assert c.states == []
+    check(out, PROMPTS, bigram, seed=1, bos=BOS)
+
+
+def test_slow_sampling_gives_no_context():
+    model = Bigram()
+    loops({"slow": {"params": {"slow_sampling": True}}}, model)
+    assert model.contexts and all(c is None for c in model.contexts)
+
+
+def test_the_model_gets_what_it_was_given():
+    """Features, config and dtype as they came; a missing config key is None."""
+    calls = []
+
+    def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+        calls.append((list(mtf_features), other_features["token"], params["absent"], params["n"], variable_dtype))
+        assert tf.get_variable_scope().name == "gpt2"
+        return Bigram()(mtf_features, other_features, params, mesh, variable_dtype, context)
+
+    variable_dtype = mtf.VariableDType(tf.float32, tf.float32, tf.float32)
+
+    def build(mesh):
+        ids = mtf.zeros(mesh, dims(batch=2, sequence=3), tf.int32)
+        other = {"vocab_dim": mtf.Dimension("vocab", VOCAB), "token": "x"}
+        return sample_autoregressive(ids, other, {"n": 4}, model=model, variable_dtype=variable_dtype)
+
+    Program(build, weights={"table": TABLE})()
+    assert calls and all(call == (["inputs"], "x", None, 4, variable_dtype) for call in calls)
+
+
+PROBES = {
+    # token = value at the step that writes position p of a row whose prompt has n tokens
+    "position": (lambda c, ids: c.position, lambda p, n, row: p),
+    "initial_position": (lambda c, ids: c.initial_position, lambda p, n, row: n),
+    "read_priority": (lambda c, ids: c.read_priority, lambda p, n, row: p if p > n else 0),
+    "write_priority": (lambda c, ids: token_at(c.write_priority, c.position), lambda p, n, row: p if p > n else 0),
+    "inputs": (lambda c, ids: token_at(c.inputs, c.position - 1) + 1, lambda p, n, row: row[p - 1] + 1),
+    "ids": (lambda c, ids: token_at(ids, c.position - 1) + 1, lambda p, n, row: row[p - 1] + 1),
+    "room": (lambda c, ids: token_at(ids, c.position) + 3, lambda p, n, row: PAD + 3),
+}
+
+
+def test_what_a_step_is_told():
+    """Values inside the loop, made visible as the tokens that a greedy step draws."""
+
+    def probe(value_of):
+        def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+            ids, vocab_dim = mtf_features["inputs"], other_features["vocab_dim"]
+            if context.mode == "first_part":
+                return mtf.zeros(mesh, ids.shape + vocab_dim), None, None
+            logits = mtf.one_hot(value_of(context, ids), vocab_dim, dtype=tf.float32)
+            return mtf.reshape(logits, [ids.shape[0], mtf.Dimension("sequence", 1), vocab_dim]), None, None
+
+        return model
+
+    cases = {name: {"model": probe(value_of), "temperature": 0, "bos_id": BOS} for name, (value_of, _) in PROBES.items()}
+
+    def build(mesh, prompts):
+        ids = mtf.import_tf_tensor(mesh, prompts, dims(batch=BATCH, sequence=LENGTH))
+        other = {"vocab_dim": mtf.Dimension("vocab", VOCAB)}
+        return {name: sample_autoregressive(ids, other, {}, **options) for name, options in cases.items()}
+
+    out = Program(build, [(tf.int32, PROMPTS.shape)])(PROMPTS)
+    for name, (_, expected_of) in PROBES.items():
+        for prompt, row in zip(PROMPTS, out[name]):
+            expected = prompt[prompt != PAD].tolist() or [BOS]
+            n = len(expected)
+            for p in range(n, LENGTH):
+                expected.append(expected_of(p, n, expected))
+            assert row.tolist() == expected, name
+
+
+def encoder_offset(mesh, shape):
+    """[batch]: 3 · row, as a sum over a dim of its own that a layout may split."""
+    inner = mtf.Dimension("inner", 2)
+    half = mtf.broadcast(mtf.range(mesh, shape[0], tf.int32), [shape[0], inner])
+    return mtf.reduce_sum(half + mtf.range(mesh, inner, tf.int32) * half, reduced_dim=inner)
+
+
+STATE_CASES = {
+    "states": {"model": History()},
+    "constant state": {"model": History(constant_state=True)},
+    "encoder output": {"model": History(encoder=True), "encoder_output": encoder_offset},
+}
+
+
+def check_states(out):
+    for case, tokens in out.items():
+        for row in range(BATCH):  # the encoder's offset is a row's own
+            offset = {
+                "states": lambda tokens: 0,
+                "constant state": lambda tokens: tokens[0],
+                "encoder output": lambda tokens, row=row: 3 * row,
+            }[case]
+            check(tokens[row : row + 1], PROMPTS[row : row + 1], history_logits(offset), seed=5, bos=BOS, stream=row,
+                  at_least=0)  # fmt: skip
+        assert (tokens != PAD).sum() > 100
+
+
+def state_loops(cases, runner=None):
+    return loops({name: {"seed": 5, "bos_id": BOS, **options} for name, options in cases.items()}, History(),
+                 runner=runner)(PROMPTS)  # fmt: skip
+
+
+def test_states():
+    out = state_loops(STATE_CASES)
+    check_states(out)
+    assert not np.array_equal(out["states"], out["constant state"])
+
+
+def test_two_batch_dims():
+    """Rows are counted in row-major order; the loop is the same."""
+
+    def build(mesh, prompts):
+        shape = mtf.Shape(dims(outer=2, batch=4, sequence=LENGTH))
+        ids = mtf.import_tf_tensor(mesh, tf.reshape(prompts, shape.to_integer_list), shape)
+        other = {"vocab_dim": mtf.Dimension("vocab", VOCAB)}
+        options = {"seed": 5, "bos_id": BOS, "stop_at_token": STOP, "model": Bigram()}
+        return [
+            sample_autoregressive(ids, other, {}, **options, **more)
+            for more in (
+                {},
+                {"sampling_use_entmax": True, "temperature": np.linspace(0, 1.4, 8, dtype=np.float32).reshape(2, 4)},
+                {"sampling_keep_top_k": 3, "remove_partial_sequences": True},
+            )
+        ]
+
+    run = Program(build, [(tf.int32, PROMPTS.shape)], {"table": TABLE})
+    plain, entmax, removed = (x.reshape(BATCH, LENGTH) for x in run(PROMPTS))
+    check(plain, PROMPTS, bigram, seed=5, bos=BOS, stop=STOP)
+    check(entmax, PROMPTS, bigram, seed=5, bos=BOS, stop=STOP, alpha=1.3,
+          temperature=np.linspace(0, 1.4, 8, dtype=np.float32))  # fmt: skip
+    for row, prompt in zip(removed, PROMPTS):
+        prompt = prompt[prompt != PAD].tolist() or [BOS]
+        assert row[LENGTH - len(prompt) :].tolist() == [PAD] * len(prompt)
+
+
+# --- Layouts -----------------------------------------------------------------------------------
+
+LAYOUTS = [
+    ("x:2", "vocab:x"),
+    ("x:2", "batch:x,table_row:x,inner:x"),
+    ("x:2", "sequence:x"),
+    ("x:4", "vocab:x"),
+    ("x:2,y:2", "batch:x,vocab:y"),
+    ("x:2,y:2", "sequence:x,table_row:y"),
+]
+MESH_CASES = {
+    **{name: TENSOR_CASES[name] for name in ("softmax", "entmax")},
+    "slow": {"seed": 5, "bos_id": BOS, "stop_at_token": STOP, "params": {"slow_sampling": True}},
+    "greedy": {"temperature": 0, "bos_id": BOS, "remove_partial_sequences": True},
+}
+
+
+@functools.cache
+def mesh_case(mesh_shape, layout):
+    return loops(MESH_CASES, Bigram(), runner=MeshRunner(mesh_shape, layout))(PROMPTS, **MIXED)
+
+
+@pytest.mark.parametrize("mesh_shape, layout", LAYOUTS)
+def test_layouts(mesh_shape, layout):
+    single, split = mesh_case("", ""), mesh_case(mesh_shape, layout)
+    for case, tokens in single.items():
+        assert np.array_equal(tokens, split[case]), case
+        assert len(np.unique(tokens)) > 20
+
+
+@pytest.mark.parametrize("case", STATE_CASES)
+@pytest.mark.parametrize("mesh_shape, layout", [("x:2", "sequence:x,table_row:x,inner:x"), ("x:2", "vocab:x")])
+def test_states_on_layouts(mesh_shape, layout, case):
+    """A model's states, constant states and encoder may leave it as unfinished sums."""
+    check_states(state_loops({case: STATE_CASES[case]}, MeshRunner(mesh_shape, layout)))
+
+
+def test_a_fresh_seed_is_one_for_all_devices():
+    """Each device draws for its own rows and its part of the vocabulary, with equal numbers."""
+    prompts = np.repeat(prompts_of([2]), BATCH, 0)
+    run = loops({"x": {"stream": Input("stream")}}, Bigram(), runner=MeshRunner("x:2,y:2", "batch:x,vocab:y"))
+    first, second = run(prompts, stream=3)["x"], run(prompts, stream=3)["x"]
+    assert len(np.unique(first, axis=0)) == 1 and first.min() >= 0
+    assert not np.array_equal(first, second)
+
+
+# --- The bundled model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["global", "local", "padding_outside"])
+def test_greedy_tokens_of_the_checkpoints(name):
+    params, weights, golden = checkpoint(name)
+    options = {"temperature": 0, "stop_at_token": None, "max_steps": 20}
+    cases = {"fast": options, "slow": {**options, "params": {"slow_sampling": True}}}
+    batch, length = golden["prompts"].shape
+    out = loops(cases, batch=batch, length=length, weights=weights, **params)(golden["prompts"])
+    assert np.array_equal(out["fast"], golden["greedy_fast"])
+    assert np.array_equal(out["slow"], golden["greedy_slow"])
+
+
+NEO_CASES = {
+    "softmax": {"temperature": 0.9},
+    "top-k": {"temperature": 0.9, "sampling_keep_top_k": 10},
+    "entmax": {"temperature": 0.9, "sampling_use_entmax": True, "entmax_alpha": 1.4},
+    "entmax, top-k": {"temperature": 0.9, "sampling_use_entmax": True, "sampling_keep_top_k": 10},
+}
+
+
+def neo_prompts(batch, length, padding=PAD, vocab=127):
+    return prompts_of([5, 9, 2, 0][:batch], length, vocab, padding)
+
+
+def neo_cases(names=NEO_CASES, **more):
+    return {name: {"seed": 3, "bos_id": BOS, "stop_at_token": STOP, **NEO_CASES[name], **more} for name in names}
+
+
+@functools.cache
+def neo(name, slow, mesh_shape="", layout="", cases=tuple(NEO_CASES), batch=4, length=24):
+    params, weights, _ = checkpoint(name)
+    params["slow_sampling"] = slow
+    runner = MeshRunner(mesh_shape, layout)
+    run = loops(neo_cases(cases), batch=batch, length=length, weights=weights, runner=runner, **params)
+    return run(neo_prompts(batch, length, params["padding_id"]))
+
+
+@pytest.mark.parametrize("name", ["local", "padding_outside"])
+def test_cached_and_slow_sampling_draw_the_same(name):
+    fast, slow = neo(name, False), neo(name, True)
+    for case in NEO_CASES:
+        assert np.array_equal(fast[case], slow[case]), case
+    assert len({tokens.tobytes() for tokens in fast.values()}) == len(NEO_CASES)
+
+
+@pytest.mark.parametrize("case", NEO_CASES)
+def test_sampled_tokens_of_a_checkpoint_against_the_simulation(case):
+    """Forward pass, distribution and draw, all in float64 NumPy."""
+    params, weights, _ = checkpoint("local")
+
+    def logits_of(row):
+        return reference.gpt_neo_forward(weights, np.array([row]), **reference_config(params))[0, -1]
+
+    options = {**simulated_options(NEO_CASES[case]), "seed": 3, "stop": STOP}
+    check(neo("local", False)[case], neo_prompts(4, 24), logits_of, margin=1e-4, at_least=50, **options)
+
+
+@pytest.mark.parametrize(
+    "mesh_shape, layout",
+    [
+        ("x:2", "heads:x,intermediate_expanded:x"),
+        ("x:2", "embd:x"),
+        ("x:2,y:2", "batch:x,memory_length:y,embd:y"),
+    ],
+)
+def test_a_checkpoint_on_layouts(mesh_shape, layout):
+    """The checkpoint's vocabulary, of 127, cannot be split; see the next test."""
+    cases = ("top-k", "entmax")
+    split = neo("local", False, mesh_shape, layout, cases)
+    for case in cases:
+        assert np.array_equal(split[case], neo("local", False)[case]), case
+
+
+SPLIT = config(["global", "local"], n_ctx=16, n_vocab=128, local_attention_radius=3)
+
+
+@functools.cache
+def split_neo(mesh_shape, layout):
+    cases = {**neo_cases(("softmax", "entmax, top-k")), "slow": {"seed": 3, "params": {"slow_sampling": True}}}
+    run = loops(cases, batch=4, length=12, weights=random_weights(SPLIT), runner=MeshRunner(mesh_shape, layout), **SPLIT)
+    return run(neo_prompts(4, 12))
+
+
+@pytest.mark.parametrize(
+    "mesh_shape, layout",
+    [
+        ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
+        ("x:2,y:2", "embd:y,batch:x"),
+        ("x:2,y:2", "vocab:x,embed_sequence:y"),
+        ("all:4", "batch:all"),
+    ],
+)
+def test_a_model_whose_vocabulary_can_be_split(mesh_shape, layout):
+    single, split = split_neo("", ""), split_neo(mesh_shape, layout)
+    for case, tokens in single.items():
+        assert np.array_equal(tokens, split[case]), case
+
+
+def test_the_bundled_model_in_other_company():
+    """A row of a batch of 4 and the same row of a batch of 2."""
+    four, two = neo("local", False), neo("local", False, batch=2)
+    for case in NEO_CASES:
+        assert np.array_equal(two[case], four[case][:2]), case
+
+
+# --- TensorFlow 1's control flow -----------------------------------------------------------------------
+
+
+def control_flow_cases():
+    """{name: tokens}; run here and, in the test below, with TensorFlow 2's behaviour off."""
+    two = MeshRunner("x:2", "vocab:x")
+    cases = {k: MESH_CASES[k] for k in ("softmax", "entmax", "slow")}
+    out = {"one device, " + k: v for k, v in loops(cases, Bigram())(PROMPTS, **MIXED).items()}
+    out |= {"split, " + k: v for k, v in loops(cases, Bigram(), runner=two)(PROMPTS, **MIXED).items()}
+    out |= state_loops({"states": STATE_CASES["states"]})
+    out["checkpoint"] = neo("local", False, cases=("entmax, top-k",))["entmax, top-k"]
+    return {name: tokens.tolist() for name, tokens in out.items()}
+
+
+def while_operations():
+    """The operation types that a loop lowers to."""
+    with tf.Graph().as_default() as graph:
+        tf.while_loop(lambda i: i < 3, lambda i: i + 1, [tf.constant(0)])
+        return {op.type for op in graph.get_operations()}
+
+
+V1 = """
+import json, sys
+import tensorflow.compat.v1 as tf1
+tf1.disable_v2_behavior()
+import test_sample
+assert not tf1.control_flow_v2_enabled() and "Enter" in test_sample.while_operations()
+json.dump(test_sample.control_flow_cases(), sys.stdout)
+"""
+
+
+def test_control_flow_of_tensorflow_1():
+    tests = pathlib.Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", V1], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Enter" not in while_operations()  # here the other kind is built
+    assert json.loads(done.stdout) == control_flow_cases()
+
+
+# --- What is refused --------------------------------------------------------------------------------------
+
+REFUSED = [
+    ({"temperature": -0.1}, r"temperature=-0\.1; 0 \(argmax\) or a finite number above 0"),
+    ({"temperature": float("nan")}, r"temperature=nan"),
+    ({"temperature": float("inf")}, r"temperature=inf"),
+    ({"temperature": np.ones(3, np.float32)}, r"temperature has shape \[3\]"),
+    ({"max_steps": -1}, r"max_steps=-1; 0 or more"),
+    ({"max_steps": np.ones([2, 2], np.int32)}, r"max_steps has shape"),
+    ({"never_end": True, "stop_at_token": None}, r"never_end=True .* stop_at_token is None"),
+    ({"sampling_keep_top_k": 0}, r"sampling_keep_top_k=0; .* -1 \(off\) or -2"),
+    ({"sampling_keep_top_k": -3}, r"sampling_keep_top_k=-3"),
+    ({"sampling_keep_top_k": 2.5}, r"sampling_keep_top_k=2\.5"),
+    ({"sampling_keep_top_k": np.array([1, 2])}, r"top-k: .* max_top_k"),
+    ({"sampling_keep_top_k": np.array([1, 2, 3]), "max_top_k": 3}, r"top_k has shape \[3\]"),
+    ({"sampling_keep_top_k": np.array([1, 2]), "max_top_k": 0}, r"max_top_k"),
+    ({"sampling_use_entmax": True, "entmax_alpha": 0.99}, r"entmax_alpha=0\.99 is out of range: from 1"),
+    ({"sampling_use_entmax": True, "entmax_alpha": 2.01}, r"entmax_alpha=2\.01"),
+    ({"sampling_use_entmax": True, "entmax_alpha": float("nan")}, r"entmax_alpha=nan"),
+    ({"seed": 2**32}, r"seed=4294967296 is out of range"),
+    ({"seed": -(2**31) - 1}, r"seed=-2147483649 is out of range"),
+    ({"seed": np.array([1, 2, 3])}, r"seed has shape \[3\]"),
+    ({"stream": np.array([1, 2, 3])}, r"stream has shape \[3\]"),
+    ({"prompt_lengths": np.array([1, 2, 3])}, r"prompt_lengths has shape \[3\]"),
+    ({"bos_id": np.array([1, 2, 3])}, r"bos_id has shape \[3\]"),
+    ({"stop_at_token": np.array([1, 2, 3])}, r"stop_at_token has shape \[3\]"),
+]
+
+
+@pytest.mark.parametrize("options, message", REFUSED)
+def test_a_bad_option(options, message):
+    def build(mesh):
+        ids = mtf.zeros(mesh, dims(batch=2, sequence=4), tf.int32)
+        return sample_autoregressive(ids, {"vocab_dim": mtf.Dimension("vocab", VOCAB)}, {}, model=Bigram(), **options)
+
+    with pytest.raises(ValueError, match=message):
+        Program(build)
+
+
+def test_options_at_the_end_of_their_range():
+    cases = {
+        "seed": {"seed": -(2**31)},
+        "seed above": {"seed": 2**31},  # the same 32 bits
+        "hot": {"seed": 1, "temperature": 1e30},
+        "cold": {"seed": 1, "temperature": 1e-30},
+        "greedy": {"temperature": 0},
+        "alpha that entmax alone would refuse": {"seed": 1, "entmax_alpha": 5},
+    }
+    out = loops(cases, Bigram())(PROMPTS)
+    assert np.array_equal(out["seed"], out["seed above"])
+    assert np.array_equal(out["cold"], out["greedy"])
+    check(out["seed"], PROMPTS, bigram, seed=-(2**31))
+    check(out["hot"], PROMPTS, bigram, seed=1, temperature=1e30)
+    check(out["alpha that entmax alone would refuse"], PROMPTS, bigram, seed=1)
