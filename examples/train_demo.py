@@ -33,16 +33,16 @@ CONFIG = {
     "n_layer": 5,
     "attention_types": [[["global", "local"], 2], [["global"], 1]],
     "local_attention_radius": 64,
-    "embed_dropout": 0.1,
-    "res_dropout": 0.1,
+    "embed_dropout": 0.0,
+    "res_dropout": 0.0,
     "attn_dropout": 0.0,
     "activation_function": "gelu",
     "padding_id": 0,
     "eos_id": 0,
 }
 HELD_OUT = 0.05
-BATCH = 16
-PEAK_RATE = 2.5e-3
+BATCH = 8
+PEAK_RATE = 2e-3
 WARM_UP = 200  # steps
 
 
@@ -53,11 +53,20 @@ def split_text(path):
 
 
 def make_tokenizer(train_text, path):
-    """A byte-level byte-pair tokenizer; id 0 is <|endoftext|>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level byte-pair tokenizer; id 0 is <|endoftext|>.
 
+    As GPT-2's, but a word carries the space or the line break before it: lines
+    are short here, and a bare word at the start of one would look like the
+    middle of another.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    words = Regex(r"[ \n]?\p{L}+|[ \n]?\p{N}+|[ \n]?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=CONFIG["n_vocab"],
@@ -73,14 +82,14 @@ def make_tokenizer(train_text, path):
 class Trainer:
     """The graph of one training step and of one evaluation, and their session."""
 
-    def __init__(self, total_steps):
+    def __init__(self):
         self.graph = tf.Graph()
         with self.graph.as_default(), quiet_logging():
             self.tokens = tf.placeholder(tf.int32, [BATCH, CONFIG["n_ctx"] + 1])
             self.step = tf.train.get_or_create_global_step()
-            progress = tf.cast(self.step, tf.float32) / total_steps
+            self.progress = tf.placeholder_with_default(0.0, [])  # from 0 to 1: the rate falls along a cosine
             warm = tf.minimum(1.0, (tf.cast(self.step, tf.float32) + 1.0) / WARM_UP)
-            rate = PEAK_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + tf.cos(math.pi * tf.minimum(progress, 1.0))))
+            rate = PEAK_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + tf.cos(math.pi * tf.minimum(self.progress, 1.0))))
             self.loss, self.train_op = self._training_step(rate)
             self.eval_losses = self._evaluation()
             masters = [v for v in tf.global_variables() if v.name.startswith("gpt2/")]
@@ -167,13 +176,16 @@ def train(args, trainer, train_ids, held_ids, chars_per_token):
     log = open(pathlib.Path(args.work_dir) / "log.jsonl", "a")
     path = str(pathlib.Path(args.work_dir) / "state")
     losses, began = [], time.time()
+    step = -1
     while True:
+        progress = max((step + 1) / args.steps, (time.time() - began) / (args.minutes * 60))
         starts = rng.integers(0, len(train_ids) - CONFIG["n_ctx"] - 1, BATCH)
         batch = np.stack([train_ids[s : s + CONFIG["n_ctx"] + 1] for s in starts])
-        loss, step, _ = trainer.session.run([trainer.loss, trainer.step, trainer.train_op], {trainer.tokens: batch})
+        feed = {trainer.tokens: batch, trainer.progress: progress}
+        loss, step, _ = trainer.session.run([trainer.loss, trainer.step, trainer.train_op], feed)
         losses.append(loss)
         done = step + 1 >= args.steps or time.time() > end
-        if step % 200 == 199 or done:
+        if step % 250 == 249 or done:
             record = {"step": int(step + 1), "train_loss": float(np.mean(losses)),
                       "seconds": round(time.time() - began)}  # fmt: skip
             if step % 500 == 499 or done:
@@ -193,11 +205,10 @@ def export(args, trainer, held_ids, chars_per_token, held_chars):
     from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 
     names = sorted(trainer.weights)
-    with trainer.graph.as_default():
-        for name in names:
-            v = trainer.weights[name]
-            value = trainer.session.run(v).astype(tf.bfloat16.as_numpy_dtype).astype(np.float32)
-            v.load(value, trainer.session)
+    for name in names:
+        v = trainer.weights[name]
+        value = trainer.session.run(v).astype(tf.bfloat16.as_numpy_dtype).astype(np.float32)
+        trainer.session.run(v.initializer, {v.initializer.inputs[1]: value})
     weights = {name: trainer.session.run(trainer.weights[name]) for name in names}
     loss, tokens = trainer.held_out_loss(held_ids)
     folder = pathlib.Path(args.export)
@@ -221,7 +232,7 @@ def main():
     parser.add_argument("--text", required=True)
     parser.add_argument("--work-dir", required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000, help="the run ends with these or with the minutes")
     parser.add_argument("--export", help="folder to write the bfloat16 checkpoint to, in place of training")
     args = parser.parse_args()
     from tokenizers import Tokenizer
@@ -235,7 +246,7 @@ def main():
     train_ids = np.array(tokenizer.encode(train_text).ids, np.int32)
     held_ids = np.array(tokenizer.encode(held_text).ids, np.int32)
     chars_per_token = len(held_text) / (len(held_ids) - 1)  # the first token is not predicted
-    trainer = Trainer(args.steps)
+    trainer = Trainer()
     if tf.train.latest_checkpoint(str(work)):
         with trainer.graph.as_default():
             trainer.saver.restore(trainer.session, tf.train.latest_checkpoint(str(work)))

@@ -188,7 +188,7 @@ class TextGenerator:
                 raise ValueError(f"{name}={value!r}; a number is needed")
         if not do_sample:
             if temperature:
-                raise ValueError(f"temperature={temperature} with do_sample=False, which is greedy; leave out one of them")
+                raise ValueError(f"temperature={temperature} with do_sample=False, which is greedy; leave one out")
             temperature = 0
         use_entmax = entmax_alpha is not None
         if temperature is None:
@@ -216,7 +216,7 @@ class TextGenerator:
         rows = [p for p in prompts for _ in range(num_return_sequences)]
         greedy = temperature == 0
         feeds = {
-            "seed": np.array(seed % 2**32, np.uint32).view(np.int32),
+            "seed": np.array(int(seed) % 2**32, np.uint32).view(np.int32),
             "stop_at_token": stop_token,
             "temperature": temperature,
             "top_k": top_k if top_k is not None else 0,
@@ -271,7 +271,7 @@ class TextGenerator:
             if isinstance(first, list):
                 first = first[0]
             if first is None or not 0 <= first < n_vocab:
-                raise ValueError("an empty prompt, and the model names no first token (bos_id or eos_id); give one token")
+                raise ValueError("an empty prompt, and the model names no first token (bos_id or eos_id)")
             ids = [first]
         return [int(i) for i in ids]
 

@@ -390,7 +390,7 @@ def import_seed(mesh, seed, rows=()):
     if isinstance(seed, (int, np.integer)):
         if not -(2**31) <= seed < 2**32:
             raise ValueError(f"seed={seed} is out of range: from -2**31 to 2**32 - 1")
-        seed = np.array(seed % 2**32, np.uint32).view(np.int32)
+        seed = np.array(int(seed) % 2**32, np.uint32).view(np.int32)
     return import_rows(mesh, seed, tf.int32, rows, "seed")
 
 
@@ -592,6 +592,14 @@ class _GroupedDrawOperation(mtf.Operation):
             w = mesh_impl.allconcat(w, mesh_axis, 1)
             w = mesh_impl.slicewise(lambda w: tf.where_v2(w >= 0, w, np.inf), w)
             mesh_axis = None
+
+        if mesh_axis is not None:
+            for d in self.outputs[0].shape.dims:
+                if mesh_impl.tensor_dimension_to_mesh_axis(d) == mesh_axis:
+                    raise ValueError(
+                        f"grouped_draw: the layout splits both {dim.name} and {d.name} along mesh axis "
+                        f"{mesh_impl.shape[mesh_axis].name}; drawing along {dim.name} needs {d.name} elsewhere"
+                    )
 
         def scale_groups(w):
             """Groups [rows, groups, size], each scaled by a power of two to a maximum

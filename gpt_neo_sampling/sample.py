@@ -215,7 +215,7 @@ def sample_autoregressive(
     stop_at_token=50256,
     max_steps=None,
     temperature=None,
-    variable_dtype=mtf.VariableDType(tf.float32),
+    variable_dtype=mtf.VariableDType(tf.float32),  # noqa: B008  (the original's default)
     encoder_output=None,
     encoder_sequence_id=None,
     encoder_inputs=None,

@@ -37,7 +37,10 @@ class Program:
             if weights is not None:
                 assert set(masters) == {"gpt2/" + name for name in weights}
                 feed = {masters["gpt2/" + name].initial_value: value for name, value in weights.items()}
-            self._session = tf.Session(config=tf.ConfigProto(device_count={"CPU": DEVICES}))
+            options = tf.ConfigProto(device_count={"CPU": DEVICES})
+            if runner is not None and runner.mesh_shape:  # or it takes longer than all else that is run
+                options.graph_options.rewrite_options.disable_meta_optimizer = True
+            self._session = tf.Session(config=options)
             self._session.run(tf.global_variables_initializer(), feed)
             self._session.run(lowering.copy_masters_to_slices())
 
@@ -152,7 +155,7 @@ def call_model(ids, other, params, context=None, labels=None, variable_dtype=FLO
 
 
 def incremental_logits(first_ids, ids, lengths, other, params, steps):
-    """Logits [batch, 1, vocab] of `steps` tokens a row, decoded one by one.
+    """(logits of the first pass, [logits [batch, 1, vocab] of each of `steps` tokens]).
 
     The first pass sees first_ids; the steps read ids at lengths − 1, lengths, …
     (int32 mtf tensors, [batch, sequence] twice, and [batch]).
@@ -173,9 +176,9 @@ def incremental_logits(first_ids, ids, lengths, other, params, steps):
         )
 
     ctx = context("first_part", mtf.range(ids.mesh, ids.shape.dims[1], tf.int32))
-    call_model(first_ids, other, params, ctx)
+    first_logits = call_model(first_ids, other, params, ctx)[0]
     logits = []
     for i in range(steps):
         ctx = context("incremental", lengths + i, ctx.new_states)
         logits.append(call_model(ids, other, params, ctx)[0])
-    return logits
+    return first_logits, logits

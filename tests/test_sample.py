@@ -179,7 +179,7 @@ class Bigram:
             last = token_at(last, context.position - 1)
         logits = table_rows(last, vocab_dim, mesh)
         if params["spoiled"]:
-            logits = mtf.slicewise(spoiled, [logits, mtf.broadcast(last, logits.shape)], output_dtype=tf.float32)
+            logits = mtf.cwise(spoiled, [logits, mtf.broadcast(last, logits.shape)])
         if one_token:
             logits = mtf.reshape(logits, last.shape + [mtf.Dimension("sequence", 1), vocab_dim])
         return logits, None, None
@@ -214,9 +214,9 @@ class History:
             before = context.initial_position - 1  # what the first step will read
             earlier = mtf.less(mtf.range(mesh, length_dim, tf.int32), mtf.broadcast(before, ids.shape))
             total = mtf.reduce_sum(ids * mtf.cast(earlier, tf.int32), reduced_dim=length_dim)
-            second = table_rows(mtf.where(mtf.equal(before, 0), -1, token_at(ids, before - 1)), vocab_dim, mesh)
+            second = token_at(ids, before - 1) - mtf.cast(mtf.equal(before, 0), tf.int32)  # −1 where there is none
             context.record_new_states([total])
-            context.record_new_states([second])
+            context.record_new_states([table_rows(second, vocab_dim, mesh)])
             if self.constant_state:
                 context.record_constant_state(token_at(ids, mtf.zeros_like(before)))
             return mtf.zeros(mesh, ids.shape + vocab_dim), None, None
@@ -233,7 +233,8 @@ class History:
             index += context.encoder_output
         index = mtf.mod(index, mtf.constant(mesh, vocab_dim.size, dtype=tf.int32))
         logits = table_rows(index, vocab_dim, mesh) + 0.5 * second
-        return mtf.reshape(logits, ids.shape[:-1] + [mtf.Dimension("sequence", 1), vocab_dim]), None, None
+        # (the size 1 is not called "sequence" here: layouts may then split that)
+        return mtf.reshape(logits, ids.shape[:-1] + [mtf.Dimension("step", 1), vocab_dim]), None, None
 
 
 def history_logits(offset=lambda row: 0):
@@ -384,13 +385,15 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_simulation_sees_another_order_or_a_lost_option(mistake):
-    drawn = {}
-    for top_k, alpha in ((3, 1.1), (6, 1.6)):
-        options = defaults(temperature=1.6, top_k=top_k, alpha=alpha)
+    found = []
+    for temperature, top_k, alpha in ((1.6, 6, 1.6), (20, 6, 1.6)):
+        options = defaults(temperature=temperature, top_k=top_k, alpha=alpha)
         out = tensor_loops()(PROMPTS, **options)["entmax"]
         check(out, PROMPTS, bigram, **options)
-        drawn[top_k] = follow(out, PROMPTS, bigram, **options, weights=MISTAKES[mistake])
-    assert max(len(wrong) / n for wrong, n, _ in drawn.values()) > 0.03
+        wrong, drawn, _ = follow(out, PROMPTS, bigram, **options, weights=MISTAKES[mistake])
+        found.append(len(wrong))
+        assert drawn > 100
+    assert max(found) >= 4
 
 
 def test_the_simulation_sees_other_uniforms():
@@ -451,7 +454,6 @@ def simulated_options(options):
         "top_k": {-1: None, -2: 19}.get(k, k),
         "stop": options.get("stop_at_token", DEFAULT_STOP),
         "max_steps": options.get("max_steps"),
-        "never_end": options.get("never_end", False),
     }
 
 
@@ -693,17 +695,21 @@ NEVER_END_CASES = {
 
 
 @functools.cache
-def never_end(mesh_shape="", layout=""):
-    cases = {name: {"seed": 5, "bos_id": BOS, "never_end": True, **o} for name, o in NEVER_END_CASES.items()}
+def never_end(mesh_shape="", layout="", names=tuple(NEVER_END_CASES)):
+    cases = {name: {"seed": 5, "bos_id": BOS, "never_end": True, **NEVER_END_CASES[name]} for name in names}
     return loops(cases, Bigram(), runner=MeshRunner(mesh_shape, layout))(PROMPTS)
 
 
 @pytest.mark.parametrize("case", NEVER_END_CASES)
 def test_never_end(case):
     out = never_end()[case]
-    check(out, PROMPTS, bigram, never_end=True, **simulated_options(NEVER_END_CASES[case]))
+    check(out, PROMPTS, bigram, **{**simulated_options(NEVER_END_CASES[case]), "never_end": True})
     assert (STOP in out) == (case == "outside")
-    assert np.array_equal(never_end("x:2,y:2", "batch:x,vocab:y")[case], out)
+
+
+def test_never_end_where_the_vocabulary_is_split():
+    for case, tokens in never_end("x:2", "vocab:x", ("sampled", "greedy")).items():
+        assert np.array_equal(tokens, never_end()[case])
 
 
 def test_never_end_by_tensors():
@@ -866,7 +872,7 @@ def test_the_context():
     batch_dim, length_dim = seen["shape"]
     for c in model.contexts:
         assert (c.mesh, c.batch_dims, c.length_dim) == (seen["mesh"], [batch_dim], length_dim)
-        assert c.variable_dtype == FLOAT32 and c.activation_dtype == tf.float32
+        assert c.variable_dtype.master_dtype == c.activation_dtype == tf.float32
         assert c.train is False and c.num_microbatches == 1 and c.layer_index == 0
         assert c.cache == {} and c.layer_outputs == [] and not c.losses
         assert c.model is None and c.beam_dim is None and c.subsequence_id is None
@@ -875,11 +881,12 @@ def test_the_context():
         assert c.encoder_length_dim == seen["encoder_output"].shape[1]
         assert [t.shape for t in c.encoder_layer_outputs] == [seen["encoder_output"].shape]
         assert list(c.shared_params) == ["a"]
-        assert hasattr(c, "sequence_id") and hasattr(c, "write_priority") and c.initial_position.shape == [batch_dim]
+        assert hasattr(c, "sequence_id") and hasattr(c, "write_priority")
+        assert c.initial_position.shape.dims == [batch_dim]
         assert c.new_states == [] and c.constant_states == []
     for c in steps:
-        assert c.position.shape == [batch_dim] and c.position.dtype == tf.int32
-        assert c.inputs.shape == seen["shape"] and c.read_priority.shape == [batch_dim]
+        assert c.position.shape.dims == c.read_priority.shape.dims == [batch_dim]
+        assert c.position.dtype == tf.int32 and c.inputs.shape == seen["shape"]
         assert c.states == []
     check(out, PROMPTS, bigram, seed=1, bos=BOS)
 
@@ -1019,14 +1026,7 @@ def test_two_batch_dims():
 
 # --- Layouts -----------------------------------------------------------------------------------
 
-LAYOUTS = [
-    ("x:2", "vocab:x"),
-    ("x:2", "batch:x,table_row:x,inner:x"),
-    ("x:2", "sequence:x"),
-    ("x:4", "vocab:x"),
-    ("x:2,y:2", "batch:x,vocab:y"),
-    ("x:2,y:2", "sequence:x,table_row:y"),
-]
+LAYOUTS = [("x:2", "table_row:x"), ("x:4", "vocab:x"), ("x:2,y:2", "batch:x,vocab:y")]
 MESH_CASES = {
     **{name: TENSOR_CASES[name] for name in ("softmax", "entmax")},
     "slow": {"seed": 5, "bos_id": BOS, "stop_at_token": STOP, "params": {"slow_sampling": True}},
@@ -1044,14 +1044,32 @@ def test_layouts(mesh_shape, layout):
     single, split = mesh_case("", ""), mesh_case(mesh_shape, layout)
     for case, tokens in single.items():
         assert np.array_equal(tokens, split[case]), case
-        assert len(np.unique(tokens)) > 20
+        assert len(np.unique(tokens)) > 15
 
 
 @pytest.mark.parametrize("case", STATE_CASES)
-@pytest.mark.parametrize("mesh_shape, layout", [("x:2", "sequence:x,table_row:x,inner:x"), ("x:2", "vocab:x")])
+@pytest.mark.parametrize("mesh_shape, layout", [("x:2", "sequence:x,table_row:x,inner:x"), ("x:2,y:2", "batch:x,vocab:y")])
 def test_states_on_layouts(mesh_shape, layout, case):
     """A model's states, constant states and encoder may leave it as unfinished sums."""
     check_states(state_loops({case: STATE_CASES[case]}, MeshRunner(mesh_shape, layout)))
+
+
+@pytest.mark.parametrize("mesh_shape, layout", [("", ""), ("x:2", "inner:x")])
+def test_two_loops_may_read_one_encoder_output(mesh_shape, layout):
+    """A sum over a split dim that is first needed inside a loop, and then again outside it."""
+
+    def build(mesh, prompts):
+        shape = mtf.Shape(dims(batch=BATCH, sequence=LENGTH))
+        ids, other = mtf.import_tf_tensor(mesh, prompts, shape), {"vocab_dim": mtf.Dimension("vocab", VOCAB)}
+        encoder_output = encoder_offset(mesh, shape)
+        options = {"model": History(encoder=True), "encoder_output": encoder_output, "seed": 5, "bos_id": BOS}
+        return [sample_autoregressive(ids, other, {}, **options) for _ in range(2)] + [encoder_output]
+
+    run = Program(build, [(tf.int32, PROMPTS.shape)], {"table": TABLE}, MeshRunner(mesh_shape, layout))
+    first, second, encoder_output = run(PROMPTS)
+    check_states({"encoder output": first})
+    assert np.array_equal(first, second)
+    assert encoder_output.tolist() == [3 * row for row in range(BATCH)]
 
 
 def test_a_fresh_seed_is_one_for_all_devices():
@@ -1094,7 +1112,7 @@ def neo_cases(names=NEO_CASES, **more):
 
 
 @functools.cache
-def neo(name, slow, mesh_shape="", layout="", cases=tuple(NEO_CASES), batch=4, length=24):
+def neo(name, slow, mesh_shape="", layout="", cases=(), batch=4, length=24):
     params, weights, _ = checkpoint(name)
     params["slow_sampling"] = slow
     runner = MeshRunner(mesh_shape, layout)
@@ -1104,10 +1122,11 @@ def neo(name, slow, mesh_shape="", layout="", cases=tuple(NEO_CASES), batch=4, l
 
 @pytest.mark.parametrize("name", ["local", "padding_outside"])
 def test_cached_and_slow_sampling_draw_the_same(name):
-    fast, slow = neo(name, False), neo(name, True)
-    for case in NEO_CASES:
+    cases = ("softmax", "entmax, top-k") if name == "local" else ("top-k",)
+    fast, slow = neo(name, False, cases=tuple(NEO_CASES) if name == "local" else cases), neo(name, True, cases=cases)
+    for case in cases:
         assert np.array_equal(fast[case], slow[case]), case
-    assert len({tokens.tobytes() for tokens in fast.values()}) == len(NEO_CASES)
+    assert len({tokens.tobytes() for tokens in fast.values()}) == len(fast)
 
 
 @pytest.mark.parametrize("case", NEO_CASES)
@@ -1119,7 +1138,7 @@ def test_sampled_tokens_of_a_checkpoint_against_the_simulation(case):
         return reference.gpt_neo_forward(weights, np.array([row]), **reference_config(params))[0, -1]
 
     options = {**simulated_options(NEO_CASES[case]), "seed": 3, "stop": STOP}
-    check(neo("local", False)[case], neo_prompts(4, 24), logits_of, margin=1e-4, at_least=50, **options)
+    check(neo("local", False, cases=tuple(NEO_CASES))[case], neo_prompts(4, 24), logits_of, margin=1e-4, at_least=50, **options)
 
 
 @pytest.mark.parametrize(
@@ -1132,42 +1151,42 @@ def test_sampled_tokens_of_a_checkpoint_against_the_simulation(case):
 )
 def test_a_checkpoint_on_layouts(mesh_shape, layout):
     """The checkpoint's vocabulary, of 127, cannot be split; see the next test."""
-    cases = ("top-k", "entmax")
-    split = neo("local", False, mesh_shape, layout, cases)
-    for case in cases:
-        assert np.array_equal(split[case], neo("local", False)[case]), case
+    case = "entmax, top-k"
+    split = neo("local", False, mesh_shape, layout, (case,))[case]
+    assert np.array_equal(split, neo("local", False, cases=tuple(NEO_CASES))[case])
 
 
 SPLIT = config(["global", "local"], n_ctx=16, n_vocab=128, local_attention_radius=3)
 
 
 @functools.cache
-def split_neo(mesh_shape, layout):
-    cases = {**neo_cases(("softmax", "entmax, top-k")), "slow": {"seed": 3, "params": {"slow_sampling": True}}}
-    run = loops(cases, batch=4, length=12, weights=random_weights(SPLIT), runner=MeshRunner(mesh_shape, layout), **SPLIT)
-    return run(neo_prompts(4, 12))
+def split_neo(mesh_shape, layout, case, slow):
+    weights, runner = random_weights(SPLIT), MeshRunner(mesh_shape, layout)
+    cases = neo_cases([case], params={"slow_sampling": slow})
+    return loops(cases, batch=4, length=12, weights=weights, runner=runner, **SPLIT)(neo_prompts(4, 12))[case]
 
 
 @pytest.mark.parametrize(
-    "mesh_shape, layout",
+    "mesh_shape, layout, case, slow",
     [
-        ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
-        ("x:2,y:2", "embd:y,batch:x"),
-        ("x:2,y:2", "vocab:x,embed_sequence:y"),
-        ("all:4", "batch:all"),
+        ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y", "top-k", False),
+        ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y", "softmax", True),
+        ("x:2,y:2", "embd:y,batch:x", "entmax", False),
+        ("x:2,y:2", "vocab:x,embed_sequence:y", "entmax, top-k", False),
+        ("all:2", "batch:all", "softmax", False),
     ],
 )
-def test_a_model_whose_vocabulary_can_be_split(mesh_shape, layout):
-    single, split = split_neo("", ""), split_neo(mesh_shape, layout)
-    for case, tokens in single.items():
-        assert np.array_equal(tokens, split[case]), case
+def test_a_model_whose_vocabulary_can_be_split(mesh_shape, layout, case, slow):
+    single, split = split_neo("", "", case, slow), split_neo(mesh_shape, layout, case, slow)
+    assert np.array_equal(single, split)
+    assert single.min() >= 0 and len(np.unique(single)) > 10
 
 
 def test_the_bundled_model_in_other_company():
     """A row of a batch of 4 and the same row of a batch of 2."""
-    four, two = neo("local", False), neo("local", False, batch=2)
-    for case in NEO_CASES:
-        assert np.array_equal(two[case], four[case][:2]), case
+    case = "top-k"
+    two = neo("local", False, cases=(case,), batch=2)[case]
+    assert np.array_equal(two, neo("local", False, cases=tuple(NEO_CASES))[case][:2])
 
 
 # --- TensorFlow 1's control flow -----------------------------------------------------------------------
@@ -1175,10 +1194,9 @@ def test_the_bundled_model_in_other_company():
 
 def control_flow_cases():
     """{name: tokens}; run here and, in the test below, with TensorFlow 2's behaviour off."""
-    two = MeshRunner("x:2", "vocab:x")
-    cases = {k: MESH_CASES[k] for k in ("softmax", "entmax", "slow")}
-    out = {"one device, " + k: v for k, v in loops(cases, Bigram())(PROMPTS, **MIXED).items()}
-    out |= {"split, " + k: v for k, v in loops(cases, Bigram(), runner=two)(PROMPTS, **MIXED).items()}
+    out = loops({"softmax": MESH_CASES["softmax"]}, Bigram())(PROMPTS, **MIXED)
+    split = MeshRunner("x:2", "vocab:x")
+    out |= loops({"entmax": MESH_CASES["entmax"]}, Bigram(), runner=split)(PROMPTS, **MIXED)
     out |= state_loops({"states": STATE_CASES["states"]})
     out["checkpoint"] = neo("local", False, cases=("entmax, top-k",))["entmax, top-k"]
     return {name: tokens.tolist() for name, tokens in out.items()}
@@ -1260,9 +1278,9 @@ def test_options_at_the_end_of_their_range():
         "greedy": {"temperature": 0},
         "alpha that entmax alone would refuse": {"seed": 1, "entmax_alpha": 5},
     }
-    out = loops(cases, Bigram())(PROMPTS)
+    out = loops({name: {"bos_id": BOS, **options} for name, options in cases.items()}, Bigram())(PROMPTS)
     assert np.array_equal(out["seed"], out["seed above"])
     assert np.array_equal(out["cold"], out["greedy"])
-    check(out["seed"], PROMPTS, bigram, seed=-(2**31))
-    check(out["hot"], PROMPTS, bigram, seed=1, temperature=1e30)
-    check(out["alpha that entmax alone would refuse"], PROMPTS, bigram, seed=1)
+    check(out["seed"], PROMPTS, bigram, seed=-(2**31), bos=BOS)
+    check(out["hot"], PROMPTS, bigram, seed=1, temperature=1e30, bos=BOS)
+    check(out["alpha that entmax alone would refuse"], PROMPTS, bigram, seed=1, bos=BOS)

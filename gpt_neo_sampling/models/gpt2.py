@@ -85,7 +85,7 @@ def check_params(params):
     get = params.get
     for option in UNSUPPORTED_OPTIONS:
         if get(option):
-            raise ValueError(f"config option {option}={get(option)!r} is not supported; leave it out or set it to false")
+            raise ValueError(f"config option {option}={get(option)!r} is not supported; leave it out or make it false")
     if get("activation_fn") not in (None, "gelu"):
         raise ValueError(f"config option activation_fn={get('activation_fn')!r} is not supported; allowed: 'gelu'")
     for option in ("n_layer", "n_head", "n_embd"):

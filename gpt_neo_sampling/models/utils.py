@@ -301,7 +301,7 @@ def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alp
     if targets.dtype.is_integer:
         if set(targets.shape.dims) != set(rows.dims):
             raise ValueError(f"integer targets of shape {targets.shape}; logits {logits.shape} need {rows}")
-        targets = mtf.one_hot(targets, vocab_dim, dtype=tf.float32)
+        targets = mtf.one_hot(mtf.cast(targets, tf.int32), vocab_dim, dtype=tf.float32)
     elif set(targets.shape.dims) != set(logits.shape.dims):
         raise ValueError(f"soft targets of shape {targets.shape}; they need the shape of logits, {logits.shape}")
     logits = mtf.cast(logits, tf.float32)
@@ -421,21 +421,23 @@ def token_mask(logits, token, dim=None):
       mtf.Tensor like logits.
     """
     dim = _dim_of(logits, dim)
-    token = import_rows(logits.mesh, token, tf.int32, logits.shape - dim, "token")
+    rows = logits.shape - dim
+    token = mtf.broadcast(import_rows(logits.mesh, token, tf.int32, rows, "token"), rows)
     entry = mtf.range(logits.mesh, dim, tf.int32)
-    kept = cwise_broadcast(tf.not_equal, [entry, token], output_dtype=tf.bool)
-    return _mask_out(logits, mtf.broadcast(kept, logits.shape))
+    return _mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
 
 
 def _mask_out(logits, kept):
     low = mask_value(logits.dtype)
 
-    def gradient(op, dy):
-        return [mtf.cwise(lambda kept, dy: tf.where_v2(kept, dy, tf.zeros_like(dy)), [op.inputs[1], dy], dy.dtype), None]
+    def mask(x, kept):
+        return tf.where_v2(kept, x, tf.constant(low, x.dtype))
 
-    return mtf.cwise(
-        lambda x, kept: tf.where_v2(kept, x, tf.constant(low, x.dtype)), [logits, kept], grad_function=gradient, name="mask"
-    )
+    def gradient(op, dy):
+        keep = lambda kept, dy: tf.where_v2(kept, dy, tf.zeros_like(dy))  # noqa: E731
+        return [mtf.cwise(keep, [op.inputs[1], dy], dy.dtype), None]
+
+    return mtf.cwise(mask, [logits, kept], grad_function=gradient, name="mask")
 
 
 # --- What GPT-Neo's scripts call ------------------------------------------------------
@@ -455,7 +457,7 @@ def biasmask_attn_weights(mesh, nd, ns, variable_dtype):
       float16) where the key comes after the query, else 0.
     """
     dtype = variable_dtype.activation_dtype
-    masked = max(MASK, dtype.min)
+    masked = max(MASK, float(dtype.min))
 
     def mask(query, key):
         unseen = key > query + (ns.size - nd.size)
