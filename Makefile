@@ -14,7 +14,7 @@ demo: $(VENV)/demo.installed
 	@$(BIN)/gpt-neo-sampling generate --prompt "$(PROMPT)" --max-new-tokens 96
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -7,12 +7,13 @@ Builds what a GPT-Neo script builds (dimensions, features, a lowering) around
 The layout changes where the work is done, not what comes out.
 """
 
+# ruff: noqa: I001  (gpt_neo_sampling before mesh_tensorflow, which does not import alone)
 import argparse
 
 import numpy as np
 from tokenizers import Tokenizer
 
-import gpt_neo_sampling  # isort: skip  (first: mesh_tensorflow does not import alone)
+import gpt_neo_sampling
 import mesh_tensorflow as mtf
 import tensorflow.compat.v1 as tf
 from gpt_neo_sampling.generate import DEMO_FOLDER
