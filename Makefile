@@ -11,7 +11,7 @@ PROMPT ?= The family of Dashwood
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.installed
-	@$(BIN)/gpt-neo-sampling generate --prompt "$(PROMPT)" --max-new-tokens 96
+	@$(BIN)/gpt-neo-sampling generate --prompt "$(PROMPT)" --temperature 0.7 --top-k 40 --max-new-tokens 96
 
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)

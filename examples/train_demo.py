@@ -1,6 +1,6 @@
 """Trains the model that the package carries, on the text of Austen's novels.
 
-    python examples/train_demo.py --text austen.txt --work-dir /tmp/demo --minutes 60
+    python examples/train_demo.py --text austen.txt --work-dir /tmp/demo --minutes 44
     python examples/train_demo.py --text austen.txt --work-dir /tmp/demo --export gpt_neo_sampling/demo
 
 The first line makes the tokenizer, trains and saves as it goes (run again, it
