@@ -93,7 +93,7 @@ class Trainer:
             self.loss, self.train_op = self._training_step(rate)
             self.eval_losses = self._evaluation()
             masters = [v for v in tf.global_variables() if v.name.startswith("gpt2/")]
-            self.weights = {v.op.name[len("gpt2/"):]: v for v in masters if "/adam_" not in v.name}
+            self.weights = {v.op.name[len("gpt2/") :]: v for v in masters if "/adam_" not in v.name}
             self.saver = tf.train.Saver(max_to_keep=1)
             with quiet_stderr():
                 self.session = tf.Session()

@@ -168,7 +168,7 @@ class _TakeOperation(mtf.Operation):
         def tf_fn(x, indices, pcoord=None):
             x = _transpose(x, lookup.x_shape, lookup.table.dims)
             batch_dims = len(lookup.shared)
-            local = lookup.local_indices(indices, x.shape[batch_dims], pcoord)
+            local = lookup.local_indices(indices, _size(x, batch_dims), pcoord)
             found = tf.gather(x, tf.maximum(local, 0), axis=batch_dims, batch_dims=batch_dims)
             held = tf.reshape(local >= 0, local.shape.as_list() + [1] * len(lookup.rest))
             return tf.where_v2(held, found, tf.zeros_like(found))
@@ -483,7 +483,7 @@ def _fold_sum(x):
 
     Unlike reduce_sum, whose order of additions is the backend's affair.
     """
-    size = x.shape[-1]
+    size = _size(x, -1)
     while size > 1:
         half = (size + 1) // 2
         upper = x[..., half:]
@@ -491,6 +491,11 @@ def _fold_sum(x):
             upper = _pad_last(upper, after=1)
         x, size = x[..., :half] + upper, half
     return x
+
+
+def _size(x, axis):
+    """An int, also where v2 behaviour is disabled and shapes hold objects."""
+    return x.shape.as_list()[axis]
 
 
 def _pad_last(x, before=0, after=0, value=0.0):
@@ -501,7 +506,7 @@ def _pad_last(x, before=0, after=0, value=0.0):
 
 def _scan(x, combine):
     """Inclusive prefix scan over the last axis of values ≥ 0, in log₂ steps."""
-    shift, size = 1, x.shape[-1]
+    shift, size = 1, _size(x, -1)
     while shift < size:
         x = combine(x, _pad_last(x[..., :-shift], before=shift))
         shift *= 2
@@ -518,7 +523,7 @@ def _cdf(weights):
     """
     has_mass = weights > 0
     sums = tf.where_v2(has_mass, _scan(weights, tf.add), 0.0)
-    last = tf.reduce_max(tf.where_v2(has_mass, tf.range(weights.shape[-1]), -1), -1)
+    last = tf.reduce_max(tf.where_v2(has_mass, tf.range(_size(weights, -1)), -1), -1)
     return _scan(sums, tf.maximum), last
 
 
@@ -535,7 +540,7 @@ def _search(weights, which, u):
       (the last entry with mass where rounding leaves none), −1 without mass.
     """
     rows, vectors, n = weights.shape.as_list()
-    if u.shape[1] <= vectors:  # few draws: look only at what they draw from
+    if _size(u, 1) <= vectors:  # few draws: look only at what they draw from
         cdf, last = _cdf(tf.gather(weights, which, batch_dims=1))
         target = u[..., tf.newaxis] * cdf[..., -1:]
         entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1)
@@ -581,7 +586,7 @@ class _GroupedDrawOperation(mtf.Operation):
             """[rows, dim] float32; whatever makes a row invalid becomes +inf."""
             perm = [i for i in range(w.shape.rank) if i != axis] + [axis]
             w = tf.cast(tf.transpose(w, perm), tf.float32)
-            w = tf.reshape(w, [-1, w.shape[-1]])
+            w = tf.reshape(w, [-1, _size(w, -1)])
             return tf.where_v2(w >= 0, tf.abs(w), np.inf)  # false for NaN too; −0.0 becomes 0.0
 
         w = mesh_impl.slicewise(to_rows, weights)
@@ -604,8 +609,8 @@ class _GroupedDrawOperation(mtf.Operation):
         def scale_groups(w):
             """Groups [rows, groups, size], each scaled by a power of two to a maximum
             in [1, 4), and [rows, groups, 2]: its sum and the exponent taken out."""
-            w = _pad_last(w, after=-w.shape[-1] % size)
-            w = tf.reshape(w, [w.shape[0], -1, size])
+            w = _pad_last(w, after=-_size(w, -1) % size)
+            w = tf.reshape(w, [_size(w, 0), -1, size])
             bits = tf.bitcast(tf.reduce_max(w, -1, keepdims=True), tf.int32)
             exponent = tf.bitwise.right_shift(bits, tf.constant(23))  # biased; 255 is +inf
             scale = tf.bitwise.left_shift(254 - tf.minimum(exponent, 253), tf.constant(23))
@@ -625,7 +630,7 @@ class _GroupedDrawOperation(mtf.Operation):
             relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
             relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
             totals *= tf.bitcast(relative, tf.float32)
-            u = tf.reshape(u, [totals.shape[0], -1])
+            u = tf.reshape(u, [_size(totals, 0), -1])
             group = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
             return tf.where_v2(largest < 255, group, -1)
 
@@ -633,8 +638,9 @@ class _GroupedDrawOperation(mtf.Operation):
 
         def choose_entry(w, group, u, pcoord=0):
             """One more than the index drawn; 0 where another shard holds the group."""
-            local = group - pcoord * w.shape[1]
-            held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < w.shape[1]))
+            n_groups = _size(w, 1)
+            local = group - pcoord * n_groups
+            held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < n_groups))
             entry = _search(w, tf.where_v2(held, local, 0), tf.reshape(u, group.shape))
             return tf.reshape(tf.where_v2(held, group * size + entry + 1, 0), out_shape)
 

@@ -332,7 +332,12 @@ def sample_autoregressive(
     seed = settle(import_seed(mesh, seed, rows))
     stream = row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream")
     stream = settle(stream)
-    other_features = {k: settle(v) if isinstance(v, mtf.Tensor) else v for k, v in other_features.items()}
+    other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs, shared_params = (
+        _settle_all(x)
+        for x in (
+            other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs, shared_params
+        )
+    )  # fmt: skip
 
     # The prompts, and only they: what stands behind them becomes padding.
     length_range = mtf.range(mesh, length_dim, tf.int32)
@@ -388,6 +393,7 @@ def sample_autoregressive(
         )
         call_model(ids, first_part)
         initial_states = first_part.new_states
+        constant_states[:] = _settle_all(constant_states)
 
     def is_over(position):
         """Whether a row that is to write at `position` has no token left to write."""
@@ -436,6 +442,17 @@ def sample_autoregressive(
     )
     ids = outputs[1]
     return _shift_left(ids, initial_position, padding_id) if remove_partial_sequences else ids
+
+
+def _settle_all(x):
+    """Settles every tensor in nested dicts, lists and tuples; the rest stays as it is."""
+    if isinstance(x, mtf.Tensor):
+        return settle(x)
+    if isinstance(x, dict):
+        return {k: _settle_all(v) for k, v in x.items()}
+    if type(x) in (list, tuple):  # not mtf.Dimension, which is a tuple too
+        return type(x)(_settle_all(v) for v in x)
+    return x
 
 
 def _top_k_option(k, vocab_dim):

@@ -109,10 +109,7 @@ def gpt_neo_forward(
     for layer, kind in enumerate(attention_types):
         p = f"h{layer}/"
         x = _layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"])
-        q, k, v = (
-            (x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head)
-            for name in "qkv"
-        )
+        q, k, v = ((x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head) for name in "qkv")
         if rotary_emb:
             q, k = _rotate(q), _rotate(k)
         # GPT-Neo does not divide the scores by the root of the head's depth.

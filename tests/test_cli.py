@@ -69,7 +69,19 @@ def test_without_a_tokenizer_the_ids_are_printed(capfd):
 
 
 def test_samples_are_in_the_order_of_the_prompts(capfd):
-    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5", "6", "--num-samples", 2, "--max-new-tokens", 3, "--json"]
+    args = [
+        "generate",
+        "--model",
+        GLOBAL,
+        "--prompt-ids",
+        "5",
+        "6",
+        "--num-samples",
+        2,
+        "--max-new-tokens",
+        3,
+        "--json",
+    ]
     _, out, _ = main(capfd, *args)
     assert [s["prompt_tokens"] for s in json.loads(out)["samples"]] == [[5], [5], [6], [6]]
 

@@ -76,9 +76,7 @@ def test_mesh_logits(mesh):
 def test_mesh_greedy(mesh):
     weights, config, n_ctx, golden = mesh
     np.testing.assert_array_equal(golden["greedy_fast"], golden["greedy_slow"])
-    prompts = [
-        row[:length] for row, length in zip(golden["prompts"], golden["lengths"], strict=True)
-    ]
+    prompts = [row[:length] for row, length in zip(golden["prompts"], golden["lengths"], strict=True)]
     rows = reference.greedy_decode(weights, prompts, 20, n_ctx, **config)
     for row, prompt, expected in zip(rows, prompts, golden["greedy_fast"], strict=True):
         assert len(row) == len(prompt) + 20
@@ -109,9 +107,7 @@ def test_hf_to_mesh_names():
         }
     )
     assert set(out) == {"h11/mlp/conv1d_main/c_fc/kernel", "wte"}
-    np.testing.assert_array_equal(
-        out["h11/mlp/conv1d_main/c_fc/kernel"], [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
-    )
+    np.testing.assert_array_equal(out["h11/mlp/conv1d_main/c_fc/kernel"], [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]])
     with pytest.raises(KeyError):
         reference.hf_to_mesh_names({"transformer.h.0.other.weight": np.zeros(2)})
 
@@ -216,9 +212,7 @@ def test_bisection_satisfies_its_equation(alpha):
 def test_alpha_one_is_softmax_and_the_limit():
     x = np.random.default_rng(2).normal(size=(3, 50))
     np.testing.assert_array_equal(reference.entmax_bisect(x, 1), reference.softmax(x))
-    np.testing.assert_allclose(
-        reference.entmax_bisect(x, 1 + 1e-6), reference.softmax(x), atol=1e-6
-    )
+    np.testing.assert_allclose(reference.entmax_bisect(x, 1 + 1e-6), reference.softmax(x), atol=1e-6)
     for alpha in (0.5, 2.5):
         with pytest.raises(ValueError):
             reference.entmax_bisect(x, alpha)
@@ -269,19 +263,14 @@ def test_loss(alpha):
     # Its gradient is p - t.
     step = 1e-5 * np.eye(9)
     for r in range(6):
-        up, down = (
-            reference.entmax_loss(x[r] + sign * step, np.tile(t[r], (9, 1)), alpha)
-            for sign in (1, -1)
-        )
+        up, down = (reference.entmax_loss(x[r] + sign * step, np.tile(t[r], (9, 1)), alpha) for sign in (1, -1))
         np.testing.assert_allclose((up - down) / 2e-5, p[r] - t[r], rtol=0, atol=1e-6)
 
 
 def test_loss_at_alpha_one_and_two():
     x = np.array([0.3, -1.2, 2.0, -np.inf])
     one_hot = np.array([0.0, 1.0, 0.0, 0.0])
-    np.testing.assert_allclose(
-        reference.entmax_loss(x, one_hot, 1), -np.log(reference.softmax(x)[1]), rtol=1e-14
-    )
+    np.testing.assert_allclose(reference.entmax_loss(x, one_hot, 1), -np.log(reference.softmax(x)[1]), rtol=1e-14)
     t, q = np.array([0.5, 0.25, 0.25, 0.0]), reference.softmax(x)
     divergence = np.sum(t[:3] * np.log(t[:3] / q[:3]))
     np.testing.assert_allclose(reference.entmax_loss(x, t, 1), divergence, rtol=1e-14)
@@ -292,9 +281,7 @@ def test_loss_at_alpha_one_and_two():
 
 
 def test_top_k_keep():
-    np.testing.assert_array_equal(
-        reference.top_k_keep([1.0, 3.0, 3.0, 2.0, 3.0], 2), [False, True, True, False, False]
-    )
+    np.testing.assert_array_equal(reference.top_k_keep([1.0, 3.0, 3.0, 2.0, 3.0], 2), [False, True, True, False, False])
     np.testing.assert_array_equal(reference.top_k_keep(np.ones(5), 3), [True] * 3 + [False] * 2)
     np.testing.assert_array_equal(reference.top_k_keep([0.0, -0.0], 1), [True, False])
     ties = np.round(np.random.default_rng(6).normal(size=(4, 30)))
@@ -320,8 +307,7 @@ def test_threefry_vectors():
         assert all(word.dtype == np.uint32 and word.shape == () for word in out)
     # All at once, as arrays.
     keys, counters, expected = (
-        np.array(column, dtype=np.uint32).T
-        for column in zip(*reference.THREEFRY2X32_VECTORS, strict=True)
+        np.array(column, dtype=np.uint32).T for column in zip(*reference.THREEFRY2X32_VECTORS, strict=True)
     )
     np.testing.assert_array_equal(reference.threefry2x32(*keys, *counters), expected)
 
@@ -361,9 +347,7 @@ def test_two_level_draw_of_a_lone_token():
         assert reference.two_level_draw(weights, u, u) == 5
 
 
-@pytest.mark.parametrize(
-    "weights", ([0.0, 0.0], [1.0, -1e-30], [1.0, np.nan], [1.0, np.inf], [1.0, -np.inf])
-)
+@pytest.mark.parametrize("weights", ([0.0, 0.0], [1.0, -1e-30], [1.0, np.nan], [1.0, np.inf], [1.0, -np.inf]))
 def test_two_level_draw_refuses(weights):
     assert reference.two_level_draw(weights, 0.5, 0.5) == -1
 

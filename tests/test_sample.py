@@ -942,7 +942,9 @@ def test_what_a_step_is_told():
 
         return model
 
-    cases = {name: {"model": probe(value_of), "temperature": 0, "bos_id": BOS} for name, (value_of, _) in PROBES.items()}
+    cases = {
+        name: {"model": probe(value_of), "temperature": 0, "bos_id": BOS} for name, (value_of, _) in PROBES.items()
+    }
 
     def build(mesh, prompts):
         ids = mtf.import_tf_tensor(mesh, prompts, dims(batch=BATCH, sequence=LENGTH))
@@ -1048,7 +1050,9 @@ def test_layouts(mesh_shape, layout):
 
 
 @pytest.mark.parametrize("case", STATE_CASES)
-@pytest.mark.parametrize("mesh_shape, layout", [("x:2", "sequence:x,table_row:x,inner:x"), ("x:2,y:2", "batch:x,vocab:y")])
+@pytest.mark.parametrize(
+    "mesh_shape, layout", [("x:2", "sequence:x,table_row:x,inner:x"), ("x:2,y:2", "batch:x,vocab:y")]
+)
 def test_states_on_layouts(mesh_shape, layout, case):
     """A model's states, constant states and encoder may leave it as unfinished sums."""
     check_states(state_loops({case: STATE_CASES[case]}, MeshRunner(mesh_shape, layout)))
@@ -1138,7 +1142,14 @@ def test_sampled_tokens_of_a_checkpoint_against_the_simulation(case):
         return reference.gpt_neo_forward(weights, np.array([row]), **reference_config(params))[0, -1]
 
     options = {**simulated_options(NEO_CASES[case]), "seed": 3, "stop": STOP}
-    check(neo("local", False, cases=tuple(NEO_CASES))[case], neo_prompts(4, 24), logits_of, margin=1e-4, at_least=50, **options)
+    check(
+        neo("local", False, cases=tuple(NEO_CASES))[case],
+        neo_prompts(4, 24),
+        logits_of,
+        margin=1e-4,
+        at_least=50,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(

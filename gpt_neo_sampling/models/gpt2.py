@@ -306,11 +306,24 @@ def _mlp(x, params, variable_dtype):
             return mtf.einsum([x, kernel], output_shape=lead + [out_dim]) + bias
 
     with tf.variable_scope("mlp/conv1d_main"):
-        h = mtf.cwise(_gelu, [linear(x, "c_fc", embd_dim, hidden_dim, in_stddev)], name="gelu")
+        h = _gelu(linear(x, "c_fc", embd_dim, hidden_dim, in_stddev))
         h = linear(h, "c_proj", hidden_dim, embd_dim, out_stddev)
     return _dropout(h, "res_dropout", params)
 
 
 def _gelu(x):
     """The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
-    return 0.5 * x * (1.0 + tf.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    scale, cubic = 0.7978845608028654, 0.044715  # √(2/π)
+
+    def value(x):
+        return 0.5 * x * (1.0 + tf.tanh(scale * (x + cubic * x * x * x)))
+
+    def slope(x):
+        t = tf.tanh(scale * (x + cubic * x * x * x))
+        return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * scale * (1.0 + 3 * cubic * x * x)
+
+    # mtf's own gradient of a slice-wise function cannot take an unfinished sum
+    def gradient(op, dy):
+        return [mtf.cwise(slope, op.inputs, name="gelu_slope") * dy]
+
+    return mtf.cwise(value, [x], grad_function=gradient, name="gelu")

@@ -282,7 +282,8 @@ def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alp
 
     Args:
       logits: mtf.Tensor with `vocab_dim`, any float dtype; computed in float32.
-      targets: an integer mtf.Tensor [logits.shape − vocab_dim], or a floating
+      targets: an integer mtf.Tensor [logits.shape − vocab_dim] (a target outside
+        the vocabulary has a loss of 0, as under mtf's softmax loss), or a floating
         one of logits' shape: probabilities that sum to 1 along `vocab_dim`
         (through which no gradient flows).
       vocab_dim: mtf.Dimension.
@@ -298,10 +299,15 @@ def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alp
     """
     vocab_dim = _dim_of(logits, vocab_dim)
     rows = logits.shape - vocab_dim
+    counts = None
     if targets.dtype.is_integer:
         if set(targets.shape.dims) != set(rows.dims):
             raise ValueError(f"integer targets of shape {targets.shape}; logits {logits.shape} need {rows}")
-        targets = mtf.one_hot(mtf.cast(targets, tf.int32), vocab_dim, dtype=tf.float32)
+        targets = mtf.cast(targets, tf.int32)
+        counts = mtf.cwise(
+            lambda t: tf.cast(tf.logical_and(t >= 0, t < vocab_dim.size), tf.float32), [targets], tf.float32
+        )
+        targets = mtf.one_hot(targets, vocab_dim, dtype=tf.float32)
     elif set(targets.shape.dims) != set(logits.shape.dims):
         raise ValueError(f"soft targets of shape {targets.shape}; they need the shape of logits, {logits.shape}")
     logits = mtf.cast(logits, tf.float32)
@@ -326,6 +332,8 @@ def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alp
 
     omega = mtf.cwise(entropy_difference, [p, targets], grad_function=0, name="omega")
     loss += mtf.reduce_sum(omega, reduced_dim=vocab_dim)
+    if counts is not None:
+        loss *= counts
     if z_loss:
         loss += z_loss * mtf.square(mtf.reduce_logsumexp(logits, vocab_dim))
     return loss
