@@ -31,6 +31,11 @@ def align(x, shape, target):
     return x
 
 
+def _size(x, axis):
+    """An int, also where v2 behaviour is disabled and shapes hold objects."""
+    return x.shape.as_list()[axis]
+
+
 def cwise_broadcast(fn, xs, output_shape=None, output_dtype=None, name="cwise_broadcast"):
     """Applies a component-wise TensorFlow function to mtf tensors that broadcast.
 
@@ -491,11 +496,6 @@ def _fold_sum(x):
             upper = _pad_last(upper, after=1)
         x, size = x[..., :half] + upper, half
     return x
-
-
-def _size(x, axis):
-    """An int, also where v2 behaviour is disabled and shapes hold objects."""
-    return x.shape.as_list()[axis]
 
 
 def _pad_last(x, before=0, after=0, value=0.0):

@@ -7,7 +7,6 @@ import pytest
 import reference
 from conftest import MeshRunner
 from helpers_model import (
-    FLOAT32,
     Program,
     call_model,
     checkpoint,

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from conftest import DATA
+
 
 def run(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -61,7 +63,8 @@ def test_generating_leaves_the_callers_graph_and_seed_alone():
         "random.seed(1); np.random.seed(1)\n"
         "states = random.getstate(), np.random.get_state()[1].tolist()\n"
         "with tf.Graph().as_default() as graph:\n"
-        "    TextGenerator.from_pretrained('tests/data/gpt_neo_checkpoints/global').generate([[5, 6]], max_new_tokens=2)\n"
+        f"    generator = TextGenerator.from_pretrained({str(DATA / 'gpt_neo_checkpoints' / 'global')!r})\n"
+        "    generator.generate([[5, 6]], max_new_tokens=2)\n"
         "    assert tf.get_default_graph() is graph and not graph.get_operations()\n"
         "assert (random.getstate(), np.random.get_state()[1].tolist()) == states\n"
     )

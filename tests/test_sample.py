@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import MeshRunner, dims
-from helpers_model import FLOAT32, Program, checkpoint, config, features, random_weights, reference_config
+from helpers_model import Program, checkpoint, config, features, random_weights, reference_config
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sample import INVALID, sample_autoregressive
@@ -87,7 +87,10 @@ def follow(
     stream = np.arange(n_rows) if stream is None else stream
     wrong, drawn, excused = [], 0, 0
     for r in range(n_rows):
-        of_row = lambda option: None if option is None else np.broadcast_to(option, n_rows)[r]  # noqa: E731
+
+        def of_row(option, r=r):
+            return None if option is None else np.broadcast_to(option, n_rows)[r]
+
         row = [int(t) for t in prompts[r, : lengths[r]]] or [int(of_row(bos))]
         start, limit = len(row), length if max_steps is None else of_row(max_steps)
         while len(row) < length and len(row) - start < limit:
@@ -491,7 +494,7 @@ def test_tensor_options_are_the_numbers_one_row_each():
             of_row = [cases[(row + shift) % BATCH] for row in range(BATCH)]
             rows = [simulated_options(NUMBER_CASES[case]) for case in of_row]
 
-            def values(name, absent):
+            def values(name, absent, rows=rows):
                 return np.array([absent if o[name] is None else o[name] for o in rows])
 
             out = tensor_loops()(
