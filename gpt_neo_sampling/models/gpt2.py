@@ -201,7 +201,9 @@ def _dropout(x, rate_option, params):
     rate = params.get(rate_option) or 0.0
     if params.get("mode") != "train" or rate == 0.0:
         return x
-    return mtf.dropout(x, True, rate=rate, name=rate_option)
+    # mtf.dropout takes other arguments from one release to the next.
+    noise = mtf.random_uniform(x.mesh, x.shape, dtype=x.dtype)
+    return x * mtf.cast(mtf.less(noise, 1.0 - rate), x.dtype) * (1.0 / (1.0 - rate))
 
 
 def _layer_norm(x, scope, variable_dtype):
@@ -229,7 +231,7 @@ def _attention_mask(attention_type, other_features, params, h, read_position, in
     def window(query, key):
         distance = query - key
         seen = tf.logical_and(distance >= 0, distance < radius)
-        return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(MASK, h.dtype))
+        return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(max(MASK, float(h.dtype.min)), h.dtype))
 
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
 
