@@ -13,6 +13,7 @@ import re
 import sys
 
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, InvalidDistributionError, TextGenerator
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 
@@ -51,7 +52,46 @@ def _parser():
     add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
     add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     add("--json", action="store_true", help="print one JSON object in place of the text")
+    mesh = generate.add_argument_group("mesh", "where the work is done; the tokens are the same")
+    mesh.add_argument("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
+    mesh.add_argument("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
+                      "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
+    mesh.add_argument("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
+                      "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: cpu:0, in a "
+                      "cluster the first CPU of each process)")  # fmt: skip
+    mesh.add_argument("--cluster", metavar="host:port,host:port", help="processes started with serve "
+                      "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
+    serve = commands.add_parser(
+        "serve",
+        help="lend this machine's devices to a cluster",
+        description="Serve this process's devices to a mesh of several processes, until it is ended.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("--cluster", metavar="host:port,host:port", help="all processes (default: those of TF_CONFIG)")
+    serve.add_argument("--task", metavar="worker:1", help="which of them this is, from 0 (default: TF_CONFIG's)")
+    serve.add_argument("--cpus", type=int, default=1, metavar="N", help="CPU devices to offer (default: 1)")
     return parser
+
+
+def _cluster(args, task=None):
+    if args.cluster is not None:
+        return parse_cluster(args.cluster, task)
+    cluster = cluster_from_environment()
+    if cluster is not None and task is not None:
+        return dataclasses.replace(cluster, task=task).checked()
+    return cluster
+
+
+def _serve(args):
+    cluster = _cluster(args, args.task)
+    if cluster is None:
+        raise ValueError("serve needs a cluster: --cluster host:port,host:port, or TF_CONFIG")
+    if cluster.task is None:
+        raise ValueError(f"serve needs --task, one of {', '.join(cluster.addresses)}")
+    if args.cpus < 1:
+        raise ValueError(f"--cpus {args.cpus}: at least 1 is needed")
+    print(f"serving {cluster.task} at {cluster.addresses[cluster.task]}", file=sys.stderr, flush=True)
+    serve(cluster, args.cpus)
 
 
 def _ids(text):
@@ -67,7 +107,13 @@ def _generate(args):
     seed = args.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-    generator = TextGenerator.from_pretrained(args.model)
+    generator = TextGenerator.from_pretrained(
+        args.model,
+        mesh_shape=args.mesh_shape,
+        layout=args.layout,
+        devices=args.devices,
+        cluster=_cluster(args),
+    )
     samples = generator.generate(
         prompts,
         max_new_tokens=args.max_new_tokens,
@@ -109,7 +155,7 @@ def main(argv=None):
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:
-        _generate(args)
+        {"generate": _generate, "serve": _serve}[args.command](args)
         return 0
     except ValueError as e:
         status = 2

@@ -1,5 +1,6 @@
 """Prompts in, text out: a model on disk, its graphs and its session."""
 
+import contextlib
 import dataclasses
 import logging
 import numbers
@@ -8,15 +9,17 @@ import secrets
 
 import numpy as np
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
+from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tf
 from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
+from gpt_neo_sampling.draws import padded_size
+from gpt_neo_sampling.mesh import device_mesh, round_up
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.sample import INVALID, SamplingOptions, sample_autoregressive
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 64
-MAX_BATCH = 32  # rows of one graph; a larger request goes through in parts
+MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 SHORTEST = 32  # positions of the smallest graph
@@ -52,7 +55,8 @@ class _ProgramKey:
 class _Program:
     """One decode graph: placeholders for the request, and the tokens that come out."""
 
-    def __init__(self, key, params, mesh_impl):
+    def __init__(self, key, params, n_vocab, mesh_impl):
+        """n_vocab: entries of the vocabulary's dimension, padding included."""
         self.ids = tf.placeholder(tf.int32, [key.batch, key.length])
         self.prompt_lengths = tf.placeholder(tf.int32, [key.batch])
         self.max_steps = tf.placeholder(tf.int32, [key.batch])
@@ -70,7 +74,7 @@ class _Program:
         variable_dtype = mtf.VariableDType(tf.float32)
         other_features = {
             "embd_dim": mtf.Dimension("embd", params["n_embd"]),
-            "vocab_dim": mtf.Dimension("vocab", params["n_vocab"]),
+            "vocab_dim": mtf.Dimension("vocab", n_vocab),
             "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
             "memory_length_dim": memory_dim,
             "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, variable_dtype),
@@ -104,34 +108,48 @@ class TextGenerator:
     `MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
     """
 
-    def __init__(self, checkpoint, tokenizer=None):
-        """Takes a `Checkpoint`, and a `tokenizers.Tokenizer` or None."""
+    def __init__(self, checkpoint, tokenizer=None, mesh=None):
+        """Takes a `Checkpoint`, a `tokenizers.Tokenizer` or None, and a `mesh.DeviceMesh`, by default one CPU."""
         gpt2.check_params(checkpoint.params)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.params = dict(checkpoint.params, mode="predict")
-        self._mesh_impl = PlacementMeshImpl([], [], [""])
+        self.mesh = device_mesh() if mesh is None else mesh
+        # memory is as long as the request, rounded up, and at most n_ctx
+        sizes = dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"])
+        self.mesh.check(sizes, gpt2.TENSORS)
+        vocab_parts = self.mesh.parts("vocab")
+        self._n_vocab = self.params["n_vocab"] if vocab_parts == 1 else padded_size(self.params["n_vocab"], vocab_parts)
+        self._mesh_impl = self.mesh.impl()
         self._session = None
+        self._container = None
         self._programs = {}
 
     @classmethod
-    def from_pretrained(cls, folder=None):
+    def from_pretrained(cls, folder=None, *, mesh_shape=None, layout=None, devices=None, cluster=None):
         """Opens the model in a folder.
 
         Args:
           folder: a path of a folder with GPT-Neo's mesh-TF checkpoint and its
             JSON config, or with a Hugging Face GPT-Neo; None for the model that
             comes with the package. A `tokenizer.json` in it is used.
+          mesh_shape, layout, devices, cluster: see `mesh.device_mesh`; by default
+            one CPU. They change where the work is done and not what comes out:
+            a vocabulary that a layout does not divide is padded with entries
+            that are never drawn, and a batch with rows that are dropped.
 
         Returns:
           a TextGenerator. The weights are read at the first `generate`.
 
         Raises:
           CheckpointError: (a ValueError) if the folder cannot be read as a model.
+          MeshError: (a ValueError) if the mesh cannot be had, or the layout does
+            not fit the model.
           ValueError: if the model has options that are not supported.
         """
+        mesh = device_mesh(mesh_shape, layout, devices, cluster)
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
-        return cls(checkpoint, _load_tokenizer(checkpoint))
+        return cls(checkpoint, _load_tokenizer(checkpoint), mesh)
 
     def generate(
         self,
@@ -176,6 +194,7 @@ class TextGenerator:
           ValueError: for a value that is out of range; the message says what
             was given and what is allowed.
           InvalidDistributionError: if the model gives logits that are NaN.
+          ClusterError: (an OSError) if a machine of the cluster is missing or lost.
         """
         prompts = self._encode_prompts(prompts)
         _check_int("max_new_tokens", max_new_tokens, 1)
@@ -227,8 +246,11 @@ class TextGenerator:
             part = rows[begin : begin + MAX_BATCH]
             limits = [min(max_new_tokens, n_ctx - len(p)) for p in part]
             key = _ProgramKey(
-                batch=_round_up_batch(len(part)),
-                length=_round_up_length(max(len(p) + n for p, n in zip(part, limits)), n_ctx),
+                batch=round_up(_round_up_batch(len(part)), self.mesh.parts("batch")),
+                length=round_up(
+                    _round_up_length(max(len(p) + n for p, n in zip(part, limits)), n_ctx),
+                    self.mesh.parts("memory_length"),
+                ),
                 greedy=greedy,
                 use_entmax=use_entmax and not greedy,
                 max_top_k=None if greedy else _round_up_top_k(top_k, n_vocab),
@@ -242,6 +264,8 @@ class TextGenerator:
         """Frees the weights and the graphs; the next `generate` makes them anew."""
         if self._session is not None:
             self._session.close()
+            if self.mesh.cluster:
+                self.mesh.cluster.clear(self._container)
         self._session, self._programs = None, {}
 
     # --- requests
@@ -326,7 +350,8 @@ class TextGenerator:
             "stream": np.arange(first_row, first_row + key.batch, dtype=np.int32),
         }
         program = self._program(key)
-        out = self._session.run(program.tokens, {getattr(program, name): value for name, value in feeds.items()})
+        feeds = {getattr(program, name): value for name, value in feeds.items()}
+        out = self.mesh.run(self._session, program.tokens, feeds)
         return [out[row, len(p) : len(p) + n] for row, (p, n) in enumerate(zip(prompts, limits))]
 
     def _program(self, key):
@@ -339,20 +364,28 @@ class TextGenerator:
         if first:
             probe_devices()
         graph = tf.Graph() if first else self._session.graph
-        with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            program = _Program(key, self.params, self._mesh_impl)
+        with graph.as_default(), quiet_logging(), self._variables_place(graph):
+            program = _Program(key, self.params, self._n_vocab, self._mesh_impl)
             if first:
-                with quiet_stderr():
-                    session = tf.Session(graph=graph, config=tf.ConfigProto(allow_soft_placement=True))
+                session = self.mesh.session(graph)
                 try:
                     self._load_weights(session)
                 except BaseException:
                     session.close()
                     raise
                 self._session = session
-            self._session.run(program.copy_weights)
+            self.mesh.run(self._session, program.copy_weights)
         self._programs[key] = program
         return program
+
+    @contextlib.contextmanager
+    def _variables_place(self, graph):
+        """The scope that all programs share their variables in."""
+        with contextlib.ExitStack() as stack:
+            if self.mesh.cluster:  # whose processes outlive the session: a container to clear
+                self._container = stack.enter_context(self.mesh.cluster.container(graph, self._container))
+            stack.enter_context(tf.variable_scope("", reuse=tf.AUTO_REUSE))
+            yield
 
     def _load_weights(self, session):
         """Fills the variables of the session's graph, a few megabytes at a time."""
@@ -364,11 +397,15 @@ class TextGenerator:
         names = list(variables)
         for name in names:
             value = self.checkpoint.read(name)
+            missing_rows = variables[name].shape.as_list()[0] - len(value)
+            if missing_rows:  # a padded vocabulary
+                value = np.pad(value, ((0, missing_rows), (0, 0)))
             feed[variables[name].initializer] = value
             size += value.nbytes
             if size >= LOAD_BYTES or name == names[-1]:
                 # the initial values are fed, so none are computed
-                session.run(list(feed), {initializer.inputs[1]: value for initializer, value in feed.items()})
+                values = {initializer.inputs[1]: value for initializer, value in feed.items()}
+                self.mesh.run(session, list(feed), values)
                 feed, size = {}, 0
 
 

@@ -31,7 +31,7 @@ def align(x, shape, target):
     return x
 
 
-def _size(x, axis):
+def size_of(x, axis):
     """An int, also where v2 behaviour is disabled and shapes hold objects."""
     return x.shape.as_list()[axis]
 
@@ -173,7 +173,7 @@ class _TakeOperation(mtf.Operation):
         def tf_fn(x, indices, pcoord=None):
             x = _transpose(x, lookup.x_shape, lookup.table.dims)
             batch_dims = len(lookup.shared)
-            local = lookup.local_indices(indices, _size(x, batch_dims), pcoord)
+            local = lookup.local_indices(indices, size_of(x, batch_dims), pcoord)
             found = tf.gather(x, tf.maximum(local, 0), axis=batch_dims, batch_dims=batch_dims)
             held = tf.reshape(local >= 0, local.shape.as_list() + [1] * len(lookup.rest))
             return tf.where_v2(held, found, tf.zeros_like(found))
@@ -424,15 +424,112 @@ class _FreshSeedOperation(mtf.Operation):
 # --- Largest entries ------------------------------------------------------------
 
 
+class _RowOperation(mtf.Operation):
+    """One number a row: a reduction along `dim` that stays finite where it travels.
+
+    Some meshes' collectives multiply by 0 and 1, which turns the infinity of one
+    shard into NaN on all.
+    """
+
+    def __init__(self, x, dim, dtype, name):
+        super().__init__([x], name=name)
+        self._dim = dim
+        self._outputs = [mtf.Tensor(self, x.shape - dim, dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
+
+def finite_max(x, dim):
+    """The largest entry along `dim`, as a finite number: ±inf as the largest or
+    lowest that the dtype has. A row that holds NaN has no defined result.
+
+    Args:
+      x: mtf.Tensor of a floating dtype.
+      dim: mtf.Dimension of x.
+
+    Returns:
+      mtf.Tensor [x.shape − dim], the dtype of x. No gradient flows through it.
+    """
+    return _FiniteMaxOperation(x, dim, x.dtype, "finite_max").outputs[0]
+
+
+def finite(x):
+    """x with ±inf as the largest and the lowest finite number, NaN as 0."""
+    return tf.where_v2(tf.is_nan(x), tf.zeros_like(x), tf.clip_by_value(x, x.dtype.min, x.dtype.max))
+
+
+class _FiniteMaxOperation(_RowOperation):
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        (x,) = self.inputs
+        axis = x.shape.dims.index(self._dim)
+        largest = mesh_impl.slicewise(lambda x: finite(tf.reduce_max(x, axis)), lowering.tensors[x])
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        if mesh_axis is not None:
+            largest = mesh_impl.allreduce(largest, [mesh_axis], "MAX")
+        lowering.set_tensor_lowering(self.outputs[0], largest)
+
+
+def first_argmax(x, dim):
+    """Index of the largest entry along `dim`, the first of equal ones.
+
+    Args:
+      x: mtf.Tensor of a floating dtype.
+      dim: mtf.Dimension of x.
+
+    Returns:
+      int32 mtf.Tensor [x.shape − dim]; −1 for a row that holds NaN or +inf, or
+      nothing but −inf.
+    """
+    return _FirstArgmaxOperation(x, dim, tf.int32, "first_argmax").outputs[0]
+
+
+class _FirstArgmaxOperation(_RowOperation):
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        (x,) = self.inputs
+        axis = x.shape.dims.index(self._dim)
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        shards = 1 if mesh_axis is None else mesh_impl.shape[mesh_axis].size
+        local_size = self._dim.size // shards
+
+        def local(x, pcoord=0):
+            """[rows, 1, 4]: the shard's largest, its global index, what is wrong, what is right."""
+            x = tf.cast(x, tf.float32)
+            wrong = tf.reduce_max(tf.where_v2(x < np.inf, 0.0, 1.0), axis)  # of NaN too
+            right = tf.reduce_max(tf.where_v2(x > -np.inf, 1.0, 0.0), axis)
+            index = tf.argmax(x, axis, output_type=tf.int32) + pcoord * local_size
+            # indices are exact in float32: a dimension has fewer than 2²⁴ entries
+            found = [finite(tf.reduce_max(x, axis)), index, wrong, right]
+            return tf.expand_dims(tf.stack([tf.cast(f, tf.float32) for f in found], -1), -2)
+
+        def choose(found):
+            best = tf.argmax(found[..., 0], -1, output_type=tf.int32)
+            index = tf.gather(found[..., 1], best, batch_dims=found.shape.rank - 2)
+            valid = tf.logical_and(tf.reduce_max(found[..., 2], -1) < 0.5, tf.reduce_max(found[..., 3], -1) > 0.5)
+            return tf.where_v2(valid, tf.cast(index, tf.int32), -1)
+
+        if mesh_axis is None:
+            found = mesh_impl.slicewise(local, lowering.tensors[x])
+        else:
+            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
+            found = mesh_impl.allconcat(found, mesh_axis, x.shape.ndims - 1)
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
+
+
 def top_k(x, dim, k_dim):
     """The k_dim.size largest entries along `dim` and their indices, in order.
 
-    Among equal entries the lower index comes first, on any layout. (mtf's own
-    `top_k` goes another, wrong way for k of 2 to 4 on rows that hold masked
-    values; this is the operation under it.)
+    Among equal entries the lower index comes first, on any layout. A layout
+    that splits `dim` moves k candidates a row and shard. (mtf's own `top_k`
+    goes another, wrong way for k of 2 to 4 on rows that hold masked values;
+    this is the operation under it.)
 
     Args:
-      x: mtf.Tensor. A NaN has no defined place.
+      x: mtf.Tensor, free of infinities. A NaN has no defined place.
       dim: mtf.Dimension of x.
       k_dim: mtf.Dimension, no larger than `dim`.
 
@@ -440,214 +537,3 @@ def top_k(x, dim, k_dim):
       (values, indices): mtf.Tensors [x.shape − dim + k_dim], x.dtype and int32.
     """
     return tuple(mtf.ops.TopKOperation(x, dim, k_dim).outputs)
-
-
-# --- Draws ------------------------------------------------------------------------
-
-GROUPS = 64  # contiguous groups of the first level; a mesh axis of 2, 4 … 64 cuts none of them
-
-
-def group_size(size):
-    """Entries in each group of a dimension of `size` (the last may have fewer).
-
-    Padding up to the next multiple of GROUPS leaves it, and so each draw, as
-    it is.
-    """
-    return -(-size // GROUPS)
-
-
-def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None):
-    """Draws indices along `dim` in proportion to `weights`, in two levels.
-
-    First one of at most 64 contiguous groups, whose borders do not depend on
-    the layout, then an entry within it, each by inverse CDF with a uniform of
-    its own. All sums are taken in one fixed order, of weights scaled by powers
-    of two, so equal weights and uniforms give equal draws on any layout, and
-    no weight that float32 holds over- or underflows. Time and memory are
-    linear in `dim`. A layout that splits `dim` moves 128 numbers a row (all of
-    the row if it cuts through a group).
-
-    Args:
-      weights: mtf.Tensor, any float dtype, summed in float32.
-      group_uniform: float32 mtf.Tensor in [0, 1) [weights.shape − dim], then
-        samples_dim where there is one.
-      entry_uniform: likewise.
-      dim: mtf.Dimension of `weights`.
-      samples_dim: mtf.Dimension, for many draws from each row.
-
-    Returns:
-      int32 mtf.Tensor of the uniforms' shape. An entry of weight 0 is never
-      drawn; a row with a negative or non-finite weight, or with no mass, gives
-      −1.
-    """
-    return _GroupedDrawOperation(weights, group_uniform, entry_uniform, dim, samples_dim).outputs[0]
-
-
-def _fold_sum(x):
-    """Sum over the last axis, keeping it: halves are added until one is left.
-
-    Unlike reduce_sum, whose order of additions is the backend's affair.
-    """
-    size = _size(x, -1)
-    while size > 1:
-        half = (size + 1) // 2
-        upper = x[..., half:]
-        if size % 2:
-            upper = _pad_last(upper, after=1)
-        x, size = x[..., :half] + upper, half
-    return x
-
-
-def _pad_last(x, before=0, after=0, value=0.0):
-    if not before and not after:
-        return x
-    return tf.pad(x, [[0, 0]] * (x.shape.rank - 1) + [[before, after]], constant_values=value)
-
-
-def _scan(x, combine):
-    """Inclusive prefix scan over the last axis of values ≥ 0, in log₂ steps."""
-    shift, size = 1, _size(x, -1)
-    while shift < size:
-        x = combine(x, _pad_last(x[..., :-shift], before=shift))
-        shift *= 2
-    return x
-
-
-def _cdf(weights):
-    """(cdf, last) of weights [..., n], none below 0.
-
-    cdf [..., n] never falls, and rises only at entries of weight above 0: sums
-    taken in log₂ steps need not be monotone in floating point, so their running
-    maximum over those entries is. last [...] int32 is the last such entry, −1
-    where there is none.
-    """
-    has_mass = weights > 0
-    sums = tf.where_v2(has_mass, _scan(weights, tf.add), 0.0)
-    last = tf.reduce_max(tf.where_v2(has_mass, tf.range(_size(weights, -1)), -1), -1)
-    return _scan(sums, tf.maximum), last
-
-
-def _search(weights, which, u):
-    """Draws from chosen ones of several weight vectors, by inverse CDF.
-
-    Args:
-      weights: [rows, vectors, n] float32, none below 0.
-      which: [rows, samples] int32 in [0, vectors).
-      u: [rows, samples] float32 in [0, 1).
-
-    Returns:
-      [rows, samples] int32: the first entry whose cdf passes u times the total
-      (the last entry with mass where rounding leaves none), −1 without mass.
-    """
-    rows, vectors, n = weights.shape.as_list()
-    if _size(u, 1) <= vectors:  # few draws: look only at what they draw from
-        cdf, last = _cdf(tf.gather(weights, which, batch_dims=1))
-        target = u[..., tf.newaxis] * cdf[..., -1:]
-        entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1)
-        return tf.minimum(entry, last)
-    cdf, last = _cdf(weights)
-    cdf = tf.reshape(cdf, [-1])
-    vector = which + tf.range(rows)[:, tf.newaxis] * vectors
-    begin = vector * n
-    target = u * tf.gather(cdf, begin + (n - 1))
-    low, high = tf.zeros_like(which), tf.fill(tf.shape(which), n)  # cdf[low − 1] ≤ target < cdf[high]
-    for _ in range(n.bit_length()):
-        middle = (low + high) // 2
-        right = tf.logical_and(low < high, tf.gather(cdf, begin + tf.minimum(middle, n - 1)) <= target)
-        low, high = tf.where_v2(right, middle + 1, low), tf.where_v2(right, high, middle)
-    return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector))
-
-
-class _GroupedDrawOperation(mtf.Operation):
-    def __init__(self, weights, group_uniform, entry_uniform, dim, samples_dim):
-        super().__init__([weights, group_uniform, entry_uniform], name="grouped_draw")
-        rows = weights.shape - dim
-        shape = rows if samples_dim is None else rows + samples_dim
-        for u in (group_uniform, entry_uniform):
-            if u.shape != shape:
-                raise ValueError(f"grouped_draw: uniforms of shape {u.shape} where {shape} is needed")
-        self._dim = dim
-        self._outputs = [mtf.Tensor(self, shape, tf.int32)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
-
-    def lower(self, lowering):
-        mesh_impl = lowering.mesh_impl(self)
-        weights, group_uniform, entry_uniform = (lowering.tensors[t] for t in self.inputs)
-        dim, axis = self._dim, self.inputs[0].shape.dims.index(self._dim)
-        size = group_size(dim.size)
-        out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
-        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
-
-        def to_rows(w):
-            """[rows, dim] float32; whatever makes a row invalid becomes +inf."""
-            perm = [i for i in range(w.shape.rank) if i != axis] + [axis]
-            w = tf.cast(tf.transpose(w, perm), tf.float32)
-            w = tf.reshape(w, [-1, _size(w, -1)])
-            return tf.where_v2(w >= 0, tf.abs(w), np.inf)  # false for NaN too; −0.0 becomes 0.0
-
-        w = mesh_impl.slicewise(to_rows, weights)
-        if mesh_axis is not None and (dim.size // mesh_impl.shape[mesh_axis].size) % size:
-            # The layout cuts through groups: gather the row. In finite values, as
-            # collectives of some meshes multiply by 0; −1 stands for +inf.
-            w = mesh_impl.slicewise(lambda w: tf.where_v2(w < np.inf, w, -1.0), w)
-            w = mesh_impl.allconcat(w, mesh_axis, 1)
-            w = mesh_impl.slicewise(lambda w: tf.where_v2(w >= 0, w, np.inf), w)
-            mesh_axis = None
-
-        if mesh_axis is not None:
-            for d in self.outputs[0].shape.dims:
-                if mesh_impl.tensor_dimension_to_mesh_axis(d) == mesh_axis:
-                    raise ValueError(
-                        f"grouped_draw: the layout splits both {dim.name} and {d.name} along mesh axis "
-                        f"{mesh_impl.shape[mesh_axis].name}; drawing along {dim.name} needs {d.name} elsewhere"
-                    )
-
-        def scale_groups(w):
-            """Groups [rows, groups, size], each scaled by a power of two to a maximum
-            in [1, 4), and [rows, groups, 2]: its sum and the exponent taken out."""
-            w = _pad_last(w, after=-_size(w, -1) % size)
-            w = tf.reshape(w, [_size(w, 0), -1, size])
-            bits = tf.bitcast(tf.reduce_max(w, -1, keepdims=True), tf.int32)
-            exponent = tf.bitwise.right_shift(bits, tf.constant(23))  # biased; 255 is +inf
-            scale = tf.bitwise.left_shift(254 - tf.minimum(exponent, 253), tf.constant(23))
-            w *= tf.bitcast(scale, tf.float32)
-            invalid = exponent >= 255
-            total = tf.where_v2(invalid, 0.0, _fold_sum(w))  # finite, to travel
-            return w, tf.concat([total, tf.cast(exponent, tf.float32)], -1)
-
-        w, summary = mesh_impl.slicewise(scale_groups, w)
-        if mesh_axis is not None:
-            summary = mesh_impl.allconcat(summary, mesh_axis, 1)
-
-        def choose_group(summary, u):
-            """[rows, samples] int32, −1 for an invalid row."""
-            totals, exponent = summary[..., 0], tf.cast(summary[..., 1], tf.int32)
-            largest = tf.reduce_max(exponent, -1, keepdims=True)
-            relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
-            relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
-            totals *= tf.bitcast(relative, tf.float32)
-            u = tf.reshape(u, [_size(totals, 0), -1])
-            group = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
-            return tf.where_v2(largest < 255, group, -1)
-
-        group = mesh_impl.slicewise(choose_group, summary, group_uniform)
-
-        def choose_entry(w, group, u, pcoord=0):
-            """One more than the index drawn; 0 where another shard holds the group."""
-            n_groups = _size(w, 1)
-            local = group - pcoord * n_groups
-            held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < n_groups))
-            entry = _search(w, tf.where_v2(held, local, 0), tf.reshape(u, group.shape))
-            return tf.reshape(tf.where_v2(held, group * size + entry + 1, 0), out_shape)
-
-        if mesh_axis is None:
-            drawn = mesh_impl.slicewise(choose_entry, w, group, entry_uniform)
-        else:
-            pcoord = mesh_impl.laid_out_pcoord(mesh_axis)
-            drawn = mesh_impl.slicewise(choose_entry, w, group, entry_uniform, pcoord)
-            drawn = mesh_impl.allreduce(drawn, [mesh_axis], "SUM")
-        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(lambda d: d - 1, drawn))

@@ -8,10 +8,20 @@ import collections
 import dataclasses
 import numbers
 
+import numpy as np
+
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.draws import score_draw
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, entmax, sample_categorical, token_mask, top_k_mask
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, import_seed, row_index, settle, take
+from gpt_neo_sampling.models.utils import (
+    DEFAULT_ALPHA,
+    draw_uniforms,
+    from_largest,
+    padding_mask,
+    token_mask,
+    top_k_mask,
+)
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, first_argmax, import_rows, import_seed, row_index, settle, take
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
@@ -136,6 +146,7 @@ class SamplingOptions:
     max_top_k: int = None  # needed where top_k is a tensor
     use_entmax: bool = False
     entmax_alpha: object = DEFAULT_ALPHA
+    vocab_size: int = None  # where the vocabulary is padded: ids from here on are never drawn
 
     def check(self):
         """Raises ValueError for a number that is out of range."""
@@ -164,48 +175,38 @@ def next_token(logits, vocab_dim, options, seed, stream, step):
     rows = logits.shape - vocab_dim
     mesh = logits.mesh
     logits = mtf.cast(logits, tf.float32)
+    if options.vocab_size is not None:
+        logits = padding_mask(logits, options.vocab_size, vocab_dim)
     if options.never_token is not None:
         logits = token_mask(logits, options.never_token, vocab_dim)
-    largest = mtf.reduce_max(logits, reduced_dim=vocab_dim)
-    # Taken from the largest, no temperature overflows, and NaN and +inf make NaN.
-    shifted = cwise_broadcast(tf.subtract, [logits, largest], logits.shape)
-
     fixed = isinstance(options.temperature, numbers.Real)
     if fixed and options.temperature == 0:
-        return _greedy_token(shifted, vocab_dim)
+        return first_argmax(logits, vocab_dim)
+
+    # Taken from the largest, no temperature overflows. By its reciprocal, as
+    # some backends do not divide by it as others do.
     temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
-    # A negative temperature makes NaN, and so an invalid row.
+
+    def reciprocal(t):  # a negative temperature makes NaN, and so an invalid row
+        return tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, 1.0 / tf.maximum(t, 2.0**-126), np.nan))
+
     scaled = cwise_broadcast(
-        lambda x, t: x / tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, t, float("nan"))),
-        [shifted, temperature],
+        tf.multiply,
+        [from_largest(logits, vocab_dim), mtf.cwise(reciprocal, [temperature], name="reciprocal")],
         logits.shape,
         name="temperature",
     )
     if options.top_k is not None:
         scaled = top_k_mask(scaled, options.top_k, vocab_dim, max_top_k=options.max_top_k)
-    if options.use_entmax:
-        weights = entmax(scaled, options.entmax_alpha, vocab_dim)
-    else:
-        # softmax without its division, which a draw does not need: no sum over
-        # the vocabulary, so the weights are the same bits on every layout
-        weights = mtf.exp(scaled)
-    token = sample_categorical(weights, vocab_dim, seed=seed, stream=stream, step=step)
+    alpha = import_rows(mesh, options.entmax_alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
+    uniforms = draw_uniforms(mesh, rows, seed, stream, step)
+    token = score_draw(scaled, *uniforms, vocab_dim, alpha, options.vocab_size)
     if fixed:
         return token
-    greedy = _greedy_token(shifted, vocab_dim)
+    greedy = first_argmax(logits, vocab_dim)
     return cwise_broadcast(
         lambda token, greedy, t: tf.where_v2(tf.equal(t, 0.0), greedy, token), [token, greedy, temperature], rows
     )
-
-
-def _greedy_token(shifted, vocab_dim):
-    """First index of the largest entry, which is 0; −1 in a row that holds NaN."""
-    # NaN has no place in an order: look for it by itself.
-    bad = mtf.cwise(lambda x: tf.cast(tf.is_nan(x), tf.float32), [shifted], output_dtype=tf.float32)
-    bad = mtf.reduce_max(bad, reduced_dim=vocab_dim)
-    clean = mtf.cwise(lambda x: tf.where_v2(tf.is_nan(x), tf.zeros_like(x), x), [shifted])
-    token = mtf.argmax(clean, vocab_dim)
-    return cwise_broadcast(lambda token, bad: tf.where_v2(bad > 0, INVALID, token), [token, bad])
 
 
 def sample_autoregressive(
@@ -256,9 +257,11 @@ def sample_autoregressive(
     Args:
       partial_sequences: int32 mtf.Tensor [batch…, length].
       other_features: GPT-Neo's dict, handed to the model; "vocab_dim" is used.
-      params: GPT-Neo's config, a dict. "padding_id" is used (0 if absent), and
+      params: GPT-Neo's config, a dict. "padding_id" is used (0 if absent);
         "slow_sampling": the model sees the whole sequence at every step, and no
-        context, where otherwise it keeps states.
+        context, where otherwise it keeps states; and "n_vocab", if it is there:
+        where the vocabulary's dimension is larger, the rest of it is padding
+        that is never drawn.
       stop_at_token: † a row that draws it is done. None for none.
       max_steps: † the most new tokens in a row; None for up to `length`.
       temperature: † above 0: larger is more random; 0 is argmax. None is the
@@ -308,13 +311,15 @@ def sample_autoregressive(
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
     if never_end and stop_at_token is None:
         raise ValueError("never_end=True masks the stop token, but stop_at_token is None")
+    vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
         never_token=stop_at_token if never_end else None,
         temperature=temperature,
-        top_k=_top_k_option(sampling_keep_top_k, vocab_dim),
+        top_k=_top_k_option(sampling_keep_top_k, vocab_size or vocab_dim.size),
         max_top_k=max_top_k,
         use_entmax=bool(sampling_use_entmax),
         entmax_alpha=entmax_alpha,
+        vocab_size=vocab_size,
     )
     options.check()
 
@@ -455,13 +460,23 @@ def _settle_all(x):
     return x
 
 
-def _top_k_option(k, vocab_dim):
+def _vocab_size(params, vocab_dim):
+    """The model's vocabulary where `vocab_dim` is a padded one, else None."""
+    size = params.get("n_vocab")
+    if size is None or size == vocab_dim.size:
+        return None
+    if not 1 <= size < vocab_dim.size:
+        raise ValueError(f"n_vocab={size}, but the vocabulary's dimension has {vocab_dim.size} entries")
+    return size
+
+
+def _top_k_option(k, vocab_size):
     if not isinstance(k, numbers.Real):
         return k
     if k == -1:
         return None
     if k == -2:
-        return max(1, vocab_dim.size // 10)
+        return max(1, vocab_size // 10)
     if k < 1 or k != int(k):
         raise ValueError(f"sampling_keep_top_k={k}; a whole number of at least 1, -1 (off) or -2 (a tenth) is needed")
     return int(k)

@@ -11,12 +11,10 @@ import reference
 from conftest import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
+from gpt_neo_sampling.draws import GROUPS, group_size, grouped_draw
 from gpt_neo_sampling.mtf_ops import (
-    GROUPS,
     counter_uniforms,
     cwise_broadcast,
-    group_size,
-    grouped_draw,
     import_rows,
     import_seed,
     row_index,

@@ -8,7 +8,8 @@ table. Variables carry GPT-Neo's names, so that its checkpoints load.
 
 Dimensions: batch, sequence, embd, vocab, heads, features_per_head,
 memory_length, embed_sequence, intermediate_expanded. Any of them may be split
-over a mesh axis, apart from sequence and features_per_head.
+over a mesh axis, apart from sequence and features_per_head, as long as no two
+dims of one tensor are split along the same axis (see TENSORS).
 """
 
 from gpt_neo_sampling._compat import mtf, tf
@@ -19,6 +20,20 @@ NORM_EPSILON = 1e-5
 MASK = -1e10  # what GPT-Neo adds to the score of a key that may not be seen
 LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
 ATTENTION_TYPES = ("global", "local", "linear", "none")  # what GPT-Neo's configs may name
+
+# The dims that stand together in a tensor of the model or of its decode loop, and so
+# cannot be split along one mesh axis.
+TENSORS = (
+    ("batch", "vocab"),
+    ("batch", "embd"),
+    ("batch", "embed_sequence"),  # a look-up of positions
+    ("batch", "heads", "memory_length"),
+    ("batch", "intermediate_expanded"),
+    ("vocab", "embd"),
+    ("embed_sequence", "embd"),
+    ("embd", "heads"),
+    ("embd", "intermediate_expanded"),
+)
 
 # Config keys that change the model's function in ways that are not built here.
 UNSUPPORTED_OPTIONS = (
@@ -99,6 +114,23 @@ def check_params(params):
     radius = get("local_attention_radius")
     if radius is not None and radius < 1:
         raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
+
+
+def splittable_dims(params):
+    """{name: size} of the model's dims that a layout may split.
+
+    The sizes that the caller of the model chooses, of the batch, of the
+    vocabulary (which may be padded) and of the sequence in memory, are None.
+    """
+    return {
+        "batch": None,
+        "vocab": None,
+        "memory_length": None,
+        "embd": params["n_embd"],
+        "heads": params["n_head"],
+        "intermediate_expanded": 4 * params["n_embd"],
+        "embed_sequence": params["n_ctx"],
+    }
 
 
 def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):

@@ -10,11 +10,13 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.draws import Rows, grouped_draw, solve_entmax
 from gpt_neo_sampling.mtf_ops import (
     align,
     counter_uniforms,
     cwise_broadcast,
-    grouped_draw,
+    finite,
+    finite_max,
     import_rows,
     import_seed,
     row_index,
@@ -28,12 +30,12 @@ MASK = -1e10  # GPT-Neo's, added to the attention score of a key that may not be
 # --- Draws --------------------------------------------------------------------
 
 
-def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_dim=None):
+def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_dim=None, size=None):
     """Draws indices along `dim` in proportion to the weights `x`.
 
-    By inverse CDF in two levels (see `mtf_ops.grouped_draw`), each with a
-    float32 uniform of its own: time and memory are linear in `dim`, and the
-    index drawn is the same on every layout.
+    By inverse CDF in two levels (see `draws.grouped_draw`), each with a float32
+    uniform of its own: time and memory are linear in `dim`, and the index drawn
+    is the same on every layout and backend.
 
     Args:
       x: mtf.Tensor of weights, float32, bfloat16 or float16; they are summed in
@@ -47,6 +49,8 @@ def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_d
         draw in its stream. The uniforms are a function of (seed, stream, step,
         level) alone.
       samples_dim: mtf.Dimension; that many independent draws from each row.
+      size: int, where the entries of `dim` from there on are padding, of weight
+        0: the draws are then those without the padding.
 
     Returns:
       int32 mtf.Tensor [x.shape − dim], then samples_dim. An entry of weight 0
@@ -63,13 +67,43 @@ def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_d
         raise ValueError(f"sample_categorical: weights of dtype {x.dtype.name}; a floating dtype is needed")
     if samples_dim is not None and samples_dim in x.shape.dims:
         raise ValueError(f"samples_dim {samples_dim} is a dim of the weights, {x.shape}; it must be a new one")
-    seed = import_seed(x.mesh, seed, rows)
-    stream = row_index(x.mesh, rows) if stream is None else (
-        mtf.broadcast(import_rows(x.mesh, stream, tf.int32, rows, "stream"), rows))  # fmt: skip
-    step = import_rows(x.mesh, step, tf.int32, rows, "step")
-    sample = None if samples_dim is None else mtf.range(x.mesh, samples_dim, tf.int32)
-    uniforms = counter_uniforms(seed, stream, step, sample)
-    return grouped_draw(x, *uniforms, dim, samples_dim)
+    uniforms = draw_uniforms(x.mesh, rows, seed, stream, step, samples_dim)
+    return grouped_draw(x, *uniforms, dim, samples_dim, size)
+
+
+def from_largest(x, dim):
+    """x less the largest entry of its row, which becomes 0; +inf becomes NaN.
+
+    Args:
+      x: mtf.Tensor of a floating dtype. No gradient flows through it.
+      dim: mtf.Dimension of x.
+
+    Returns:
+      mtf.Tensor like x.
+    """
+
+    def subtract(x, largest):
+        return tf.where_v2(x < np.inf, x - largest, np.nan)
+
+    return cwise_broadcast(subtract, [x, finite_max(x, dim)], x.shape, name="from_largest")
+
+
+def draw_uniforms(mesh, rows, seed=None, stream=None, step=0, samples_dim=None):
+    """The two uniforms of each draw; arguments as those of `sample_categorical`.
+
+    Args:
+      mesh: mtf.Mesh.
+      rows: mtf.Shape, the dims of the request.
+
+    Returns:
+      a pair of float32 mtf.Tensors [rows], then samples_dim, in [0, 1).
+    """
+    seed = import_seed(mesh, seed, rows)
+    stream = row_index(mesh, rows) if stream is None else (
+        mtf.broadcast(import_rows(mesh, stream, tf.int32, rows, "stream"), rows))  # fmt: skip
+    step = import_rows(mesh, step, tf.int32, rows, "step")
+    sample = None if samples_dim is None else mtf.range(mesh, samples_dim, tf.int32)
+    return counter_uniforms(seed, stream, step, sample)
 
 
 def _dim_of(x, dim):
@@ -119,10 +153,14 @@ def entmax(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
     dim = _dim_of(x, dim)
     if not isinstance(n_iter, numbers.Integral) or n_iter < 1:
         raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
+    alpha = _import_alpha(x.mesh, alpha, x.shape - dim)
+    return _EntmaxOperation(x, alpha, dim, n_iter).outputs[0]
+
+
+def _import_alpha(mesh, alpha, rows):
     if isinstance(alpha, numbers.Real) and not 1 <= alpha <= 2:  # NaN fails too
         raise ValueError(f"alpha={alpha} is out of range: from 1 (softmax) to 2 (sparsemax)")
-    alpha = import_rows(x.mesh, alpha, tf.float32, x.shape - dim, "alpha")
-    return _EntmaxOperation(x, alpha, dim, n_iter).outputs[0]
+    return import_rows(mesh, alpha, tf.float32, rows, "alpha")
 
 
 def entmax_forward(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
@@ -188,81 +226,28 @@ class _EntmaxOperation(mtf.Operation):
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
-        x, alpha = self.inputs
-        axis = x.shape.dims.index(self._dim)
-        dim_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
-        dim_axes = [] if dim_axis is None else [dim_axis]
         slicewise = mesh_impl.slicewise
+        x, alpha = self.inputs
+        rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
+        rows_shape = x.shape - self._dim
+        slice_shape = mesh_impl.slice_shape(rows_shape)
 
-        def across(laid_out, axes, reduction):
-            return mesh_impl.allreduce(laid_out, axes, reduction) if axes else laid_out
-
-        # In all of these a row's numbers keep `dim`, at size 1, and are finite
-        # whenever they travel, as collectives of some meshes multiply by 0.
         def begin(x):
-            x = tf.cast(x, tf.float32)
-            largest = tf.clip_by_value(tf.reduce_max(x, axis, keepdims=True), tf.float32.min, tf.float32.max)
-            largest = tf.where_v2(tf.is_nan(largest), 0.0, largest)
-            invalid = tf.reduce_max(tf.cast(tf.logical_not(x < np.inf), tf.float32), axis, keepdims=True)
-            return largest, invalid
+            """The rows, and [rows, 2] of their largest entry and whether one is invalid."""
+            x = rows.to_rows(tf.cast(x, tf.float32))
+            invalid = tf.reduce_max(tf.where_v2(x < np.inf, 0.0, 1.0), -1)  # NaN too
+            return x, tf.stack([finite(tf.reduce_max(x, -1)), invalid], -1)
 
-        largest, invalid = slicewise(begin, lowering.tensors[x])
-        largest, invalid = across(largest, dim_axes, "MAX"), across(invalid, dim_axes, "MAX")
+        def shift(x, facts, alpha):
+            eps = tf.broadcast_to(align(alpha, self.inputs[1].shape, rows_shape), slice_shape)
+            eps = tf.reshape(eps, [-1, 1]) - 1.0
+            good = tf.logical_and(facts[:, 1:] < 0.5, tf.logical_and(eps >= 0, eps <= 1))
+            return tf.where_v2(good, x - facts[:, :1], np.nan), eps
 
-        eps = slicewise(lambda a: align(a, alpha.shape, x.shape) - 1.0, lowering.tensors[alpha])
-
-        def shift(x, largest, invalid, eps):
-            good = tf.logical_and(invalid < 0.5, tf.logical_and(eps >= 0, eps <= 1))
-            return tf.where_v2(good, tf.cast(x, tf.float32) - largest, np.nan)
-
-        z = slicewise(shift, lowering.tensors[x], largest, invalid, eps)
-
-        # With y = x − max − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y)
-        # at ε = 0, and δ is sought: Σp = 1 at the root, more to its left.
-        def evaluate(z, eps, delta):
-            """p, and [..., 2] with Σp and Σ∂p/∂y, over this shard."""
-            y = z - delta
-            base = 1.0 + eps * y
-            inside = tf.logical_or(base > 0, tf.equal(eps, 0.0))
-            log_p = tf.where_v2(eps > 0, tf.log1p(eps * y) / eps, y)
-            p = tf.where_v2(inside, tf.exp(tf.where_v2(inside, log_p, 0.0)), tf.where_v2(tf.is_nan(y), y, 0.0))
-            slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / base, p)
-            sums = tf.stack([tf.reduce_sum(p, axis, keepdims=True), tf.reduce_sum(slope, axis, keepdims=True)], -1)
-            return p, sums
-
-        def newton_step(sums, eps):
-            """(Σp)^ε as a function of δ is convex: the step never passes the root."""
-            total, slope = sums[..., 0], sums[..., 1]
-            log_total = tf.log(total)
-            gain = tf.where_v2(eps > 0, -tf.math.expm1(-eps * log_total) / eps, log_total)
-            return gain * total / slope
-
-        every_axis = list(range(mesh_impl.ndims))
-        like = mesh_impl.LaidOutTensor.from_tensor_list
-
-        def body(i, _, delta):
-            delta = like(delta)
-            _, sums = slicewise(evaluate, z, eps, delta)
-            step = slicewise(newton_step, across(sums, dim_axes, "SUM"), eps)
-            delta = slicewise(tf.add, delta, step)
-
-            # NaN is not greater: an invalid row never keeps the loop going.
-            def moving(step, delta):
-                return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * (1.0 + tf.abs(delta)), tf.float32))
-
-            going = across(slicewise(moving, step, delta), every_axis, "MAX")
-            return i + 1, going.tensor_list, delta.tensor_list
-
-        delta = slicewise(tf.zeros_like, largest)
-        going = slicewise(lambda d: tf.ones([], tf.float32), delta)
-        _, _, delta = tf.while_loop(
-            lambda i, going, _: tf.logical_and(i < self._n_iter, going[0] > 0),
-            body,
-            (tf.constant(0), going.tensor_list, delta.tensor_list),
-        )
-        p, sums = slicewise(evaluate, z, eps, like(delta))
-        sums = across(sums, dim_axes, "SUM")
-        y = slicewise(lambda p, sums: tf.cast(p / sums[..., 0], x.dtype), p, sums)
+        z, facts = slicewise(begin, lowering.tensors[x])
+        z, eps = slicewise(shift, z, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
+        p = solve_entmax(rows, z, eps, self._n_iter)
+        y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
@@ -398,7 +383,9 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None):
     k = import_rows(logits.mesh, k, tf.int32, rows, "top-k")
 
     k_dim = mtf.Dimension("top_k", k_max)
-    values, indices = top_k(mtf.stop_gradient(logits), dim, k_dim)
+    lowest = mask_value(logits.dtype)  # −inf counts as masked: it could not travel between shards
+    finite_logits = mtf.cwise(lambda x: tf.where_v2(x < lowest, tf.constant(lowest, x.dtype), x), [logits])
+    values, indices = top_k(mtf.stop_gradient(finite_logits), dim, k_dim)
     border = mtf.broadcast(cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_max - 1), [k]), rows)
     value, index = take(values, border, k_dim), take(indices, border, k_dim)
 
@@ -407,7 +394,7 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None):
         return tf.logical_or(tf.logical_not(below), tf.logical_or(k < 1, k >= dim.size))
 
     entry = mtf.range(logits.mesh, dim, tf.int32)
-    kept = cwise_broadcast(keep, [logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
+    kept = cwise_broadcast(keep, [finite_logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
     masked = _mask_out(logits, kept)
     if k_max < dim.size:
         asked_too_many = cwise_broadcast(
@@ -433,6 +420,25 @@ def token_mask(logits, token, dim=None):
     token = mtf.broadcast(import_rows(logits.mesh, token, tf.int32, rows, "token"), rows)
     entry = mtf.range(logits.mesh, dim, tf.int32)
     return _mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
+
+
+def padding_mask(logits, size, dim=None):
+    """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
+
+    Args:
+      logits: mtf.Tensor.
+      size: int, the entries that stay.
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits.
+    """
+    dim = _dim_of(logits, dim)
+    if size >= dim.size:
+        return logits
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    kept = cwise_broadcast(lambda x, at: tf.broadcast_to(at < size, x.shape), [logits, entry], logits.shape, tf.bool)
+    return _mask_out(logits, kept)
 
 
 def _mask_out(logits, kept):

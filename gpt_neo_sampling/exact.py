@@ -1,0 +1,175 @@
+"""Sampling weights whose bits do not depend on the backend.
+
+exp, log and even multiply-and-add give other last bits on other backends (XLA's
+exp differs from TensorFlow's own in one result of four). Here softmax and entmax
+weights are computed in 64-bit integers alone, which give the same bits wherever
+they are computed and in whatever order they are added. It is slow: `draws` asks
+for it where the fast way leaves a draw in doubt.
+
+Numbers are fixed-point: Q30 is an integer in units of 2⁻³⁰. None is
+negative or reaches 2⁶³ in any step, but for bases outside a support.
+"""
+
+import math
+
+from gpt_neo_sampling._compat import tf
+
+_ONE = 1 << 30
+_FARTHEST = 127.0  # how far below the largest score a weight is taken for 0
+_DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16, where ln of the vocabulary's size is the most
+_CANDIDATES = 1024  # entries of a shard that entmax's threshold is looked for among
+_LOG2_E = round(math.log2(math.e) * _ONE)
+_EXP2 = [round(math.log(2) ** k / math.factorial(k) * _ONE) for k in range(11)]
+_LOG2 = [round(2 / math.log(2) / (2 * k + 1) * _ONE) for k in range(10)]
+
+
+def _int(value):
+    return tf.constant(value, tf.int64)
+
+
+def _shift_right(x, bits):
+    return tf.bitwise.right_shift(x, _int(bits) if isinstance(bits, int) else bits)
+
+
+def _shift_left(x, bits):
+    return tf.bitwise.left_shift(x, _int(bits) if isinstance(bits, int) else bits)
+
+
+def _polynomial(coefficients, x):
+    """Σ coefficients[k]·xᵏ, all Q30."""
+    result = tf.fill(tf.shape(x), _int(coefficients[-1]))
+    for c in reversed(coefficients[:-1]):
+        result = _shift_right(result * x, 30) + _int(c)
+    return result
+
+
+def _exp2_parts(t):
+    """(m, i) with 2⁻ᵗ = m·2⁻ⁱ⁻¹, t Q30: m Q30 in (1, 2], i whole."""
+    fraction = tf.bitwise.bitwise_and(t, _int(_ONE - 1))
+    return _polynomial(_EXP2, _int(_ONE) - fraction), _shift_right(t, 30)
+
+
+def _to_float32(t):
+    """2⁻ᵗ as float32, t Q30; 0 below the normal numbers."""
+    m, i = _exp2_parts(t)
+    bits = _shift_left(126 - tf.minimum(i, 126), 23) + _shift_right(m, 7) - _int(1 << 23)
+    return tf.where_v2(i < 126, tf.bitcast(tf.cast(bits, tf.int32), tf.float32), 0.0)
+
+
+def _to_q40(t):
+    """2⁻ᵗ as Q40, t Q30."""
+    m, i = _exp2_parts(t)
+    return _shift_right(_shift_left(m, 9), tf.minimum(i, 62))
+
+
+def _minus_log2(b):
+    """−log₂ b as Q30, b Q48 in (0, 1]."""
+    places = tf.zeros_like(b)
+    for bits in (32, 16, 8, 4, 2, 1):  # shifts the leading one to its place
+        small = b < _int(1 << (49 - bits))
+        b = tf.where_v2(small, _shift_left(b, bits), b)
+        places += tf.where_v2(small, _int(bits), _int(0))
+    m = _shift_right(b, 18)
+    s = _shift_left(m - _int(_ONE), 30) // (m + _int(_ONE))  # log m = 2 artanh s
+    log2_m = _shift_right(s * _polynomial(_LOG2, _shift_right(s * s, 30)), 30)
+    return _shift_left(places, 30) - log2_m
+
+
+def _distance(z):
+    """−z as Q24, of float32 z ≤ 0 (what is not, NaN too, counts as 0)."""
+    far = tf.where_v2(z <= 0, tf.minimum(-z, _FARTHEST), 0.0)
+    return tf.cast(far * 2.0**24, tf.int64)  # a power of two: no rounding
+
+
+def softmax_weights(z):
+    """exp(z).
+
+    Args:
+      z: float32 tf.Tensor, scores less the largest one, so none above 0.
+
+    Returns:
+      float32 tf.Tensor of z's shape, within 2⁻²² of exp(z), relatively; 0 for z
+      below −87 or so.
+    """
+    return _to_float32(_softmax_exponent(_distance(z)))
+
+
+def _softmax_exponent(distance):
+    return _shift_right(distance * _int(_LOG2_E), 24)
+
+
+def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
+    """The α-entmax of scores, but for a factor near 1: [1 + ε(z − δ)]₊^(1/ε).
+
+    δ is the largest multiple of 2⁻²⁴ at which the weights still sum to more
+    than 1, found bit by bit.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      z: laid-out float32 [rows, entries], scores less the largest one of their
+        row, so none above 0.
+      epsilon: laid-out float32 [rows, 1]: α − 1, in [0, 1].
+      sum_over_shards: a function from a laid-out float32 tensor to its sum over
+        the processors that share a row.
+
+    Returns:
+      laid-out float32 like z.
+    """
+    slicewise = mesh_impl.slicewise
+    distance = slicewise(_distance, z)
+    # exact: α is in [1, 2], so ε is a multiple of 2⁻²³
+    eps = slicewise(lambda e: tf.cast(e * 2.0**24, tf.int64), epsilon)
+
+    def exponents(distance, eps, delta):
+        """(t, inside): a weight is 2⁻ᵗ inside the support."""
+        y = distance + delta
+        base = _int(1 << 48) - eps * y
+        inside = base > 0
+        log = _minus_log2(tf.where_v2(inside, base, _int(1)))
+        t = tf.where_v2(eps > 0, _shift_left(log, 24) // tf.maximum(eps, _int(1)), _softmax_exponent(y))
+        return t, inside
+
+    def total(distance, eps, delta):
+        """[2, rows, 1]: halves of Σ weights, which float32 adds without rounding."""
+        t, inside = exponents(distance, eps, delta)
+        total = tf.reduce_sum(tf.where_v2(inside, _to_q40(t), _int(0)), -1, keepdims=True)
+        total = tf.minimum(total, _int(1 << 41))
+        halves = [_shift_right(total, 20), tf.bitwise.bitwise_and(total, _int((1 << 20) - 1))]
+        return tf.cast(tf.stack(halves), tf.float32)
+
+    def add(sums, delta, step):
+        """delta + step where the weights there still sum to more than 1."""
+        sums = tf.cast(sums, tf.int64)
+        return tf.where_v2(_shift_left(sums[0], 20) + sums[1] > _int(1 << 40), delta + step, delta)
+
+    like = mesh_impl.LaidOutTensor.from_tensor_list
+
+    def find_delta(distance):
+        def body(bit, delta):
+            delta, step = like(delta), _shift_left(_int(1), bit)
+            trial = slicewise(lambda d, step: d + step, delta, step)
+            sums = sum_over_shards(slicewise(total, distance, eps, trial))
+            return bit - 1, slicewise(add, sums, delta, step).tensor_list
+
+        delta = slicewise(lambda d: tf.zeros_like(d[:, :1]), distance)
+        return tf.while_loop(lambda bit, _: bit >= 0, body, (_int(_DELTA_BITS - 1), delta.tensor_list))[1]
+
+    if distance.slice_shape[-1] <= 2 * _CANDIDATES:
+        delta = find_delta(distance)
+    else:  # as a rule, few entries are near enough to count
+        nearest = slicewise(lambda z: _distance(tf.math.top_k(z, _CANDIDATES)[0]), z)
+
+        def may_count(nearest, eps):
+            near = tf.logical_or(_int(1 << 48) - eps * nearest[:, -1:] > 0, tf.equal(eps, _int(0)))
+            return tf.reduce_max(tf.cast(near, tf.float32))
+
+        all_axes = list(range(mesh_impl.ndims))
+        too_few = mesh_impl.allreduce(slicewise(may_count, nearest, eps), all_axes, "MAX").tensor_list[0] > 0.5
+        delta = tf.cond(too_few, lambda: find_delta(distance), lambda: find_delta(nearest))
+        delta = delta if isinstance(delta, (list, tuple)) else [delta]
+
+    def weights(distance, eps, delta):
+        t, inside = exponents(distance, eps, delta)
+        return tf.where_v2(inside, _to_float32(t), 0.0)
+
+    return slicewise(weights, distance, eps, like(delta))
