@@ -99,7 +99,9 @@ def take(x, indices, dim, name="take"):
 
     Returns:
       mtf.Tensor [shared dims, other dims of indices, other dims of x], the
-      dtype of `x`. Its gradient with respect to `x` is a scatter-add.
+      dtype of `x`. Its gradient with respect to `x` is a scatter-add. Integers
+      beyond 2²⁴ are rounded where `dim` is split on a TPU mesh, which adds in
+      float32.
 
     Raises:
       ValueError: if `dim` is not in `x`, or is in `indices`; and, when it is

@@ -63,3 +63,16 @@ def dims(**sizes):
 @pytest.fixture
 def single():
     return MeshRunner()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of test_matrix.py, a line for each mesh implementation, mesh shape, layout and way of sampling."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    cells = [value for r in reports for name, value in r.user_properties if name == "cell"]
+    if cells:
+        terminalreporter.section("tokens against one CPU device")
+        rows = [("mesh", "shape", "layout", "sampling", "tokens"), *sorted(map(tuple, cells))]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        for row in rows:
+            terminalreporter.write_line("  ".join(text.ljust(w) for text, w in zip(row, widths)).rstrip())
+        terminalreporter.write_line(f"{len(cells)} cells, {sum(c[-1] == 'equal' for c in cells)} equal")

@@ -111,6 +111,8 @@ def check_params(params):
     for t in expand_attention_types(get("attention_types"), params["n_layer"]):
         if t not in ("global", "local"):
             raise ValueError(f"config option attention_types: {t!r} is not supported; allowed: 'global', 'local'")
+        if t == "local" and get("causal") is False:
+            raise ValueError("config option causal=False with a 'local' layer is not supported: its window is causal")
     radius = get("local_attention_radius")
     if radius is not None and radius < 1:
         raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
@@ -186,7 +188,7 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
 
         def block(x, layer=layer, mask=mask):
             with tf.variable_scope(f"h{layer}"):
-                x += _attention(_layer_norm(x, "norm_1", variable_dtype), mask, other_features, params,
+                x += _attention(_layer_norm(x, "norm_1", variable_dtype), types[layer], mask, other_features, params,
                                 variable_dtype, context)  # fmt: skip
                 return x + _mlp(_layer_norm(x, "norm_2", variable_dtype), params, variable_dtype)
 
@@ -268,7 +270,7 @@ def _attention_mask(attention_type, other_features, params, h, read_position, in
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
 
 
-def _attention(x, mask, other_features, params, variable_dtype, context):
+def _attention(x, attention_type, mask, other_features, params, variable_dtype, context):
     *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
     heads_dim = mtf.Dimension("heads", params["n_head"])
     kv_dim = mtf.Dimension("features_per_head", params["n_embd"] // params["n_head"])
@@ -305,7 +307,9 @@ def _attention(x, mask, other_features, params, variable_dtype, context):
         scores = mtf.einsum([q, k], output_shape=scores_shape)
         if mask is not None:
             scores += mask
-        weights = _dropout(mtf.softmax(scores, memory_dim), "attn_dropout", params)
+        weights = mtf.softmax(scores, memory_dim)
+        if attention_type == "global":  # as in GPT-Neo, where local attention has none
+            weights = _dropout(weights, "attn_dropout", params)
         a = mtf.einsum([weights, v], output_shape=lead + [heads_dim, kv_dim])
 
         o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)

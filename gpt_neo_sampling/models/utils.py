@@ -383,8 +383,15 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None):
     k = import_rows(logits.mesh, k, tf.int32, rows, "top-k")
 
     k_dim = mtf.Dimension("top_k", k_max)
-    lowest = mask_value(logits.dtype)  # −inf counts as masked: it could not travel between shards
-    finite_logits = mtf.cwise(lambda x: tf.where_v2(x < lowest, tf.constant(lowest, x.dtype), x), [logits])
+    lowest = mask_value(logits.dtype)
+
+    def comparable(x):
+        # −inf counts as masked: it could not travel between shards. −0.0 becomes
+        # 0.0: XLA's sort tells them apart.
+        x = tf.where_v2(x < lowest, tf.constant(lowest, x.dtype), x)
+        return tf.where_v2(tf.equal(x, 0), tf.zeros_like(x), x)
+
+    finite_logits = mtf.cwise(comparable, [logits], name="comparable")
     values, indices = top_k(mtf.stop_gradient(finite_logits), dim, k_dim)
     border = mtf.broadcast(cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_max - 1), [k]), rows)
     value, index = take(values, border, k_dim), take(indices, border, k_dim)

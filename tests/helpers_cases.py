@@ -1,0 +1,308 @@
+"""Graphs that must give the same on every mesh implementation and backend.
+
+Each `Case` is a graph and what is fed to it, with its values on one device
+without XLA. test_simd.py and test_xla.py hold theirs against those.
+"""
+
+import functools
+
+import numpy as np
+from conftest import dims
+from helpers_model import Program, features
+from simd import constant_weights
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.checkpoint import open_checkpoint
+from gpt_neo_sampling.draws import grouped_draw, score_draw
+from gpt_neo_sampling.generate import DEMO_FOLDER
+from gpt_neo_sampling.models.utils import entmax, sample_categorical, token_mask, top_k_mask
+from gpt_neo_sampling.mtf_ops import counter_uniforms, take, threefry_2x32
+from gpt_neo_sampling.sample import sample_autoregressive
+
+BATCH = 8
+LOWEST = np.finfo(np.float32).min
+
+
+class Case:
+    """build(mesh, *tensors) returns mtf tensors by name; a tensor for each of `arrays`."""
+
+    def __init__(self, name, build, arrays):
+        self.name, self.build = name, build
+        self.arrays = [np.asarray(a) for a in arrays]
+        self.inputs = [(tf.as_dtype(a.dtype), a.shape) for a in self.arrays]
+
+    def __str__(self):
+        return self.name
+
+    @functools.cached_property
+    def single(self):
+        """The values on one device, without XLA."""
+        return Program(self.build, self.inputs)(*self.arrays)
+
+
+def assert_same(got, want, atol=0):
+    """Holds {name: values} against each other, all of them; NaN is equal to NaN."""
+    assert got.keys() == want.keys()
+    wrong = []
+    for name in want:
+        try:
+            np.testing.assert_allclose(got[name], want[name], rtol=0, atol=atol)
+        except AssertionError as e:
+            wrong.append(f"{name}: {e}")
+    assert not wrong, "\n".join(wrong)
+
+
+# --- Draws ------------------------------------------------------------------------------
+
+SIZES = [512, 200]  # the second has groups of 4, which shards of 50 and 25 cut through
+EDGES = np.array([0, 2**-24, 0.25, 0.75, 1 - 2**-23, 0.3, 1 - 2**-24, 0.5], np.float32)
+ROWS_ALPHAS = np.array([1, 1.3, 1.5, 2, 1.01, 1.7, 1.3, 1.5], np.float32)
+
+
+def weights(size):
+    """The rows from BATCH on are invalid: the culprit in the first shard, in the last, or all over."""
+    rng = np.random.default_rng(size)
+    w = np.exp(2 * rng.standard_normal((BATCH, size)))
+    w[1] *= rng.random(size) < 0.3
+    w[2] = np.arange(size) == size // 3
+    w[3] = np.arange(size) == size - 1
+    w[4] = 10 ** rng.uniform(-37, 38, size)
+    w[5, size // 8 :] = 0
+    w[6, : -size // 8] = 0
+    w[7] = 1
+    bad = w.copy()
+    bad[0, 1] = np.nan
+    bad[1, -2] = -1e-20
+    bad[2, 0] = np.inf
+    bad[3] = 0
+    bad[4, -1] = np.nan
+    bad[5] = -np.inf
+    bad[6, [0, -1]] = np.inf
+    bad[7] = -0.0
+    return np.concatenate([w, bad]).astype(np.float32)
+
+
+def good_scores(size):
+    """Some rows with shards that hold nothing but −inf or masked entries; the last constant."""
+    rng = np.random.default_rng(size + 1)
+    x = 2 * rng.standard_normal((BATCH, size))
+    x[1] *= 0.05
+    x[2, rng.random(size) < 0.5] = -np.inf
+    x[3, rng.random(size) < 0.5] = LOWEST
+    x[4, size // 8 :] = LOWEST
+    x[5, : -size // 8] = -np.inf
+    x[6, size // 2 :] = -np.inf
+    x[6, : size // 8] = LOWEST
+    x[7] = 0
+    return x.astype(np.float32)
+
+
+def scores_from_largest(size):
+    x = good_scores(size)
+    return x - x.max(1, keepdims=True)
+
+
+def _draws(mesh, edges, alphas, *arrays):
+    batch, pairs, samples = dims(batch=BATCH, pair=BATCH, samples=48)
+    rows, grid = mtf.Shape([batch]), mtf.Shape([batch, pairs])
+    row, pair = mtf.range(mesh, batch, tf.int32), mtf.range(mesh, pairs, tf.int32)
+    edges, alphas = (mtf.import_tf_tensor(mesh, x, rows) for x in (edges, alphas))
+    seed = mtf.import_tf_tensor(mesh, tf.constant(-3), mtf.Shape([]))
+    out = {}
+
+    def words(row, pair):
+        row, pair = tf.bitcast(row * 1000003, tf.uint32)[:, tf.newaxis], tf.bitcast(pair - 4, tf.uint32)
+        x0, x1 = threefry_2x32((row, row + pair), (pair, row))
+        return tf.bitcast(x0, tf.int32), tf.bitcast(x1, tf.int32)
+
+    out["threefry"] = list(
+        mtf.slicewise(words, [row, pair], [grid, grid], [tf.int32, tf.int32], splittable_dims=grid.dims)
+    )
+    out["uniforms"] = list(counter_uniforms(seed, row, row * 7, mtf.range(mesh, samples, tf.int32)))
+    for size, weights, scores in zip(SIZES, arrays[0::2], arrays[1::2]):
+        batch, vocab = dims(batch=2 * BATCH, vocab=size)
+        weights = mtf.import_tf_tensor(mesh, weights, mtf.Shape([batch, vocab]))
+        scores = mtf.import_tf_tensor(mesh, scores, rows + vocab)
+        stream = mtf.range(mesh, batch, tf.int32) * 5
+        out[f"{size} one"] = sample_categorical(weights, vocab, seed=11, step=3)
+        out[f"{size} many"] = sample_categorical(weights, vocab, seed=12, stream=stream, samples_dim=samples)
+        # the last row's draw lies on a border, so this takes the slow way too
+        out[f"{size} scores"] = score_draw(scores, edges, edges, vocab, alphas if size == SIZES[0] else None)
+    every_edge = mtf.import_tf_tensor(mesh, np.tile(EDGES, 2), mtf.Shape([batch]))
+    out["edges"] = grouped_draw(weights, every_edge, every_edge, vocab)
+    out["bfloat16"] = sample_categorical(mtf.cast(weights, tf.bfloat16), vocab, seed=13, samples_dim=samples)
+    return out
+
+
+DRAWS = Case(
+    "draws",
+    _draws,
+    [EDGES, ROWS_ALPHAS] + [f(size) for size in SIZES for f in (weights, scores_from_largest)],
+)
+
+# --- entmax and masks ----------------------------------------------------------------------
+
+VOCAB = 512
+ALPHAS = [1.0, 1.3, 1.5, 2.0]
+
+
+def bad_scores(size):
+    """All rows but the last two are invalid."""
+    x = good_scores(size)
+    x[0, 5] = np.nan
+    x[1, -5] = np.nan
+    x[2, -1] = np.inf
+    x[3, 0] = np.inf
+    x[4] = -np.inf
+    x[5, 0], x[5, -1] = np.nan, np.inf
+    return x
+
+
+def _entmaxes(mesh, good, bad, alphas):
+    batch, vocab = dims(batch=BATCH, vocab=VOCAB)
+    good, bad = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])) for x in (good, bad))
+    out = {f"alpha {alpha}": entmax(good, alpha, vocab) for alpha in ALPHAS}
+    out["a row's own"] = entmax(good, mtf.import_tf_tensor(mesh, alphas, mtf.Shape([batch])), vocab)
+    out["invalid rows"] = entmax(bad, 1.3, vocab)
+    return out
+
+
+ENTMAX = Case("entmax", _entmaxes, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_ALPHAS])
+
+KS = [1, 2, 3, 4, 40]
+
+
+def _masks(mesh, good, bad, ks, tokens):
+    batch, vocab = dims(batch=BATCH, vocab=VOCAB)
+    good, bad = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])) for x in (good, bad))
+    ks, tokens = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch])) for x in (ks, tokens))
+    out = {f"top {k}": top_k_mask(good, k, vocab) for k in KS}
+    out["top k, a row's own"] = top_k_mask(good, ks, vocab, max_top_k=40)
+    out["ties"] = top_k_mask(mtf.cwise(tf.round, [good]), 40, vocab)  # 0.0 and −0.0 among them
+    out["token"] = token_mask(good, 5, vocab)
+    out["token, a row's own"] = token_mask(bad, tokens, vocab)
+    return out
+
+
+ROWS_KS = np.array([1, 2, 3, 0, 40, 39, VOCAB, -1], np.int32)
+ROWS_TOKENS = np.arange(BATCH, dtype=np.int32) * 70
+MASKS = Case("masks", _masks, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_KS, ROWS_TOKENS])
+
+# --- The decode loop ----------------------------------------------------------------------
+
+WORDS, LENGTH = 64, 12  # the table's vocabulary, and the length of a row
+PAD, STOP = 0, 1
+
+
+class TableModel:
+    """GPT-Neo's signature; the next token's logits are a table's row, that of the last token."""
+
+    def __init__(self, table):
+        self._table = table  # [row, vocab]
+
+    def __call__(self, mtf_features, other_features, params, mesh, variable_dtype, context=None):
+        last = mtf_features["inputs"]
+        row_dim, vocab_dim = self._table.shape.dims
+        if context is None or context.mode == "first_part":
+            return take(self._table, last, row_dim), None, None
+        last = take(last, context.position - 1, last.shape[-1])
+        logits = take(self._table, last, row_dim)
+        return mtf.reshape(logits, last.shape + [mtf.Dimension("sequence", 1), vocab_dim]), None, None
+
+
+def _tables():
+    """A table of logits; and one with rows that are invalid, and shards that are all −inf or masked."""
+    rng = np.random.default_rng(4)
+    table = (2 * rng.standard_normal((WORDS, WORDS))).astype(np.float32)
+    table[:, STOP] += 2  # some rows end early
+    hard = table.copy()
+    hard[20:30, WORDS // 8 :] = -np.inf
+    hard[30:40, : -WORDS // 8] = LOWEST
+    hard[40:44, 3], hard[44:48, -3], hard[48:52, -1] = np.nan, np.inf, np.nan
+    hard[52:56] = -np.inf
+    return table, hard
+
+
+def _prompts():
+    tokens = np.random.default_rng(5).integers(2, WORDS, (BATCH, LENGTH))
+    lengths = np.array([1, 2, 5, LENGTH, 0, 3, LENGTH - 1, 4])
+    # what the first logits are looked up by: each kind of row that the hard table has
+    tokens[np.arange(BATCH), lengths - 1] = [33, 22, 41, 9, 9, 25, 53, 46]
+    return np.where(np.arange(LENGTH) < lengths[:, np.newaxis], tokens, PAD).astype(np.int32)
+
+
+# For each option a value a row; the second row is greedy.
+_MIXED = {
+    "temperature": np.array([0.9, 0, 0.3, 1, 2, 0.5, 0.7, 1.5], np.float32),
+    "sampling_keep_top_k": np.array([-1, 5, 1, 3, 0, 8, 2, WORDS], np.int32),
+    "max_top_k": 8,
+    "entmax_alpha": np.array([1.3, 1, 1.5, 2, 1.05, 1.7, 1.25, 1.9], np.float32),
+    "sampling_use_entmax": True,
+    "seed": np.array([1, -5, 2**31 - 1, 0, 77, 1, 77, 3], np.int32),
+}
+LOOPS = {
+    "greedy": dict(temperature=0),
+    "top-k, never_end": dict(temperature=0.7, sampling_keep_top_k=5, never_end=True, seed=4),
+    "entmax, slow_sampling": dict(sampling_use_entmax=True, params={"slow_sampling": True}, seed=7),
+    "mixed rows": dict(_MIXED, remove_partial_sequences=True),
+    "hard, mixed rows": dict(_MIXED, hard=True),
+}
+
+
+def _loops(mesh, ids, table, hard):
+    batch, length, row, vocab = dims(batch=BATCH, sequence=LENGTH, row=WORDS, vocab=WORDS)
+    ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch, length]))
+    table, hard = (TableModel(mtf.import_tf_tensor(mesh, t, mtf.Shape([row, vocab]))) for t in (table, hard))
+    return {
+        name: sample_autoregressive(
+            ids,
+            {"vocab_dim": vocab},
+            {"padding_id": PAD, **options.get("params", {})},
+            stop_at_token=STOP,
+            bos_id=2,
+            model=hard if options.get("hard") else table,
+            **{k: v for k, v in options.items() if k not in ("params", "hard")},
+        )
+        for name, options in LOOPS.items()
+    }
+
+
+DECODED = Case("loops", _loops, [_prompts(), *_tables()])
+
+# --- The bundled model --------------------------------------------------------------------
+
+NEW_TOKENS = 8
+_MODEL_BATCH, _MODEL_LENGTH = 4, 16
+
+# greedy, softmax, entmax and top-k in one loop
+_MODEL_OPTIONS = dict(
+    temperature=np.array([0.9, 0, 0.5, 1], np.float32),
+    sampling_keep_top_k=np.array([-1, 40, 40, -1], np.int32),
+    max_top_k=40,
+    sampling_use_entmax=True,
+    entmax_alpha=np.array([1, 1.3, 1.3, 1.3], np.float32),
+    seed=1,
+)
+
+
+@functools.cache
+def _bundled():
+    with open_checkpoint(DEMO_FOLDER) as checkpoint:
+        return {**checkpoint.params, "mode": "predict"}, {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def _model_loop(mesh, ids, *weights):
+    params, names = _bundled()
+    shape, other = features(mesh, params, _MODEL_BATCH, _MODEL_LENGTH)
+    with constant_weights(dict(zip(names, weights))):
+        ids = mtf.import_tf_tensor(mesh, ids, shape)
+        return {"tokens": sample_autoregressive(ids, other, params, max_steps=NEW_TOKENS, **_MODEL_OPTIONS)}
+
+
+def _model_prompts():
+    tokens = np.random.default_rng(6).integers(1, 2048, (_MODEL_BATCH, _MODEL_LENGTH))
+    lengths = np.array([1, 5, 8, 3])
+    return np.where(np.arange(_MODEL_LENGTH) < lengths[:, np.newaxis], tokens, 0).astype(np.int32)
+
+
+MODEL = Case("bundled model", _model_loop, [_model_prompts(), *_bundled()[1].values()])

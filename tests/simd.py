@@ -1,0 +1,290 @@
+"""Executes a TPU program of mesh-tensorflow on this machine's CPU.
+
+`SimdMeshImpl`, mtf's implementation for TPUs, lowers a graph to one core's
+program with collectives. `SimdProgram` compiles that program with XLA and runs
+it as one replica a core, so values, bits and what travels between cores can be
+held against a single device. Three things differ from a TPU: a core learns its
+number from an argument, `cross_replica_sum` is XLA's all-reduce under another
+operation's name, and the replicas are threads of one process.
+
+The client is jaxlib's, by private names, as no public ones run replicas; only
+`_client` and `_Executable` know them.
+"""
+
+import contextlib
+import functools
+import re
+import typing
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, quiet_stderr, tensorflow, tf
+from gpt_neo_sampling.models import gpt2
+
+MAX_REPLICAS = 8
+TENSORFLOW = (2, 21)  # earlier ones cannot compile XlaAllReduce for the CPU
+JAXLIB = (0, 10)  # whose private names are used here
+
+
+def _why_unavailable():
+    if tuple(int(n) for n in tensorflow.__version__.split(".")[:2]) < TENSORFLOW:
+        return f"needs TensorFlow 2.21, whose XLA compiles all-reduce for the CPU; this is {tensorflow.__version__}"
+    try:
+        import jaxlib.version
+    except ImportError:
+        return "needs jaxlib 0.10, to run a program as several XLA replicas: pip install jaxlib==0.10.2 (Python 3.11+)"
+    if jaxlib.version.__version_info__[:2] != JAXLIB:
+        return f"needs jaxlib 0.10, whose private names it uses; this is {jaxlib.version.__version__}"
+    return None
+
+
+UNAVAILABLE = _why_unavailable()  # why no SimdProgram can be made here, or None
+
+
+class Collective(typing.NamedTuple):
+    """One collective of a compiled program, as one replica sends it."""
+
+    opcode: str
+    dtype: str  # XLA's name: "f32", "s32"
+    shape: tuple
+    bytes: int
+    loops: int  # how many while bodies it stands in
+    branches: int  # how many branches, of which not all are taken, it stands in
+    source: str  # the TensorFlow operation that it was made from
+
+
+class SimdProgram:
+    """An mtf graph compiled as one core's program and run on a replica a core.
+
+    build(mesh, *tensors) returns mtf tensors, by themselves or in a nest; there
+    is a tf.Tensor for each (dtype, shape) in `inputs`, whole on every core.
+    mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y".
+    """
+
+    def __init__(self, build, inputs, mesh_shape, layout):
+        assert UNAVAILABLE is None, UNAVAILABLE
+        shape = mtf.convert_to_shape(mesh_shape)
+        assert shape.size <= MAX_REPLICAS
+        self._inputs = [(tf.as_dtype(dtype), tuple(shape)) for dtype, shape in inputs]
+
+        def one_core(pnum, *tensors):
+            mesh = mtf.Mesh(mtf.Graph(), "mesh")
+            self._impl = _mesh_impl(shape, layout, pnum)
+            self._outputs = build(mesh, *tensors)
+            lowering = mtf.Lowering(mesh.graph, {mesh: self._impl}, autostack=False)
+            flat = tf.nest.flatten(self._outputs)
+            return [lowering.tensors[t].to_laid_out_tensor().one_slice for t in flat]
+
+        # specs, as values would be folded into constants
+        specs = [tf.TensorSpec([], tf.int32)] + [tf.TensorSpec(shape, dtype) for dtype, shape in self._inputs]
+        probe_devices()
+        with quiet_logging(), _stand_ins():
+            function = tensorflow.function(one_core, jit_compile=True, autograph=False)
+            hlo = function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
+        self._executable = _Executable(hlo, shape.size)
+
+    def __call__(self, *arrays):
+        """Values of the tensors that build returned, whole, in its nest.
+
+        Asserts that processors that hold the same part of a tensor hold the same
+        bits in it.
+        """
+        assert len(arrays) == len(self._inputs)
+        arrays = [np.asarray(a, dtype.as_numpy_dtype) for a, (dtype, _) in zip(arrays, self._inputs)]
+        assert [a.shape for a in arrays] == [shape for _, shape in self._inputs]
+        slices = self._executable(*arrays)
+        tensors = tf.nest.flatten(self._outputs)
+        values = [self._assemble(t, parts) for t, parts in zip(tensors, slices)]
+        return tf.nest.pack_sequence_as(self._outputs, values)
+
+    def _assemble(self, tensor, slices):
+        whole = np.zeros(tensor.shape.to_integer_list, slices[0].dtype)
+        seen = {}
+        for pnum, part in enumerate(slices):
+            begin = tuple(self._impl.slice_begin(tensor.shape, pnum))
+            first = seen.setdefault(begin, pnum)
+            assert part.tobytes() == slices[first].tobytes(), (
+                f"processors {first} and {pnum} hold different values of the same part of {tensor}"
+            )
+            whole[tuple(slice(b, b + n) for b, n in zip(begin, part.shape))] = part
+        return whole
+
+    @property
+    def hlo_text(self):
+        """The program as compiled."""
+        return self._executable.hlo_text
+
+    def collectives(self):
+        """A list of `Collective`: all of the compiled program, in no set order."""
+        return list(_collectives(self.hlo_text))
+
+
+def host_calls(hlo_text):
+    """The instructions that wait for the host, or may: calls of code that is not XLA's own."""
+    found = re.findall(r"\b((?:infeed|outfeed|send|recv|custom-call)(?:-done)?\(.*)", hlo_text)
+    return [call for call in found if 'custom_call_target="TopK"' not in call]
+
+
+@contextlib.contextmanager
+def constant_weights(weights):
+    """The bundled model with weights that are given, in place of variables.
+
+    Args:
+      weights: {name less "gpt2/": array or tf.Tensor}.
+    """
+
+    def constant(mesh, name, shape, variable_dtype, *_, **__):
+        name = f"{tf.get_variable_scope().name}/{name}".removeprefix("gpt2/")
+        return mtf.import_tf_tensor(mesh, tf.cast(weights[name], variable_dtype.activation_dtype), mtf.Shape(shape))
+
+    variable = gpt2._variable
+    gpt2._variable = constant
+    try:
+        yield
+    finally:
+        gpt2._variable = variable
+
+
+# --- mtf's half ---------------------------------------------------------------------
+
+
+def _mesh_impl(shape, layout, pnum):
+    impl = mtf.simd_mesh_impl.SimdMeshImpl(shape, mtf.convert_to_layout_rules(layout))
+    impl._pnum_tensor = pnum
+    return impl
+
+
+class _Collectives:
+    """In place of TensorFlow's tpu_ops, which only lower on a TPU."""
+
+    @staticmethod
+    def cross_replica_sum(x, group_assignment, name=None):
+        from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+        return gen_xla_ops.xla_all_reduce(
+            x, tf.constant(group_assignment, tf.int32), reduce_op="Add", mode="CrossReplica", name=name
+        )
+
+    def __getattr__(self, name):
+        raise NotImplementedError(f"tpu_ops.{name}: a program that runs on the CPU cannot hold it")
+
+
+@contextlib.contextmanager
+def _stand_ins():
+    module = mtf.simd_mesh_impl
+    saved = module.tpu_ops
+    module.tpu_ops = _Collectives()
+    try:
+        yield
+    finally:
+        module.tpu_ops = saved
+
+
+# --- XLA's half ---------------------------------------------------------------------
+
+
+@functools.cache
+def _client():
+    with quiet_stderr():
+        from jaxlib import xla_client
+
+        return xla_client.make_cpu_client(num_devices=MAX_REPLICAS)
+
+
+_QUICK_TO_COMPILE = [("xla_backend_optimization_level", 0), ("xla_cpu_use_fusion_emitters", False)]
+
+
+class _Executable:
+    """A serialised HLO module on the client's first `replicas` devices."""
+
+    def __init__(self, hlo, replicas):
+        from jaxlib import _hlo, _jax
+
+        self._devices = _client().local_devices()[:replicas]
+        devices = _jax.DeviceList(tuple(self._devices))
+        options = _jax.CompileOptions()
+        options.num_replicas = replicas
+        options.env_option_overrides = _QUICK_TO_COMPILE
+        options.device_assignment = _jax.DeviceAssignment.create(np.arange(replicas, dtype=np.int32)[:, np.newaxis])
+        self._loaded = _client().compile_and_load(_jax.mlir.hlo_to_stablehlo(hlo), devices, options)
+        # "manual": what a device holds has no relation to what the others hold
+        self._sharding = _jax.GSPMDSharding(devices, _hlo.HloSharding.manual())
+        (module,) = self._loaded.hlo_modules()
+        self.hlo_text = module.to_string()
+
+    def __call__(self, *arrays):
+        """For each output, a list of each replica's array."""
+        numbers = [np.array(pnum, np.int32) for pnum in range(len(self._devices))]
+        arguments = [self._put(numbers)] + [self._put([a] * len(self._devices)) for a in arrays]
+        outputs = self._loaded.execute_sharded(arguments).disassemble_into_single_device_arrays()
+        return [[np.array(a._single_device_array_to_np_array_did_copy()[0]) for a in parts] for parts in outputs]
+
+    def _put(self, arrays):
+        from jaxlib import _jax
+
+        aval = _Aval(arrays[0].shape, arrays[0].dtype)
+        return _jax.batched_device_put(aval, self._sharding, arrays, self._devices, enable_x64=True)
+
+
+class _Aval(typing.NamedTuple):
+    """What jaxlib asks of JAX's class of this name."""
+
+    shape: tuple
+    dtype: np.dtype
+    weak_type: bool = False
+
+
+# --- Reading a compiled program --------------------------------------------------------
+
+_COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+_INSTRUCTION = re.compile(rf"= (.*?) (?:ragged-)?({_COLLECTIVES})(?:-start)?\(")
+_CALLED = re.compile(r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation)="
+                     r"(\{[^}]*\}|%?[\w.-]+)")  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]+m[0-9]+\w*)?)\[([0-9,]*)\]")
+
+
+def _collectives(text):
+    computations, entry = _computations(text)
+    nesting = {entry: (0, 0)}  # (loops, branches)
+    waiting = [entry]
+    while waiting:  # XLA has no recursion
+        name = waiting.pop()
+        loops, branches = nesting[name]
+        for line in computations[name]:
+            for role, called in _CALLED.findall(line):
+                inner = (loops + (role in ("body", "condition")), branches + ("_computation" in role))
+                for callee in re.findall(r"[\w.-]+", called):
+                    known = nesting.get(callee, (-1, -1))
+                    deepest = (max(known[0], inner[0]), max(known[1], inner[1]))
+                    if deepest != known:
+                        nesting[callee] = deepest
+                        waiting.append(callee)
+    for name, lines in computations.items():
+        for line in lines:
+            found = _INSTRUCTION.search(line)
+            if found and name in nesting:
+                source = re.search(r'op_name="([^"]*)"', line)
+                for dtype, shape in _ARRAY.findall(found.group(1)):
+                    shape = tuple(int(n) for n in shape.split(",") if n)
+                    size = int(np.prod(shape, dtype=np.int64)) * _item_size(dtype)
+                    yield Collective(
+                        found.group(2), dtype, shape, size, *nesting[name], source.group(1) if source else ""
+                    )
+
+
+def _computations(text):
+    """({computation: lines of its instructions}, the name of the entry)."""
+    computations, entry, lines = {}, None, None
+    for line in text.splitlines():
+        begin = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if begin:
+            lines = computations.setdefault(begin.group(2), [])
+            entry = begin.group(2) if begin.group(1) else entry
+        elif lines is not None:
+            lines.append(line)
+    return computations, entry
+
+
+def _item_size(dtype):
+    """Bytes of XLA's "f32", "bf16", "pred" …"""
+    return 1 if dtype == "pred" else int(re.search(r"[0-9]+", dtype).group()) // 8

@@ -1,0 +1,181 @@
+"""The same tokens on every mesh: the bundled model on every layout that GPT-Neo's configs use.
+
+A cell of the table that pytest prints is a mesh implementation, a mesh shape, a
+layout and a way of sampling, whose tokens are those of one CPU device.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+from conftest import MeshRunner
+from helpers_model import Program, features
+from simd import UNAVAILABLE, SimdProgram, constant_weights
+
+from gpt_neo_sampling import sample
+from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, quiet_logging, tensorflow, tf
+from gpt_neo_sampling.checkpoint import open_checkpoint
+from gpt_neo_sampling.generate import DEMO_FOLDER
+from gpt_neo_sampling.mtf_ops import cwise_broadcast
+
+BATCH, LENGTH, NEW_TOKENS = 8, 24, 10
+GPT_NEO_LAYOUTS = [
+    ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
+    ("x:2,y:2", "batch:x,heads:y,vocab:y"),
+    ("x:2,y:2", "batch:x,memory_length:y,embd:y"),
+    ("x:2,y:2", "embd:y,batch:x"),
+    ("all:4", "batch:all"),
+]
+LAYOUTS = GPT_NEO_LAYOUTS + [
+    ("x:8", "batch:x"),
+    ("x:2", "vocab:x"),
+    ("x:4", "vocab:x"),
+    ("x:8", "vocab:x"),
+    ("x:4", "heads:x"),
+    ("x:4", "embd:x"),
+    ("x:4", "memory_length:x"),
+    ("x:4", "intermediate_expanded:x"),
+    ("x:2,y:2,z:2", "batch:x,vocab:y,heads:z"),
+    ("x:2,y:2,z:2", "batch:x,embd:y,memory_length:z"),
+]
+SIMD_LAYOUTS = [
+    ("x:4", "vocab:x"),
+    ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
+    ("x:2,y:4", "batch:x,memory_length:y,embd:y"),
+]
+WAYS = {  # temperature, top-k, entmax's α
+    "greedy": (0.0, -1, None),
+    "temperature": (0.9, -1, None),
+    "top-k": (1.2, 40, None),
+    "entmax": (1.0, -1, 1.3),
+}
+
+
+@functools.cache
+def bundled():
+    with open_checkpoint(DEMO_FOLDER) as checkpoint:
+        return {**checkpoint.params, "mode": "predict"}, {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def prompts():
+    tokens = np.random.default_rng(1).integers(1, bundled()[0]["n_vocab"], (BATCH, LENGTH))
+    lengths = np.array([1, 5, 12, 3, 14, 2, 9, 7])
+    return np.where(np.arange(LENGTH) < lengths[:, np.newaxis], tokens, 0).astype(np.int32)
+
+
+def loop(mesh, ids, temperature, top_k, seed, *weights, use_entmax):
+    params, names = bundled()
+    shape, other = features(mesh, params, BATCH, LENGTH)
+    options = dict(sampling_use_entmax=True) if use_entmax else dict(sampling_keep_top_k=top_k, max_top_k=40)
+
+    def build():
+        ids_in = mtf.import_tf_tensor(mesh, ids, shape)
+        return sample.sample_autoregressive(
+            ids_in, other, params, max_steps=NEW_TOKENS, temperature=temperature, seed=seed, **options
+        )
+
+    if not weights:
+        return build()
+    with constant_weights(dict(zip(names, weights))):
+        return build()
+
+
+INPUTS = [(tf.int32, (BATCH, LENGTH)), (tf.float32, ()), (tf.int32, ()), (tf.int32, ())]
+
+
+class Cells:
+    """The tokens of each way of sampling on one mesh; a graph for softmax and one for entmax."""
+
+    def __init__(self, make):
+        self._programs = {use_entmax: make(functools.partial(loop, use_entmax=use_entmax)) for use_entmax in (0, 1)}
+
+    def __call__(self, way, seed=5):
+        temperature, top_k, alpha = WAYS[way]
+        return self._programs[alpha is not None](prompts(), np.float32(temperature), np.int32(top_k), np.int32(seed))
+
+
+def on_placement_mesh(mesh_shape="", layout=""):
+    runner = MeshRunner(mesh_shape, layout)
+    return Cells(lambda build: Program(build, INPUTS, weights=bundled()[1], runner=runner))
+
+
+def with_weights(program):
+    weights = bundled()[1].values()
+    return lambda *arrays: program(*arrays, *weights)
+
+
+def on_simd_mesh(mesh_shape, layout):
+    inputs = INPUTS + [(tf.float32, w.shape) for w in bundled()[1].values()]
+    return Cells(lambda build: with_weights(SimdProgram(build, inputs, mesh_shape, layout)))
+
+
+def under_xla():
+    def make(build):
+        def one_device(*tensors):
+            mesh = mtf.Mesh(mtf.Graph(), "mesh")
+            out = build(mesh, *tensors)
+            impl = PlacementMeshImpl([], [], [""])
+            return mtf.Lowering(mesh.graph, {mesh: impl}, autostack=False).export_to_tf_tensor(out)
+
+        function = tensorflow.function(one_device, jit_compile=True, autograph=False)
+
+        def run(*arrays):
+            with quiet_logging():
+                return function(*map(tf.constant, arrays)).numpy()
+
+        return with_weights(run)
+
+    return Cells(make)
+
+
+@functools.cache
+def single():
+    cells = on_placement_mesh()
+    return {way: cells(way) for way in WAYS}
+
+
+def check(cells, record_property, *place):
+    """Every way of sampling gives the single device's tokens; a row of the table for each."""
+    differ = {}
+    for way in WAYS:
+        tokens = cells(way)
+        differ[way] = int((tokens != single()[way]).sum())
+        record_property("cell", (*place, way, "equal" if not differ[way] else f"{differ[way]} of {tokens.size} differ"))
+    assert not any(differ.values()), differ
+
+
+@pytest.mark.parametrize("mesh_shape, layout", LAYOUTS)
+def test_placement_meshes(mesh_shape, layout, record_property):
+    check(on_placement_mesh(mesh_shape, layout), record_property, "placement", mesh_shape, layout)
+
+
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+@pytest.mark.parametrize("mesh_shape, layout", SIMD_LAYOUTS)
+def test_simd_meshes(mesh_shape, layout, record_property):
+    check(on_simd_mesh(mesh_shape, layout), record_property, "simd", mesh_shape, layout)
+
+
+def test_xla(record_property):
+    check(under_xla(), record_property, "placement, XLA", "one device", "")
+
+
+def test_the_table_tells_samples_apart():
+    """Ways of sampling and seeds give different tokens, so that equal cells mean something."""
+    ways = list(single().values())
+    assert all((a != b).any() for i, a in enumerate(ways) for b in ways[:i])
+    cells = on_placement_mesh()
+    assert (cells("temperature", seed=6) != single()["temperature"]).mean() > 0.2
+    assert (cells("temperature") == single()["temperature"]).all()
+
+
+def test_a_seed_derived_from_the_layout_is_caught(monkeypatch):
+    """Rows numbered within their shard, not within the request: right on one device, wrong on two."""
+
+    def row_of_the_shard(mesh, rows):
+        zeros = mtf.zeros(mesh, rows, tf.int32)
+        return cwise_broadcast(lambda x: x + tf.range(x.shape.as_list()[0]), [zeros], rows)
+
+    monkeypatch.setattr(sample, "row_index", row_of_the_shard)
+    assert (on_placement_mesh()("temperature") == single()["temperature"]).all()
+    with pytest.raises(AssertionError):
+        check(on_placement_mesh("x:2", "batch:x"), lambda *_: None)

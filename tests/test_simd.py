@@ -1,0 +1,202 @@
+"""The library on SIMD meshes: a TPU's program, run as one XLA replica a core.
+
+What comes out is held against a single device without XLA, and what travels
+between the cores is counted in the compiled program.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import simd
+from conftest import dims
+from helpers_cases import (
+    BATCH,
+    DECODED,
+    DRAWS,
+    ENTMAX,
+    LENGTH,
+    MASKS,
+    MODEL,
+    assert_same,
+)
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.models.utils import sample_categorical
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, settle
+from gpt_neo_sampling.sample import sample_autoregressive
+
+pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
+
+SPLITS = ["x:4 vocab:x", "x:8 vocab:x", "x:2,y:2 batch:x,vocab:y"]
+MODEL_SPLITS = [f"{mesh} batch:x,vocab:y,heads:y,intermediate_expanded:y" for mesh in ("x:2,y:2", "x:2,y:4")]
+split = pytest.mark.parametrize("split", SPLITS)
+
+
+@functools.cache
+def program(case, split):
+    """split: a mesh shape and a layout, with a space between."""
+    return simd.SimdProgram(case.build, case.inputs, *split.split())
+
+
+@functools.cache
+def on_simd(case, split):
+    return program(case, split)(*case.arrays)
+
+
+# --- The tool itself -------------------------------------------------------------------------
+
+
+def test_tool_counts_what_travels_inside_and_outside_loops():
+    def build(mesh, x):
+        rows, split_dim = dims(row=5, split=16)
+        x = mtf.import_tf_tensor(mesh, x, mtf.Shape([rows, split_dim]))
+        total = settle(mtf.reduce_sum(x, reduced_dim=split_dim))  # 5 numbers, once
+        steps = mtf.import_tf_tensor(mesh, tf.constant(0), mtf.Shape([]))
+
+        def body(step, total):
+            more = mtf.reduce_sum(mtf.square(x - total))  # one number, each time round
+            return [step + 1, settle(total + more)]
+
+        return mtf.while_loop(lambda step, _: mtf.less(step, 3), body, [steps, total])[1]
+
+    x = np.arange(80, dtype=np.float32).reshape(5, 16) / 80
+    program = simd.SimdProgram(build, [(tf.float32, x.shape)], "x:4", "split:x")
+    want = x.sum(1)
+    for _ in range(3):
+        want = want + np.square(x - want[:, np.newaxis]).sum()
+    np.testing.assert_allclose(program(x), want, rtol=1e-5)
+    found = sorted((c.opcode, c.dtype, c.shape, c.bytes, c.loops, c.branches) for c in program.collectives())
+    assert found == [("all-reduce", "f32", (), 4, 1, 0), ("all-reduce", "f32", (5,), 20, 0, 0)]
+
+
+def test_tool_tells_cores_that_disagree():
+    class ProcessorNumber(mtf.Operation):
+        def __init__(self, mesh):
+            super().__init__([], mesh=mesh, name="processor_number")
+            self._outputs = [mtf.Tensor(self, mtf.Shape([]), tf.int32)]
+
+        def lower(self, lowering):
+            lowering.set_tensor_lowering(self.outputs[0], lowering.mesh_impl(self).laid_out_pnum())
+
+    program = simd.SimdProgram(lambda mesh: ProcessorNumber(mesh).outputs[0], [], "x:4", "")
+    with pytest.raises(AssertionError, match="processors 0 and 1 hold different values"):
+        program()
+
+
+def test_tool_refuses_other_collectives():
+    def build(mesh, x):
+        a, b, c, d = dims(a=4, b=8, c=4, d=8)
+        return mtf.reshape(mtf.import_tf_tensor(mesh, x, mtf.Shape([a, b])), [c, d])
+
+    with pytest.raises(NotImplementedError, match="tpu_ops.all_to_all"):
+        simd.SimdProgram(build, [(tf.float32, (4, 8))], "x:4", "a:x,d:x")
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("%a = f32[2]{0} add(%b, %c)", False),
+        ('%a = (f32[2], s32[2]) custom-call(%b), custom_call_target="TopK"', False),
+        ('%a = f32[2]{0} custom-call(%b), custom_call_target="xla_ffi_python_cpu_callback"', True),
+        ("%a = ((f32[2]), token[]) infeed(%b)", True),
+        ("%a = token[] outfeed(%b, %c)", True),
+        ("%a = token[] send-done(%b)", True),
+    ],
+)
+def test_tool_finds_calls_of_the_host(line, found):
+    assert bool(simd.host_calls(line)) == found
+
+
+# --- One device's values ------------------------------------------------------------------
+
+
+@split
+def test_draws(split):
+    assert_same(on_simd(DRAWS, split), DRAWS.single)
+
+
+@split
+def test_a_fresh_seed_is_the_same_on_every_core(split):
+    """(The program asserts it of the cores that hold the same rows.)"""
+
+    def build(mesh):
+        batch, vocab, samples = dims(batch=BATCH, vocab=64, samples=32)
+        weights = mtf.ones(mesh, mtf.Shape([batch, vocab]))
+        return [sample_categorical(weights, vocab, samples_dim=samples) for _ in range(2)]
+
+    first, second = simd.SimdProgram(build, [], *split.split())()
+    assert (first >= 0).all() and (first != second).any()
+
+
+@split
+def test_entmax(split):
+    assert_same(on_simd(ENTMAX, split), ENTMAX.single, atol=1e-6)
+
+
+@split
+def test_masks(split):
+    assert_same(on_simd(MASKS, split), MASKS.single)
+
+
+@pytest.mark.parametrize("case, split", [(DECODED, s) for s in SPLITS] + [(MODEL, s) for s in MODEL_SPLITS], ids=str)
+def test_decoding(case, split):
+    """The tokens, and that the program holds no collective but sums, and nothing that waits for the host."""
+    assert_same(on_simd(case, split), case.single)
+    compiled = program(case, split)
+    assert {c.opcode for c in compiled.collectives()} == {"all-reduce"}
+    assert simd.host_calls(compiled.hlo_text) == []
+
+
+# --- What travels ---------------------------------------------------------------------------
+
+BYTES_BATCH, TOP_K = 8, 40
+SAMPLERS = {
+    "draw": dict(temperature=0.7),
+    "top-k": dict(sampling_keep_top_k=TOP_K),
+    "entmax": dict(sampling_use_entmax=True),
+}
+
+
+@functools.cache
+def travels(sampler, size):
+    """[(loops, branches, bytes)] of each collective in the body of a decode loop.
+
+    The vocabulary is split four ways, and the model's logits cost nothing to send.
+    """
+
+    def build(mesh, ids):
+        batch, length, vocab = dims(batch=BYTES_BATCH, sequence=LENGTH, vocab=size)
+
+        def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+            at = context.position if context.mode == "incremental" else mtf.zeros(mesh, mtf.Shape([batch]), tf.int32)
+            one = mtf.Dimension("sequence", 1)
+            logits = cwise_broadcast(
+                lambda at, v: 3 * tf.sin(tf.cast(at * 17 + v, tf.float32)),
+                [at, mtf.range(mesh, vocab, tf.int32)],
+                output_dtype=tf.float32,
+            )
+            return mtf.reshape(logits, [batch, one, vocab]), None, None
+
+        ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch, length]))
+        return sample_autoregressive(ids, {"vocab_dim": vocab}, {}, model=model, seed=1, **SAMPLERS[sampler])
+
+    program = simd.SimdProgram(build, [(tf.int32, [BYTES_BATCH, LENGTH])], "x:4", "vocab:x")
+    return sorted((c.loops, c.branches, c.bytes) for c in program.collectives() if c.loops)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bytes_of_a_step_do_not_grow_with_the_vocabulary(sampler):
+    """What stands in a branch is there for rare draws, and does not grow either."""
+    small, medium, large = (travels(sampler, size) for size in (1024, 16384, 131072))
+    assert large == medium
+    assert [c for c in medium if c[1] == 0] == [c for c in small if c[1] == 0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_row_sends_little(sampler):
+    """In a step: the draw's 2 numbers for each of 64 groups, top-k's k values and indices
+    from each of 4 shards, and a few numbers more; 4 bytes each, with 50% to spare."""
+    numbers = 2 * 64 + (2 * 4 * TOP_K if sampler == "top-k" else 0)
+    sent = [size for loops, branches, size in travels(sampler, 1024) if (loops, branches) == (1, 0)]
+    assert sum(sent) < 1.5 * 4 * numbers * BYTES_BATCH
