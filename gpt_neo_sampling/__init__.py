@@ -2,7 +2,9 @@
 
 from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
 from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
+from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.generate import InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.mesh import DeviceMesh, MeshError, device_mesh
 from gpt_neo_sampling.models.utils import (
     biasmask_attn_weights,
     entmax,
@@ -17,10 +19,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
+    "DeviceMesh",
     "InvalidDistributionError",
+    "MeshError",
     "Sample",
     "TextGenerator",
     "biasmask_attn_weights",
+    "device_mesh",
     "entmax",
     "entmax_cross_entropy_with_logits",
     "open_checkpoint",

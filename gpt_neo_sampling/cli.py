@@ -57,8 +57,8 @@ def _parser():
     mesh.add_argument("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
                       "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
     mesh.add_argument("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
-                      "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: cpu:0, in a "
-                      "cluster the first CPU of each process)")  # fmt: skip
+                      "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
+                      "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
     mesh.add_argument("--cluster", metavar="host:port,host:port", help="processes started with serve "
                       "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
     serve = commands.add_parser(

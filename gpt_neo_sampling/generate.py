@@ -364,7 +364,7 @@ class TextGenerator:
         if first:
             probe_devices()
         graph = tf.Graph() if first else self._session.graph
-        with graph.as_default(), quiet_logging(), self._variables_place(graph):
+        with graph.as_default(), quiet_logging(), self.mesh.place(), self._variables_place(graph):
             program = _Program(key, self.params, self._n_vocab, self._mesh_impl)
             if first:
                 session = self.mesh.session(graph)

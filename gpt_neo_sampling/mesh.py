@@ -6,12 +6,13 @@ says which dimension of the model is split along which axis, such as
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_stderr, tensorflow, tf
-from gpt_neo_sampling.cluster import Cluster
+from gpt_neo_sampling.cluster import Cluster, parse_cluster
 
 AUTO = "auto"
 
@@ -29,14 +30,18 @@ class DeviceMesh:
 
     shape: mtf.Shape  # of the axes
     layout: dict  # name of a dimension -> name of an axis
-    devices: tuple  # of TensorFlow's device names, one a processor, the last axis fastest
+    devices: tuple  # of TensorFlow's device names, one a processor, the last axis fastest; ("",) for its choice
     cluster: Cluster | None = None  # where the devices lie in other processes
 
     def impl(self):
-        """The mesh implementation that a lowering takes."""
-        # one default device: mtf then keeps a single copy of the weights
-        names = [""] if self.size == 1 and not self.cluster and self.devices == ("/device:CPU:0",) else self.devices
-        return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(set(self.layout.items())), list(names))
+        """The mesh implementation that a lowering takes; lower it under `place`."""
+        # without a name of its own for the device, mtf keeps a single copy of the weights
+        names = [""] if self.size == 1 else list(self.devices)
+        return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(set(self.layout.items())), names)
+
+    def place(self):
+        """A context for building the graph: on the one device, where there is one."""
+        return tf.device(self.devices[0]) if self.size == 1 else contextlib.nullcontext()
 
     @property
     def size(self):
@@ -110,7 +115,7 @@ class DeviceMesh:
 
 
 def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
-    """A mesh from its description; by default the one device `cpu:0`.
+    """A mesh from its description; by default one device, the one that TensorFlow chooses.
 
     Args:
       mesh_shape: a str such as "x:2,y:2", an mtf.Shape, or None for one
@@ -121,9 +126,9 @@ def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
       devices: as many devices as the mesh has processors, all different, the
         last axis fastest: a list, or a str with commas. A device is "cpu:0",
         "gpu:1", or in a cluster "worker:1/cpu:0" or TensorFlow's whole name.
-        "auto" for the GPUs that are there. None for cpu:0, and in a cluster for
-        the first CPU of each machine.
-      cluster: a `Cluster`, or None.
+        "auto" for the GPUs that are there. None for TensorFlow's choice (a GPU
+        if there is one), and in a cluster for the first CPU of each machine.
+      cluster: a str such as "host:2222,host:2223", a `cluster.Cluster`, or None.
 
     Returns:
       a DeviceMesh.
@@ -133,6 +138,8 @@ def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
         the mesh has not, devices that are not there, not all different, or not
         as many as the mesh has processors.
     """
+    if isinstance(cluster, str):
+        cluster = parse_cluster(cluster)
     if devices == AUTO:
         if cluster:
             raise MeshError("devices auto looks at this machine alone; in a cluster name each, as in worker:1/gpu:0")
@@ -143,13 +150,17 @@ def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
             mesh_shape = f"all:{len(devices)}"
             layout = "batch:all" if layout is None else layout
     elif devices is None:
-        devices = cluster.first_cpus() if cluster else ("/device:CPU:0",)
+        devices = cluster.first_cpus() if cluster else ("",)
         if cluster and mesh_shape is None and len(devices) > 1:
             raise MeshError(f"a cluster of {len(devices)} machines needs a mesh shape, such as x:{len(devices)}")
     else:
         devices = _parse_devices(devices, cluster)
     shape = _parse_mesh_shape(mesh_shape)
     layout = _parse_layout(layout, shape)
+    if devices == ("",) and shape.size != 1:
+        named = ",".join(f"cpu:{i}" for i in range(shape.size))
+        raise MeshError(f"mesh shape {_written(shape)} has {shape.size} processors, but no devices are named; name "
+                        f"{shape.size}, such as {named}")  # fmt: skip
     if shape.size != len(devices):
         raise MeshError(
             f"mesh shape {_written(shape)} has {_count(shape.size, 'processor')}, but {_count(len(devices), 'device')} "
