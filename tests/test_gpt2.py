@@ -308,6 +308,7 @@ BAD_OPTIONS = [
     ({"attention_types": [[["none", "global"], 1]]}, r"attention_types.*'none'.*'global', 'local'"),
     ({"attention_types": [[["global", "conv"], 1]]}, r"attention_types.*'conv'"),
     ({"attention_types": None}, r"attention_types"),
+    ({"causal": False}, r"causal=False.*'local'"),
     ({"attention_types": "global"}, r"attention_types"),
     ({"attention_types": [["global", "local"]]}, r"attention_types"),
     ({"attention_types": []}, r"attention_types"),
@@ -365,6 +366,7 @@ def train_inputs():
     return ids, labels
 
 
+ALL_GLOBAL = [[["global"], TRAIN["n_layer"]]]
 LOSSES = {
     "default": ({}, {}),
     "z_loss of 0": ({"z_loss": 0}, {"z_loss": 0}),
@@ -376,8 +378,11 @@ LOSSES = {
     "eval": ({"mode": "eval"}, {}),
     "eval with dropout": ({"mode": "eval", "embed_dropout": 0.5, "attn_dropout": 0.5, "res_dropout": 0.5}, {}),
     "causal": ({"causal": True}, {}),
-    "masked": ({"causal": False}, {"padding": 0}),
-    "masked, another padding id": ({"causal": False, "padding_id": 7}, {"padding": 7}),
+    "masked": ({"causal": False, "attention_types": ALL_GLOBAL}, {"padding": 0}),
+    "masked, another padding id": (
+        {"causal": False, "attention_types": ALL_GLOBAL, "padding_id": 7},
+        {"padding": 7},
+    ),
 }
 
 
@@ -407,7 +412,9 @@ def test_loss(losses, case):
     (options, expected), (loss, loss_batch, logits) = LOSSES[case], values[case]
     expected = dict(expected)
     padding = expected.pop("padding", None)
-    right = reference.gpt_neo_forward(random_weights(TRAIN), ids, **reference_config(TRAIN))
+    types = options.get("attention_types", TRAIN["attention_types"])
+    config = reference_config({**TRAIN, "attention_types": types})
+    right = reference.gpt_neo_forward(random_weights(TRAIN), ids, **config)
     assert largest_difference(logits, right) < LOGITS_TOLERANCE
     wanted = token_losses(right, labels, **expected)
     if padding is not None:
