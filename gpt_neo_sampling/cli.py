@@ -90,8 +90,8 @@ def _serve(args):
         raise ValueError(f"serve needs --task, one of {', '.join(cluster.addresses)}")
     if args.cpus < 1:
         raise ValueError(f"--cpus {args.cpus}: at least 1 is needed")
-    print(f"serving {cluster.task} at {cluster.addresses[cluster.task]}", file=sys.stderr, flush=True)
-    serve(cluster, args.cpus)
+    note = f"serving {cluster.task} at {cluster.addresses[cluster.task]}"
+    serve(cluster, args.cpus, started=lambda: print(note, file=sys.stderr, flush=True))
 
 
 def _ids(text):

@@ -6,8 +6,10 @@ process that is missing and long for one that has died, so both are watched from
 here: by opening a connection to each address, before the session and during it.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import queue
@@ -16,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-import uuid
+import weakref
 
 from gpt_neo_sampling._compat import quiet_stderr, tf
 
@@ -24,6 +26,7 @@ CONNECT_SECONDS = 20  # how long a process may take to come up
 WATCH_SECONDS = 2  # between looks at whether all are still there
 LOST_AFTER = 2  # looks in a row that found one gone
 ANSWER_SECONDS = 60  # for a cluster that accepts connections to answer its first request
+CLOSE_SECONDS = 5  # for it to free what a session held
 
 
 class ClusterError(OSError):
@@ -57,6 +60,11 @@ class Cluster:
             raise ValueError(f"{what}: there is no task {self.task}; allowed: {', '.join(self.addresses)}")
         return self
 
+    @property
+    def master(self):
+        """The address of the process that sessions are held with."""
+        return self.addresses[self.task] if self.task else next(iter(self.addresses.values()))
+
     def first_cpus(self):
         """The first CPU of each process, by TensorFlow's names."""
         return tuple(_device_prefix(task) + "/device:CPU:0" for task in self.addresses)
@@ -69,20 +77,25 @@ class Cluster:
             devices that the mesh names.
         """
         if self.task:
-            _local_server(self)
+            own = _device_prefix(self.task) + "/device:CPU:"
+            _local_server(self, max((int(d.removeprefix(own)) + 1 for d in devices if d.startswith(own)), default=1))
         self._wait_for_all()
-        target = "grpc://" + (self.addresses[self.task] if self.task else next(iter(self.addresses.values())))
-        config = tf.ConfigProto(allow_soft_placement=True)
+        # Without isolation, sessions share variables by name, which outlive them.
+        config = tf.ConfigProto(allow_soft_placement=True, isolate_session_state=True)
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         with quiet_stderr():
-            session = tf.Session(target, graph=graph, config=config)
-        present = {d.name for d in self._watched(session.list_devices, seconds=ANSWER_SECONDS)}
-        missing = [d for d in devices if d not in present]
-        if missing:
-            raise ClusterError(
-                f"the cluster has no {_short(missing[0])}; it has {', '.join(sorted(_short(d) for d in present))} "
-                "(gpt-neo-sampling serve --cpus N makes more CPUs)"
-            )
+            session = _Session(self, graph, config)
+        try:
+            present = {d.name for d in self._watched(session.list_devices, seconds=ANSWER_SECONDS)}
+            for d in devices:
+                if d not in present:
+                    raise ClusterError(
+                        f"the cluster has no {short_name(d)}; it has {', '.join(sorted(map(short_name, present)))} "
+                        "(gpt-neo-sampling serve --cpus N makes more CPUs)"
+                    )
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def run(self, session, fetches, feed=None):
@@ -93,24 +106,10 @@ class Cluster:
         """
         return self._watched(lambda: session.run(fetches, feed))
 
-    @contextlib.contextmanager
-    def container(self, graph, name=None):
-        """Gives the variables made inside a place of their own on the processes,
-        which outlive the session; yields its name, for `clear`."""
-        name = name or f"gpt_neo_sampling_{uuid.uuid4().hex}"
-        with graph.container(name):
-            yield name
-
-    def clear(self, container):
-        """Frees the variables of a container, on whichever processes are left."""
-        target = "grpc://" + next(iter(self.addresses.values()))
-        if not self._gone(list(self.addresses)):
-            tf.Session.reset(target, [container])
-
     def _wait_for_all(self):
         end = time.monotonic() + CONNECT_SECONDS
         missing = list(self.addresses)
-        while missing := self._gone(missing):
+        while missing := self.gone(missing):
             if time.monotonic() > end:
                 raise ClusterError(
                     f"{self._named(missing)} did not answer within {CONNECT_SECONDS} s; start it with "
@@ -118,8 +117,10 @@ class Cluster:
                 )
             time.sleep(0.2)
 
-    def _gone(self, tasks):
-        return [t for t in tasks if not _answers(self.addresses[t])]
+    def gone(self, tasks=None):
+        """Which tasks, of all or of some, accept no connection."""
+        addresses = self.addresses
+        return [t for t in tasks or addresses if not _answers(addresses[t])]
 
     def _named(self, tasks):
         return ", ".join(f"{t} at {self.addresses[t]}" for t in tasks)
@@ -141,7 +142,7 @@ class Cluster:
             try:
                 result, error = results.get(timeout=WATCH_SECONDS)
             except queue.Empty:
-                gone = self._gone(list(self.addresses))
+                gone = self.gone()
                 suspects = {t: suspects.get(t, 0) + 1 for t in gone}
                 lost = [t for t, looks in suspects.items() if looks >= LOST_AFTER]
                 if lost:
@@ -154,14 +155,81 @@ class Cluster:
                 continue
             if error is None:
                 return result
-            if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)):
+            if isinstance(error, tf.errors.OpError):
                 time.sleep(0.5)  # a process that dies may still accept for a moment
-                gone = self._gone(list(self.addresses))
-                if gone:
+                if gone := self.gone():
                     raise ClusterError(f"{self._named(gone)} has gone; what it held is lost") from None
-                first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ClusterError(f"the cluster has lost a process or its state: {first_line}") from None
+                if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)):
+                    raise ClusterError(f"the cluster has lost a process or its state: {_reason(error)}") from None
             raise error
+
+
+class _Session(tf.Session):
+    """A session that ends in bounded time.
+
+    TensorFlow would wait for a process that has gone until it is back, or for
+    minutes, and do so too when the session is collected or the program ends.
+    """
+
+    def __init__(self, cluster, graph, config):
+        self._cluster, self.ended = cluster, False
+        super().__init__("grpc://" + cluster.master, graph=graph, config=config)
+        _open_sessions.add(self)
+        _start_background()
+
+    def close(self):
+        if self.ended:
+            return
+        self.ended = True
+        closed = threading.Event()
+
+        def end():  # holds the session, which so is not freed before
+            self.close_now()
+            closed.set()
+
+        threading.Thread(target=end, daemon=True).start()
+        if not self._cluster.gone():
+            closed.wait(CLOSE_SECONDS)
+
+    def close_now(self):
+        with contextlib.suppress(tf.errors.OpError):  # such as for a session that is no more
+            super().close()
+
+    def __del__(self):
+        if self.ended:
+            super().__del__()
+        else:
+            self.ended = True
+            _background.put(self._close_and_free)
+
+    def _close_and_free(self):
+        self.close_now()
+        super().__del__()
+
+
+_open_sessions = weakref.WeakSet()
+_background = queue.SimpleQueue()  # of functions; a thread of one's own may not be started while garbage is collected
+
+
+@functools.cache
+def _start_background():
+    """Starts a thread for sessions that nobody has closed, also those left at the program's end."""
+
+    def work():
+        while True:
+            _background.get()()
+
+    def at_exit():  # newer Pythons start no thread here
+        done = threading.Event()
+        for session in list(_open_sessions):
+            if not session.ended:
+                session.ended = True
+                _background.put(session.close_now)
+        _background.put(done.set)
+        done.wait(CLOSE_SECONDS)
+
+    threading.Thread(target=work, daemon=True).start()
+    atexit.register(at_exit)
 
 
 def parse_cluster(text, task=None):
@@ -191,7 +259,9 @@ def cluster_from_environment():
         jobs = config.get("cluster") or {}
         task = config.get("task")
         task = None if not task else f"{task['type']}:{int(task.get('index', 0))}"
-        jobs = {str(job): [str(a) for a in addresses] for job, addresses in jobs.items()}
+        if not all(isinstance(addresses, list) for addresses in jobs.values()):
+            raise TypeError("each job needs a list of addresses")
+        jobs = {job: [str(a) for a in addresses] for job, addresses in jobs.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         raise ValueError(
             f'TF_CONFIG is not of the form {{"cluster": {{"worker": ["host:port", …]}}, "task": …}}: {e!r}'
@@ -199,20 +269,23 @@ def cluster_from_environment():
     return Cluster(jobs, task).checked("TF_CONFIG") if jobs else None
 
 
-def serve(cluster, cpus=1):
+def serve(cluster, cpus=1, started=None):
     """Serves this process's devices to the cluster, until a signal ends it.
 
     Args:
       cluster: a Cluster with a task.
       cpus: int, how many CPU devices to offer.
+      started: None or a function, called without arguments once it serves.
 
     Raises:
       ClusterError: if its address cannot be had.
     """
+    _local_server(cluster, cpus)
     stop = threading.Event()
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda *_: stop.set())
-    _local_server(cluster, cpus)
+    if started:
+        started()
     while not stop.wait(1.0):
         pass
 
@@ -223,20 +296,20 @@ _servers = {}  # TensorFlow cannot end a server: one for each address and proces
 def _local_server(cluster, cpus=1):
     address = cluster.addresses[cluster.task]
     if address in _servers:
-        return _servers[address]
+        return
     job, index = cluster.task.rsplit(":", 1)
     if _answers(address):
         raise ClusterError(f"{cluster.task} cannot serve at {address}: something answers there already")
     config = tf.ConfigProto(device_count={"CPU": cpus}, allow_soft_placement=True)
-    try:
-        with quiet_stderr():
-            server = tf.train.Server(
+    with quiet_stderr():
+        try:
+            _servers[address] = tf.train.Server(
                 tf.train.ClusterSpec(cluster.jobs), job_name=job, task_index=int(index), config=config, protocol="grpc"
             )
-    except tf.errors.OpError as e:
-        raise ClusterError(f"{cluster.task} cannot serve at {address}: {str(e).splitlines()[0]}") from None
-    _servers[address] = server
-    return server
+            return
+        except tf.errors.OpError as e:
+            reason = _reason(e)
+    raise ClusterError(f"{cluster.task} cannot serve at {address}: {reason}")
 
 
 def _answers(address):
@@ -244,8 +317,14 @@ def _answers(address):
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
         return True
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: a host's name that cannot be
         return False
+
+
+def _reason(error):
+    """The line of TensorFlow's message that says something."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
 
 
 def _device_prefix(task):
@@ -253,5 +332,7 @@ def _device_prefix(task):
     return f"/job:{job}/replica:0/task:{index}"
 
 
-def _short(device):
-    return re.sub(r"/job:(\w+)/replica:0/task:(\d+)/device:", r"\1:\2/", device)
+def short_name(device):
+    """A TensorFlow device as users name it: worker:1/cpu:0."""
+    job, kind, number = re.fullmatch(r"(?:/job:(.*))?/device:(\w+):(\d+)", device).groups()
+    return f"{job.replace('/replica:0/task', '')}/{kind.lower()}:{number}" if job else f"{kind.lower()}:{number}"

@@ -1,6 +1,5 @@
 """Prompts in, text out: a model on disk, its graphs and its session."""
 
-import contextlib
 import dataclasses
 import logging
 import numbers
@@ -11,6 +10,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tf
 from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
+from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.draws import padded_size
 from gpt_neo_sampling.mesh import device_mesh, round_up
 from gpt_neo_sampling.models import gpt2
@@ -122,7 +122,6 @@ class TextGenerator:
         self._n_vocab = self.params["n_vocab"] if vocab_parts == 1 else padded_size(self.params["n_vocab"], vocab_parts)
         self._mesh_impl = self.mesh.impl()
         self._session = None
-        self._container = None
         self._programs = {}
 
     @classmethod
@@ -264,8 +263,6 @@ class TextGenerator:
         """Frees the weights and the graphs; the next `generate` makes them anew."""
         if self._session is not None:
             self._session.close()
-            if self.mesh.cluster:
-                self.mesh.cluster.clear(self._container)
         self._session, self._programs = None, {}
 
     # --- requests
@@ -349,9 +346,13 @@ class TextGenerator:
             "max_steps": max_steps,
             "stream": np.arange(first_row, first_row + key.batch, dtype=np.int32),
         }
-        program = self._program(key)
-        feeds = {getattr(program, name): value for name, value in feeds.items()}
-        out = self.mesh.run(self._session, program.tokens, feeds)
+        try:
+            program = self._program(key)
+            feeds = {getattr(program, name): value for name, value in feeds.items()}
+            out = self.mesh.run(self._session, program.tokens, feeds)
+        except ClusterError:
+            self.close()  # what the processes held is lost: the next request begins anew
+            raise
         return [out[row, len(p) : len(p) + n] for row, (p, n) in enumerate(zip(prompts, limits))]
 
     def _program(self, key):
@@ -364,7 +365,7 @@ class TextGenerator:
         if first:
             probe_devices()
         graph = tf.Graph() if first else self._session.graph
-        with graph.as_default(), quiet_logging(), self.mesh.place(), self._variables_place(graph):
+        with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
             program = _Program(key, self.params, self._n_vocab, self._mesh_impl)
             if first:
                 session = self.mesh.session(graph)
@@ -377,15 +378,6 @@ class TextGenerator:
             self.mesh.run(self._session, program.copy_weights)
         self._programs[key] = program
         return program
-
-    @contextlib.contextmanager
-    def _variables_place(self, graph):
-        """The scope that all programs share their variables in."""
-        with contextlib.ExitStack() as stack:
-            if self.mesh.cluster:  # whose processes outlive the session: a container to clear
-                self._container = stack.enter_context(self.mesh.cluster.container(graph, self._container))
-            stack.enter_context(tf.variable_scope("", reuse=tf.AUTO_REUSE))
-            yield
 
     def _load_weights(self, session):
         """Fills the variables of the session's graph, a few megabytes at a time."""

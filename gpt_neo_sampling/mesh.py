@@ -9,12 +9,14 @@ import collections
 import contextlib
 import dataclasses
 import math
+import numbers
 import re
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_stderr, tensorflow, tf
-from gpt_neo_sampling.cluster import Cluster, parse_cluster
+from gpt_neo_sampling.cluster import Cluster, parse_cluster, short_name
 
 AUTO = "auto"
+NAME = r"[A-Za-z_]\w*"  # of an axis or a dimension
 
 
 class MeshError(ValueError):
@@ -37,7 +39,9 @@ class DeviceMesh:
         """The mesh implementation that a lowering takes; lower it under `place`."""
         # without a name of its own for the device, mtf keeps a single copy of the weights
         names = [""] if self.size == 1 else list(self.devices)
-        return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(set(self.layout.items())), names)
+        # mtf minds two dimensions of a tensor on one axis even where that is of size 1
+        rules = {(dim, axis) for dim, axis in self.layout.items() if self.parts(dim) > 1}
+        return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(rules), names)
 
     def place(self):
         """A context for building the graph: on the one device, where there is one."""
@@ -118,11 +122,12 @@ def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
     """A mesh from its description; by default one device, the one that TensorFlow chooses.
 
     Args:
-      mesh_shape: a str such as "x:2,y:2", an mtf.Shape, or None for one
-        processor (with devices="auto", for as many as there are GPUs, on an
-        axis "all").
-      layout: a str such as "batch:x,vocab:y", a dict, or None for nothing split
-        (with devices="auto" and no mesh_shape, for "batch:all").
+      mesh_shape: a str such as "x:2,y:2", an mtf.Shape, a dict, a list of pairs
+        or of strings, or None for one processor (with devices="auto", for as
+        many as there are GPUs, on an axis "all").
+      layout: a str such as "batch:x,vocab:y", an mtf.LayoutRules, a dict, a list
+        of pairs or of strings, or None for nothing split (with devices="auto"
+        and no mesh_shape, for "batch:all").
       devices: as many devices as the mesh has processors, all different, the
         last axis fastest: a list, or a str with commas. A device is "cpu:0",
         "gpu:1", or in a cluster "worker:1/cpu:0" or TensorFlow's whole name.
@@ -158,60 +163,76 @@ def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
     shape = _parse_mesh_shape(mesh_shape)
     layout = _parse_layout(layout, shape)
     if devices == ("",) and shape.size != 1:
-        named = ",".join(f"cpu:{i}" for i in range(shape.size))
-        raise MeshError(f"mesh shape {_written(shape)} has {shape.size} processors, but no devices are named; name "
-                        f"{shape.size}, such as {named}")  # fmt: skip
+        raise MeshError(
+            f"mesh shape {_written(shape)} has {shape.size} processors, but no devices are named; "
+            f"name {shape.size}, such as cpu:0{',' if shape.size == 2 else ',…,'}cpu:{shape.size - 1}"
+        )
     if shape.size != len(devices):
         raise MeshError(
             f"mesh shape {_written(shape)} has {_count(shape.size, 'processor')}, but {_count(len(devices), 'device')} "
-            f"{'is' if len(devices) == 1 else 'are'} named ({_shortened(devices)}); "
+            f"{'is' if len(devices) == 1 else 'are'} named ({', '.join(map(short_name, devices))}); "
             f"name {shape.size}, or shape the mesh for {len(devices)}, such as x:{len(devices)}"
         )
     return DeviceMesh(shape, layout, devices, cluster)
 
 
-def _parse_mesh_shape(text):
-    if text is None or text == "":
-        return mtf.Shape([])
-    if isinstance(text, mtf.Shape):
-        return text
-    pairs = []
-    for part in _parts(text):
-        m = re.fullmatch(r"([A-Za-z_]\w*):(\d+)", part)
-        if not m or int(m[2]) < 1:
-            raise MeshError(f"mesh shape {text!r}: {part!r} is not an axis and its size; allowed: such as x:2,y:2")
-        pairs.append((m[1], int(m[2])))
-    _check_distinct([name for name, _ in pairs], f"mesh shape {text!r} has the axis")
-    return mtf.Shape([mtf.Dimension(name, size) for name, size in pairs])
+def _parse_mesh_shape(mesh_shape):
+    dims = []
+    for axis, size in _pairs(mesh_shape, "mesh shape", "an axis and its size; allowed: such as x:2,y:2", r"[1-9]\d*"):
+        if axis in (d.name for d in dims):
+            raise MeshError(f"mesh shape {mesh_shape!r} has the axis {axis} more than once")
+        dims.append(mtf.Dimension(axis, int(size)))
+    return mtf.Shape(dims)
 
 
 def _parse_layout(layout, shape):
-    if isinstance(layout, mtf.LayoutRules):
-        layout = ",".join(":".join(pair) for pair in layout._pairs)
-    if isinstance(layout, dict):
-        layout = ",".join(f"{dim}:{axis}" for dim, axis in layout.items())
     rules = {}
-    for part in _parts(layout or ""):
-        m = re.fullmatch(r"([A-Za-z_]\w*):([A-Za-z_]\w*)", part)
-        if not m:
-            raise MeshError(
-                f"layout {layout!r}: {part!r} is not a dimension and its axis; allowed: such as batch:x,vocab:y"
-            )
-        dim, axis = m.groups()
+    for dim, axis in _pairs(layout, "layout", "a dimension and its axis; allowed: such as batch:x,vocab:y", NAME):
         if axis not in shape.dimension_names:
             has = f"the axes of the mesh are {', '.join(shape.dimension_names)}" if shape.ndims else (
                 "the mesh has no axes (give a mesh shape, such as x:2)")  # fmt: skip
-            raise MeshError(f"layout {part} splits along {axis}, but {has}")
+            raise MeshError(f"layout {dim}:{axis} splits along {axis}, but {has}")
         if dim in rules:
             raise MeshError(f"layout {layout!r} names {dim} twice; a dimension is split along one axis")
         rules[dim] = axis
     return rules
 
 
+def _pairs(value, what, form, second):
+    """Pairs of strings, from any of the forms that describe a mesh shape or a layout."""
+    if value is None:
+        return []
+    parts = value
+    if isinstance(value, str):
+        parts = [p for p in value.split(",") if p.strip()]
+    elif isinstance(value, mtf.Shape):
+        parts = value.dims
+    elif isinstance(value, mtf.LayoutRules):
+        parts = sorted(value._pairs)
+    elif isinstance(value, dict):
+        parts = value.items()
+    elif not isinstance(value, (list, tuple, set, frozenset)):
+        raise MeshError(f"{what} {value!r} is not {form}")
+    pairs = []
+    for part in parts:
+        words = part.split(":") if isinstance(part, str) else part if isinstance(part, (list, tuple)) else []
+        words = [str(word).strip() if isinstance(word, (str, numbers.Integral)) else "" for word in words]
+        if len(words) != 2 or not re.fullmatch(NAME, words[0]) or not re.fullmatch(second, words[1]):
+            raise MeshError(f"{what} {value!r}: {part!r} is not {form}")
+        pairs.append(words)
+    return pairs
+
+
 def _parse_devices(devices, cluster):
-    names = tuple(_parse_device(d.strip(), cluster) for d in (
-        devices.split(",") if isinstance(devices, str) else devices))  # fmt: skip
-    _check_distinct(names, "devices: each processor needs one of its own, but there is")
+    names = devices.split(",") if isinstance(devices, str) else devices
+    if not isinstance(names, (list, tuple)) or not names:
+        raise MeshError(f"devices {devices!r}; allowed: a list such as cpu:0,cpu:1")
+    names = tuple(_parse_device(name, cluster) for name in names)
+    twice = [n for n, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise MeshError(
+            f"devices: {short_name(twice[0])} is named more than once; each processor needs a device of its own"
+        )
     gpus = [int(m[1]) for m in (re.fullmatch(r"/device:GPU:(\d+)", n) for n in names) if m]
     if gpus and max(gpus) >= _gpu_count():
         raise MeshError(f"devices: gpu:{max(gpus)} is not there; TensorFlow sees {_count(_gpu_count(), 'GPU')}")
@@ -219,7 +240,10 @@ def _parse_devices(devices, cluster):
 
 
 def _parse_device(name, cluster):
-    m = re.fullmatch(r"(?:/job:)?(?:(\w+)(?:/(?:replica:0/)?task)?:(\d+))?/?(?:device:)?([cCgG][pP][uU]):(\d+)", name)
+    m = isinstance(name, str) and re.fullmatch(
+        r"(?:(?:/job:)?(\w+)(?:/replica:0)?(?:/task)?:(\d+)/|/?)(?:device:)?([cCgG][pP][uU]):(\d+)",
+        name.strip().removeprefix("/job:localhost/replica:0/task:0"),
+    )
     if not m:
         raise MeshError(f"devices: {name!r} is not a device; allowed: cpu:0, gpu:1, in a cluster worker:1/cpu:0")
     job, task, kind, number = m.groups()
@@ -234,25 +258,8 @@ def _parse_device(name, cluster):
     return f"/job:{job}/replica:0/task:{task}{local}"
 
 
-def _parts(text):
-    if not isinstance(text, str):
-        raise MeshError(f"{text!r}: text is needed, such as x:2,y:2")
-    return [p.strip() for p in text.split(",") if p.strip()] if text.strip() else []
-
-
-def _check_distinct(names, what):
-    twice = [n for n, count in collections.Counter(names).items() if count > 1]
-    if twice:
-        raise MeshError(f"{what} {_shortened(twice[:1])} more than once")
-
-
 def _written(shape):
     return ",".join(f"{d.name}:{d.size}" for d in shape.dims) or "(none)"
-
-
-def _shortened(devices):
-    return ", ".join(re.sub("/device:|/replica:0|/task|/job:", lambda m: {"/device:": "", "/task": ""}.get(m[0], ""), d)
-                     for d in devices)  # fmt: skip
 
 
 def _count(n, what):
