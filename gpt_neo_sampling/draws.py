@@ -81,6 +81,12 @@ class Rows:
         # shards may hold groups of nothing but padding
         return self.mesh_impl.slicewise(lambda x: x[..., : self.n_groups], x)
 
+    def laid_out_pcoord(self):
+        """Which part of the dim a processor holds, int32 scalars."""
+        if self.mesh_axis is None:
+            return self.mesh_impl.slicewise(tf.zeros_like, self.mesh_impl.laid_out_pnum())
+        return self.mesh_impl.laid_out_pcoord(self.mesh_axis)
+
     def across_shards(self, x, reduction):
         if self.mesh_axis is not None:
             x = self.mesh_impl.allreduce(x, [self.mesh_axis], reduction)
@@ -100,6 +106,16 @@ def _fold_sum(x):
             upper = _pad_last(upper, after=1)
         x, size = x[..., :half] + upper, half
     return x
+
+
+def _near_sum(x):
+    """Sum over the last axis, keeping it, in an order that is the backend's in part.
+
+    Its error does not grow with the axis, as reduce_sum's may: XLA adds one after
+    the other on CPUs, which is off by 3e-5 for 50,257 equal entries.
+    """
+    x = _pad_last(x, after=-size_of(x, -1) % 16)
+    return _fold_sum(tf.reduce_sum(tf.reshape(x, x.shape.as_list()[:-1] + [16, -1]), -2))
 
 
 def _pad_last(x, before=0, after=0, value=0.0):
@@ -131,20 +147,20 @@ def _cdf(weights):
     return _scan(sums, tf.maximum), last
 
 
-def _search(weights, which, u, doubt=None):
+def _search(weights, which, u, margin=None):
     """Draws from chosen ones of several weight vectors, by inverse CDF.
 
     Args:
       weights: [rows, vectors, n] float32, none below 0.
       which: [rows, samples] int32 in [0, vectors).
       u: [rows, samples] float32 in [0, 1).
-      doubt: None or, for few samples, a function from the total of what is drawn
-        from, [rows, samples, 1], to how near a border it leaves a draw in doubt.
+      margin: None or, for few samples, float32 [rows, vectors]: how near a border
+        leaves a draw in doubt, in the vector's own units.
 
     Returns:
       (entry, doubt): [rows, samples] int32, the first entry whose cdf passes u
       times the total (the last entry with mass where rounding leaves none), −1
-      without mass; and a list, empty without `doubt`, or else of float32
+      without mass; and a list, empty without `margin`, or else of float32
       [rows, samples], 1.0 for a draw in doubt.
     """
     rows, vectors, n = weights.shape.as_list()
@@ -152,11 +168,11 @@ def _search(weights, which, u, doubt=None):
         cdf, last = _cdf(tf.gather(weights, which, batch_dims=1))
         target = u[..., tf.newaxis] * cdf[..., -1:]
         entry = tf.minimum(tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1), last)
-        if doubt is None:
+        if margin is None:
             return entry, []
-        near = tf.abs(cdf - target) <= doubt(cdf[..., -1:])
+        near = tf.abs(cdf - target) < tf.gather(margin, which, batch_dims=1)[..., tf.newaxis]
         return entry, [tf.reduce_max(tf.cast(near, tf.float32), -1)]
-    assert doubt is None
+    assert margin is None
     cdf, last = _cdf(weights)
     cdf = tf.reshape(cdf, [-1])
     vector = which + tf.range(rows)[:, tf.newaxis] * vectors
@@ -170,7 +186,7 @@ def _search(weights, which, u, doubt=None):
     return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector)), []
 
 
-def _draw(rows, weights, group_uniform, entry_uniform, *, scaled, margin=None, margin_of="entry"):
+def _draw(rows, weights, group_uniform, entry_uniform, errors=None):
     """Both levels of a draw, at the level of laid-out tensors.
 
     Args:
@@ -178,28 +194,29 @@ def _draw(rows, weights, group_uniform, entry_uniform, *, scaled, margin=None, m
       weights: laid-out float32 [rows, entries], none below 0; +inf or NaN makes
         a row invalid.
       group_uniform, entry_uniform: laid-out float32 [rows, samples] in [0, 1).
-      scaled: whether to take out of each group a power of two, so that no weight
-        of float32 over- or underflows, and to add in a fixed order.
-      margin: None or, for one sample a row, how near to a border a draw is in
-        doubt, in units of the mass that is drawn from.
-      margin_of: "row" where weights may be wrong by that part of the row's mass,
-        "entry" where each is wrong by a part of itself.
+      errors: None, for sums in a fixed order, of weights scaled by powers of two
+        so that none of float32 over- or underflows; or, for one sample a row,
+        laid-out float32 like `weights`: how far each may be wrong. Rounding of
+        the sums must be in it.
 
     Returns:
-      (drawn, doubt): laid-out int32 [rows, samples], −1 for an invalid row; and
-      float32 [rows, samples], 1.0 where in doubt (None without a margin).
+      (drawn, doubt): laid-out int32 [rows, samples], −1 for an invalid row; and,
+      None without `errors`, float32 [rows, samples], 1.0 for a draw so near to a
+      border that the errors may have moved it across.
     """
     slicewise = rows.mesh_impl.slicewise
-    of_what_is_drawn_from = None if margin is None else lambda total: margin * total
+    scaled = errors is None
 
-    def groups(w):
-        """Groups [rows, groups, group], and [2, rows, groups]: what each adds up
-        to, and the exponent taken out of it, biased; 255 for an invalid one."""
+    def groups(w, *errors):
+        """Groups [rows, groups, group]; [2, rows, groups], to travel: what each adds
+        up to, and the exponent taken out of it, biased, 255 for an invalid one (with
+        errors: what they add up to, −1 for an invalid one); and with errors these."""
         w = rows.grouped(w)
-        if not scaled:
-            total = tf.reduce_sum(w, -1)
-            valid = total < np.inf  # (TensorFlow turns "not <" into "≥", which NaN is not)
-            return w, tf.stack([tf.where_v2(valid, total, 0.0), tf.where_v2(valid, 127.0, 255.0)])
+        if errors:
+            total, error = _near_sum(w)[..., 0], tf.reduce_sum(rows.grouped(errors[0]), -1)
+            valid = tf.logical_and(total < np.inf, error < np.inf)  # (not for NaN)
+            total, error = tf.where_v2(valid, total, 0.0), tf.where_v2(valid, error, -1.0)
+            return w, tf.stack([total, error]), error
         bits = tf.bitcast(tf.reduce_max(w, -1, keepdims=True), tf.int32)
         exponent = tf.bitwise.right_shift(bits, tf.constant(23))
         scale = tf.bitwise.left_shift(254 - tf.minimum(exponent, 253), tf.constant(23))
@@ -208,30 +225,32 @@ def _draw(rows, weights, group_uniform, entry_uniform, *, scaled, margin=None, m
         return w, tf.stack([total[..., 0], tf.cast(exponent[..., 0], tf.float32)])
 
     def choose_group(summary, u):
-        totals, exponent = summary[0], tf.cast(summary[1], tf.int32)
-        largest = tf.reduce_max(exponent, -1, keepdims=True)
+        totals, margin = summary[0], None
         if scaled:
+            exponent = tf.cast(summary[1], tf.int32)
+            largest = tf.reduce_max(exponent, -1, keepdims=True)
             relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
             relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
             totals *= tf.bitcast(relative, tf.float32)
-        group, doubt = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, of_what_is_drawn_from)
-        return tf.where_v2(largest < 255, group, -1), tf.reduce_sum(totals, -1)[:, tf.newaxis, tf.newaxis], *doubt
+            valid = largest < 255
+        else:
+            margin = tf.reduce_sum(summary[1], -1, keepdims=True)
+            valid = tf.reduce_min(summary[1], -1, keepdims=True) >= 0
+        group, doubt = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, margin)
+        return tf.where_v2(valid, group, -1), *doubt
 
-    def choose_entry(w, group, row_mass, u, pcoord=0):
+    def choose_entry(pcoord, w, group, u, margin=None):
         """One more than the index drawn; 0 where another shard holds the group."""
         n_groups = size_of(w, 1)
         local = group - pcoord * n_groups
         held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < n_groups))
-        of_row = lambda total: margin * row_mass  # noqa: E731
-        in_doubt = of_row if margin is not None and margin_of == "row" else of_what_is_drawn_from
-        entry, doubt = _search(w, tf.where_v2(held, local, 0), u, in_doubt)
+        entry, doubt = _search(w, tf.where_v2(held, local, 0), u, margin)
         entry = tf.where_v2(held, group * rows.group + entry + 1, 0)
         return entry, *(tf.where_v2(held, d, 0.0) for d in doubt)
 
-    weights, summary = slicewise(groups, weights)
-    group, row_mass, *doubt_of_group = slicewise(choose_group, rows.across_groups(summary), group_uniform)
-    pcoord = [] if rows.mesh_axis is None else [rows.mesh_impl.laid_out_pcoord(rows.mesh_axis)]
-    drawn, *doubt = slicewise(choose_entry, weights, group, row_mass, entry_uniform, *pcoord)
+    weights, summary, *margin = slicewise(groups, weights, *([] if scaled else [errors]))
+    group, *doubt_of_group = slicewise(choose_group, rows.across_groups(summary), group_uniform)
+    drawn, *doubt = slicewise(choose_entry, rows.laid_out_pcoord(), weights, group, entry_uniform, *margin)
     drawn = slicewise(lambda d: d - 1, rows.across_shards(drawn, "SUM"))
     return drawn, slicewise(tf.maximum, *doubt_of_group, *doubt) if doubt else None
 
@@ -316,7 +335,7 @@ class _GroupedDrawOperation(_DrawOperation):
             w = rows.gather(slicewise(lambda w: tf.where_v2(w < np.inf, w, -1.0), w))
             w = slicewise(lambda w: tf.where_v2(w >= 0, w, np.inf), w)
         uniforms = [slicewise(lambda u, w: tf.reshape(u, [size_of(w, 0), -1]), u, w) for u in uniforms]
-        drawn, _ = _draw(rows, w, *uniforms, scaled=True)
+        drawn, _ = _draw(rows, w, *uniforms)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, out_shape), drawn))
 
@@ -329,7 +348,7 @@ def solve_entmax(rows, z, epsilon, n_iter):
 
     With y = z − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y) at ε = 0,
     and δ is sought: Σp = 1 at the root, more to its left. (Σp)^ε as a function
-    of δ is convex, so no step passes the root.
+    of δ is convex, so no step passes the root, but by rounding.
 
     Args:
       rows: Rows.
@@ -341,32 +360,42 @@ def solve_entmax(rows, z, epsilon, n_iter):
     Returns:
       laid-out float32 like z, its rows summing to 1.
     """
+    return _entmax_and_slope(rows, z, epsilon, n_iter)[0]
+
+
+def _entmax_and_slope(rows, z, epsilon, n_iter):
+    """What `solve_entmax` gives; and, laid-out like z, by how much each entry of it
+    moves with y, at the most: ∂p/∂y, and at the edge of the support what it rises to."""
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
 
     def evaluate(z, eps, delta):
-        """p, and [2, rows, 1] with Σp and Σ∂p/∂y, over this shard."""
+        """p, ∂p/∂y and 1 + εy, and [2, rows, 1] with Σp and Σ∂p/∂y, over this shard."""
         y = z - delta
         base = 1.0 + eps * y
         inside = tf.logical_or(base > 0, tf.equal(eps, 0.0))
         log_p = tf.where_v2(eps > 0, tf.log1p(eps * y) / eps, y)
-        p = tf.where_v2(inside, tf.exp(tf.where_v2(inside, log_p, 0.0)), tf.where_v2(tf.is_nan(y), y, 0.0))
-        slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / base, p)
-        return p, tf.stack([tf.reduce_sum(p, -1, keepdims=True), tf.reduce_sum(slope, -1, keepdims=True)])
+        # XLA may compute εy + 1 more than once, rounded once here and twice there. So no
+        # entry at the edge may depend on equal answers, and p/base must not get large.
+        p = tf.where_v2(tf.is_nan(y), y, tf.exp(tf.where_v2(inside, log_p, -np.inf)))
+        slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / tf.maximum(base, 2.0**-24), p)
+        return p, slope, base, tf.stack([_near_sum(p), _near_sum(slope)])
 
-    def newton_step(sums, eps):
+    def newton_step(sums, eps, last):
         total, slope = sums[0], sums[1]
         log_total = tf.log(total)
         gain = tf.where_v2(eps > 0, -tf.math.expm1(-eps * log_total) / eps, log_total)
-        return gain * total / slope
+        # Back it goes where rounding made the last step too long, and not all the way
+        # to where that began: past the edge of many ties it would, for ever.
+        return tf.maximum(gain * total / slope, -0.5 * tf.abs(last))
 
     every_axis = list(range(mesh_impl.ndims))
     like = mesh_impl.LaidOutTensor.from_tensor_list
 
-    def body(i, _, delta):
+    def body(i, _, step, delta):
         delta = like(delta)
-        _, sums = slicewise(evaluate, z, epsilon, delta)
-        step = slicewise(newton_step, rows.across_shards(sums, "SUM"), epsilon)
+        *_, sums = slicewise(evaluate, z, epsilon, delta)
+        step = slicewise(newton_step, rows.across_shards(sums, "SUM"), epsilon, like(step))
         delta = slicewise(tf.add, delta, step)
 
         # NaN is not greater: an invalid row never keeps the loop going.
@@ -374,25 +403,33 @@ def solve_entmax(rows, z, epsilon, n_iter):
             return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * (1.0 + tf.abs(delta)), tf.float32))
 
         going = mesh_impl.allreduce(slicewise(moving, step, delta), every_axis, "MAX")
-        return i + 1, going.tensor_list, delta.tensor_list
+        return i + 1, going.tensor_list, step.tensor_list, delta.tensor_list
 
     delta = slicewise(tf.zeros_like, epsilon)
+    step = slicewise(tf.ones_like, epsilon)
     going = slicewise(lambda d: tf.ones([], tf.float32), delta)
-    _, _, delta = tf.while_loop(
-        lambda i, going, _: tf.logical_and(i < n_iter, going[0] > 0),
+    *_, delta = tf.while_loop(
+        lambda i, going, *_: tf.logical_and(i < n_iter, going[0] > 0),
         body,
-        (tf.constant(0), going.tensor_list, delta.tensor_list),
+        (tf.constant(0), going.tensor_list, step.tensor_list, delta.tensor_list),
     )
-    p, sums = slicewise(evaluate, z, epsilon, like(delta))
-    return slicewise(lambda p, sums: p / sums[0], p, rows.across_shards(sums, "SUM"))
+
+    def normalise(p, slope, base, sums, eps):
+        near_edge = 1e-6
+        at_edge = tf.exp((1.0 / tf.maximum(eps, 2.0**-23) - 1.0) * np.log(2 * near_edge))
+        slope = tf.where_v2(tf.abs(base) < near_edge, at_edge, slope)
+        return p / sums[0], slope / sums[0]
+
+    *entries, sums = slicewise(evaluate, z, epsilon, like(delta))
+    return slicewise(normalise, *entries, rows.across_shards(sums, "SUM"), epsilon)
 
 
 # --- Draws from scores --------------------------------------------------------------
 
-# How far sums of softmax weights (of a part of what is summed) and of entmax weights
-# (of a part of the row) are taken to be from the exact ones, whatever the backend.
-# Seen on CPU, rounding of the sums included: 1.5e-7 and 4e-7.
-SOFTMAX_MARGIN, ENTMAX_MARGIN = 1e-6, 2e-6
+# How far weights are taken to be from the exact ones, whatever the backend, and rounding
+# of their sums included: for softmax in parts of the weight, for entmax in units of the
+# scores. Seen on CPUs at the most, by tests/test_draws.py among others: 3e-7 and 1.1e-6.
+SOFTMAX_MARGIN, ENTMAX_MARGIN = 1e-6, 4e-6
 
 
 def score_draw(scores, group_uniform, entry_uniform, dim, alpha=None, size=None):
@@ -463,10 +500,12 @@ class _ScoreDrawOperation(_DrawOperation):
 
         z = slicewise(invalid_as_nan, z, *([] if epsilon is None else [epsilon]))
         if epsilon is None:
-            weights, margin, margin_of = slicewise(tf.exp, z), SOFTMAX_MARGIN, "entry"
+            weights = slope = slicewise(tf.exp, z)
+            margin = SOFTMAX_MARGIN
         else:
-            weights, margin, margin_of = solve_entmax(rows, z, epsilon, n_iter=50), ENTMAX_MARGIN, "row"
-        drawn, doubt = _draw(rows, weights, *uniforms, scaled=False, margin=margin, margin_of=margin_of)
+            weights, slope = _entmax_and_slope(rows, z, epsilon, n_iter=50)
+            margin = ENTMAX_MARGIN
+        drawn, doubt = _draw(rows, weights, *uniforms, slicewise(lambda s: s * margin, slope))
         doubt = slicewise(tf.reduce_max, doubt)
         doubt = mesh_impl.allreduce(doubt, list(range(mesh_impl.ndims)), "MAX").tensor_list[0] > 0.5
 
@@ -478,7 +517,7 @@ class _ScoreDrawOperation(_DrawOperation):
                 clean = slicewise(lambda e: tf.where_v2(tf.is_nan(e), 0.0, e), epsilon)
                 weights = exact.entmax_weights(mesh_impl, z, clean, sum_over_shards)
             weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _draw(rows, weights, *uniforms, scaled=True)[0].tensor_list
+            return _draw(rows, weights, *uniforms)[0].tensor_list
 
         drawn = tf.cond(doubt, draw_again, lambda: [tf.identity(d) for d in drawn.tensor_list])
         drawn = mesh_impl.LaidOutTensor.from_tensor_list(drawn if isinstance(drawn, (list, tuple)) else [drawn])

@@ -7,7 +7,7 @@ they are computed and in whatever order they are added. It is slow: `draws` asks
 for it where the fast way leaves a draw in doubt.
 
 Numbers are fixed-point: Q30 is an integer in units of 2⁻³⁰. None is
-negative or reaches 2⁶³ in any step, but for bases outside a support.
+negative or reaches 2⁶³ in any step whose result is used.
 """
 
 import math
@@ -20,6 +20,7 @@ _DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16, where ln of the vocabu
 _CANDIDATES = 1024  # entries of a shard that entmax's threshold is looked for among
 _LOG2_E = round(math.log2(math.e) * _ONE)
 _EXP2 = [round(math.log(2) ** k / math.factorial(k) * _ONE) for k in range(11)]
+_EXP2[-1] += 2 * _ONE - sum(_EXP2)  # 2¹ is 2: a score of 0 weighs just 1
 _LOG2 = [round(2 / math.log(2) / (2 * k + 1) * _ONE) for k in range(10)]
 
 
@@ -62,17 +63,30 @@ def _to_q40(t):
     return _shift_right(_shift_left(m, 9), tf.minimum(i, 62))
 
 
-def _minus_log2(b):
-    """−log₂ b as Q30, b Q48 in (0, 1]."""
-    places = tf.zeros_like(b)
+def _entmax_exponent(y, eps):
+    """(t, inside): [1 − εy]₊^(1/ε) is 2⁻ᵗ inside the support; y and ε Q24, y ≥ 0, t Q30.
+
+    With x = εy below 1/2, −log₂(1 − x) is s·P(s²), s = x/(2 − x), and out of s
+    comes x/ε = y: a small logarithm has too few bits to be divided by a small ε.
+    Else a power of two brings 1 − x to m in [1, 2), and s is (m − 1)/(m + 1).
+    """
+    x = eps * y  # Q48
+    inside = x < _int(1 << 48)
+    x = tf.where_v2(inside, x, _int(0))
+    base, places = _int(1 << 48) - x, tf.zeros_like(x)
     for bits in (32, 16, 8, 4, 2, 1):  # shifts the leading one to its place
-        small = b < _int(1 << (49 - bits))
-        b = tf.where_v2(small, _shift_left(b, bits), b)
+        small = base < _int(1 << (49 - bits))
+        base = tf.where_v2(small, _shift_left(base, bits), base)
         places += tf.where_v2(small, _int(bits), _int(0))
-    m = _shift_right(b, 18)
-    s = _shift_left(m - _int(_ONE), 30) // (m + _int(_ONE))  # log m = 2 artanh s
-    log2_m = _shift_right(s * _polynomial(_LOG2, _shift_right(s * s, 30)), 30)
-    return _shift_left(places, 30) - log2_m
+    near = x < _int(1 << 47)
+    x, m = _shift_right(x, 18), _shift_right(base, 18)
+    divisor = tf.where_v2(near, _int(2 * _ONE) - x, m + _int(_ONE))
+    s = _shift_left(tf.where_v2(near, x, m - _int(_ONE)), 30) // divisor
+    series = _polynomial(_LOG2, _shift_right(s * s, 30))
+    log2_m = _shift_right(s * series, 30)
+    t_near = _shift_right(_shift_left(series, 30) // divisor * y, 24)
+    t_far = _shift_left(_shift_left(places, 30) - log2_m, 24) // tf.maximum(eps, _int(1))
+    return tf.where_v2(near, t_near, t_far), inside
 
 
 def _distance(z):
@@ -120,27 +134,18 @@ def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
     # exact: α is in [1, 2], so ε is a multiple of 2⁻²³
     eps = slicewise(lambda e: tf.cast(e * 2.0**24, tf.int64), epsilon)
 
-    def exponents(distance, eps, delta):
-        """(t, inside): a weight is 2⁻ᵗ inside the support."""
-        y = distance + delta
-        base = _int(1 << 48) - eps * y
-        inside = base > 0
-        log = _minus_log2(tf.where_v2(inside, base, _int(1)))
-        t = tf.where_v2(eps > 0, _shift_left(log, 24) // tf.maximum(eps, _int(1)), _softmax_exponent(y))
-        return t, inside
-
     def total(distance, eps, delta):
-        """[2, rows, 1]: halves of Σ weights, which float32 adds without rounding."""
-        t, inside = exponents(distance, eps, delta)
+        """[2, rows, 1]: halves of Σ weights, which float32 adds without rounding (over 64 shards at most)."""
+        t, inside = _entmax_exponent(distance + delta, eps)
         total = tf.reduce_sum(tf.where_v2(inside, _to_q40(t), _int(0)), -1, keepdims=True)
         total = tf.minimum(total, _int(1 << 41))
-        halves = [_shift_right(total, 20), tf.bitwise.bitwise_and(total, _int((1 << 20) - 1))]
+        halves = [_shift_right(total, 18), tf.bitwise.bitwise_and(total, _int((1 << 18) - 1))]
         return tf.cast(tf.stack(halves), tf.float32)
 
     def add(sums, delta, step):
         """delta + step where the weights there still sum to more than 1."""
         sums = tf.cast(sums, tf.int64)
-        return tf.where_v2(_shift_left(sums[0], 20) + sums[1] > _int(1 << 40), delta + step, delta)
+        return tf.where_v2(_shift_left(sums[0], 18) + sums[1] > _int(1 << 40), delta + step, delta)
 
     like = mesh_impl.LaidOutTensor.from_tensor_list
 
@@ -169,7 +174,7 @@ def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
         delta = delta if isinstance(delta, (list, tuple)) else [delta]
 
     def weights(distance, eps, delta):
-        t, inside = exponents(distance, eps, delta)
+        t, inside = _entmax_exponent(distance + delta, eps)
         return tf.where_v2(inside, _to_float32(t), 0.0)
 
     return slicewise(weights, distance, eps, like(delta))

@@ -1,0 +1,902 @@
+"""gpt_neo_sampling.draws and exact: on one device, on split meshes and under XLA, against NumPy.
+
+Building a graph costs more than running it, so a test puts its cases into one.
+
+Statistical tests are of draws at fixed seeds: they always pass or always fail.
+Each of their 10 p values is refused at FALSE_ALARM, so right draws would fail
+anywhere at less than one choice of seeds in 100,000.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import reference
+from conftest import MeshRunner, dims
+from helpers_model import Program
+from test_utils import chi_square_p
+
+from gpt_neo_sampling import draws, exact
+from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling.draws import GROUPS, Rows, group_size, grouped_draw, padded_size, score_draw
+
+FALSE_ALARM = 1e-6
+GPT2_VOCAB = 50257
+LOWEST = np.finfo(np.float32).min
+ONE_DEVICE = PlacementMeshImpl([], [], [""])
+
+
+def imp(mesh, value, *shape):
+    return mtf.import_tf_tensor(mesh, value, mtf.Shape(shape))
+
+
+def on_tensors(fn, *arrays, jit=False):
+    """Values of what fn gives for tensors of these values, by itself or in a nest."""
+    probe_devices()
+    with quiet_logging():
+        function = tensorflow.function(fn, jit_compile=jit, autograph=False)
+        return tf.nest.map_structure(lambda t: t.numpy(), function(*map(tf.constant, arrays)))
+
+
+def assert_same_bits(got, want, message=""):
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32), err_msg=str(message))
+
+
+# --- Groups and rows ----------------------------------------------------------------
+
+
+def test_group_size():
+    sizes = np.arange(1, 5000)
+    groups = np.array([group_size(int(n)) for n in sizes])
+    np.testing.assert_array_equal(groups, np.ceil(sizes / 64))
+    assert [group_size(n) for n in (1, 64, 65, 128, 129, GPT2_VOCAB)] == [1, 1, 2, 2, 3, 786]
+
+
+def test_padded_size():
+    """The least multiple of shards and group, both, that holds the size."""
+    for size in [*range(1, 300), 1000, 2048, GPT2_VOCAB]:
+        for shards in (1, 2, 3, 4, 8, 64):
+            unit = shards * group_size(size)
+            want = unit * np.ceil(size / unit)
+            assert padded_size(size, shards) == want, (size, shards)
+    assert padded_size(GPT2_VOCAB, 4) == padded_size(GPT2_VOCAB, 64) == 50304
+    assert padded_size(2048, 8) == 2048
+
+
+def rows_of(mesh_shape, layout, size=None, whole_groups=True, vocab=130):
+    batch, v = dims(batch=4, vocab=vocab)
+    impl = MeshRunner(mesh_shape, layout).impl
+    return Rows(impl, mtf.Shape([v, batch]), v, size, whole_groups)
+
+
+def test_rows_of_a_layout():
+    rows = rows_of("", "")
+    assert (rows.group, rows.n_groups, rows.entries, rows.mesh_axis, rows.gathered_axis) == (3, 44, 130, None, None)
+    rows = rows_of("x:2,y:2", "batch:x,vocab:y")  # 65 entries cut through groups of 3
+    assert (rows.entries, rows.mesh_axis, rows.gathered_axis) == (65, None, 1)
+    rows = rows_of("x:2,y:2", "batch:x,vocab:y", whole_groups=False)
+    assert (rows.mesh_axis, rows.gathered_axis) == (1, None)
+    rows = rows_of("x:2", "vocab:x", vocab=132)
+    assert (rows.group, rows.n_groups, rows.entries, rows.mesh_axis, rows.gathered_axis) == (3, 44, 66, 0, None)
+    rows = rows_of("x:4", "vocab:x", size=37, vocab=40)  # the last of four shards has 3 entries of padding
+    assert (rows.size, rows.group, rows.n_groups, rows.entries) == (37, 1, 37, 10)
+    assert rows_of("x:4", "batch:x").mesh_axis is None
+
+
+def test_rows_and_back():
+    rows = rows_of("", "")
+    x = np.arange(130 * 4, dtype=np.float32).reshape(130, 4)
+
+    def there_and_back(x):
+        flat = rows.to_rows(x)
+        return flat, rows.from_rows(flat), rows.grouped(flat)
+
+    flat, back, grouped = on_tensors(there_and_back, x)
+    np.testing.assert_array_equal(flat, x.T)
+    np.testing.assert_array_equal(back, x)
+    assert grouped.shape == (4, 44, 3)
+    np.testing.assert_array_equal(grouped.reshape(4, -1), np.pad(x.T, [(0, 0), (0, 2)]))
+
+
+# --- Draws from weights --------------------------------------------------------------
+
+
+def uniforms(rng, *shape):
+    """Multiples of 2**-24 in [0, 1), as float32, both ends among them."""
+    u = rng.integers(0, 2**24, shape)
+    u.flat[:2] = 0, 2**24 - 1
+    return (u * 2.0**-24).astype(np.float32)
+
+
+def expected(weights, u1, u2):
+    """reference.two_level_draw, row by row; u [rows] or [rows, samples]."""
+    draw = np.vectorize(reference.two_level_draw, signature="(v),(),()->()")
+    if u1.ndim == 2:
+        weights = weights[:, None]
+    return draw(weights.astype(np.float64), u1, u2)
+
+
+def draw_all(cases, runner=None):
+    """grouped_draw of each (weights [rows, V], u1, u2), in one graph.
+
+    u is [rows], or [rows, samples] for many draws from a row.
+    """
+    flat = [array for case in cases for array in case]
+
+    def build(mesh, *holders):
+        outs = []
+        for w, u1, u2 in zip(holders[::3], holders[1::3], holders[2::3], strict=True):
+            b, v = dims(batch=w.shape[0], vocab=w.shape[1])
+            s = None if len(u1.shape) == 1 else mtf.Dimension("samples", u1.shape.as_list()[1])
+            rows = [b] if s is None else [b, s]
+            outs.append(grouped_draw(imp(mesh, w, b, v), imp(mesh, u1, *rows), imp(mesh, u2, *rows), v, s))
+        return outs
+
+    return (runner or MeshRunner())(build, *flat)
+
+
+def sparse_weights(rng, rows, size):
+    """Likelihoods of Gaussian logits, small integers and mostly zeros, a third of the rows each."""
+    w = np.exp(2 * rng.normal(size=(rows, size)))
+    w[1::3] = rng.integers(0, 16, w[1::3].shape)
+    w[2::3] *= rng.random(w[2::3].shape) < 0.05
+    w[:, -1] = np.maximum(w[:, -1], 0.25)  # no row without mass
+    return w.astype(np.float32)
+
+
+SPLITS = (
+    MeshRunner("x:2", "vocab:x"),
+    MeshRunner("x:4", "vocab:x"),
+    MeshRunner("x:8", "vocab:x"),
+    MeshRunner("x:2,y:4", "batch:x,vocab:y"),
+    MeshRunner("x:2", "batch:x"),
+)
+
+
+def test_draw_is_the_reference_on_every_layout():
+    """4,096 rows, index by index: against float64, and bit for bit between layouts."""
+    rng = np.random.default_rng(7)
+    case = sparse_weights(rng, 4096, 256), uniforms(rng, 4096), uniforms(rng, 4096)
+    (single,) = draw_all([case])
+    assert single.dtype == np.int32
+    np.testing.assert_array_equal(single, expected(*case))
+    assert np.all(np.take_along_axis(case[0], single[:, None], 1) > 0)
+    for runner in SPLITS:
+        np.testing.assert_array_equal(draw_all([case], runner)[0], single, err_msg=repr(runner))
+
+
+def test_draw_where_the_layout_cuts_groups():
+    """130 entries make groups of 3, and 65 lie on a shard; 72 make groups of 2, and 9 lie on one of 8."""
+    rng = np.random.default_rng(8)
+    assert group_size(130) == 3 and group_size(72) == 2
+    cases = [(sparse_weights(rng, 1024, size), uniforms(rng, 1024), uniforms(rng, 1024)) for size in (130, 72)]
+    many = sparse_weights(rng, 8, 130), uniforms(rng, 8, 100), uniforms(rng, 8, 100)
+    want = [expected(*case) for case in (*cases, many)]
+    for g, w in zip(draw_all([*cases, many], MeshRunner("x:2", "vocab:x")), want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    (got,) = draw_all([cases[1]], MeshRunner("x:8", "vocab:x"))
+    np.testing.assert_array_equal(got, want[1])
+
+
+def test_draw_from_every_small_vocabulary():
+    """1 to 70 entries: from one group of one entry to 35 groups of two."""
+    rng = np.random.default_rng(9)
+    cases = [(sparse_weights(rng, 40, size), uniforms(rng, 40), uniforms(rng, 40)) for size in range(1, 71)]
+    for case, got in zip(cases, draw_all(cases), strict=True):
+        np.testing.assert_array_equal(got, expected(*case), err_msg=f"{case[0].shape[1]} entries")
+
+
+def test_many_draws_are_the_single_draws():
+    """samples_dim takes other code paths for few and for many samples: the same draws."""
+    rng = np.random.default_rng(10)
+    w = sparse_weights(rng, 8, 256)
+    cases = [(w, uniforms(rng, 8, n), uniforms(rng, 8, n)) for n in (1, 2, GROUPS, GROUPS + 1, 300)]
+    want = [expected(*case) for case in cases]
+    single = [(w.repeat(u1.shape[1], 0), u1.reshape(-1), u2.reshape(-1)) for w, u1, u2 in cases]
+    got = draw_all(cases + single)
+    for many, one_by_one, right in zip(got[:5], got[5:], want, strict=True):
+        np.testing.assert_array_equal(many, right)
+        np.testing.assert_array_equal(one_by_one.reshape(many.shape), right)
+    got = draw_all([cases[1], cases[-1]], MeshRunner("x:2,y:2", "batch:x,vocab:y"))
+    np.testing.assert_array_equal(got[0], want[1])
+    np.testing.assert_array_equal(got[1], want[-1])
+
+
+def test_draw_with_samples_split():
+    rng = np.random.default_rng(11)
+    case = sparse_weights(rng, 4, 128), uniforms(rng, 4, 8), uniforms(rng, 4, 8)
+    (got,) = draw_all([case], MeshRunner("x:2,y:2", "samples:x,vocab:y"))
+    np.testing.assert_array_equal(got, expected(*case))
+    # Along one mesh axis no processor has all that a draw needs: an error, not another index.
+    with pytest.raises(ValueError, match="samples"):
+        draw_all([case], MeshRunner("x:2", "samples:x,vocab:x"))
+
+
+def test_weight_0_is_never_drawn():
+    """At both ends of the uniforms' range, and for zeros at the ends of groups and of the row."""
+    rng = np.random.default_rng(12)
+    w = sparse_weights(rng, 512, 256)
+    w[:, :5], w[:, 8:12], w[:, -6:] = 0, 0, 0
+    w[::2, rng.permutation(256)[:128]] = 0
+    w[np.arange(512), rng.integers(12, 250, 512)] = 1
+    lone = np.eye(64, 256, k=100, dtype=np.float32) * 0.25  # one entry, a mass below 1
+    ends = np.array([0, 1 - 2.0**-24], np.float32)
+    cases = [(w, np.full(512, a, np.float32), np.full(512, b, np.float32)) for a, b in itertools.product(ends, ends)]
+    cases.append((w, *(uniforms(rng, 512, 200) for _ in range(2))))
+    cases.append((lone, *(uniforms(rng, 64, 200) for _ in range(2))))
+    for (weights, u1, u2), got in zip(cases, draw_all(cases), strict=True):
+        columns = got.reshape(len(weights), -1)
+        assert columns.min() >= 0
+        assert np.all(np.take_along_axis(weights, columns, 1) > 0)
+        if u1.ndim == 1:
+            np.testing.assert_array_equal(got, expected(weights, u1, u2))
+    np.testing.assert_array_equal(got, np.broadcast_to(100 + np.arange(64)[:, None], got.shape))
+
+
+def test_draw_at_every_scale():
+    """From the smallest normal float32 to the largest, where plain sums under- or overflow."""
+    rng = np.random.default_rng(13)
+    base = rng.integers(0, 16, (600, 130)).astype(np.float32)
+    base[:, 70] = 9
+    cases = [(base * np.float32(2.0**e), uniforms(rng, 600), uniforms(rng, 600)) for e in (-126, -100, 0, 100, 124)]
+    real = 0.1 + 0.9 * rng.random((600, 130))
+    for scale in (1.2e-37, 3e-30, 1.0, 3e38):
+        cases.append(((real * scale).astype(np.float32), uniforms(rng, 600), uniforms(rng, 600)))
+    # All magnitudes in one row. (A group 2**127 below the largest may go unseen by a
+    # uniform of exactly 0, which has a use for it once in 2**24.)
+    mixed = 10 ** rng.uniform(-37.9, 38.4, (600, 130))
+    cases.append((mixed.astype(np.float32), *(np.maximum(uniforms(rng, 600), np.float32(2**-24)) for _ in range(2))))
+    for case, got in zip(cases, draw_all(cases), strict=True):
+        assert np.isfinite(case[0]).all()
+        np.testing.assert_array_equal(got, expected(*case))
+
+
+def test_draw_in_other_dtypes_and_dims():
+    """bfloat16 and float16 weights are summed in float32; dim may stand anywhere."""
+    rng = np.random.default_rng(14)
+    p, q, v = dims(p=4, q=300, vocab=512)
+    w = (1000 * rng.random((4, 300, 512))).astype(np.float32)  # half a row is more than float16 holds
+    u1, u2 = uniforms(rng, 4, 300), uniforms(rng, 4, 300)
+
+    def build(mesh, w, u1, u2):
+        u1, u2 = imp(mesh, u1, p, q), imp(mesh, u2, p, q)
+        x = imp(mesh, w, p, q, v)
+        orders = [mtf.transpose(x, order) for order in ([p, v, q], [v, p, q], [p, q, v])]
+        halves = [mtf.cast(x, dtype) for dtype in (tf.bfloat16, tf.float16)]
+        rounded = [mtf.cast(half, tf.float32) for half in halves]
+        return rounded + [grouped_draw(x, u1, u2, v) for x in orders + halves]
+
+    *rounded, _, _, _, _, _ = single = MeshRunner()(build, w, u1, u2)
+    flat = [expected(x.reshape(1200, 512), u1.reshape(-1), u2.reshape(-1)) for x in (w, *rounded)]
+    in_float32, in_bfloat16, in_float16 = (x.reshape(4, 300) for x in flat)
+    want = [in_float32] * 3 + [in_bfloat16, in_float16]
+    for got in (single, MeshRunner("x:2,y:2", "p:x,vocab:y")(build, w, u1, u2)):
+        np.testing.assert_array_equal(got[2:], want)
+
+
+INVALID = {1: (9, np.nan), 3: (77, -1.0), 4: (0, np.inf), 6: (129, -np.inf)}
+
+
+@pytest.mark.parametrize("samples", [None, 3, 90])
+def test_invalid_rows(samples):
+    """−1, and only for the rows that are."""
+    rng = np.random.default_rng(15)
+    w = 0.1 + rng.random((10, 130)).astype(np.float32)
+    for row, (column, value) in INVALID.items():
+        w[row, column] = value
+    w[7] = 0  # no mass
+    w[8, :64] = -0.0  # no weight, yet not negative
+    shape = (10,) if samples is None else (10, samples)
+    wide = np.pad(w, [(0, 0), (0, 126)])
+    u1, u2 = uniforms(rng, *shape), uniforms(rng, *shape)
+    want = expected(w, u1, u2)
+    bad = sorted([*INVALID, 7])
+    assert np.all(want[bad] == -1) and np.all(np.delete(want, bad, 0) >= 0)
+    # The second cuts groups, the third does not.
+    np.testing.assert_array_equal(draw_all([(w, u1, u2)])[0], want)
+    np.testing.assert_array_equal(draw_all([(w, u1, u2)], MeshRunner("x:2,y:2", "batch:x,vocab:y"))[0], want)
+    wide_want = expected(wide, u1, u2)
+    np.testing.assert_array_equal(draw_all([(wide, u1, u2)], MeshRunner("x:2,y:2", "batch:x,vocab:y"))[0], wide_want)
+
+
+def test_draw_checks_its_uniforms():
+    batch, time, vocab = dims(batch=4, time=2, vocab=16)
+
+    def build(mesh, *shape):
+        right = mtf.zeros(mesh, [batch])
+        return grouped_draw(mtf.ones(mesh, [batch, vocab]), right, mtf.zeros(mesh, list(shape)), vocab)
+
+    for shape in ([], [time], [batch, time], [vocab]):
+        with pytest.raises(ValueError, match="uniforms of shape"):
+            MeshRunner()(lambda m, shape=shape: build(m, *shape))
+
+
+@pytest.mark.parametrize("size", [0, -1, 17])
+def test_draw_checks_its_size(size):
+    batch, vocab = dims(batch=4, vocab=16)
+
+    def build(mesh, draw, *more):
+        u = mtf.zeros(mesh, [batch])
+        return draw(mtf.zeros(mesh, [batch, vocab]), u, u, vocab, *more, size=size)
+
+    for draw in (grouped_draw, score_draw):
+        with pytest.raises(ValueError, match=f"size={size} of"):
+            MeshRunner()(lambda m, draw=draw: build(m, draw))
+
+
+PADDED = [MeshRunner(shape, "vocab:x") for shape in ("x:2", "x:3", "x:4")]
+
+
+def test_padding_draws_what_no_padding_draws():
+    """37 entries, in groups of 1, over 2, 3 and 4 shards: the weights of padding do not matter, as they are 0."""
+    rng = np.random.default_rng(16)
+    w, u1, u2 = sparse_weights(rng, 512, 37), uniforms(rng, 512), uniforms(rng, 512)
+    many = uniforms(rng, 512, 70), uniforms(rng, 512, 70)
+
+    def draws_of(runner, size):
+        def build(mesh, w, *us):
+            b, v, s = dims(batch=512, vocab=size, samples=70)
+            w = imp(mesh, tf.pad(w, [[0, 0], [0, size - 37]]), b, v)
+            one, more = (imp(mesh, u, b) for u in us[:2]), (imp(mesh, u, b, s) for u in us[2:])
+            return [grouped_draw(w, *one, v, size=37), grouped_draw(w, *more, v, s, size=37)]
+
+        return runner(build, w, u1, u2, *many)
+
+    want = draws_of(MeshRunner(), 37)
+    np.testing.assert_array_equal(want[0], expected(w, u1, u2))
+    for runner in PADDED:
+        size = padded_size(37, runner.impl.size)
+        assert size > 37
+        for got, right in zip(draws_of(runner, size), want):
+            np.testing.assert_array_equal(got, right, err_msg=str(runner))
+    for got, right in zip(draws_of(MeshRunner(), 111), want):  # whole groups of padding
+        np.testing.assert_array_equal(got, right)
+
+
+# --- Weights in integers ---------------------------------------------------------------
+
+
+def test_exact_softmax_weights():
+    steps = -np.arange(2**13) * 2.0**-24
+    z = np.concatenate([-np.linspace(0, 95, 400001), steps, -(10 ** np.linspace(-40, 2, 5001)), [-np.inf, LOWEST]])
+    z = -np.sort(-z.astype(np.float32))
+    w = on_tensors(exact.softmax_weights, z)
+    assert_same_bits(on_tensors(exact.softmax_weights, z, jit=True), w)
+    right = np.exp(z.astype(np.float64))
+    live = z > -87.3
+    assert np.abs(w[live] / right[live] - 1).max() < 2**-22
+    assert np.all(w[z < -87.4] == 0) and np.all(w[z == 0] == 1)
+    assert np.all(np.diff(w) <= 0)
+    assert w[live].min() >= np.finfo(np.float32).tiny  # none that a backend may flush to 0
+
+
+def exact_entmax(z, alpha, jit=False, runner=None):
+    """exact.entmax_weights of z [rows, V], alpha [rows]; a runner splits V along its mesh."""
+    impl = ONE_DEVICE if runner is None else runner.impl
+    epsilon = (np.float32(alpha) - np.float32(1))[:, np.newaxis]
+    axes = list(range(impl.ndims))
+
+    def weights(z, epsilon):
+        like = impl.LaidOutTensor.from_tensor_list
+        z, epsilon = like(tf.split(z, impl.size, 1)), like([epsilon] * impl.size)
+        w = exact.entmax_weights(impl, z, epsilon, lambda x: impl.allreduce(x, axes, "SUM") if axes else x)
+        return tf.concat(w.tensor_list, 1)
+
+    if runner is None:
+        return on_tensors(weights, z, epsilon, jit=jit)
+    with tf.Graph().as_default():
+        fetch = weights(tf.constant(z), tf.constant(epsilon))
+        with tf.Session(config=tf.ConfigProto(device_count={"CPU": impl.size})) as session:
+            return session.run(fetch)
+
+
+ALPHAS = np.array([1, 1 + 2**-23, 1.001, 1.05, 1.3, 1.5, 1.9, 2], np.float32)
+
+
+def from_largest(x):
+    x = np.float32(x)
+    return x - x.max(-1, keepdims=True)
+
+
+def gaussians(rng, spreads, size):
+    return np.float32([s * rng.normal(size=size) for s in spreads])
+
+
+def odd_scores(rng, size):
+    """[7, size]: ties, all equal, one-hot, two levels, masked, −inf in places, and one that stands out."""
+    x = gaussians(rng, [2, 0, 1, 0, 1, 2, 1], size)
+    x[0] = np.round(8 * x[0]) / 8
+    x[2] = LOWEST
+    x[2, size // 3] = 0
+    x[3, size // 2 :] = -1e-5
+    x[4, 40:] = LOWEST
+    x[5, rng.random(size) < 0.5] = -np.inf
+    x[6, -1] += 40
+    return from_largest(x)
+
+
+def with_alphas(x, alphas):
+    """Each row of x with each α: scores and α, both by rows."""
+    return np.repeat(x, len(alphas), 0), np.tile(np.float32(alphas), len(x))
+
+
+def check_entmax_weights(z, alpha, want_few):
+    """Against float64; and the same bits in every way of computing them.
+
+    A weight may be wrong by 2⁻²³ of its argument, so by that times p^(2 − α).
+    """
+    size = z.shape[1]
+    few = (1 - (alpha - 1)[:, np.newaxis] * np.minimum(-z.astype(np.float64), 127) > 0).sum(1).max()
+    assert (few < exact._CANDIDATES) == want_few
+    w = exact_entmax(z, alpha)
+    p = w.astype(np.float64) / w.sum(1, dtype=np.float64, keepdims=True)
+    for i in range(len(z)):
+        right = reference.entmax(np.maximum(z[i].astype(np.float64), -1e9), float(alpha[i]))
+        slope = np.where(right > 0, right, 0) ** (2 - float(alpha[i])) * (right > 0)
+        assert np.abs(p[i] - right).sum() < 1e-7 + 2**-23 * slope.sum(), (i, alpha[i])
+        assert np.all(p[i][np.isneginf(z[i])] == 0)
+    assert_same_bits(exact_entmax(z, alpha, jit=True), w)
+    order = np.random.default_rng(17).permutation(size)
+    assert_same_bits(exact_entmax(z[:, order], alpha), w[:, order])
+    padded = np.pad(z, [(0, 0), (0, -size % 4)], constant_values=-np.inf)
+    assert_same_bits(exact_entmax(padded, alpha, runner=MeshRunner("x:4", "vocab:x"))[:, :size], w)
+    return w
+
+
+def test_exact_entmax_of_a_small_vocabulary():
+    """No more than 2·_CANDIDATES entries are all looked at."""
+    rng = np.random.default_rng(18)
+    z = np.concatenate([from_largest(gaussians(rng, [0.01, 0.3, 1, 3], 500)), odd_scores(rng, 500)])
+    z, alpha = with_alphas(z, ALPHAS)
+    w = check_entmax_weights(z, alpha, True)
+    one_hot = z[:, 500 // 3] - np.sort(z, 1)[:, -2] > 1e9
+    assert one_hot.sum() == len(ALPHAS) and np.all(w[one_hot].sum(1) == 1) and np.all(w[one_hot].max(1) == 1)
+
+
+def test_exact_entmax_of_a_large_vocabulary(monkeypatch):
+    """Its threshold is looked for among _CANDIDATES entries, or among all: the same bits."""
+    rng = np.random.default_rng(19)
+    narrow = with_alphas(from_largest(gaussians(rng, [2, 3, 6], GPT2_VOCAB)), [1.3, 1.5, 1.9, 2])
+    few = check_entmax_weights(*narrow, True)
+    spreads = [2, 1, 3, 2, 0.1, 0.05, 0.02, 0.05]
+    wide = from_largest(gaussians(rng, spreads, GPT2_VOCAB)), ALPHAS
+    many = check_entmax_weights(*wide, False)
+    check_entmax_weights(odd_scores(rng, GPT2_VOCAB), np.float32([1.3, 2, 1.5, 1.9, 1, 1.001, 1.05]), False)
+    monkeypatch.setattr(exact, "_CANDIDATES", GPT2_VOCAB)
+    assert_same_bits(exact_entmax(*narrow), few)
+    assert_same_bits(exact_entmax(*wide), many)
+
+
+# --- Draws from scores: how near the fast weights are to the exact ones --------------------
+
+
+def score_build(size, padded=None):
+    """score_draw of (scores [rows, size], u1, u2, and α for entmax), for Program."""
+
+    def build(mesh, scores, u1, u2, *alpha):
+        b, v = dims(batch=scores.shape.as_list()[0], vocab=padded or size)
+        scores = tf.pad(scores, [[0, 0], [0, v.size - size]], constant_values=-np.inf)
+        alpha = [imp(mesh, a, b) for a in alpha] or [None]
+        return score_draw(imp(mesh, scores, b, v), imp(mesh, u1, b), imp(mesh, u2, b), v, *alpha, size=size)
+
+    return build
+
+
+@contextlib.contextmanager
+def margins(value):
+    """Programs that are made in here have these margins: at 2.0 every draw is in doubt, at 0.0 none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draws, "SOFTMAX_MARGIN", value)
+        patch.setattr(draws, "ENTMAX_MARGIN", value)
+        yield
+
+
+@contextlib.contextmanager
+def opened_up(again, **replacements):
+    """score_draw is made with parts replaced, and so that it always draws again, or never does."""
+    cond = tf.cond
+
+    def taken(doubt, yes, no):
+        return (yes if again else no)() if yes.__name__ == "draw_again" else cond(doubt, yes, no)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf, "cond", taken)
+        for name, function in replacements.items():
+            patch.setattr(draws, name, function)
+        yield
+
+
+def lowered(build, *tensors):
+    """build on one device, within a graph or function."""
+    mesh = mtf.Mesh(mtf.Graph(), "mesh")
+    out = build(mesh, *tensors)
+    lowering = mtf.Lowering(mesh.graph, {mesh: ONE_DEVICE}, autostack=False)
+    return tf.nest.map_structure(lowering.export_to_tf_tensor, out)
+
+
+def cumulative(scores, *alpha, exactly, jit=False):
+    """The cumulative sums that score_draw goes by, of all groups: [rows, groups] and [rows, groups, group].
+
+    Without `exactly`, also how near to a border it doubts: [rows] and [rows, groups].
+    """
+    search, sums, doubts = draws._search, [], []
+
+    def note(weights, which, u, margin=None):
+        sums.append(draws._cdf(weights)[0])
+        doubts.append(margin)
+        return search(weights, which, u, margin)
+
+    def fetch(*tensors):
+        del sums[:], doubts[:]
+        lowered(score_build(scores.shape[1]), *tensors)
+        return sums[2:] if exactly else sums + doubts  # drawing again comes second
+
+    u = np.zeros(len(scores), np.float32)
+    with opened_up(again=exactly, _search=note):
+        groups, entries, *doubts = on_tensors(fetch, scores, u, u, *alpha, jit=jit)
+    return groups[:, 0], entries, *([doubts[0][:, 0], doubts[1]] if doubts else [])
+
+
+def largest_gap(scores, *alpha):
+    """How far fast sums are from the exact ones, at the most, as a part of what doubt allows."""
+    right = [x.astype(np.float64) for x in cumulative(scores, *alpha, exactly=True)]
+    worst = 0
+    for jit in (False, True):
+        found = [x.astype(np.float64) for x in cumulative(scores, *alpha, exactly=False, jit=jit)]
+        groups, entries, row_doubt, group_doubt = found
+        row, group = groups[:, -1:], entries[..., -1]
+        gap = np.abs(groups / row - right[0] / right[0][:, -1:]) * row
+        worst = max(worst, (gap.max(1) / row_doubt).max())
+        # a group with less mass than that is in doubt already for being drawn
+        live = group > row_doubt[:, np.newaxis]
+        total = [np.where(live, g, 1)[..., np.newaxis] for g in (group, right[1][..., -1])]
+        gap = (np.abs(entries / total[0] - right[1] / total[1]) * total[0]).max(-1)
+        worst = max(worst, (gap[live] / group_doubt[live]).max())
+    return worst
+
+
+def hard_rows(rng, rows, size):
+    """Gaussian of any width, few values in blocks or at random, ramps, ties at entmax's threshold, a value a group."""
+    x = np.zeros((rows, size))
+    group = group_size(size)
+    for i in range(rows):
+        width, kind = 10 ** rng.uniform(-7, 1.5), i % 6
+        if kind == 0:
+            x[i] = width * rng.normal(size=size)
+        elif kind == 1:
+            x[i] = np.repeat(-width * rng.random(4), -(-size // 4))[:size]
+        elif kind == 2:
+            x[i] = rng.choice(-width * rng.random(rng.integers(2, 20)), size)
+        elif kind == 3:
+            x[i] = -width * np.arange(size) / size
+        elif kind == 4:
+            x[i] = -1 / rng.choice([1, 0.9, 0.5, 0.3]) + rng.integers(-20, 40, size) * 2.0**-24
+            x[i, rng.integers(0, size, rng.integers(1, 20))] = 0
+        else:
+            x[i] = np.repeat(-width * rng.random(-(-size // group)), group)[:size]
+    return from_largest(x)
+
+
+@pytest.mark.parametrize("size, rows", [(37, 600), (1000, 600), (GPT2_VOCAB, 24)])
+def test_softmax_margin(size, rows):
+    """Twice what is seen, on rows made to be hard."""
+    rng = np.random.default_rng(20)
+    spreads = [0.05, 1, 2, 3, 6] if size == GPT2_VOCAB else [0.3] * 20 + [2] * 20 + [5] * 20
+    z = [hard_rows(rng, rows, size), from_largest(gaussians(rng, spreads, size)), odd_scores(rng, size)]
+    gap = largest_gap(np.concatenate(z))
+    print(f"{size}: {gap:.2f} of the margin")
+    assert gap < 0.5
+
+
+@pytest.mark.parametrize("size, rows", [(37, 600), (1000, 300), (GPT2_VOCAB, 18)])
+def test_entmax_margin(size, rows):
+    rng = np.random.default_rng(21)
+    spreads = [0.02, 0.5, 2, 3] if size == GPT2_VOCAB else [0.01] * 20 + [0.3] * 20 + [2] * 20
+    z = [hard_rows(rng, rows, size), from_largest(gaussians(rng, spreads, size)), odd_scores(rng, size)]
+    z = np.concatenate(z)
+    alpha = rng.permutation(np.resize(np.append(ALPHAS, [1.0001, 1.02, 1.1, 1.7, 1.95, 1.99]), len(z)))
+    gap = largest_gap(z, np.float32(alpha))
+    print(f"{size}: {gap:.2f} of the margin")
+    assert gap < 0.5
+
+
+def mixed_rows(rng, rows, size):
+    odd = odd_scores(rng, size)
+    hard = hard_rows(rng, rows // 3, size)
+    return np.concatenate([odd, hard, from_largest(gaussians(rng, rng.uniform(0.05, 4, rows - rows // 3 - 7), size))])
+
+
+def mixed_alphas(rng, rows):
+    return np.float32(rng.choice(np.append(ALPHAS, [1.02, 1.1, 1.3, 1.3, 1.5, 1.7, 1.99]), rows))
+
+
+def near_borders(rng, scores, *alpha, passes, away=0.0):
+    """Uniforms [2, passes, rows] that decide between neighbours, at one level or the other.
+
+    A border of the exact sums, or as far from one as a normal number times
+    `away`, as the nearest float32, the one above or below it, or 2**-24 away.
+    """
+    groups, entries = cumulative(scores, *alpha, exactly=True)
+    groups, entries = groups.astype(np.float64), entries.astype(np.float64)
+
+    def border(sums, u):
+        """Either end of what u draws, as a part of all."""
+        sums = np.pad(sums, [(0, 0), (1, 0)])
+        drawn = (sums[:, 1:] <= (u * sums[:, -1])[:, np.newaxis]).sum(1)
+        ends = drawn + rng.integers(0, 2, len(u))
+        u = sums[np.arange(len(u)), ends] / sums[:, -1] + away * rng.normal(size=len(u))
+        u = np.float32(np.clip(u, 0, 1))
+        grid = np.float32(2**-24)
+        beside = [u, np.nextafter(u, np.float32(2)), np.nextafter(u, np.float32(-1)), u + grid, u - grid]
+        return np.choose(rng.integers(0, 5, len(u)), beside)
+
+    out = []
+    for u1, u2 in rng.random((passes, 2, len(scores))):
+        group = (groups <= (u1 * groups[:, -1])[:, np.newaxis]).sum(1)
+        ends = np.take_along_axis(np.pad(groups, [(0, 0), (1, 0)]), group[:, np.newaxis] + [0, 1], 1)
+        middle = ends.mean(1) / groups[:, -1]
+        entry_border = border(entries[np.arange(len(group)), group], u2)
+        at_groups = rng.random(len(group)) < 0.3
+        out.append(np.where(at_groups, [border(groups, u1), u2], [middle, entry_border]))
+    return np.clip(np.stack(out, 1), 0, 1 - 2.0**-24).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "size, distinct, copies, passes, entmax",
+    [
+        (37, 512, 16, 24, False),
+        (37, 512, 8, 16, True),
+        (1000, 128, 16, 16, False),
+        (1000, 64, 8, 10, True),
+        (GPT2_VOCAB, 16, 2, 10, False),
+        (GPT2_VOCAB, 12, 2, 10, True),
+    ],
+)
+def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax):
+    """300,000 draws with each backend, all within a few margins of a border."""
+    rng = np.random.default_rng(22)
+    z = mixed_rows(rng, distinct, size)
+    alpha = [mixed_alphas(rng, distinct)] if entmax else []
+    away = (draws.ENTMAX_MARGIN if entmax else draws.SOFTMAX_MARGIN) / 2
+    u = near_borders(rng, z, *alpha, passes=passes * copies, away=away)
+
+    def from_weights(mesh, w, u1, u2):
+        b, v, s = dims(batch=distinct, vocab=size, samples=passes * copies)
+        return grouped_draw(imp(mesh, w, b, v), imp(mesh, u1, b, s), imp(mesh, u2, b, s), v, s)
+
+    weights = exact_entmax(z, *alpha) if entmax else on_tensors(exact.softmax_weights, z)
+    want = MeshRunner()(from_weights, weights, *u.transpose(0, 2, 1)).T.reshape(passes, copies * distinct)
+    u = u.reshape(2, passes, copies * distinct)
+    z, alpha = np.tile(z, (copies, 1)), [np.tile(a, copies) for a in alpha]
+    draw, seen = draws._draw, []
+
+    def note(*args):
+        seen.append(draw(*args))
+        return seen[-1]
+
+    def tokens_and_doubts(*tensors):
+        seen.clear()
+        token = lowered(score_build(size), *tensors)
+        return token, seen[0][1].tensor_list[0][:, 0]
+
+    for jit in (False, True):
+        doubted, fast_is_other = 0, 0
+        with opened_up(again=False, _draw=note), quiet_logging():
+            function = tensorflow.function(tokens_and_doubts, jit_compile=jit, autograph=False)
+            for u1, u2, right in zip(*u, want):
+                token, doubt = (t.numpy() for t in function(*map(tf.constant, (z, u1, u2, *alpha))))
+                np.testing.assert_array_equal(token[doubt == 0], right[doubt == 0])
+                doubted += (doubt > 0).mean() / passes
+                fast_is_other += (token != right).mean() / passes
+        print(f"{size}, {'XLA' if jit else 'plain'}: {doubted:.2f} in doubt, {fast_is_other:.3f} would be wrong")
+        assert 0.2 < doubted < 0.99
+        assert fast_is_other > 0
+
+
+# --- Draws from scores: the same everywhere -----------------------------------------------
+
+
+class OnXla:
+    """As helpers_model.Program, on one device and compiled by XLA."""
+
+    def __init__(self, build, inputs):
+        probe_devices()
+        with quiet_logging():
+            function = tensorflow.function(functools.partial(lowered, build), jit_compile=True, autograph=False)
+            self._function = function.get_concrete_function(*(tf.TensorSpec(shape, dtype) for dtype, shape in inputs))
+
+    def __call__(self, *arrays):
+        return self._function(*map(tf.constant, arrays)).numpy()
+
+    def __repr__(self):
+        return "XLA"
+
+
+LAYOUTS = [MeshRunner(shape, "vocab:x") for shape in ("x:2", "x:4", "x:8")]
+LAYOUTS.append(MeshRunner("x:2,y:2", "batch:x,vocab:y"))
+
+
+def ways_to_draw(size, rows, entmax, padded=True):
+    """score_draw on one device, and then (what, program) for every other way."""
+    inputs = [(tf.float32, (rows, size))] + [(tf.float32, (rows,))] * (3 if entmax else 2)
+    others = [("XLA", OnXla(score_build(size), inputs))]
+    with margins(2.0):
+        others.append(("integers", Program(score_build(size), inputs)))
+        others.append(("integers under XLA", OnXla(score_build(size), inputs)))
+    for runner in LAYOUTS:
+        shards = runner.impl.shape[-1].size
+        build = score_build(size, padded_size(size, shards) if padded else None)
+        others.append((str(runner), Program(build, inputs, runner=runner)))
+    return Program(score_build(size), inputs), others
+
+
+@pytest.mark.parametrize(
+    "size, rows, at_borders, anywhere, entmax",
+    [
+        (37, 4096, 8, 4, False),  # padded
+        (37, 512, 8, 4, True),
+        (1000, 512, 8, 4, False),  # cuts through groups of 16
+        (1000, 64, 8, 8, True),
+        (GPT2_VOCAB, 16, 10, 20, False),  # padded
+        (GPT2_VOCAB, 16, 6, 20, True),
+    ],
+)
+def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, entmax):
+    """The same scores, the same token, at 60,000 draws; most as near to a border as float32 goes."""
+    rng = np.random.default_rng(23)
+    if entmax and size == GPT2_VOCAB:  # of small support: others take a second a pass, and have the same code
+        z = from_largest(gaussians(rng, rng.uniform(1.5, 3, rows), size))
+        alpha = [np.float32(rng.choice([1.3, 1.5, 1.9, 2], rows))]
+    else:
+        z = mixed_rows(rng, rows, size)
+        alpha = [mixed_alphas(rng, rows)] if entmax else []
+    u = near_borders(rng, z, *alpha, passes=at_borders)
+    u = np.concatenate([u, uniforms(rng, 2, anywhere, rows)], 1)
+    one, others = ways_to_draw(size, rows, entmax, padded=size != 1000)
+    tokens = np.array([one(z, u1, u2, *alpha) for u1, u2 in zip(*u)])
+    assert tokens.min() >= 0 and len(np.unique(tokens)) > min(size, 100) // 2
+    for what, program in others:
+        got = np.array([program(z, u1, u2, *alpha) for u1, u2 in zip(*u)])
+        np.testing.assert_array_equal(got, tokens, err_msg=what)
+
+
+def test_without_the_protection_backends_differ():
+    """The draws above at margins of 0: some of those at borders are other ones under XLA, and on layouts."""
+    rng = np.random.default_rng(24)
+    z = mixed_rows(rng, 16, GPT2_VOCAB)
+    u = near_borders(rng, z, passes=20)
+    inputs = [(tf.float32, z.shape)] + [(tf.float32, (16,))] * 2
+    with margins(0.0):
+        plain, xla = Program(score_build(GPT2_VOCAB), inputs), OnXla(score_build(GPT2_VOCAB), inputs)
+    right = Program(score_build(GPT2_VOCAB), inputs)
+    tokens = [np.array([program(z, u1, u2) for u1, u2 in zip(*u)]) for program in (plain, xla, right)]
+    differ = [(a != b).mean() for a, b in itertools.combinations(tokens, 2)]
+    print("plain and XLA, plain and exact, XLA and exact:", *(f"{d:.3f}" for d in differ))
+    assert min(differ) > 0.02
+
+
+# --- Draws from scores: what they are -----------------------------------------------------
+
+
+def pooled(counts, probabilities, least=30):
+    """Both by cells that expect at least so many draws; those of probability 0 must have none."""
+    assert not counts[probabilities == 0].any()
+    order = np.argsort(-probabilities, kind="stable")
+    expected = counts.sum() * probabilities[order]
+    cell = np.floor(np.cumsum(expected) / least).astype(int)
+    cell = np.unique(np.minimum(cell, cell.max() - 1), return_inverse=True)[1]  # the last may be short
+    return np.bincount(cell, counts[order]), np.bincount(cell, probabilities[order])
+
+
+@pytest.mark.parametrize(
+    "size, copies, passes, spreads, alphas",
+    [
+        (37, 4096, 10, [0.3, 1, 2], None),
+        (37, 1024, 20, [0.3, 1, 2], [1.0, 1.3, 2.0]),
+        (GPT2_VOCAB, 32, 100, [2.0], None),
+        (GPT2_VOCAB, 32, 100, [2.0], [1.3]),
+    ],
+)
+def test_score_draw_follows_the_distribution(size, copies, passes, spreads, alphas):
+    """8 of the p values; 3,200 to 41,000 draws from each distribution."""
+    rng = np.random.default_rng(25)
+    z = from_largest(gaussians(rng, spreads, size))
+    probabilities = [reference.entmax(x, a) for x, a in zip(z.astype(np.float64), alphas or [1] * len(z))]
+    arrays = [np.repeat(x, copies, 0) for x in (z, *([np.float32(alphas)] if alphas else []))]
+    rows = len(arrays[0])
+    inputs = [(tf.float32, (rows, size))] + [(tf.float32, (rows,))] * (3 if alphas else 2)
+    program = Program(score_build(size), inputs)
+    tokens = [program(arrays[0], u1, u2, *arrays[1:]) for u1, u2 in zip(*uniforms(rng, 2, passes, rows))]
+    tokens = np.reshape(tokens, (passes, len(z), copies))
+    p_values = [
+        chi_square_p(*pooled(np.bincount(tokens[:, i].ravel(), minlength=size), p))
+        for i, p in enumerate(probabilities)
+    ]
+    print("p", *(f"{p:.3f}" for p in p_values))
+    assert min(p_values) > FALSE_ALARM
+
+
+def test_entries_of_no_probability_are_not_drawn():
+    """−inf, masked, far below, and outside entmax's support, at both ends of the uniforms' range."""
+    rng = np.random.default_rng(26)
+    z = gaussians(rng, [2] * 96, 130)
+    z[::3, :7], z[::3, -7:] = -np.inf, LOWEST
+    z[1::3, rng.permutation(130)[:100]] = -200
+    z[2::3, rng.permutation(130)[:128]] = LOWEST
+    z = from_largest(z)
+    ends = np.array([0, 1 - 2.0**-24], np.float32)
+    u = np.concatenate([np.repeat([*itertools.product(ends, ends)], 96, 0).reshape(4, 96, 2).transpose(2, 0, 1),
+                        uniforms(rng, 2, 40, 96)], 1)  # fmt: skip
+    alpha = np.float32(rng.choice([1.3, 1.5, 2], 96))
+    threshold = np.array([reference.entmax(np.maximum(x, -1e9), float(a)) for x, a in zip(np.float64(z), alpha)])
+    inputs = [(tf.float32, z.shape)] + [(tf.float32, (96,))] * 3
+    programs = {"softmax": Program(score_build(130), inputs[:3]), "entmax": Program(score_build(130), inputs)}
+    for u1, u2 in zip(*u):
+        token = programs["softmax"](z, u1, u2)
+        assert token.min() >= 0 and np.take_along_axis(z, token[:, np.newaxis], 1).min() > -88
+        token = programs["entmax"](z, u1, u2, alpha)
+        assert token.min() >= 0 and np.take_along_axis(threshold, token[:, np.newaxis], 1).min() > 0
+
+
+INVALID_SCORES = {1: (0, np.nan), 3: (129, np.nan), 4: (77, np.inf), 6: (64, 1e-6), 8: (slice(None), -np.inf)}
+INVALID_ALPHAS = {2: 1 - 2.0**-24, 5: 2 + 2.0**-22, 7: np.nan, 9: -np.inf}
+
+
+@pytest.mark.parametrize("margin", [None, 2.0])
+def test_invalid_rows_of_scores(margin):
+    """−1, and only for them, in doubt and out of it; the others draw what they draw without them."""
+    rng = np.random.default_rng(27)
+    good = from_largest(gaussians(rng, [2] * 12, 130))
+    bad, alpha = good.copy(), np.full(12, 1.3, np.float32)
+    for row, (column, value) in INVALID_SCORES.items():
+        bad[row, column] = value
+    bad_alpha = alpha.copy()
+    bad_alpha[list(INVALID_ALPHAS)] = list(INVALID_ALPHAS.values())
+    u1, u2 = uniforms(rng, 2, 12)
+    for more, bad_more, invalid in (
+        ([], [], [*INVALID_SCORES]),
+        ([alpha], [bad_alpha], [*INVALID_SCORES, *INVALID_ALPHAS]),
+    ):
+        inputs = [(tf.float32, (12, 130))] + [(tf.float32, (12,))] * (2 + len(more))
+        with margins(margin) if margin else contextlib.nullcontext():
+            programs = [Program(score_build(130), inputs), OnXla(score_build(130), inputs)]
+            for runner in (LAYOUTS[1], LAYOUTS[3]):
+                for padded in (132, padded_size(130, 4)):  # the first cuts through groups
+                    programs.append(Program(score_build(130, padded), inputs, runner=runner))
+        want = programs[0](good, u1, u2, *more)
+        assert want.min() >= 0
+        want[invalid] = -1
+        for program in programs:
+            np.testing.assert_array_equal(program(bad, u1, u2, *bad_more), want)
+
+
+def test_a_dim_and_rows_split_alike():
+    """No processor has all that a draw needs: an error that says so, and which dims."""
+    b, v, s = dims(batch=8, vocab=64, samples=8)
+
+    def weights(mesh):
+        u = mtf.zeros(mesh, [b, s])
+        return grouped_draw(mtf.ones(mesh, [b, v]), u, u, v, s)
+
+    def scores(mesh):
+        u = mtf.zeros(mesh, [b])
+        return score_draw(mtf.zeros(mesh, [b, v]), u, u, v)
+
+    with pytest.raises(ValueError, match="splits both vocab and samples along mesh axis x"):
+        MeshRunner("x:2", "vocab:x,samples:x")(weights)
+    with pytest.raises(ValueError, match="batch|vocab"):
+        MeshRunner("x:2", "vocab:x,batch:x")(scores)
+
+
+def test_score_draw_takes_float32_alone():
+    b, v = dims(batch=8, vocab=64)
+
+    def build(mesh):
+        u = mtf.zeros(mesh, [b])
+        return score_draw(mtf.zeros(mesh, [b, v], tf.bfloat16), u, u, v)
+
+    with pytest.raises(ValueError, match="scores of dtype bfloat16; float32 is needed"):
+        MeshRunner()(build)
