@@ -3,7 +3,7 @@
 Building a graph costs more than running it, so a test puts its cases into one.
 
 Statistical tests are of draws at fixed seeds: they always pass or always fail.
-Each of their 10 p values is refused at FALSE_ALARM, so right draws would fail
+Each of their 8 p values is refused at FALSE_ALARM, so right draws would fail
 anywhere at less than one choice of seeds in 100,000.
 """
 
@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
+from conftest import DEVICES, MeshRunner, dims
 from helpers_model import Program
 from test_utils import chi_square_p
 
@@ -389,7 +389,9 @@ def exact_entmax(z, alpha, jit=False, runner=None):
         return on_tensors(weights, z, epsilon, jit=jit)
     with tf.Graph().as_default():
         fetch = weights(tf.constant(z), tf.constant(epsilon))
-        with tf.Session(config=tf.ConfigProto(device_count={"CPU": impl.size})) as session:
+        options = tf.ConfigProto(device_count={"CPU": DEVICES})
+        options.graph_options.rewrite_options.disable_meta_optimizer = True  # it takes longer than all else
+        with tf.Session(config=options) as session:
             return session.run(fetch)
 
 
@@ -459,12 +461,12 @@ def test_exact_entmax_of_a_small_vocabulary():
 def test_exact_entmax_of_a_large_vocabulary(monkeypatch):
     """Its threshold is looked for among _CANDIDATES entries, or among all: the same bits."""
     rng = np.random.default_rng(19)
-    narrow = with_alphas(from_largest(gaussians(rng, [2, 3, 6], GPT2_VOCAB)), [1.3, 1.5, 1.9, 2])
+    narrow = with_alphas(from_largest(gaussians(rng, [2, 3], GPT2_VOCAB)), [1.3, 1.5, 1.9, 2])
     few = check_entmax_weights(*narrow, True)
     spreads = [2, 1, 3, 2, 0.1, 0.05, 0.02, 0.05]
-    wide = from_largest(gaussians(rng, spreads, GPT2_VOCAB)), ALPHAS
+    wide = np.concatenate([from_largest(gaussians(rng, spreads, GPT2_VOCAB)), odd_scores(rng, GPT2_VOCAB)])
+    wide = wide, np.append(ALPHAS, np.float32([1.3, 2, 1.5, 1.9, 1, 1.001, 1.05]))
     many = check_entmax_weights(*wide, False)
-    check_entmax_weights(odd_scores(rng, GPT2_VOCAB), np.float32([1.3, 2, 1.5, 1.9, 1, 1.001, 1.05]), False)
     monkeypatch.setattr(exact, "_CANDIDATES", GPT2_VOCAB)
     assert_same_bits(exact_entmax(*narrow), few)
     assert_same_bits(exact_entmax(*wide), many)
@@ -591,7 +593,7 @@ def test_softmax_margin(size, rows):
     assert gap < 0.5
 
 
-@pytest.mark.parametrize("size, rows", [(37, 600), (1000, 300), (GPT2_VOCAB, 18)])
+@pytest.mark.parametrize("size, rows", [(37, 600), (1000, 300), (GPT2_VOCAB, 12)])
 def test_entmax_margin(size, rows):
     rng = np.random.default_rng(21)
     spreads = [0.02, 0.5, 2, 3] if size == GPT2_VOCAB else [0.01] * 20 + [0.3] * 20 + [2] * 20
@@ -652,7 +654,7 @@ def near_borders(rng, scores, *alpha, passes, away=0.0):
         (1000, 128, 16, 16, False),
         (1000, 64, 8, 10, True),
         (GPT2_VOCAB, 16, 2, 10, False),
-        (GPT2_VOCAB, 12, 2, 10, True),
+        (GPT2_VOCAB, 12, 1, 10, True),
     ],
 )
 def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax):
@@ -715,37 +717,21 @@ class OnXla:
         return "XLA"
 
 
-LAYOUTS = [MeshRunner(shape, "vocab:x") for shape in ("x:2", "x:4", "x:8")]
-LAYOUTS.append(MeshRunner("x:2,y:2", "batch:x,vocab:y"))
-
-
-def ways_to_draw(size, rows, entmax, padded=True):
-    """score_draw on one device, and then (what, program) for every other way."""
-    inputs = [(tf.float32, (rows, size))] + [(tf.float32, (rows,))] * (3 if entmax else 2)
-    others = [("XLA", OnXla(score_build(size), inputs))]
-    with margins(2.0):
-        others.append(("integers", Program(score_build(size), inputs)))
-        others.append(("integers under XLA", OnXla(score_build(size), inputs)))
-    for runner in LAYOUTS:
-        shards = runner.impl.shape[-1].size
-        build = score_build(size, padded_size(size, shards) if padded else None)
-        others.append((str(runner), Program(build, inputs, runner=runner)))
-    return Program(score_build(size), inputs), others
-
-
 @pytest.mark.parametrize(
-    "size, rows, at_borders, anywhere, entmax",
+    "size, rows, at_borders, anywhere, entmax, layouts",
     [
-        (37, 4096, 8, 4, False),  # padded
-        (37, 512, 8, 4, True),
-        (1000, 512, 8, 4, False),  # cuts through groups of 16
-        (1000, 64, 8, 8, True),
-        (GPT2_VOCAB, 16, 10, 20, False),  # padded
-        (GPT2_VOCAB, 16, 6, 20, True),
+        (37, 4096, 8, 4, False, ["x:8"]),  # padded
+        (1000, 512, 8, 4, False, ["x:4", "x:2,y:2"]),  # which cut through groups of 16
+        (1000, 32, 8, 8, True, ["x:2"]),
+        (GPT2_VOCAB, 16, 10, 20, False, ["x:2", "x:4", "x:8", "x:2,y:2"]),  # padded
+        (GPT2_VOCAB, 16, 5, 15, True, ["x:2", "x:4", "x:8", "x:2,y:2"]),
     ],
 )
-def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, entmax):
-    """The same scores, the same token, at 60,000 draws; most as near to a border as float32 goes."""
+def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, entmax, layouts):
+    """The same scores, the same token, at 57,000 draws; most as near to a border as float32 goes.
+
+    On one device, under XLA, on layouts, and in integers always.
+    """
     rng = np.random.default_rng(23)
     if entmax and size == GPT2_VOCAB:  # of small support: others take a second a pass, and have the same code
         z = from_largest(gaussians(rng, rng.uniform(1.5, 3, rows), size))
@@ -755,12 +741,20 @@ def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, ent
         alpha = [mixed_alphas(rng, rows)] if entmax else []
     u = near_borders(rng, z, *alpha, passes=at_borders)
     u = np.concatenate([u, uniforms(rng, 2, anywhere, rows)], 1)
-    one, others = ways_to_draw(size, rows, entmax, padded=size != 1000)
-    tokens = np.array([one(z, u1, u2, *alpha) for u1, u2 in zip(*u)])
-    assert tokens.min() >= 0 and len(np.unique(tokens)) > min(size, 100) // 2
-    for what, program in others:
-        got = np.array([program(z, u1, u2, *alpha) for u1, u2 in zip(*u)])
-        np.testing.assert_array_equal(got, tokens, err_msg=what)
+
+    inputs = [(tf.float32, (rows, size))] + [(tf.float32, (rows,))] * (2 + len(alpha))
+    programs = {"one device": Program(score_build(size), inputs), "XLA": OnXla(score_build(size), inputs)}
+    with margins(2.0):
+        programs["integers"] = Program(score_build(size), inputs)
+    for mesh_shape in layouts:
+        runner = MeshRunner(mesh_shape, "batch:x,vocab:y" if "y" in mesh_shape else "vocab:x")
+        padded = None if size == 1000 else padded_size(size, runner.impl.shape[-1].size)
+        programs[mesh_shape] = Program(score_build(size, padded), inputs, runner=runner)
+    tokens = {what: np.array([program(z, u1, u2, *alpha) for u1, u2 in zip(*u)]) for what, program in programs.items()}
+    want = tokens["one device"]
+    assert want.min() >= 0 and len(np.unique(want)) > min(size, 100) // 2
+    for what, got in tokens.items():
+        np.testing.assert_array_equal(got, want, err_msg=what)
 
 
 def test_without_the_protection_backends_differ():
@@ -795,13 +789,13 @@ def pooled(counts, probabilities, least=30):
     "size, copies, passes, spreads, alphas",
     [
         (37, 4096, 10, [0.3, 1, 2], None),
-        (37, 1024, 20, [0.3, 1, 2], [1.0, 1.3, 2.0]),
-        (GPT2_VOCAB, 32, 100, [2.0], None),
-        (GPT2_VOCAB, 32, 100, [2.0], [1.3]),
+        (37, 1024, 20, [2, 1, 0.3], [1.0, 1.3, 2.0]),
+        (GPT2_VOCAB, 32, 100, [2], None),
+        (GPT2_VOCAB, 16, 100, [2], [1.3]),
     ],
 )
 def test_score_draw_follows_the_distribution(size, copies, passes, spreads, alphas):
-    """8 of the p values; 3,200 to 41,000 draws from each distribution."""
+    """8 p values, of 1,600 to 41,000 draws each."""
     rng = np.random.default_rng(25)
     z = from_largest(gaussians(rng, spreads, size))
     probabilities = [reference.entmax(x, a) for x, a in zip(z.astype(np.float64), alphas or [1] * len(z))]
@@ -816,7 +810,7 @@ def test_score_draw_follows_the_distribution(size, copies, passes, spreads, alph
         for i, p in enumerate(probabilities)
     ]
     print("p", *(f"{p:.3f}" for p in p_values))
-    assert min(p_values) > FALSE_ALARM
+    assert np.all(np.array(p_values) > FALSE_ALARM)
 
 
 def test_entries_of_no_probability_are_not_drawn():
@@ -845,32 +839,32 @@ INVALID_SCORES = {1: (0, np.nan), 3: (129, np.nan), 4: (77, np.inf), 6: (64, 1e-
 INVALID_ALPHAS = {2: 1 - 2.0**-24, 5: 2 + 2.0**-22, 7: np.nan, 9: -np.inf}
 
 
-@pytest.mark.parametrize("margin", [None, 2.0])
-def test_invalid_rows_of_scores(margin):
+@pytest.mark.parametrize("entmax", [False, True])
+def test_invalid_rows_of_scores(entmax):
     """−1, and only for them, in doubt and out of it; the others draw what they draw without them."""
     rng = np.random.default_rng(27)
     good = from_largest(gaussians(rng, [2] * 12, 130))
-    bad, alpha = good.copy(), np.full(12, 1.3, np.float32)
+    bad, alphas = good.copy(), np.full((2, 12), 1.3, np.float32)
     for row, (column, value) in INVALID_SCORES.items():
         bad[row, column] = value
-    bad_alpha = alpha.copy()
-    bad_alpha[list(INVALID_ALPHAS)] = list(INVALID_ALPHAS.values())
+    alphas[1, [*INVALID_ALPHAS]] = [*INVALID_ALPHAS.values()]
     u1, u2 = uniforms(rng, 2, 12)
-    for more, bad_more, invalid in (
-        ([], [], [*INVALID_SCORES]),
-        ([alpha], [bad_alpha], [*INVALID_SCORES, *INVALID_ALPHAS]),
-    ):
-        inputs = [(tf.float32, (12, 130))] + [(tf.float32, (12,))] * (2 + len(more))
-        with margins(margin) if margin else contextlib.nullcontext():
-            programs = [Program(score_build(130), inputs), OnXla(score_build(130), inputs)]
-            for runner in (LAYOUTS[1], LAYOUTS[3]):
-                for padded in (132, padded_size(130, 4)):  # the first cuts through groups
-                    programs.append(Program(score_build(130, padded), inputs, runner=runner))
-        want = programs[0](good, u1, u2, *more)
-        assert want.min() >= 0
-        want[invalid] = -1
-        for program in programs:
-            np.testing.assert_array_equal(program(bad, u1, u2, *bad_more), want)
+    inputs = [(tf.float32, (12, 130))] + [(tf.float32, (12,))] * (3 if entmax else 2)
+
+    def programs(*layouts):
+        yield Program(score_build(130), inputs)
+        for runner, padded in layouts:
+            yield Program(score_build(130, padded), inputs, runner=runner)
+
+    cut, whole = (MeshRunner("x:4", "vocab:x"), 132), (MeshRunner("x:2,y:2", "batch:x,vocab:y"), padded_size(130, 2))
+    fast = list(programs(cut, whole))
+    with margins(2.0):
+        exactly = [*programs(cut), OnXla(score_build(130), inputs)]
+    want = fast[0](good, u1, u2, *alphas[: int(entmax)])
+    assert want.min() >= 0
+    want[[*INVALID_SCORES, *(INVALID_ALPHAS if entmax else [])]] = -1
+    for program in fast + exactly:
+        np.testing.assert_array_equal(program(bad, u1, u2, *alphas[1 : 1 + int(entmax)]), want)
 
 
 def test_a_dim_and_rows_split_alike():
