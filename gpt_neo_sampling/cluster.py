@@ -85,8 +85,12 @@ class Cluster:
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         with quiet_stderr():
             session = _Session(self, graph, config)
+        with session.graph.as_default(), tf.device(None):
+            answer = tf.no_op()
         try:
-            present = {d.name for d in self._watched(session.list_devices, seconds=ANSWER_SECONDS)}
+            self._watched(lambda: session.run(answer), seconds=ANSWER_SECONDS)
+            # Not before: while it waits, it lets no other thread of Python run.
+            present = {d.name for d in session.list_devices()}
             for d in devices:
                 if d not in present:
                     raise ClusterError(

@@ -461,7 +461,7 @@ def test_exact_entmax_of_a_small_vocabulary():
 def test_exact_entmax_of_a_large_vocabulary(monkeypatch):
     """Its threshold is looked for among _CANDIDATES entries, or among all: the same bits."""
     rng = np.random.default_rng(19)
-    narrow = with_alphas(from_largest(gaussians(rng, [2, 3], GPT2_VOCAB)), [1.3, 1.5, 1.9, 2])
+    narrow = with_alphas(from_largest(gaussians(rng, [2], GPT2_VOCAB)), [1.3, 1.5, 1.9, 2])
     few = check_entmax_weights(*narrow, True)
     spreads = [2, 1, 3, 2, 0.1, 0.05, 0.02, 0.05]
     wide = np.concatenate([from_largest(gaussians(rng, spreads, GPT2_VOCAB)), odd_scores(rng, GPT2_VOCAB)])
@@ -593,7 +593,7 @@ def test_softmax_margin(size, rows):
     assert gap < 0.5
 
 
-@pytest.mark.parametrize("size, rows", [(37, 600), (1000, 300), (GPT2_VOCAB, 12)])
+@pytest.mark.parametrize("size, rows", [(37, 600), (1000, 300), (GPT2_VOCAB, 6)])
 def test_entmax_margin(size, rows):
     rng = np.random.default_rng(21)
     spreads = [0.02, 0.5, 2, 3] if size == GPT2_VOCAB else [0.01] * 20 + [0.3] * 20 + [2] * 20
@@ -724,7 +724,7 @@ class OnXla:
         (1000, 512, 8, 4, False, ["x:4", "x:2,y:2"]),  # which cut through groups of 16
         (1000, 32, 8, 8, True, ["x:2"]),
         (GPT2_VOCAB, 16, 10, 20, False, ["x:2", "x:4", "x:8", "x:2,y:2"]),  # padded
-        (GPT2_VOCAB, 16, 5, 15, True, ["x:2", "x:4", "x:8", "x:2,y:2"]),
+        (GPT2_VOCAB, 16, 5, 15, True, ["x:4", "x:2,y:2"]),
     ],
 )
 def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, entmax, layouts):
@@ -856,7 +856,8 @@ def test_invalid_rows_of_scores(entmax):
         for runner, padded in layouts:
             yield Program(score_build(130, padded), inputs, runner=runner)
 
-    cut, whole = (MeshRunner("x:4", "vocab:x"), 132), (MeshRunner("x:2,y:2", "batch:x,vocab:y"), padded_size(130, 2))
+    cut = MeshRunner("x:2", "vocab:x"), 130
+    whole = MeshRunner("x:2,y:2", "batch:x,vocab:y"), padded_size(130, 2)
     fast = list(programs(cut, whole))
     with margins(2.0):
         exactly = [*programs(cut), OnXla(score_build(130), inputs)]
