@@ -124,7 +124,7 @@ class Cluster:
     def gone(self, tasks=None):
         """Which tasks, of all or of some, accept no connection."""
         addresses = self.addresses
-        return [t for t in tasks or addresses if not _answers(addresses[t])]
+        return [t for t in (addresses if tasks is None else tasks) if not _answers(addresses[t])]
 
     def _named(self, tasks):
         return ", ".join(f"{t} at {self.addresses[t]}" for t in tasks)
