@@ -105,6 +105,7 @@ tensorflow = _import_tensorflow()
 mtf = _import_mesh_tensorflow()
 
 import tensorflow.compat.v1 as tf  # noqa: E402
+from tensorflow.python.framework.func_graph import FuncGraph  # noqa: E402, F401
 
 # mesh-tensorflow's private names that the library stands on.
 LazyAllreduceSum = mtf.ops.LazyAllreduceSum

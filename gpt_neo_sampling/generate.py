@@ -46,6 +46,7 @@ class _ProgramKey:
     """What a graph is built for: its sizes, and the steps of sampling that it has."""
 
     batch: int
+    prompt_length: int
     length: int  # prompt and new tokens
     greedy: bool
     use_entmax: bool
@@ -94,6 +95,7 @@ class _Program:
             seed=self.seed,
             stream=self.stream,
             prompt_lengths=self.prompt_lengths,
+            max_prompt_length=key.prompt_length,
         )
         lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
         self.tokens = lowering.export_to_tf_tensor(tokens)
@@ -244,12 +246,14 @@ class TextGenerator:
         for begin in range(0, len(rows), MAX_BATCH):
             part = rows[begin : begin + MAX_BATCH]
             limits = [min(max_new_tokens, n_ctx - len(p)) for p in part]
+            prompt_length, length = (
+                round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
+                for longest in (max(map(len, part)), max(len(p) + n for p, n in zip(part, limits)))
+            )
             key = _ProgramKey(
                 batch=round_up(_round_up_batch(len(part)), self.mesh.parts("batch")),
-                length=round_up(
-                    _round_up_length(max(len(p) + n for p, n in zip(part, limits)), n_ctx),
-                    self.mesh.parts("memory_length"),
-                ),
+                prompt_length=prompt_length,
+                length=length,
                 greedy=greedy,
                 use_entmax=use_entmax and not greedy,
                 max_top_k=None if greedy else _round_up_top_k(top_k, n_vocab),

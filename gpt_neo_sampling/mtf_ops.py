@@ -7,7 +7,7 @@ of. They know nothing of sampling or of the model.
 
 import numpy as np
 
-from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
+from gpt_neo_sampling._compat import FuncGraph, LazyAllreduceSum, PlacementMeshImpl, mtf, tf
 
 
 def align(x, shape, target):
@@ -173,7 +173,8 @@ class _TakeOperation(mtf.Operation):
         axis = lookup.mesh_axis(mesh_impl)
 
         def tf_fn(x, indices, pcoord=None):
-            x = _transpose(x, lookup.x_shape, lookup.table.dims)
+            # a gather from a resource variable would make every read of it a copy
+            x = _transpose(tf.convert_to_tensor(x), lookup.x_shape, lookup.table.dims)
             batch_dims = len(lookup.shared)
             local = lookup.local_indices(indices, size_of(x, batch_dims), pcoord)
             found = tf.gather(x, tf.maximum(local, 0), axis=batch_dims, batch_dims=batch_dims)
@@ -230,7 +231,7 @@ class _TakeGradOperation(mtf.Operation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def write_at(x, value, position, dim, name="write_at"):
+def write_at(x, value, position, dim, *, may_overwrite=False, name="write_at"):
     """`x` with `value` written at index `position` along `dim`.
 
     Args:
@@ -239,16 +240,131 @@ def write_at(x, value, position, dim, name="write_at"):
       position: int32 mtf.Tensor, its dims among those of `x` without `dim`; an
         index outside `dim` writes nothing.
       dim: mtf.Dimension of `x`.
+      may_overwrite: whether the memory of `x` may be written to, which saves a
+        pass over it where the backend can. For an `x` that is computed anew in
+        every run (no constant, no variable), read by nothing that does not come
+        before `value`, and used no more.
 
     Returns:
       mtf.Tensor like `x`. No gradient flows through it.
     """
-    at = mtf.range(x.mesh, dim, tf.int32)
+    return _WriteOperation(x, value, position, dim, may_overwrite, name).outputs[0]
 
-    def write(old, new, at, position):
-        return tf.where_v2(tf.equal(at, position), new, old)
 
-    return cwise_broadcast(write, [x, value, at, position], x.shape, name=name)
+class _WriteOperation(mtf.Operation):
+    def __init__(self, x, value, position, dim, may_overwrite, name):
+        super().__init__([x, value, position], name=name)
+        rest = [d for d in x.shape.dims if d != dim]
+        for what, t in (("value", value), ("position", position)):
+            if dim not in x.shape.dims or any(d not in rest for d in t.shape.dims):
+                raise ValueError(
+                    f"write_at: {what} {t.shape} along {dim} of {x.shape}; its dims must be among the rest"
+                )
+        self._dim = dim
+        self._may_overwrite = may_overwrite
+        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        x, value, position = self.inputs
+        shape, axis = x.shape, x.shape.dims.index(self._dim)
+        slice_shape = mesh_impl.slice_shape(shape)
+        size, lead, rest = slice_shape[axis], slice_shape[:axis], slice_shape[axis + 1 :]
+        columns = mtf.Shape(shape.dims[:axis])  # position may have no dim behind `dim`, to write whole rows
+
+        def select(old, new, position, pcoord=0):
+            at = tf.reshape(tf.range(size) + pcoord * size, [size] + [1] * len(rest))
+            here = tf.equal(at, align(position, self.inputs[2].shape, shape))
+            return tf.where_v2(here, align(new, value.shape, shape), old)
+
+        def overwrite(old, new, position, pcoord=None):
+            """By rows of what stands behind `dim`."""
+            count = int(np.prod(lead))
+            position = align(position, self.inputs[2].shape, columns)
+            first = np.reshape(np.arange(count, dtype=np.int32) * size, lead)
+            flat = tf.reshape(old, [count * size, -1])
+            new = tf.reshape(tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest), [count, -1])
+            if pcoord is not None:
+                position -= pcoord * size
+            inside = tf.logical_and(position >= 0, position < size)
+            row = tf.reshape(first + tf.where_v2(inside, position, 0), [count])
+            inside = tf.reshape(tf.broadcast_to(inside, lead), [count, 1])
+            new = tf.where_v2(inside, new, tf.gather(flat, row))
+            return tf.reshape(tf.raw_ops.InplaceUpdate(x=flat, i=row, v=new), slice_shape)
+
+        in_place = self._may_overwrite and overwrites_memory(mesh_impl) and all(
+            d in columns.dims for d in position.shape.dims)  # fmt: skip
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
+        y = mesh_impl.slicewise(overwrite if in_place else select, *(lowering.tensors[t] for t in self.inputs), *parts)
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def overwrites_memory(mesh_impl):
+    """Whether TensorFlow's in-place update can be used in the graph that is being built.
+
+    XLA has none (and needs none: it finds out by itself), and a tf.function may be
+    compiled by it; so only in graphs that sessions run.
+    """
+    graph = tf.get_default_graph()
+    while getattr(graph, "outer_graph", None) is not None:  # bodies of loops and branches
+        graph = graph.outer_graph
+    return isinstance(mesh_impl, PlacementMeshImpl) and not isinstance(graph, FuncGraph)
+
+
+def resize(x, dim, size, name="resize"):
+    """The first `size` entries along `dim`, with zeros where it has fewer.
+
+    Args:
+      x: mtf.Tensor, finite where a layout splits `dim` (the whole dim then visits
+        every processor).
+      dim: mtf.Dimension of x.
+      size: int.
+
+    Returns:
+      mtf.Tensor, `dim` of another size and the same name. No gradient flows through it.
+    """
+    return x if size == dim.size else _ResizeOperation(x, dim, size, name).outputs[0]
+
+
+class _ResizeOperation(mtf.Operation):
+    def __init__(self, x, dim, size, name):
+        super().__init__([x], name=name)
+        self._axis = x.shape.dims.index(dim)
+        new_dim = mtf.Dimension(dim.name, size)
+        self._outputs = [mtf.Tensor(self, x.shape.resize_dimension(dim.name, size), x.dtype)]
+        self._dims = dim, new_dim
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        (dim, new_dim), axis = self._dims, self._axis
+        x = lowering.tensors[self.inputs[0]].to_laid_out_tensor()
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
+        part = mesh_impl.slice_shape(self.outputs[0].shape)[axis]
+
+        def cut_or_fill(x, pcoord=0):
+            missing = new_dim.size - dim.size
+            if missing > 0:
+                x = tf.pad(x, [[0, missing if i == axis else 0] for i in range(x.shape.rank)])
+            begin = [pcoord * part if i == axis else 0 for i in range(x.shape.rank)]
+            return tf.slice(x, begin, [part if i == axis else n for i, n in enumerate(x.shape.as_list())])
+
+        if mesh_axis is None:
+            y = mesh_impl.slicewise(cut_or_fill, x)
+        else:
+            whole = mesh_impl.allconcat(x, mesh_axis, axis)
+            y = mesh_impl.slicewise(cut_or_fill, whole, mesh_impl.laid_out_pcoord(mesh_axis))
+        lowering.set_tensor_lowering(self.outputs[0], y)
 
 
 # --- Values that come as Python numbers or as tensors -------------------------

@@ -21,7 +21,16 @@ from gpt_neo_sampling.models.utils import (
     token_mask,
     top_k_mask,
 )
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, first_argmax, import_rows, import_seed, row_index, settle, take
+from gpt_neo_sampling.mtf_ops import (
+    cwise_broadcast,
+    first_argmax,
+    import_rows,
+    import_seed,
+    resize,
+    row_index,
+    settle,
+    take,
+)
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
@@ -68,6 +77,7 @@ class DecodeContext:
     next_constant_state: int = 0
     cache: dict = dataclasses.field(default_factory=dict)
     input_embeddings: mtf.Tensor = None
+    may_overwrite_states: bool = False  # incremental: `states` are nobody else's to read
 
     def __post_init__(self):
         self.shared_params = self.shared_params or {}
@@ -235,6 +245,8 @@ def sample_autoregressive(
     prompt_lengths=None,
     entmax_alpha=DEFAULT_ALPHA,
     max_top_k=None,
+    max_prompt_length=None,
+    max_length=None,
 ):
     """Continues a batch of prompts, one token a row and step.
 
@@ -288,6 +300,13 @@ def sample_autoregressive(
       entmax_alpha: † in [1, 2].
       max_top_k: an int, needed where sampling_keep_top_k is a tensor: the
         largest value that it may take.
+      max_prompt_length: an int: no prompt is longer, so the first pass over the
+        prompts reads no more positions. A row whose prompt is longer after all
+        gets −1 and is done.
+      max_length: an int: no row gets longer, its prompt included, so the model's
+        states and its attention need no more positions. Where other_features
+        has a "memory_length_dim" and an "attn_bias", the model is handed these
+        cut to that length.
 
     Returns:
       int32 mtf.Tensor like partial_sequences: prompts, new tokens (the stop
@@ -298,7 +317,10 @@ def sample_autoregressive(
       ValueError: for a number that is out of range, or a wrong shape.
     """
     mesh = partial_sequences.mesh
-    *batch_dims, length_dim = partial_sequences.shape.dims
+    *batch_dims, whole_length_dim = partial_sequences.shape.dims
+    length = _length("max_length", max_length, whole_length_dim.size)
+    prompt_length = _length("max_prompt_length", max_prompt_length, length)
+    length_dim = mtf.Dimension(whole_length_dim.name, length)
     rows = mtf.Shape(batch_dims)
     vocab_dim = other_features["vocab_dim"]
     model = model or gpt2.model
@@ -344,13 +366,14 @@ def sample_autoregressive(
         )
     )  # fmt: skip
 
+    other_features = _cut_memory(other_features, whole_length_dim, length)
+
     # The prompts, and only they: what stands behind them becomes padding.
-    length_range = mtf.range(mesh, length_dim, tf.int32)
     if not has_partial_sequences:
         prompt_lengths = 0
     elif prompt_lengths is None:
         is_token = mtf.not_equal(partial_sequences, padding_id)
-        prompt_lengths = mtf.reduce_sum(mtf.to_int32(is_token), reduced_dim=length_dim)
+        prompt_lengths = mtf.reduce_sum(mtf.to_int32(is_token), reduced_dim=whole_length_dim)
     prompt_lengths = mtf.broadcast(import_rows(mesh, prompt_lengths, tf.int32, rows, "prompt_lengths"), rows)
     bos = import_rows(mesh, bos_id, tf.int32, rows, "bos_id")
 
@@ -358,11 +381,13 @@ def sample_autoregressive(
         ids = tf.where_v2(at < length, ids, padding_id)
         return tf.where_v2(tf.logical_and(tf.equal(length, 0), tf.equal(at, 0)), bos, ids)
 
-    ids = cwise_broadcast(clean, [partial_sequences, length_range, prompt_lengths, bos], partial_sequences.shape)
+    whole_range = mtf.range(mesh, whole_length_dim, tf.int32)
+    whole_ids = cwise_broadcast(clean, [partial_sequences, whole_range, prompt_lengths, bos])
+    ids, length_range = resize(whole_ids, whole_length_dim, length), mtf.range(mesh, length_dim, tf.int32)
     initial_position = cwise_broadcast(lambda n: tf.maximum(n, 1), [prompt_lengths])
 
     read_priority = write_priority = cwise_broadcast(
-        lambda at, n: tf.where_v2(at > n, at, 0), [length_range, initial_position], partial_sequences.shape
+        lambda at, n: tf.where_v2(at > n, at, 0), [length_range, initial_position], ids.shape
     )
     constant_states = []
 
@@ -370,13 +395,11 @@ def sample_autoregressive(
         return DecodeContext(
             mesh=mesh,
             batch_dims=batch_dims,
-            length_dim=length_dim,
             variable_dtype=variable_dtype,
             mode=mode,
             position=position,
             new_states=[],
             initial_position=initial_position,
-            write_priority=write_priority,
             encoder_output=encoder_output,
             encoder_sequence_id=encoder_sequence_id,
             encoder_inputs=encoder_inputs,
@@ -393,10 +416,18 @@ def sample_autoregressive(
 
     initial_states = []
     if not slow:
+        prompt_dim = mtf.Dimension(length_dim.name, prompt_length)
+        prompts, priority = (resize(x, length_dim, prompt_length) for x in (ids, read_priority))
         first_part = context(
-            "first_part", length_range, position_is_default=True, inputs=ids, read_priority=read_priority
+            "first_part",
+            mtf.range(mesh, prompt_dim, tf.int32),
+            length_dim=prompt_dim,
+            position_is_default=True,
+            inputs=prompts,
+            read_priority=priority,
+            write_priority=priority,
         )
-        call_model(ids, first_part)
+        call_model(prompts, first_part)
         initial_states = first_part.new_states
         constant_states[:] = _settle_all(constant_states)
 
@@ -419,7 +450,10 @@ def sample_autoregressive(
             ctx = context(
                 "incremental",
                 loop.position,
+                length_dim=length_dim,
+                write_priority=write_priority,
                 states=loop.states,
+                may_overwrite_states=True,
                 inputs=loop.ids,
                 read_priority=take(read_priority, loop.position, length_dim),
             )
@@ -441,12 +475,46 @@ def sample_autoregressive(
         done = mtf.logical_or(mtf.logical_or(loop.done, ended), is_over(position))
         return _LoopState(position, ids, done, states).tensors()
 
-    start = _LoopState(initial_position, ids, is_over(initial_position), initial_states)
+    done = is_over(initial_position)
+    if prompt_length < whole_length_dim.size:
+
+        def refuse(ids, at, n):  # max_length full is full, not too long
+            return tf.where_v2(tf.logical_and(tf.equal(at, n), n > prompt_length), INVALID, ids)
+
+        ids = cwise_broadcast(refuse, [ids, length_range, initial_position], ids.shape)
+        done = cwise_broadcast(lambda d, n: tf.logical_or(d, n > prompt_length), [done, initial_position])
+    start = _LoopState(initial_position, ids, done, initial_states)
     outputs = mtf.while_loop(
         lambda position, ids, done, *_: mtf.logical_not(mtf.reduce_all(done)), body, start.tensors()
     )
     ids = outputs[1]
+    if length < whole_length_dim.size:
+        ids = cwise_broadcast(
+            lambda ids, whole, at: tf.where_v2(at < length, ids, whole),
+            [resize(ids, length_dim, whole_length_dim.size), whole_ids, whole_range],
+        )
     return _shift_left(ids, initial_position, padding_id) if remove_partial_sequences else ids
+
+
+def _length(name, value, limit):
+    if value is None:
+        return limit
+    if not isinstance(value, numbers.Integral) or not 1 <= value <= limit:
+        raise ValueError(f"{name}={value!r}; a whole number from 1 to {limit} is needed")
+    return int(value)
+
+
+def _cut_memory(other_features, length_dim, length):
+    """GPT-Neo's features for a memory of that length at most."""
+    memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
+    if memory_dim is None or memory_dim.size <= length:
+        return other_features
+    other_features = {**other_features, "memory_length_dim": mtf.Dimension(memory_dim.name, length)}
+    if bias is not None:
+        for d in (memory_dim, length_dim):
+            bias = resize(bias, d, length) if d in bias.shape.dims else bias
+        other_features["attn_bias"] = settle(bias)
+    return other_features
 
 
 def _settle_all(x):

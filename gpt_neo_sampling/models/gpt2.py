@@ -13,8 +13,9 @@ dims of one tensor are split along the same axis (see TENSORS).
 """
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.layers import attend, gelu, layer_norm, matmul
 from gpt_neo_sampling.models.utils import entmax_cross_entropy_with_logits, parse_inputs
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, take, write_at
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, resize, take, write_at
 
 NORM_EPSILON = 1e-5
 MASK = -1e10  # what GPT-Neo adds to the score of a key that may not be seen
@@ -153,7 +154,7 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
       context: None for a pass over the whole sequence; in a decode loop the
         context that `sample_autoregressive` makes. Its mode "first_part" is a
         pass over the whole sequence that records each layer's keys and values,
-        [batch, memory_length, heads, features_per_head]; "incremental" reads
+        [batch, heads, memory_length, features_per_head]; "incremental" reads
         the token at `context.position` − 1 and those records.
 
     Returns:
@@ -183,13 +184,20 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
         h += _dropout(take(wpe, read_position, embed_sequence_dim), "embed_dropout", params)
 
     types = expand_attention_types(params["attention_types"], params["n_layer"])
+    memory_dim = other_features["memory_length_dim"]
+    if context is not None and not incremental:  # a prompt sees itself alone, however long the memory
+        memory_dim = mtf.Dimension(memory_dim.name, sequence_dim.size)
+    biases = {
+        t: _attention_bias(t, memory_dim, other_features, params, h, read_position, incremental) for t in set(types)
+    }
     for layer in range(params["n_layer"]):
-        mask = _attention_mask(types[layer], other_features, params, h, read_position, incremental)
 
-        def block(x, layer=layer, mask=mask):
+        def block(x, layer=layer):
             with tf.variable_scope(f"h{layer}"):
-                x += _attention(_layer_norm(x, "norm_1", variable_dtype), types[layer], mask, other_features, params,
-                                variable_dtype, context)  # fmt: skip
+                normal = _layer_norm(x, "norm_1", variable_dtype)
+                x += _attention(
+                    normal, types[layer], biases[types[layer]], memory_dim, other_features, params, variable_dtype, context
+                )
                 return x + _mlp(_layer_norm(x, "norm_2", variable_dtype), params, variable_dtype)
 
         if params.get("recompute_grad") and params.get("mode") == "train":
@@ -199,11 +207,9 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
 
     h = _layer_norm(h, "ln_f", variable_dtype)
     with tf.variable_scope("wte_final_einsum"):
+        logits = matmul(h, wte)
         if incremental:
-            logits = mtf.einsum([h, wte], output_shape=[batch_dim, vocab_dim])
             logits = mtf.reshape(logits, [batch_dim, mtf.Dimension("sequence", 1), vocab_dim])
-        else:
-            logits = mtf.einsum([h, wte], output_shape=[batch_dim, sequence_dim, vocab_dim])
 
     loss = loss_batch = None
     if params.get("mode") in ("train", "eval"):
@@ -245,21 +251,20 @@ def _layer_norm(x, scope, variable_dtype):
     with tf.variable_scope(scope):
         g = _variable(x.mesh, "g", [dim], variable_dtype, constant=1.0)
         b = _variable(x.mesh, "b", [dim], variable_dtype)
-        x -= mtf.reduce_mean(x, reduced_dim=dim)
-        variance = mtf.reduce_mean(mtf.square(x), reduced_dim=dim)
-        return x * mtf.rsqrt(variance + NORM_EPSILON) * g + b
+        return layer_norm(x, g, b, NORM_EPSILON)
 
 
-def _attention_mask(attention_type, other_features, params, h, read_position, incremental):
-    """What is added to the scores: [sequence, memory_length], or a row a prompt."""
-    memory_dim = other_features["memory_length_dim"]
+def _attention_bias(attention_type, memory_dim, other_features, params, h, read_position, incremental):
+    """What is added to the scores: [sequence, memory_length], or a row a prompt; None for nothing."""
     if attention_type == "global":
         bias = other_features["attn_bias"]
         if bias is None:
             if incremental:
                 raise ValueError("attn_bias is None; decoding needs a causal one (see biasmask_attn_weights)")
             return None
-        return take(bias, read_position, bias.shape[0]) if incremental else bias
+        bias = resize(bias, other_features["memory_length_dim"], memory_dim.size)
+        queries = bias.shape[0]
+        return take(bias, read_position, queries) if incremental else resize(bias, queries, read_position.shape[0].size)
     radius = params.get("local_attention_radius") or LOCAL_RADIUS
 
     def window(query, key):
@@ -270,54 +275,70 @@ def _attention_mask(attention_type, other_features, params, h, read_position, in
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
 
 
-def _attention(x, attention_type, mask, other_features, params, variable_dtype, context):
+def _attention(x, attention_type, bias, memory_dim, other_features, params, variable_dtype, context):
     *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
     heads_dim = mtf.Dimension("heads", params["n_head"])
     kv_dim = mtf.Dimension("features_per_head", params["n_embd"] // params["n_head"])
-    memory_dim = other_features["memory_length_dim"]
     # Checkpoints hold the heads side by side in one dim, which splits as heads do.
     joined_dim = mtf.Dimension("heads", params["n_embd"])
-    incremental = context is not None and context.mode == "incremental"
 
     with tf.variable_scope("attn"):
         stddev = params["n_embd"] ** -0.5
 
         def projected(name, stddev=stddev):
             w = _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
-            w = mtf.reshape(w, [embd_dim, heads_dim, kv_dim])
-            return mtf.einsum([x, w], output_shape=lead + [heads_dim, kv_dim])
+            return mtf.reshape(matmul(x, w), lead + [heads_dim, kv_dim])
 
         # The scores are not scaled; the initial queries are, instead.
         q = projected("q", stddev * kv_dim.size**-0.5)
         k, v = projected("k"), projected("v")
-        if incremental:
-            old_k, old_v = context.get_states(2)
-            k = write_at(old_k, k, context.position - 1, memory_dim)
-            v = write_at(old_v, v, context.position - 1, memory_dim)
+        if context is None:
+            a = _attention_in_training(q, k, v, attention_type, bias, memory_dim, params)
         else:
-            k = mtf.replace_dimensions(k, k.shape[1], memory_dim)
-            v = mtf.replace_dimensions(v, v.shape[1], memory_dim)
-            if context is not None and context.initial_position is not None:
-                k, v = (_up_to(t, context.initial_position, memory_dim) for t in (k, v))
-        if context is not None:
-            context.record_new_states([k, v])
-
-        # heads stand before sequence: scores and their mask are then contiguous
-        scores_shape = lead[:1] + [heads_dim] + lead[1:] + [memory_dim]
-        scores = mtf.einsum([q, k], output_shape=scores_shape)
-        if mask is not None:
-            scores += mask
-        weights = mtf.softmax(scores, memory_dim)
-        if attention_type == "global":  # as in GPT-Neo, where local attention has none
-            weights = _dropout(weights, "attn_dropout", params)
-        a = mtf.einsum([weights, v], output_shape=lead + [heads_dim, kv_dim])
+            a = _attention_in_loop(q, k, v, bias, memory_dim, other_features["memory_length_dim"], context)
 
         o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)
-        o = mtf.reshape(o, [heads_dim, kv_dim, embd_dim])
-        a = mtf.einsum([a, o], output_shape=lead + [embd_dim])
+        a = matmul(mtf.reshape(a, lead + [joined_dim]), o)
         with tf.variable_scope("compute_output_bias"):
             a += _variable(x.mesh, "o_b", [embd_dim], variable_dtype)
     return _dropout(a, "res_dropout", params)
+
+
+def _attention_in_training(q, k, v, attention_type, bias, memory_dim, params):
+    """Over the whole sequence, differentiable, with dropout."""
+    batch_dim, sequence_dim, heads_dim, _ = q.shape.dims
+    k, v = (mtf.replace_dimensions(t, sequence_dim, memory_dim) for t in (k, v))
+    # heads stand before sequence: scores and their mask are then contiguous
+    scores = mtf.einsum([q, k], output_shape=[batch_dim, heads_dim, sequence_dim, memory_dim])
+    if bias is not None:
+        scores += bias
+    weights = mtf.softmax(scores, memory_dim)
+    if attention_type == "global":  # as in GPT-Neo, where local attention has none
+        weights = _dropout(weights, "attn_dropout", params)
+    return mtf.einsum([weights, v], output_shape=q.shape)
+
+
+def _attention_in_loop(q, k, v, bias, memory_dim, states_dim, context):
+    """Of a prompt to itself, or of one token to what is in memory; records keys and values."""
+    if context.mode == "incremental":
+        # what sample_autoregressive keeps, nobody else reads
+        may_overwrite = getattr(context, "may_overwrite_states", False)
+        k, v = (
+            write_at(old, new, context.position - 1, memory_dim, may_overwrite=may_overwrite)
+            for old, new in zip(context.get_states(2), (k, v))
+        )
+        context.record_new_states([k, v])
+        return attend(q, k, v, bias, memory_dim)
+    batch_dim, sequence_dim, heads_dim, kv_dim = q.shape.dims
+    heads_first = [batch_dim, heads_dim, sequence_dim, kv_dim]
+    k, v = (mtf.replace_dimensions(mtf.transpose(t, heads_first), sequence_dim, memory_dim) for t in (k, v))
+    if context.initial_position is not None:
+        k, v = (_up_to(t, context.initial_position, memory_dim) for t in (k, v))
+    context.record_new_states([resize(t, memory_dim, states_dim.size) for t in (k, v)])
+    if bias is None:
+        bias = mtf.zeros(q.mesh, [memory_dim], q.dtype)
+    a = attend(mtf.transpose(q, heads_first), k, v, bias, memory_dim)
+    return mtf.transpose(a, q.shape)
 
 
 def _up_to(x, length, dim):
@@ -328,7 +349,7 @@ def _up_to(x, length, dim):
 
 
 def _mlp(x, params, variable_dtype):
-    *lead, embd_dim = x.shape.dims
+    embd_dim = x.shape[-1]
     hidden_dim = mtf.Dimension("intermediate_expanded", 4 * embd_dim.size)
     in_stddev = out_stddev = 0.02
     if params.get("scale_by_depth"):
@@ -341,27 +362,9 @@ def _mlp(x, params, variable_dtype):
         with tf.variable_scope(scope):
             kernel = _variable(x.mesh, "kernel", [in_dim, out_dim], variable_dtype, stddev=stddev)
             bias = _variable(x.mesh, "bias", [out_dim], variable_dtype)
-            return mtf.einsum([x, kernel], output_shape=lead + [out_dim]) + bias
+            return matmul(x, kernel) + bias
 
     with tf.variable_scope("mlp/conv1d_main"):
-        h = _gelu(linear(x, "c_fc", embd_dim, hidden_dim, in_stddev))
+        h = gelu(linear(x, "c_fc", embd_dim, hidden_dim, in_stddev))
         h = linear(h, "c_proj", hidden_dim, embd_dim, out_stddev)
     return _dropout(h, "res_dropout", params)
-
-
-def _gelu(x):
-    """The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
-    scale, cubic = 0.7978845608028654, 0.044715  # √(2/π)
-
-    def value(x):
-        return 0.5 * x * (1.0 + tf.tanh(scale * (x + cubic * x * x * x)))
-
-    def slope(x):
-        t = tf.tanh(scale * (x + cubic * x * x * x))
-        return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * scale * (1.0 + 3 * cubic * x * x)
-
-    # mtf's own gradient of a slice-wise function cannot take an unfinished sum
-    def gradient(op, dy):
-        return [mtf.cwise(slope, op.inputs, name="gelu_slope") * dy]
-
-    return mtf.cwise(value, [x], grad_function=gradient, name="gelu")
