@@ -19,10 +19,10 @@ def matmul(x, w, name="matmul"):
 
     Args:
       x: mtf.Tensor [..., in].
-      w: mtf.Tensor [in, out] or [out, in], of x's dtype.
+      w: mtf.Tensor [in, out…] or [out…, in], of x's dtype.
 
     Returns:
-      mtf.Tensor [..., out].
+      mtf.Tensor [..., out…].
     """
     return _MatmulOperation(x, w, name).outputs[0]
 
@@ -32,25 +32,27 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 
     def __init__(self, x, w, name):
         *lead, in_dim = x.shape.dims
-        if w.shape.ndims != 2 or in_dim not in w.shape.dims:
-            raise ValueError(f"matmul: {x.shape} by {w.shape}; [..., in] by [in, out] or [out, in] is needed")
-        (out_dim,) = (w.shape - in_dim).dims
-        super().__init__([x, w], mtf.Shape(lead + [out_dim]), name)
-        self._in_dim = in_dim
-        self._out_first = w.shape.dims[0] == out_dim
+        if in_dim not in (w.shape.dims[:1] + w.shape.dims[-1:]) or any(d in w.shape.dims for d in lead):
+            raise ValueError(f"matmul: {x.shape} by {w.shape}; [..., in] by [in, out…] or [out…, in] is needed")
+        super().__init__([x, w], mtf.Shape(lead + (w.shape - in_dim).dims), name)
+        self._lead, self._in_dim = lead, in_dim
+        self._in_last = w.shape.dims[0] != in_dim
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
+        rows = int(np.prod(out_shape[: len(self._lead)]))
+        columns = int(np.prod(out_shape[len(self._lead) :]))
 
         def product(x, w):
-            rows = int(np.prod(out_shape[:-1]))
             x = tf.reshape(x, [rows, -1])
-            if rows == 1:
-                return tf.reshape(tf.matmul(x, w, transpose_b=self._out_first), out_shape)
-            # of several rows, TensorFlow's CPU kernel for batches is the faster one
-            y = tf.matmul(x[tf.newaxis], tf.expand_dims(w, 0), transpose_b=self._out_first)
+            w = tf.reshape(w, [columns, -1] if self._in_last else [-1, columns])
+            # Which of TensorFlow's CPU kernels is faster was measured: docs/architecture.md
+            if rows == 1 and not self._in_last:
+                y = tf.matmul(x, w)
+            else:
+                y = tf.matmul(x[tf.newaxis], w[tf.newaxis], transpose_b=self._in_last)
             return tf.reshape(y, out_shape)
 
         y = mesh_impl.slicewise(product, *(lowering.tensors[t] for t in self.inputs))

@@ -194,9 +194,9 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
 
         def block(x, layer=layer):
             with tf.variable_scope(f"h{layer}"):
-                normal = _layer_norm(x, "norm_1", variable_dtype)
+                normal, layer_type = _layer_norm(x, "norm_1", variable_dtype), types[layer]
                 x += _attention(
-                    normal, types[layer], biases[types[layer]], memory_dim, other_features, params, variable_dtype, context
+                    normal, layer_type, biases[layer_type], memory_dim, other_features, params, variable_dtype, context
                 )
                 return x + _mlp(_layer_norm(x, "norm_2", variable_dtype), params, variable_dtype)
 
@@ -285,13 +285,22 @@ def _attention(x, attention_type, bias, memory_dim, other_features, params, vari
     with tf.variable_scope("attn"):
         stddev = params["n_embd"] ** -0.5
 
-        def projected(name, stddev=stddev):
-            w = _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
-            return mtf.reshape(matmul(x, w), lead + [heads_dim, kv_dim])
+        def weights(name, stddev=stddev):
+            return _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
 
         # The scores are not scaled; the initial queries are, instead.
-        q = projected("q", stddev * kv_dim.size**-0.5)
-        k, v = projected("k"), projected("v")
+        projections = [weights("q", stddev * kv_dim.size**-0.5), weights("k"), weights("v")]
+        if context is None:
+            q, k, v = (matmul(x, w) for w in projections)
+        else:
+            # One product of all three, of weights put together once, outside of the loop.
+            if context.mode == "incremental":
+                joined = context.get_constant_state()
+            else:
+                joined = mtf.stack(projections, "projections", axis=1)
+                context.record_constant_state(joined)
+            q, k, v = mtf.unstack(matmul(x, joined), joined.shape[1])
+        q, k, v = (mtf.reshape(t, lead + [heads_dim, kv_dim]) for t in (q, k, v))
         if context is None:
             a = _attention_in_training(q, k, v, attention_type, bias, memory_dim, params)
         else:
