@@ -806,8 +806,7 @@ def test_score_draw_follows_the_distribution(size, copies, passes, spreads, alph
     tokens = [program(arrays[0], u1, u2, *arrays[1:]) for u1, u2 in zip(*uniforms(rng, 2, passes, rows))]
     tokens = np.reshape(tokens, (passes, len(z), copies))
     p_values = [
-        chi_square_p(*pooled(np.bincount(tokens[:, i].ravel(), minlength=size), p))
-        for i, p in enumerate(probabilities)
+        chi_square_p(*pooled(np.bincount(tokens[:, i].ravel(), minlength=size), p)) for i, p in enumerate(probabilities)
     ]
     print("p", *(f"{p:.3f}" for p in p_values))
     assert np.all(np.array(p_values) > FALSE_ALARM)
