@@ -8,6 +8,7 @@ is not enough for 50,257 entries at once.
 
 import functools
 import math
+import numbers
 
 import numpy as np
 
@@ -107,16 +108,18 @@ class Rows:
 
         def on_shard(group, weights, *args):
             args = list(args)
-            pcoord = args.pop() if self.mesh_axis is not None else 0
+            pcoord = args.pop() if self.mesh_axis is not None else None
             ids = args.pop() if self.ids is not None else None
-            n_groups = size_of(weights, 1)
-            local = group - pcoord * n_groups
-            held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < n_groups))
+            local, first_entry, held = group, 0, group >= 0
+            if pcoord is not None:
+                n_groups = size_of(weights, 1)
+                local, first_entry = group - pcoord * n_groups, pcoord * self.entries
+                held = tf.logical_and(held, tf.logical_and(local >= 0, local < n_groups))
             place, *rest = choose(weights, tf.where_v2(held, local, 0), *args)
             if ids is None:
                 index = group * self.group + place
             else:
-                index = tf.gather(ids, place, batch_dims=1) + pcoord * self.entries
+                index = tf.gather(ids, place, batch_dims=1) + first_entry
             return tf.where_v2(held, index + 1, 0), *(tf.where_v2(held, r, tf.zeros_like(r)) for r in rest)
 
         args = [weights, *more] + ([] if self.ids is None else [self.ids])
@@ -162,15 +165,12 @@ class ChosenRows(Rows):
 def _fold_sum(x):
     """Sum over the last axis, keeping it: halves are added until one is left.
 
-    Unlike reduce_sum, whose order of additions is the backend's affair.
+    Unlike reduce_sum, whose order of additions is the backend's affair; of two
+    numbers there is but one.
     """
-    size = size_of(x, -1)
-    while size > 1:
-        half = (size + 1) // 2
-        upper = x[..., half:]
-        if size % 2:
-            upper = pad_last(upper, after=1)
-        x, size = x[..., :half] + upper, half
+    while size_of(x, -1) > 1:
+        x = pad_last(x, after=size_of(x, -1) % 2)
+        x = tf.reduce_sum(tf.reshape(x, x.shape.as_list()[:-1] + [2, -1]), -2)
     return x
 
 
@@ -209,18 +209,17 @@ def _scan(x, combine):
     return x
 
 
-def _cdf(weights):
-    """(cdf, last) of weights [..., n], none below 0.
+def _sums_and_last(weights):
+    """(sums, last) of weights [..., n], none below 0.
 
-    cdf [..., n] never falls, and rises only at entries of weight above 0: sums
-    taken in log₂ steps need not be monotone in floating point, so their running
-    maximum over those entries is. last [...] int32 is the last such entry, −1
-    where there is none.
+    sums [..., n] are those up to each entry of weight above 0, and 0 at the others:
+    taken in log₂ steps they need not be monotone in floating point. last [...]
+    int32 is the last entry of weight above 0, −1 where there is none.
     """
     has_mass = weights > 0
     sums = tf.where_v2(has_mass, _scan(weights, tf.add), 0.0)
     last = tf.reduce_max(tf.where_v2(has_mass, tf.range(size_of(weights, -1)), -1), -1)
-    return _scan(sums, tf.maximum), last
+    return sums, last
 
 
 def _search(weights, which, u):
@@ -232,16 +231,17 @@ def _search(weights, which, u):
       u: [rows, samples] float32 in [0, 1).
 
     Returns:
-      [rows, samples] int32, the first entry whose cdf passes u times the total
-      (the last entry with mass where rounding leaves none), −1 without mass.
+      [rows, samples] int32, the first entry with mass up to which the sum passes u
+      times the largest sum (the last entry with mass where rounding leaves none),
+      −1 without mass.
     """
     rows, vectors, n = weights.shape.as_list()
     if size_of(u, 1) <= vectors:  # few draws: look only at what they draw from
-        cdf, last = _cdf(tf.gather(weights, which, batch_dims=1))
-        target = u[..., tf.newaxis] * cdf[..., -1:]
-        return tf.minimum(tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1), last)
-    cdf, last = _cdf(weights)
-    cdf = tf.reshape(cdf, [-1])
+        sums, last = _sums_and_last(tf.gather(weights, which, batch_dims=1))
+        target = u[..., tf.newaxis] * tf.reduce_max(sums, -1, keepdims=True)
+        return tf.minimum(tf.reduce_min(tf.where_v2(sums > target, tf.range(n), n), -1), last)
+    sums, last = _sums_and_last(weights)
+    cdf = tf.reshape(_scan(sums, tf.maximum), [-1])  # which a sum passes where, for the first time, one of `sums` does
     vector = which + tf.range(rows)[:, tf.newaxis] * vectors
     begin = vector * n
     target = u * tf.gather(cdf, begin + (n - 1))
@@ -253,24 +253,23 @@ def _search(weights, which, u):
     return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector))
 
 
-def _search_near(weights, u, margin):
-    """A draw by inverse CDF, with sums in whatever order is fast.
+def _search_near(weights, which, u, margin):
+    """`_search` of one sample a row, with sums in whatever order is fast.
 
     Args:
-      weights: [rows, n] float32, none below 0.
-      u: [rows, 1] float32 in [0, 1).
+      weights, which, u: as for `_search`; each vector that is drawn from has mass.
       margin: how near to a border a draw is in doubt: a number, in parts of the
-        total, or float32 [rows, 1], in the weights' own units.
+        total, or float32 [rows, vectors], in the weights' own units.
 
     Returns:
       (entry, doubt): [rows, 1], int32 in [0, n), and float32, 1.0 in doubt.
     """
-    cdf = _near_cdf(weights)
+    cdf = _near_cdf(tf.gather(weights, which, batch_dims=1)[:, 0])
     total = cdf[:, -1:]
+    margin = margin * total if isinstance(margin, float) else tf.gather(margin, which, batch_dims=1)
     target = u * total
     entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1, keepdims=True)
-    distance = tf.reduce_min(tf.abs(cdf - target), -1, keepdims=True)
-    doubt = distance < (margin * total if isinstance(margin, float) else margin)
+    doubt = tf.reduce_min(tf.abs(cdf - target), -1, keepdims=True) < margin
     return tf.minimum(entry, size_of(weights, -1) - 1), tf.cast(doubt, tf.float32)
 
 
@@ -282,20 +281,21 @@ def _draw(rows, weights, group_uniform, entry_uniform):
 
     Args:
       rows: Rows.
-      weights: laid-out float32 [rows, entries], none below 0; +inf or NaN makes
-        a row invalid.
+      weights: laid-out float32 [rows, entries]; one below 0, +inf or NaN makes a
+        row invalid.
       group_uniform, entry_uniform: laid-out float32 [rows, samples] in [0, 1).
 
     Returns:
-      laid-out int32 [rows, samples], −1 for an invalid row.
+      laid-out int32 [rows, samples], −1 for an invalid row or one without mass.
     """
     slicewise = rows.mesh_impl.slicewise
 
     def sum_groups(w):
         """w scaled; and [2, rows, groups], to travel: what each adds up to, and the
         exponent taken out of it, biased, 255 for an invalid one."""
-        bits = tf.bitcast(tf.reduce_max(w, -1, keepdims=True), tf.int32)
-        exponent = tf.bitwise.right_shift(bits, tf.constant(23))
+        least, most = tf.reduce_min(w, -1, keepdims=True), tf.reduce_max(w, -1, keepdims=True)  # NaN where one is
+        most = tf.where_v2(least >= 0, tf.abs(most), np.inf)  # without −0.0's sign
+        exponent = tf.bitwise.right_shift(tf.bitcast(most, tf.int32), tf.constant(23))
         scale = tf.bitwise.left_shift(254 - tf.minimum(exponent, 253), tf.constant(23))
         w *= tf.bitcast(scale, tf.float32)  # its largest is in [1, 4) now
         total = tf.where_v2(exponent < 255, _fold_sum(w), 0.0)  # finite, to travel
@@ -339,23 +339,20 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None):
         return tf.stack([tf.where_v2(valid, s, -1.0) for s in sums])
 
     def choose_group(sums, u):
-        total = tf.maximum(sums[0], 0.0)
-        if slope is None:
-            group, doubt = _search_near(total, u, margin)
-        else:
-            group, doubt = _search_near(total, u, margin * tf.reduce_sum(sums[1], -1, keepdims=True))
-        valid = tf.logical_and(tf.reduce_min(sums[0], -1, keepdims=True) >= 0,
-                               tf.reduce_max(sums[0], -1, keepdims=True) > 0)  # fmt: skip
+        row_margin = margin if slope is None else margin * tf.reduce_sum(sums[1], -1, keepdims=True)
+        group, doubt = _search_near(tf.maximum(sums[0], 0.0)[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, row_margin)
+        least, most = tf.reduce_min(sums[0], -1, keepdims=True), tf.reduce_max(sums[0], -1, keepdims=True)
+        valid = tf.logical_and(least >= 0, most > 0)
         return tf.where_v2(valid, group, -1), tf.where_v2(valid, doubt, 0.0)
 
-    def choose_entry(w, group, u, *slopes):
-        w, *slopes = (tf.gather(x, group, batch_dims=1)[:, 0] for x in (w, *slopes))
-        return _search_near(w, u, margin * tf.reduce_sum(slopes[0], -1, keepdims=True) if slopes else margin)
+    def choose_entry(weights, group, u, *sums):
+        return _search_near(weights, group, u, margin * sums[0][1] if sums else margin)
 
     grouped = [rows.in_groups(x) for x in ([weights] if slope is None else [weights, slope])]
-    sums = rows.across_groups(slicewise(sum_groups, *grouped))
-    group, group_doubt = slicewise(choose_group, sums, group_uniform)
-    drawn, entry_doubt = rows.choose_within(group, choose_entry, grouped[0], entry_uniform, *grouped[1:])
+    sums = slicewise(sum_groups, *grouped)
+    group, group_doubt = slicewise(choose_group, rows.across_groups(sums), group_uniform)
+    more = [] if slope is None else [sums]
+    drawn, entry_doubt = rows.choose_within(group, choose_entry, grouped[0], entry_uniform, *more)
     return drawn, slicewise(tf.maximum, group_doubt, entry_doubt)
 
 
@@ -429,15 +426,9 @@ class _GroupedDrawOperation(_DrawOperation):
         weights, *uniforms = (lowering.tensors[t] for t in self.inputs)
         slicewise = mesh_impl.slicewise
 
-        def to_rows(w):
-            """Whatever makes a row invalid becomes +inf, and −0.0 becomes 0.0."""
-            w = rows.to_rows(tf.cast(w, tf.float32))
-            return tf.where_v2(w >= 0, tf.abs(w), np.inf)  # false for NaN too
-
-        w = slicewise(to_rows, weights)
-        if rows.gathered_axis is not None:  # in finite values; −1 stands for +inf
-            w = rows.gather(slicewise(lambda w: tf.where_v2(w < np.inf, w, -1.0), w))
-            w = slicewise(lambda w: tf.where_v2(w >= 0, w, np.inf), w)
+        w = slicewise(lambda w: rows.to_rows(tf.cast(w, tf.float32)), weights)
+        if rows.gathered_axis is not None:  # in finite values; −1 stands for whatever makes a row invalid
+            w = rows.gather(slicewise(lambda w: tf.where_v2(tf.logical_and(w >= 0, w < np.inf), w, -1.0), w))
         uniforms = [slicewise(lambda u, w: tf.reshape(u, [size_of(w, 0), -1]), u, w) for u in uniforms]
         drawn = _draw(rows, w, *uniforms)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
@@ -447,13 +438,15 @@ class _GroupedDrawOperation(_DrawOperation):
 # --- entmax -----------------------------------------------------------------------
 
 
-CHOSEN = 256  # entries of a shard that entmax is first sought among
+def chosen_of(alpha):
+    """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
+    return 64 if isinstance(alpha, numbers.Real) and alpha >= 1.45 else 256
 
 
-def entmax_by_chosen(rows, x, scores_of, epsilon, n_iter, of_chosen, of_all):
+def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, of_all):
     """What becomes of entmax, which as a rule few entries count in.
 
-    It is solved for the CHOSEN largest entries of each shard; and again for all
+    It is solved for the n_chosen largest entries of each shard; and again for all
     where the last of them is in the support of some row, as others may be then.
 
     Args:
@@ -474,10 +467,12 @@ def entmax_by_chosen(rows, x, scores_of, epsilon, n_iter, of_chosen, of_all):
     def solve_all():
         return of_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
 
-    if x.slice_shape[1] < 8 * CHOSEN:
+    if x.slice_shape[1] < 8 * n_chosen:
         return solve_all()
-    values, ids = mesh_impl.slicewise(lambda x: largest(x, CHOSEN), x)
-    p, slope = solve_entmax(rows, scores_of(values), epsilon, n_iter)
+    values, ids = mesh_impl.slicewise(lambda x: largest(x, n_chosen), x)
+    z = scores_of(values)
+    start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
+    p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
     too_few = mesh_impl.slicewise(lambda p: tf.reduce_max(tf.cast(p[:, -1:] > 0, tf.float32)), p)
     too_few = mesh_impl.allreduce(too_few, list(range(mesh_impl.ndims)), "MAX").tensor_list[0] > 0.5
     return _as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
@@ -488,7 +483,17 @@ def _as_list(x):
     return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
-def solve_entmax(rows, z, epsilon, n_iter):
+def _least_delta(z, epsilon):
+    """A δ that entmax's is not below, [rows, 1]: m weights of at least [1 + ε(zₘ − δ)]₊^(1/ε) sum to no more than 1.
+
+    z: float32 [rows, n], scores in descending order. (0, for which this is true too, in a row with NaN.)
+    """
+    log_m = tf.log(tf.range(1.0, size_of(z, 1) + 1.0))
+    gain = tf.where_v2(epsilon > 0, -tf.math.expm1(-epsilon * log_m) / epsilon, log_m)
+    return tf.maximum(finite(tf.reduce_max(z + gain, -1, keepdims=True)), 0.0)
+
+
+def solve_entmax(rows, z, epsilon, n_iter, start=None):
     """α-entmax of laid-out rows, by Newton's method.
 
     With y = z − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y) at ε = 0,
@@ -501,6 +506,7 @@ def solve_entmax(rows, z, epsilon, n_iter):
         row; a row that holds NaN comes out as NaN.
       epsilon: laid-out float32 [rows, 1].
       n_iter: int, the most steps.
+      start: None or laid-out like epsilon: a δ that is not above the one sought.
 
     Returns:
       (p, slope), laid-out like z: p sums to 1 along its rows; slope is by how much
@@ -546,7 +552,7 @@ def solve_entmax(rows, z, epsilon, n_iter):
         going = mesh_impl.allreduce(slicewise(moving, step, delta), every_axis, "MAX")
         return i + 1, going.tensor_list, step.tensor_list, delta.tensor_list
 
-    delta = slicewise(tf.zeros_like, epsilon)
+    delta = start or slicewise(tf.zeros_like, epsilon)
     step = slicewise(tf.ones_like, epsilon)
     going = slicewise(lambda d: tf.ones([], tf.float32), delta)
     *_, delta = tf.while_loop(
@@ -573,7 +579,9 @@ def solve_entmax(rows, z, epsilon, n_iter):
 SOFTMAX_MARGIN, ENTMAX_MARGIN = 1e-6, 4e-6
 
 
-def score_draw(scores, group_uniform, entry_uniform, dim, factor=None, alpha=None, size=None, ids=None, only=None):
+def score_draw(
+    scores, group_uniform, entry_uniform, dim, factor=None, alpha=None, size=None, ids=None, only=None, n_chosen=256
+):
     """Draws an index along `dim` from softmax or entmax of `scores`, times `factor`.
 
     Equal scores and uniforms give the same index on every layout, backend and
@@ -608,14 +616,17 @@ def score_draw(scores, group_uniform, entry_uniform, dim, factor=None, alpha=Non
       int32 mtf.Tensor [scores.shape − dim]; −1 for a row with NaN or +inf, no score
       above −inf, a factor that is not a number above 0, or an alpha outside [1, 2].
     """
-    return _ScoreDrawOperation(scores, group_uniform, entry_uniform, dim, factor, alpha, size, ids, only).outputs[0]
+    return _ScoreDrawOperation(
+        scores, group_uniform, entry_uniform, dim, factor, alpha, size, ids, only, n_chosen
+    ).outputs[0]
 
 
 class _ScoreDrawOperation(_DrawOperation):
-    def __init__(self, scores, group_uniform, entry_uniform, dim, factor, alpha, size, ids, only):
+    def __init__(self, scores, group_uniform, entry_uniform, dim, factor, alpha, size, ids, only, n_chosen):
         super().__init__([scores, group_uniform, entry_uniform], dim, None, None if ids else size, "score_draw")
         if scores.dtype != tf.float32:
             raise ValueError(f"score_draw: scores of dtype {scores.dtype.name}; float32 is needed")
+        self._n_chosen = n_chosen
         self._of = size  # what the ids are entries of
         self._more = {"factor": factor, "alpha": alpha, "ids": ids, "only": only}
         self._inputs += [t for t in self._more.values() if t is not None]
@@ -679,7 +690,7 @@ class _ScoreDrawOperation(_DrawOperation):
             *drawn, doubt = draw_near(rows, slicewise(tf.exp, scores_of(x)), margin=SOFTMAX_MARGIN)
         else:
             draw_all = functools.partial(draw_near, rows, margin=ENTMAX_MARGIN)
-            *drawn, doubt = entmax_by_chosen(rows, x, scores_of, epsilon, 50, draw_chosen, draw_all)
+            *drawn, doubt = entmax_by_chosen(rows, x, self._n_chosen, scores_of, epsilon, 50, draw_chosen, draw_all)
 
         def draw_again():
             z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))

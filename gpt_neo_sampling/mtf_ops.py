@@ -540,12 +540,12 @@ def largest(x, k):
 
     Returns:
       (values, indices) [rows, k], of x's dtype and int32. Among equal entries the
-      lower index comes first; −0.0 counts as 0.0, and −inf as the lowest finite
-      number. A row with NaN or +inf has NaN for all its values.
+      lower index comes first; −0.0 counts as 0.0. A row with NaN or +inf has NaN
+      for all its values.
     """
 
-    def sortable(x):  # XLA's sort puts −0.0 below 0.0
-        return tf.where_v2(tf.equal(x, 0), tf.zeros_like(x), finite(x))
+    def sortable(x):  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
+        return tf.where_v2(tf.abs(x) > 0, x, tf.zeros_like(x))
 
     def top_k_of(x, k):
         if k == 1:  # TPUs are slow at top_k

@@ -12,7 +12,7 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import score_draw
+from gpt_neo_sampling.draws import chosen_of, score_draw
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import (
     DEFAULT_ALPHA,
@@ -191,7 +191,8 @@ def next_token(logits, vocab_dim, options, seed, stream, step):
     alpha = import_rows(mesh, options.entmax_alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     uniforms = draw_uniforms(mesh, rows, seed, stream, step)
     size = options.vocab_size or vocab_dim.size
-    draw = functools.partial(score_draw, factor=factor, alpha=alpha, size=size)
+    n_chosen = chosen_of(options.entmax_alpha)
+    draw = functools.partial(score_draw, factor=factor, alpha=alpha, size=size, n_chosen=n_chosen)
     k, max_k = options.top_k, options.max_top_k
     if k is not None and (k if isinstance(k, numbers.Integral) else max_k or 0) > MOST_CANDIDATES:
         logits, k = top_k_mask(logits, k, vocab_dim, max_top_k=max_k, masked=-np.inf), None

@@ -10,7 +10,7 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import Rows, entmax_by_chosen, grouped_draw
+from gpt_neo_sampling.draws import Rows, chosen_of, entmax_by_chosen, grouped_draw
 from gpt_neo_sampling.mtf_ops import (
     align,
     counter_uniforms,
@@ -161,8 +161,23 @@ def entmax(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
     dim = _dim_of(x, dim)
     if not isinstance(n_iter, numbers.Integral) or n_iter < 1:
         raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
-    alpha = _import_alpha(x.mesh, alpha, x.shape - dim)
-    return _EntmaxOperation(x, alpha, dim, n_iter).outputs[0]
+    imported = _import_alpha(x.mesh, alpha, x.shape - dim)
+    if isinstance(alpha, numbers.Real) and alpha == 1:
+        return softmax(x, dim)
+    return _EntmaxOperation(x, imported, dim, n_iter, chosen_of(alpha)).outputs[0]
+
+
+def softmax(x, dim=None):
+    """Softmax along `dim`: `entmax` of α = 1, in the few passes that it takes.
+
+    Args:
+      x: mtf.Tensor of scores, float32, bfloat16 or float16; computed in float32.
+      dim: mtf.Dimension of x; the last by default.
+
+    Returns:
+      mtf.Tensor like x; invalid rows are NaN, as those of `entmax`.
+    """
+    return _SoftmaxOperation(x, _dim_of(x, dim)).outputs[0]
 
 
 def _import_alpha(mesh, alpha, rows):
@@ -221,8 +236,9 @@ def entmax_backward(
 class _EntmaxOperation(mtf.Operation):
     """An operation with its own gradient: mtf's custom_gradient fails when recomputed."""
 
-    def __init__(self, x, alpha, dim, n_iter):
+    def __init__(self, x, alpha, dim, n_iter, n_chosen):
         super().__init__([x, alpha], name="entmax")
+        self._n_chosen = n_chosen
         self._dim = dim
         self._n_iter = int(n_iter)
         self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
@@ -243,15 +259,14 @@ class _EntmaxOperation(mtf.Operation):
         def begin(x):
             """The rows, and [rows, 2] of their largest entry and whether one is invalid, finite to travel."""
             x = rows.to_rows(tf.cast(x, tf.float32))
-            top = tf.reduce_max(x, -1)
-            return x, tf.stack([finite(top), tf.where_v2(top < np.inf, 0.0, 1.0)], -1)  # (1 for NaN too)
+            return x, _top_and_invalid(tf.reduce_max(x, -1))
 
         def settle_rows(facts, alpha):
             """What to take from a row, NaN where it is invalid, and α − 1."""
             eps = tf.broadcast_to(align(alpha, self.inputs[1].shape, rows_shape), slice_shape)
             eps = tf.reshape(eps, [-1, 1]) - 1.0
-            good = tf.logical_and(facts[:, 1:] < 0.5, tf.logical_and(eps >= 0, eps <= 1))
-            return tf.where_v2(good, facts[:, :1], np.nan), eps
+            top = tf.where_v2(tf.logical_and(eps >= 0, eps <= 1), facts[:, :1], np.nan)
+            return _nan_where_invalid(facts, top), eps
 
         x_rows, facts = slicewise(begin, lowering.tensors[x])
         top, eps = slicewise(settle_rows, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
@@ -260,12 +275,50 @@ class _EntmaxOperation(mtf.Operation):
             return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p).tensor_list
 
         p = entmax_by_chosen(
-            rows, x_rows, lambda x: slicewise(tf.subtract, x, top), eps, self._n_iter, of_chosen,
-            lambda p, slope: p.tensor_list,
+            rows, x_rows, self._n_chosen, lambda x: slicewise(tf.subtract, x, top), eps, self._n_iter,
+            of_chosen, lambda p, slope: p.tensor_list,
         )  # fmt: skip
         p = mesh_impl.LaidOutTensor.from_tensor_list(p)
         y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+class _SoftmaxOperation(mtf.Operation):
+    def __init__(self, x, dim):
+        super().__init__([x], name="softmax")
+        self._dim = dim
+        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys):
+        return entmax_backward(self.inputs, [], [], self.outputs, grad_ys, 1, self._dim)
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        slicewise = mesh_impl.slicewise
+        (x,) = self.inputs
+        rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
+        x_rows = slicewise(lambda x: rows.to_rows(tf.cast(x, tf.float32)), lowering.tensors[x])
+        facts = slicewise(lambda x: _top_and_invalid(tf.reduce_max(x, -1)), x_rows)
+        facts = rows.across_shards(facts, "MAX")
+        if rows.mesh_axis is None:  # TensorFlow's own, which leaves numbers in an invalid row
+            p = slicewise(lambda x, facts: tf.nn.softmax(x) * _nan_where_invalid(facts, 1.0), x_rows, facts)
+        else:
+            w = slicewise(lambda x, facts: tf.exp(x - _nan_where_invalid(facts, facts[:, :1])), x_rows, facts)
+            total = rows.across_shards(slicewise(lambda w: tf.reduce_sum(w, -1, keepdims=True), w), "SUM")
+            p = slicewise(lambda w, total: w / total, w, total)
+        y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def _top_and_invalid(top):
+    """[rows, 2] of the largest entries [rows] and 1 for rows that are invalid by them, else 0; finite, to travel."""
+    return tf.stack([finite(top), tf.where_v2(top < np.inf, 0.0, 1.0)], -1)  # (1 for NaN too)
+
+
+def _nan_where_invalid(facts, value):
+    """value [rows, 1] where `facts`, of `_top_and_invalid`, say that a row is valid."""
+    return tf.where_v2(facts[:, 1:] < 0.5, value, np.nan)
 
 
 def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alpha=DEFAULT_ALPHA):
