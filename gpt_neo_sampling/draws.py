@@ -192,10 +192,10 @@ def _near_sum(x):
 def _near_cdf(weights):
     """Cumulative sums over the last axis, as near as `_near_sum`; the last of them may be repeated."""
     size = size_of(weights, -1)
-    if size <= 64:
+    if size <= 16:
         return tf.cumsum(weights, -1)
-    shape = weights.shape.as_list()[:-1]
-    within = tf.cumsum(tf.reshape(pad_last(weights, after=-size % 32), shape + [-1, 32]), -1)
+    part, shape = math.isqrt(size), weights.shape.as_list()[:-1]
+    within = tf.cumsum(tf.reshape(pad_last(weights, after=-size % part), shape + [-1, part]), -1)
     before = tf.cumsum(within[..., -1:], -2, exclusive=True)
     return tf.reshape(before + within, shape + [-1])
 
@@ -580,7 +580,7 @@ SOFTMAX_MARGIN, ENTMAX_MARGIN = 1e-6, 4e-6
 
 
 def score_draw(
-    scores, group_uniform, entry_uniform, dim, factor=None, alpha=None, size=None, ids=None, only=None, n_chosen=256
+    scores, group_uniform, entry_uniform, dim, alpha=None, size=None, *, factor=None, ids=None, only=None, n_chosen=256
 ):
     """Draws an index along `dim` from softmax or entmax of `scores`, times `factor`.
 
@@ -600,12 +600,12 @@ def score_draw(
       group_uniform, entry_uniform: float32 mtf.Tensors in [0, 1)
         [scores.shape − dim].
       dim: mtf.Dimension of `scores`.
-      factor: None or a float32 mtf.Tensor, its dims among [scores.shape − dim]: what
-        the scores, taken from the largest one of their row, are multiplied by.
       alpha: None for softmax; a float32 mtf.Tensor in [1, 2], its dims among
         [scores.shape − dim], for entmax.
       size: int, where the entries of `dim` from there on are padding, of score
         −inf or the lowest number: the draws are then those without the padding.
+      factor: None or a float32 mtf.Tensor, its dims among [scores.shape − dim]: what
+        the scores, taken from the largest one of their row, are multiplied by.
       ids: None, or an int32 mtf.Tensor of the shape of `scores`, no two of a row
         equal: the entries that these are of a dimension of `size` entries, whose
         others are masked. What is drawn is one of them, as from all.
@@ -617,12 +617,12 @@ def score_draw(
       above −inf, a factor that is not a number above 0, or an alpha outside [1, 2].
     """
     return _ScoreDrawOperation(
-        scores, group_uniform, entry_uniform, dim, factor, alpha, size, ids, only, n_chosen
+        scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, only, n_chosen
     ).outputs[0]
 
 
 class _ScoreDrawOperation(_DrawOperation):
-    def __init__(self, scores, group_uniform, entry_uniform, dim, factor, alpha, size, ids, only, n_chosen):
+    def __init__(self, scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, only, n_chosen):
         super().__init__([scores, group_uniform, entry_uniform], dim, None, None if ids else size, "score_draw")
         if scores.dtype != tf.float32:
             raise ValueError(f"score_draw: scores of dtype {scores.dtype.name}; float32 is needed")
