@@ -45,7 +45,6 @@ from gpt_neo_sampling._compat import (  # noqa: E402
     tf,
 )
 from gpt_neo_sampling.draws import grouped_draw, padded_size, score_draw  # noqa: E402
-from gpt_neo_sampling.models.utils import from_largest  # noqa: E402
 
 ROWS, SAMPLES = 8, 2**14  # of one pass of many draws
 SCORE_ROWS, SCORE_PASSES = 32, 16  # passes of each batch of logits
@@ -85,7 +84,7 @@ def score_draws(vocab, alpha=None, shards=1):
         size = padded_size(vocab, shards) if shards > 1 else vocab
         b, v = dims(batch=SCORE_ROWS, vocab=size)
         logits = tf.pad(logits, [[0, 0], [0, size - vocab]], constant_values=tf.float32.min)
-        scores = from_largest(mtf.import_tf_tensor(mesh, logits, mtf.Shape([b, v])), v)
+        scores = mtf.import_tf_tensor(mesh, logits, mtf.Shape([b, v]))
         u1, u2 = (mtf.import_tf_tensor(mesh, u, mtf.Shape([b])) for u in (u1, u2))
         a = None if alpha is None else mtf.constant(mesh, alpha, mtf.Shape([b]), tf.float32)
         return score_draw(scores, u1, u2, v, a, size=vocab)

@@ -6,11 +6,15 @@ CDF with a uniform of its own for each. One float32 uniform has 24 bits, which
 is not enough for 50,257 entries at once.
 """
 
+import functools
+import math
+import numbers
+
 import numpy as np
 
 from gpt_neo_sampling import exact
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mtf_ops import align, size_of
+from gpt_neo_sampling.mtf_ops import align, finite, largest, pad_last, size_of
 
 GROUPS = 64  # a mesh axis of 2, 4 … 64 cuts none of them
 
@@ -46,7 +50,9 @@ class Rows:
         self._slice_shape = mesh_impl.slice_shape(shape)
         self.entries = self._slice_shape[self._position]  # of one shard
         self.mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
+        self.split_axis = self.mesh_axis  # that the slices are split along
         self.gathered_axis = None
+        self.ids = None  # all entries are at hand
         if whole_groups and self.mesh_axis is not None and self.entries % self.group:
             self.mesh_axis, self.gathered_axis = None, self.mesh_axis
 
@@ -70,9 +76,13 @@ class Rows:
         return self.mesh_impl.allconcat(x, self.gathered_axis, 1)
 
     def grouped(self, x):
-        """[..., entries] as [..., groups, group]."""
-        x = _pad_last(x, after=-size_of(x, -1) % self.group)
+        """A slice's [..., entries] as [..., groups, group]."""
+        x = pad_last(x, after=-size_of(x, -1) % self.group)
         return tf.reshape(x, x.shape.as_list()[:-1] + [-1, self.group])
+
+    def in_groups(self, x):
+        """Laid-out [rows, entries] as [rows, groups of the shard, places of a group]."""
+        return self.mesh_impl.slicewise(self.grouped, x)
 
     def across_groups(self, x):
         """Laid-out [a, rows, groups of the shard] as [a, rows, all groups]."""
@@ -81,11 +91,42 @@ class Rows:
         # shards may hold groups of nothing but padding
         return self.mesh_impl.slicewise(lambda x: x[..., : self.n_groups], x)
 
-    def laid_out_pcoord(self):
-        """Which part of the dim a processor holds, int32 scalars."""
-        if self.mesh_axis is None:
-            return self.mesh_impl.slicewise(tf.zeros_like, self.mesh_impl.laid_out_pnum())
-        return self.mesh_impl.laid_out_pcoord(self.mesh_axis)
+    def choose_within(self, group, choose, weights, *more):
+        """Chooses entries in groups that are chosen already.
+
+        Args:
+          group: laid-out int32 [rows, samples]; −1 for none.
+          choose: a function from slices of weights, of the groups to choose in, counted
+            within the shard, and of `more`, to [int32 [rows, samples], the place in
+            the group], and whatever else of that shape.
+          weights: laid-out [rows, groups of the shard, places].
+
+        Returns:
+          laid-out [rows, samples]: the index along the dim, −1 where the group is; and
+          what else `choose` gave, 0 where another shard holds the group.
+        """
+
+        def on_shard(group, weights, *args):
+            args = list(args)
+            pcoord = args.pop() if self.mesh_axis is not None else None
+            ids = args.pop() if self.ids is not None else None
+            local, first_entry, held = group, 0, group >= 0
+            if pcoord is not None:
+                n_groups = size_of(weights, 1)
+                local, first_entry = group - pcoord * n_groups, pcoord * self.entries
+                held = tf.logical_and(held, tf.logical_and(local >= 0, local < n_groups))
+            place, *rest = choose(weights, tf.where_v2(held, local, 0), *args)
+            if ids is None:
+                index = group * self.group + place
+            else:
+                index = tf.gather(ids, place, batch_dims=1) + first_entry
+            return tf.where_v2(held, index + 1, 0), *(tf.where_v2(held, r, tf.zeros_like(r)) for r in rest)
+
+        args = [weights, *more] + ([] if self.ids is None else [self.ids])
+        if self.mesh_axis is not None:
+            args.append(self.mesh_impl.laid_out_pcoord(self.mesh_axis))
+        index, *rest = self.mesh_impl.slicewise(on_shard, group, *args)
+        return self.mesh_impl.slicewise(lambda i: i - 1, self.across_shards(index, "SUM")), *rest
 
     def across_shards(self, x, reduction):
         if self.mesh_axis is not None:
@@ -93,18 +134,43 @@ class Rows:
         return x
 
 
+class ChosenRows(Rows):
+    """Rows of which some entries alone are at hand, the others being of no weight.
+
+    Their groups are those of the whole rows, and so are draws from them.
+    """
+
+    def __init__(self, mesh_impl, size, ids, mesh_axis=None, entries=None):
+        """size: the entries of a whole row; ids: laid-out int32 [rows, chosen], ascending: which ones of them are at
+        hand, or of its `entries` on this shard where `mesh_axis` splits them."""
+        self.mesh_impl = mesh_impl
+        self.size = size
+        self.group = group_size(size)
+        self.n_groups = -(-size // self.group)
+        self.entries = entries or size
+        self.mesh_axis = self.split_axis = mesh_axis
+        self.gathered_axis = None
+        self.ids = ids
+
+    def in_groups(self, x):
+        """Each entry has a place in every group, which holds 0 in all but its own."""
+        groups = tf.range(-(-self.entries // self.group))[:, tf.newaxis]
+
+        def spread(x, ids):
+            return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], 0.0)
+
+        return self.mesh_impl.slicewise(spread, x, self.ids)
+
+
 def _fold_sum(x):
     """Sum over the last axis, keeping it: halves are added until one is left.
 
-    Unlike reduce_sum, whose order of additions is the backend's affair.
+    Unlike reduce_sum, whose order of additions is the backend's affair; of two
+    numbers there is but one.
     """
-    size = size_of(x, -1)
-    while size > 1:
-        half = (size + 1) // 2
-        upper = x[..., half:]
-        if size % 2:
-            upper = _pad_last(upper, after=1)
-        x, size = x[..., :half] + upper, half
+    while size_of(x, -1) > 1:
+        x = pad_last(x, after=size_of(x, -1) % 2)
+        x = tf.reduce_sum(tf.reshape(x, x.shape.as_list()[:-1] + [2, -1]), -2)
     return x
 
 
@@ -114,67 +180,68 @@ def _near_sum(x):
     Its error does not grow with the axis, as reduce_sum's may: XLA adds one after
     the other on CPUs, which is off by 3e-5 for 50,257 equal entries.
     """
-    x = _pad_last(x, after=-size_of(x, -1) % 16)
-    return _fold_sum(tf.reduce_sum(tf.reshape(x, x.shape.as_list()[:-1] + [16, -1]), -2))
+    size = size_of(x, -1)
+    part = next((n for n in range(math.isqrt(size), 3, -1) if size % n == 0), None)
+    if part is None:
+        part = min(16, size)
+        x = pad_last(x, after=-size % part)
+    parts = tf.reshape(x, x.shape.as_list()[:-1] + [part, -1])
+    return tf.reduce_sum(tf.reduce_sum(parts, -1), -1, keepdims=True)
 
 
-def _pad_last(x, before=0, after=0, value=0.0):
-    if not before and not after:
-        return x
-    return tf.pad(x, [[0, 0]] * (x.shape.rank - 1) + [[before, after]], constant_values=value)
+def _near_cdf(weights):
+    """Cumulative sums over the last axis, as near as `_near_sum`; the last of them may be repeated."""
+    size = size_of(weights, -1)
+    if size <= 16:
+        return tf.cumsum(weights, -1)
+    part, shape = math.isqrt(size), weights.shape.as_list()[:-1]
+    within = tf.cumsum(tf.reshape(pad_last(weights, after=-size % part), shape + [-1, part]), -1)
+    before = tf.cumsum(within[..., -1:], -2, exclusive=True)
+    return tf.reshape(before + within, shape + [-1])
 
 
 def _scan(x, combine):
     """Inclusive prefix scan over the last axis of values ≥ 0, in log₂ steps."""
     shift, size = 1, size_of(x, -1)
     while shift < size:
-        x = combine(x, _pad_last(x[..., :-shift], before=shift))
+        x = combine(x, pad_last(x[..., :-shift], before=shift))
         shift *= 2
     return x
 
 
-def _cdf(weights):
-    """(cdf, last) of weights [..., n], none below 0.
+def _sums_and_last(weights):
+    """(sums, last) of weights [..., n], none below 0.
 
-    cdf [..., n] never falls, and rises only at entries of weight above 0: sums
-    taken in log₂ steps need not be monotone in floating point, so their running
-    maximum over those entries is. last [...] int32 is the last such entry, −1
-    where there is none.
+    sums [..., n] are those up to each entry of weight above 0, and 0 at the others:
+    taken in log₂ steps they need not be monotone in floating point. last [...]
+    int32 is the last entry of weight above 0, −1 where there is none.
     """
     has_mass = weights > 0
     sums = tf.where_v2(has_mass, _scan(weights, tf.add), 0.0)
     last = tf.reduce_max(tf.where_v2(has_mass, tf.range(size_of(weights, -1)), -1), -1)
-    return _scan(sums, tf.maximum), last
+    return sums, last
 
 
-def _search(weights, which, u, margin=None):
-    """Draws from chosen ones of several weight vectors, by inverse CDF.
+def _search(weights, which, u):
+    """Draws from chosen ones of several weight vectors, by inverse CDF, with sums in a fixed order.
 
     Args:
       weights: [rows, vectors, n] float32, none below 0.
       which: [rows, samples] int32 in [0, vectors).
       u: [rows, samples] float32 in [0, 1).
-      margin: None or, for few samples, float32 [rows, vectors]: how near a border
-        leaves a draw in doubt, in the vector's own units.
 
     Returns:
-      (entry, doubt): [rows, samples] int32, the first entry whose cdf passes u
-      times the total (the last entry with mass where rounding leaves none), −1
-      without mass; and a list, empty without `margin`, or else of float32
-      [rows, samples], 1.0 for a draw in doubt.
+      [rows, samples] int32, the first entry with mass up to which the sum passes u
+      times the largest sum (the last entry with mass where rounding leaves none),
+      −1 without mass.
     """
     rows, vectors, n = weights.shape.as_list()
     if size_of(u, 1) <= vectors:  # few draws: look only at what they draw from
-        cdf, last = _cdf(tf.gather(weights, which, batch_dims=1))
-        target = u[..., tf.newaxis] * cdf[..., -1:]
-        entry = tf.minimum(tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1), last)
-        if margin is None:
-            return entry, []
-        near = tf.abs(cdf - target) < tf.gather(margin, which, batch_dims=1)[..., tf.newaxis]
-        return entry, [tf.reduce_max(tf.cast(near, tf.float32), -1)]
-    assert margin is None
-    cdf, last = _cdf(weights)
-    cdf = tf.reshape(cdf, [-1])
+        sums, last = _sums_and_last(tf.gather(weights, which, batch_dims=1))
+        target = u[..., tf.newaxis] * tf.reduce_max(sums, -1, keepdims=True)
+        return tf.minimum(tf.reduce_min(tf.where_v2(sums > target, tf.range(n), n), -1), last)
+    sums, last = _sums_and_last(weights)
+    cdf = tf.reshape(_scan(sums, tf.maximum), [-1])  # which a sum passes where, for the first time, one of `sums` does
     vector = which + tf.range(rows)[:, tf.newaxis] * vectors
     begin = vector * n
     target = u * tf.gather(cdf, begin + (n - 1))
@@ -183,76 +250,110 @@ def _search(weights, which, u, margin=None):
         middle = (low + high) // 2
         right = tf.logical_and(low < high, tf.gather(cdf, begin + tf.minimum(middle, n - 1)) <= target)
         low, high = tf.where_v2(right, middle + 1, low), tf.where_v2(right, high, middle)
-    return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector)), []
+    return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector))
 
 
-def _draw(rows, weights, group_uniform, entry_uniform, errors=None):
-    """Both levels of a draw, at the level of laid-out tensors.
+def _search_near(weights, which, u, margin):
+    """`_search` of one sample a row, with sums in whatever order is fast.
+
+    Args:
+      weights, which, u: as for `_search`; each vector that is drawn from has mass.
+      margin: how near to a border a draw is in doubt: a number, in parts of the
+        total, or float32 [rows, vectors], in the weights' own units.
+
+    Returns:
+      (entry, doubt): [rows, 1], int32 in [0, n), and float32, 1.0 in doubt.
+    """
+    cdf = _near_cdf(tf.gather(weights, which, batch_dims=1)[:, 0])
+    total = cdf[:, -1:]
+    margin = margin * total if isinstance(margin, float) else tf.gather(margin, which, batch_dims=1)
+    target = u * total
+    entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1, keepdims=True)
+    doubt = tf.reduce_min(tf.abs(cdf - target), -1, keepdims=True) < margin
+    return tf.minimum(entry, size_of(weights, -1) - 1), tf.cast(doubt, tf.float32)
+
+
+def _draw(rows, weights, group_uniform, entry_uniform):
+    """Both levels of a draw, at the level of laid-out tensors, with sums in a fixed order.
+
+    They are of weights scaled by powers of two, so that none of float32 over- or
+    underflows.
 
     Args:
       rows: Rows.
-      weights: laid-out float32 [rows, entries], none below 0; +inf or NaN makes
-        a row invalid.
+      weights: laid-out float32 [rows, entries]; one below 0, +inf or NaN makes a
+        row invalid.
       group_uniform, entry_uniform: laid-out float32 [rows, samples] in [0, 1).
-      errors: None, for sums in a fixed order, of weights scaled by powers of two
-        so that none of float32 over- or underflows; or, for one sample a row,
-        laid-out float32 like `weights`: how far each may be wrong. Rounding of
-        the sums must be in it.
 
     Returns:
-      (drawn, doubt): laid-out int32 [rows, samples], −1 for an invalid row; and,
-      None without `errors`, float32 [rows, samples], 1.0 for a draw so near to a
-      border that the errors may have moved it across.
+      laid-out int32 [rows, samples], −1 for an invalid row or one without mass.
     """
     slicewise = rows.mesh_impl.slicewise
-    scaled = errors is None
 
-    def groups(w, *errors):
-        """Groups [rows, groups, group]; [2, rows, groups], to travel: what each adds
-        up to, and the exponent taken out of it, biased, 255 for an invalid one (with
-        errors: what they add up to, −1 for an invalid one); and with errors these."""
-        w = rows.grouped(w)
-        if errors:
-            total, error = _near_sum(w)[..., 0], tf.reduce_sum(rows.grouped(errors[0]), -1)
-            valid = tf.logical_and(total < np.inf, error < np.inf)  # (not for NaN)
-            total, error = tf.where_v2(valid, total, 0.0), tf.where_v2(valid, error, -1.0)
-            return w, tf.stack([total, error]), error
-        bits = tf.bitcast(tf.reduce_max(w, -1, keepdims=True), tf.int32)
-        exponent = tf.bitwise.right_shift(bits, tf.constant(23))
+    def sum_groups(w):
+        """w scaled; and [2, rows, groups], to travel: what each adds up to, and the
+        exponent taken out of it, biased, 255 for an invalid one."""
+        least, most = tf.reduce_min(w, -1, keepdims=True), tf.reduce_max(w, -1, keepdims=True)  # NaN where one is
+        most = tf.where_v2(least >= 0, tf.abs(most), np.inf)  # without −0.0's sign
+        exponent = tf.bitwise.right_shift(tf.bitcast(most, tf.int32), tf.constant(23))
         scale = tf.bitwise.left_shift(254 - tf.minimum(exponent, 253), tf.constant(23))
         w *= tf.bitcast(scale, tf.float32)  # its largest is in [1, 4) now
         total = tf.where_v2(exponent < 255, _fold_sum(w), 0.0)  # finite, to travel
         return w, tf.stack([total[..., 0], tf.cast(exponent[..., 0], tf.float32)])
 
-    def choose_group(summary, u):
-        totals, margin = summary[0], None
-        if scaled:
-            exponent = tf.cast(summary[1], tf.int32)
-            largest = tf.reduce_max(exponent, -1, keepdims=True)
-            relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
-            relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
-            totals *= tf.bitcast(relative, tf.float32)
-            valid = largest < 255
-        else:
-            margin = tf.reduce_sum(summary[1], -1, keepdims=True)
-            valid = tf.reduce_min(summary[1], -1, keepdims=True) >= 0
-        group, doubt = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, margin)
-        return tf.where_v2(valid, group, -1), *doubt
+    def choose_group(sums, u):
+        exponent = tf.cast(sums[1], tf.int32)
+        largest = tf.reduce_max(exponent, -1, keepdims=True)
+        relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
+        relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
+        totals = sums[0] * tf.bitcast(relative, tf.float32)
+        group = _search(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
+        return tf.where_v2(largest < 255, group, -1)
 
-    def choose_entry(pcoord, w, group, u, margin=None):
-        """One more than the index drawn; 0 where another shard holds the group."""
-        n_groups = size_of(w, 1)
-        local = group - pcoord * n_groups
-        held = tf.logical_and(group >= 0, tf.logical_and(local >= 0, local < n_groups))
-        entry, doubt = _search(w, tf.where_v2(held, local, 0), u, margin)
-        entry = tf.where_v2(held, group * rows.group + entry + 1, 0)
-        return entry, *(tf.where_v2(held, d, 0.0) for d in doubt)
+    weights, sums = slicewise(sum_groups, rows.in_groups(weights))
+    group = slicewise(choose_group, rows.across_groups(sums), group_uniform)
+    (drawn,) = rows.choose_within(group, lambda w, group, u: [_search(w, group, u)], weights, entry_uniform)
+    return drawn
 
-    weights, summary, *margin = slicewise(groups, weights, *([] if scaled else [errors]))
-    group, *doubt_of_group = slicewise(choose_group, rows.across_groups(summary), group_uniform)
-    drawn, *doubt = slicewise(choose_entry, rows.laid_out_pcoord(), weights, group, entry_uniform, *margin)
-    drawn = slicewise(lambda d: d - 1, rows.across_shards(drawn, "SUM"))
-    return drawn, slicewise(tf.maximum, *doubt_of_group, *doubt) if doubt else None
+
+def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None):
+    """`_draw` of one sample a row, with sums in whatever order is fast.
+
+    Args:
+      margin: a number: how far each weight may be wrong, rounding of the sums
+        included, in parts of it, or of its `slope`.
+      slope: None, or laid-out like weights.
+
+    Returns:
+      (drawn, doubt): laid-out [rows, 1], int32, −1 for an invalid row; and
+      float32, 1.0 for a draw so near to a border that errors may have moved it
+      across.
+    """
+    slicewise = rows.mesh_impl.slicewise
+
+    def sum_groups(*weights):
+        """[1 or 2, rows, groups], to travel: what the weights add up to, −1 for an invalid group; and what they may
+        be wrong by."""
+        sums = [_near_sum(w)[..., 0] for w in weights]
+        valid = functools.reduce(tf.logical_and, [s < np.inf for s in sums])  # false for NaN too
+        return tf.stack([tf.where_v2(valid, s, -1.0) for s in sums])
+
+    def choose_group(sums, u):
+        row_margin = margin if slope is None else margin * tf.reduce_sum(sums[1], -1, keepdims=True)
+        group, doubt = _search_near(tf.maximum(sums[0], 0.0)[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, row_margin)
+        least, most = tf.reduce_min(sums[0], -1, keepdims=True), tf.reduce_max(sums[0], -1, keepdims=True)
+        valid = tf.logical_and(least >= 0, most > 0)
+        return tf.where_v2(valid, group, -1), tf.where_v2(valid, doubt, 0.0)
+
+    def choose_entry(weights, group, u, *sums):
+        return _search_near(weights, group, u, margin * sums[0][1] if sums else margin)
+
+    grouped = [rows.in_groups(x) for x in ([weights] if slope is None else [weights, slope])]
+    sums = slicewise(sum_groups, *grouped)
+    group, group_doubt = slicewise(choose_group, rows.across_groups(sums), group_uniform)
+    more = [] if slope is None else [sums]
+    drawn, entry_doubt = rows.choose_within(group, choose_entry, grouped[0], entry_uniform, *more)
+    return drawn, slicewise(tf.maximum, group_doubt, entry_doubt)
 
 
 def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None, size=None):
@@ -325,17 +426,11 @@ class _GroupedDrawOperation(_DrawOperation):
         weights, *uniforms = (lowering.tensors[t] for t in self.inputs)
         slicewise = mesh_impl.slicewise
 
-        def to_rows(w):
-            """Whatever makes a row invalid becomes +inf, and −0.0 becomes 0.0."""
-            w = rows.to_rows(tf.cast(w, tf.float32))
-            return tf.where_v2(w >= 0, tf.abs(w), np.inf)  # false for NaN too
-
-        w = slicewise(to_rows, weights)
-        if rows.gathered_axis is not None:  # in finite values; −1 stands for +inf
-            w = rows.gather(slicewise(lambda w: tf.where_v2(w < np.inf, w, -1.0), w))
-            w = slicewise(lambda w: tf.where_v2(w >= 0, w, np.inf), w)
+        w = slicewise(lambda w: rows.to_rows(tf.cast(w, tf.float32)), weights)
+        if rows.gathered_axis is not None:  # in finite values; −1 stands for whatever makes a row invalid
+            w = rows.gather(slicewise(lambda w: tf.where_v2(tf.logical_and(w >= 0, w < np.inf), w, -1.0), w))
         uniforms = [slicewise(lambda u, w: tf.reshape(u, [size_of(w, 0), -1]), u, w) for u in uniforms]
-        drawn, _ = _draw(rows, w, *uniforms)
+        drawn = _draw(rows, w, *uniforms)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, out_shape), drawn))
 
@@ -343,7 +438,62 @@ class _GroupedDrawOperation(_DrawOperation):
 # --- entmax -----------------------------------------------------------------------
 
 
-def solve_entmax(rows, z, epsilon, n_iter):
+def chosen_of(alpha):
+    """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
+    return 64 if isinstance(alpha, numbers.Real) and alpha >= 1.45 else 256
+
+
+def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, of_all):
+    """What becomes of entmax, which as a rule few entries count in.
+
+    It is solved for the n_chosen largest entries of each shard; and again for all
+    where the last of them is in the support of some row, as others may be then.
+
+    Args:
+      rows: Rows.
+      x: laid-out float32 [rows, entries].
+      scores_of: a function from x, or some of its entries, to scores less the
+        largest one of their row, NaN throughout an invalid one; it keeps their order.
+      epsilon, n_iter: as for `solve_entmax`.
+      of_chosen: a function from laid-out ids [rows, chosen], p and its slope to a
+        list of tensors.
+      of_all: a function from p and its slope, for all of x, to such a list.
+
+    Returns:
+      a list of tensors.
+    """
+    mesh_impl = rows.mesh_impl
+
+    def solve_all():
+        return of_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
+
+    if x.slice_shape[1] < 8 * n_chosen:
+        return solve_all()
+    values, ids = mesh_impl.slicewise(lambda x: largest(x, n_chosen), x)
+    z = scores_of(values)
+    start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
+    p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
+    too_few = mesh_impl.slicewise(lambda p: tf.reduce_max(tf.cast(p[:, -1:] > 0, tf.float32)), p)
+    too_few = mesh_impl.allreduce(too_few, list(range(mesh_impl.ndims)), "MAX").tensor_list[0] > 0.5
+    return _as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
+
+
+def _as_list(x):
+    """What tf.cond gives: it takes a list of one out of it."""
+    return list(x) if isinstance(x, (list, tuple)) else [x]
+
+
+def _least_delta(z, epsilon):
+    """A δ that entmax's is not below, [rows, 1]: m weights of at least [1 + ε(zₘ − δ)]₊^(1/ε) sum to no more than 1.
+
+    z: float32 [rows, n], scores in descending order. (0, for which this is true too, in a row with NaN.)
+    """
+    log_m = tf.log(tf.range(1.0, size_of(z, 1) + 1.0))
+    gain = tf.where_v2(epsilon > 0, -tf.math.expm1(-epsilon * log_m) / epsilon, log_m)
+    return tf.maximum(finite(tf.reduce_max(z + gain, -1, keepdims=True)), 0.0)
+
+
+def solve_entmax(rows, z, epsilon, n_iter, start=None):
     """α-entmax of laid-out rows, by Newton's method.
 
     With y = z − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y) at ε = 0,
@@ -356,16 +506,13 @@ def solve_entmax(rows, z, epsilon, n_iter):
         row; a row that holds NaN comes out as NaN.
       epsilon: laid-out float32 [rows, 1].
       n_iter: int, the most steps.
+      start: None or laid-out like epsilon: a δ that is not above the one sought.
 
     Returns:
-      laid-out float32 like z, its rows summing to 1.
+      (p, slope), laid-out like z: p sums to 1 along its rows; slope is by how much
+      each entry of it moves with y, at the most: ∂p/∂y, and at the edge of the
+      support what it rises to.
     """
-    return _entmax_and_slope(rows, z, epsilon, n_iter)[0]
-
-
-def _entmax_and_slope(rows, z, epsilon, n_iter):
-    """What `solve_entmax` gives; and, laid-out like z, by how much each entry of it
-    moves with y, at the most: ∂p/∂y, and at the edge of the support what it rises to."""
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
 
@@ -405,7 +552,7 @@ def _entmax_and_slope(rows, z, epsilon, n_iter):
         going = mesh_impl.allreduce(slicewise(moving, step, delta), every_axis, "MAX")
         return i + 1, going.tensor_list, step.tensor_list, delta.tensor_list
 
-    delta = slicewise(tf.zeros_like, epsilon)
+    delta = start or slicewise(tf.zeros_like, epsilon)
     step = slicewise(tf.ones_like, epsilon)
     going = slicewise(lambda d: tf.ones([], tf.float32), delta)
     *_, delta = tf.while_loop(
@@ -432,8 +579,10 @@ def _entmax_and_slope(rows, z, epsilon, n_iter):
 SOFTMAX_MARGIN, ENTMAX_MARGIN = 1e-6, 4e-6
 
 
-def score_draw(scores, group_uniform, entry_uniform, dim, alpha=None, size=None):
-    """Draws an index along `dim` from softmax or entmax of `scores`.
+def score_draw(
+    scores, group_uniform, entry_uniform, dim, alpha=None, size=None, *, factor=None, ids=None, only=None, n_chosen=256
+):
+    """Draws an index along `dim` from softmax or entmax of `scores`, times `factor`.
 
     Equal scores and uniforms give the same index on every layout, backend and
     device, although exp does not give the same bits there. The weights are
@@ -443,12 +592,11 @@ def score_draw(scores, group_uniform, entry_uniform, dim, alpha=None, size=None)
     always what those would have given; that is rare, about one draw in a
     thousand.
 
-    A layout that splits `dim` moves 128 numbers a row, for entmax 2 more for
+    A layout that splits `dim` moves 64 numbers a row, for entmax 128 and 2 more for
     each step of its solver (all of the row if it cuts through a group).
 
     Args:
-      scores: float32 mtf.Tensor, at most 0, the largest of each row 0. −inf is
-        allowed.
+      scores: float32 mtf.Tensor; −inf is allowed.
       group_uniform, entry_uniform: float32 mtf.Tensors in [0, 1)
         [scores.shape − dim].
       dim: mtf.Dimension of `scores`.
@@ -456,70 +604,130 @@ def score_draw(scores, group_uniform, entry_uniform, dim, alpha=None, size=None)
         [scores.shape − dim], for entmax.
       size: int, where the entries of `dim` from there on are padding, of score
         −inf or the lowest number: the draws are then those without the padding.
+      factor: None or a float32 mtf.Tensor, its dims among [scores.shape − dim]: what
+        the scores, taken from the largest one of their row, are multiplied by.
+      ids: None, or an int32 mtf.Tensor of the shape of `scores`, no two of a row
+        equal: the entries that these are of a dimension of `size` entries, whose
+        others are masked. What is drawn is one of them, as from all.
+      only: None, or a float32 mtf.Tensor [scores.shape − dim]: 1.0 for a row of which
+        an index is wanted. Where no row's is, none is drawn.
 
     Returns:
-      int32 mtf.Tensor [scores.shape − dim]; −1 for a row with NaN, a score above
-      0, no score above −inf, or an alpha outside [1, 2].
+      int32 mtf.Tensor [scores.shape − dim]; −1 for a row with NaN or +inf, no score
+      above −inf, a factor that is not a number above 0, or an alpha outside [1, 2].
     """
-    return _ScoreDrawOperation(scores, group_uniform, entry_uniform, dim, alpha, size).outputs[0]
+    return _ScoreDrawOperation(
+        scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, only, n_chosen
+    ).outputs[0]
 
 
 class _ScoreDrawOperation(_DrawOperation):
-    def __init__(self, scores, group_uniform, entry_uniform, dim, alpha, size):
-        inputs = [scores, group_uniform, entry_uniform] + ([] if alpha is None else [alpha])
-        super().__init__(inputs, dim, None, size, "score_draw")
+    def __init__(self, scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, only, n_chosen):
+        super().__init__([scores, group_uniform, entry_uniform], dim, None, None if ids else size, "score_draw")
         if scores.dtype != tf.float32:
             raise ValueError(f"score_draw: scores of dtype {scores.dtype.name}; float32 is needed")
+        self._n_chosen = n_chosen
+        self._of = size  # what the ids are entries of
+        self._more = {"factor": factor, "alpha": alpha, "ids": ids, "only": only}
+        self._inputs += [t for t in self._more.values() if t is not None]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
-        rows = self._rows(mesh_impl)
-        scores, *others = (lowering.tensors[t] for t in self.inputs)
+        slicewise, every_axis = mesh_impl.slicewise, list(range(mesh_impl.ndims))
+        like = mesh_impl.LaidOutTensor.from_tensor_list
+        draw = functools.partial(self._draw_rows, lowering)
+        if self._more["only"] is None:
+            drawn = draw()
+        else:
+            wanted = slicewise(tf.reduce_max, lowering.tensors[self._more["only"]])
+            wanted = mesh_impl.allreduce(wanted, every_axis, "MAX").tensor_list[0] > 0.5
+            none = slicewise(lambda u: tf.fill([u.shape.num_elements(), 1], -1), lowering.tensors[self.inputs[1]])
+            drawn = _as_list(tf.cond(wanted, draw, lambda: [tf.identity(n) for n in none.tensor_list]))
+        shape = mesh_impl.slice_shape(self.outputs[0].shape)
+        lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, shape), like(drawn)))
+
+    def _draw_rows(self, lowering):
+        """A list of the slices of what is drawn, each [rows, 1]."""
+        mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
-        z = slicewise(rows.to_rows, scores)
+        scores, *uniforms = (lowering.tensors[t] for t in self.inputs[:3])
+        uniforms = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in uniforms]
+        rows = self._rows(mesh_impl)
+        x = slicewise(rows.to_rows, scores)
+        if self._more["ids"] is not None:
+            x, ids = slicewise(_by_id, x, slicewise(rows.to_rows, lowering.tensors[self._more["ids"]]))
+            rows = ChosenRows(mesh_impl, self._of, ids)
+        factor, epsilon = self._factor_and_epsilon(lowering)
+
+        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
+        if rows.split_axis is not None:
+            top = mesh_impl.allreduce(top, [rows.split_axis], "MAX")
+
+        def scores_of(x):
+            """Taken from the largest, no factor overflows. An invalid score becomes NaN or +inf."""
+            z = slicewise(tf.subtract, x, top)
+            return z if factor is None else slicewise(tf.multiply, z, factor)
+
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
-            z = rows.gather(slicewise(lambda z: tf.where_v2(z <= 0, tf.maximum(z, lowest), 1.0), z))
-        uniforms = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in others[:2]]
-        epsilon = None
-        if len(others) == 3:
-            shape, x_shape = self.inputs[3].shape, self.inputs[0].shape
+            x = slicewise(lambda z: tf.where_v2(z <= 0, tf.maximum(z, lowest), 1.0), scores_of(x))
+            x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
+            scores_of = lambda z: z  # noqa: E731
 
-            def per_row(alpha, scores):
-                alpha = tf.broadcast_to(align(alpha, shape, x_shape - self._dim), rows_shape)
-                alpha = tf.reshape(alpha, [-1, 1])
-                return tf.where_v2(tf.logical_and(alpha >= 1, alpha <= 2), alpha - 1.0, np.nan)
+        def draw_near(rows, *weights_and_slope, margin):
+            """[*slices of what is drawn, whether any is in doubt]"""
+            drawn, doubt = _draw_near(rows, weights_and_slope[0], *uniforms, margin, *weights_and_slope[1:])
+            doubt = mesh_impl.allreduce(slicewise(tf.reduce_max, doubt), list(range(mesh_impl.ndims)), "MAX")
+            return [*drawn.tensor_list, doubt.tensor_list[0]]
 
-            rows_shape = mesh_impl.slice_shape(x_shape - self._dim)
-            epsilon = slicewise(per_row, others[2], z)
+        def draw_chosen(ids, p, slope):
+            p, ids, slope = slicewise(_by_id, p, ids, slope)
+            chosen = ChosenRows(mesh_impl, rows.size, ids, rows.mesh_axis, x.slice_shape[1])
+            return draw_near(chosen, p, slope, margin=ENTMAX_MARGIN)
 
-        def invalid_as_nan(z, *eps):
-            """NaN where the score, or α, is not one."""
-            z = tf.where_v2(z <= 0, z, np.nan)
-            return z + tf.where_v2(tf.is_nan(eps[0]), np.nan, 0.0) if eps else z
-
-        z = slicewise(invalid_as_nan, z, *([] if epsilon is None else [epsilon]))
         if epsilon is None:
-            weights = slope = slicewise(tf.exp, z)
-            margin = SOFTMAX_MARGIN
+            *drawn, doubt = draw_near(rows, slicewise(tf.exp, scores_of(x)), margin=SOFTMAX_MARGIN)
         else:
-            weights, slope = _entmax_and_slope(rows, z, epsilon, n_iter=50)
-            margin = ENTMAX_MARGIN
-        drawn, doubt = _draw(rows, weights, *uniforms, slicewise(lambda s: s * margin, slope))
-        doubt = slicewise(tf.reduce_max, doubt)
-        doubt = mesh_impl.allreduce(doubt, list(range(mesh_impl.ndims)), "MAX").tensor_list[0] > 0.5
+            draw_all = functools.partial(draw_near, rows, margin=ENTMAX_MARGIN)
+            *drawn, doubt = entmax_by_chosen(rows, x, self._n_chosen, scores_of, epsilon, 50, draw_chosen, draw_all)
 
         def draw_again():
+            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
             if epsilon is None:
                 weights = slicewise(exact.softmax_weights, z)
             else:
-                sum_over_shards = lambda x: rows.across_shards(x, "SUM")  # noqa: E731
-                clean = slicewise(lambda e: tf.where_v2(tf.is_nan(e), 0.0, e), epsilon)
-                weights = exact.entmax_weights(mesh_impl, z, clean, sum_over_shards)
+                weights = exact.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
             weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _draw(rows, weights, *uniforms)[0].tensor_list
+            return _draw(rows, weights, *uniforms).tensor_list
 
-        drawn = tf.cond(doubt, draw_again, lambda: [tf.identity(d) for d in drawn.tensor_list])
-        drawn = mesh_impl.LaidOutTensor.from_tensor_list(drawn if isinstance(drawn, (list, tuple)) else [drawn])
-        out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
-        lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, out_shape), drawn))
+        return _as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
+
+    def _factor_and_epsilon(self, lowering):
+        """(factor, ε), each None or laid-out [rows, 1]; where α is not valid, NaN and 0."""
+        mesh_impl = lowering.mesh_impl(self)
+        shape = self.inputs[0].shape - self._dim
+        slice_shape = mesh_impl.slice_shape(shape)
+
+        def import_rows(tensor):
+            if tensor is None:
+                return None
+            spread = lambda t: tf.reshape(tf.broadcast_to(align(t, tensor.shape, shape), slice_shape), [-1, 1])  # noqa: E731
+            return mesh_impl.slicewise(spread, lowering.tensors[tensor])
+
+        factor, alpha = (import_rows(self._more[name]) for name in ("factor", "alpha"))
+        if alpha is None:
+            return factor, None
+
+        def split(alpha, *factor):
+            valid = tf.logical_and(alpha >= 1, alpha <= 2)
+            return tf.where_v2(valid, factor[0] if factor else 1.0, np.nan), tf.where_v2(valid, alpha - 1.0, 0.0)
+
+        return mesh_impl.slicewise(split, alpha, *([] if factor is None else [factor]))
+
+
+def _by_id(x, ids, *more):
+    """(x, ids, …), all [rows, n], in ascending order of their ids."""
+    ids, order = tf.math.top_k(-ids, size_of(ids, 1))
+    x, *more = (tf.gather(t, order, batch_dims=1) for t in (x, *more))
+    return x, -ids, *more

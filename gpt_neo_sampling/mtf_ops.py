@@ -638,20 +638,124 @@ class _FirstArgmaxOperation(_RowOperation):
         lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
 
 
+def chunk_size(size):
+    """Into chunks of how many entries `size` is taken: a divisor where there is one, to spare a padded copy."""
+    return next((n for n in range(48, 15, -1) if size % n == 0), 32)
+
+
+def largest(x, k):
+    """The k largest entries of each row and their indices, in order.
+
+    In two stages: the k largest lie in those k contiguous chunks whose own
+    largest entries are the k largest of all chunks' (of equal ones the first),
+    so only these are sorted entry by entry.
+
+    Args:
+      x: a tf.Tensor [rows, n] of a floating dtype.
+      k: int, at most n.
+
+    Returns:
+      (values, indices) [rows, k], of x's dtype and int32. Among equal entries the
+      lower index comes first; −0.0 counts as 0.0. A row with NaN or +inf has NaN
+      for all its values.
+    """
+
+    def sortable(x):  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
+        return tf.where_v2(tf.abs(x) > 0, x, tf.zeros_like(x))
+
+    def top_k_of(x, k):
+        if k == 1:  # TPUs are slow at top_k
+            return tf.argmax(x, -1, output_type=tf.int32)[:, tf.newaxis]
+        return tf.math.top_k(x, k)[1]
+
+    size = size_of(x, 1)
+    chunk = chunk_size(size)
+    n_chunks = -(-size // chunk)
+    if n_chunks <= 2 * k:
+        candidates, top = x, tf.reduce_max(x, -1, keepdims=True)
+        indices = at = top_k_of(sortable(x), k)
+    else:
+        chunks = tf.reshape(pad_last(x, after=n_chunks * chunk - size, value=-np.inf), [-1, n_chunks, chunk])
+        maxima = tf.reduce_max(chunks, -1)  # NaN where one is among them
+        top = tf.reduce_max(maxima, -1, keepdims=True)
+        chosen = top_k_of(sortable(maxima), k)
+        chosen = -tf.math.top_k(-chosen, k)[0]  # ascending: of equal entries, the lower index stays the first
+        candidates = tf.reshape(tf.gather(chunks, chosen, batch_dims=1), [-1, k * chunk])
+        at = top_k_of(sortable(candidates), k)
+        indices = tf.gather(chosen, at // chunk, batch_dims=1) * chunk + at % chunk
+    values = tf.gather(candidates, at, batch_dims=1)
+    return tf.where_v2(top < np.inf, values, tf.constant(np.nan, x.dtype)), indices  # false for NaN too
+
+
+def scatter_rows(values, indices, size):
+    """[rows, size] with values [rows, n] at their indices, no two of a row equal, and 0 elsewhere."""
+    n_rows, n = values.shape.as_list()
+    at = tf.reshape(indices + tf.range(n_rows)[:, tf.newaxis] * size, [-1, 1])
+    return tf.reshape(tf.scatter_nd(at, tf.reshape(values, [-1]), [n_rows * size]), [n_rows, size])
+
+
+def pad_last(x, before=0, after=0, value=0.0):
+    """x with so many entries more along its last axis."""
+    if not before and not after:
+        return x
+    padding = [[0, 0]] * (x.shape.rank - 1) + [[before, after]]
+    return tf.pad(x, padding, constant_values=tf.constant(value, x.dtype))
+
+
 def top_k(x, dim, k_dim):
     """The k_dim.size largest entries along `dim` and their indices, in order.
 
     Among equal entries the lower index comes first, on any layout. A layout
     that splits `dim` moves k candidates a row and shard. (mtf's own `top_k`
     goes another, wrong way for k of 2 to 4 on rows that hold masked values;
-    this is the operation under it.)
+    this is the operation under it, with `largest` in each shard.)
 
     Args:
-      x: mtf.Tensor, free of infinities. A NaN has no defined place.
+      x: mtf.Tensor of a floating dtype.
       dim: mtf.Dimension of x.
       k_dim: mtf.Dimension, no larger than `dim`.
 
     Returns:
       (values, indices): mtf.Tensors [x.shape − dim + k_dim], x.dtype and int32.
+      −inf counts as the lowest finite number; a row that holds NaN or +inf has NaN
+      for all its values.
     """
-    return tuple(mtf.ops.TopKOperation(x, dim, k_dim).outputs)
+    return tuple(_TopKOperation(x, dim, k_dim).outputs)
+
+
+class _TopKOperation(mtf.ops.TopKOperation):
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        (x,) = self.inputs
+        k = self._k_dim.size
+        axis = x.shape.dims.index(self._reduced_dim)
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
+        rest = mesh_impl.slice_shape(x.shape - self._reduced_dim)
+
+        def local(x, pcoord=None):
+            x = tf.transpose(x, [i for i in range(x.shape.rank) if i != axis] + [axis])
+            size = size_of(x, -1)
+            values, indices = largest(tf.reshape(x, [-1, size]), min(k, size))
+            if pcoord is None:
+                return values, indices
+            # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
+            indices += pcoord * size
+            indices = tf.where_v2(values < x.dtype.min, -2 - indices, tf.where_v2(tf.is_nan(values), -1, indices))
+            return finite(values), indices
+
+        def choose(values, indices):
+            invalid = tf.reduce_max(tf.cast(tf.equal(indices, -1), tf.int32), -1, keepdims=True) > 0
+            values, at = tf.math.top_k(values, k)
+            indices = tf.gather(indices, at, batch_dims=1)
+            values = tf.where_v2(indices < -1, tf.constant(-np.inf, x.dtype), values)
+            values = tf.where_v2(invalid, tf.constant(np.nan, x.dtype), values)
+            return values, tf.maximum(indices, -2 - indices)
+
+        if mesh_axis is None:
+            found = mesh_impl.slicewise(local, lowering.tensors[x])
+        else:
+            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
+            found = mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
+        for output, value in zip(self.outputs, found):
+            shaped = mesh_impl.slicewise(lambda v: tf.reshape(v, rest + [k]), value)
+            lowering.set_tensor_lowering(output, shaped)

@@ -6,19 +6,22 @@ hands it a context, and draws from the logits that come back.
 
 import collections
 import dataclasses
+import functools
 import numbers
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import score_draw
+from gpt_neo_sampling.draws import chosen_of, score_draw
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import (
     DEFAULT_ALPHA,
     draw_uniforms,
-    from_largest,
+    has_no_top_k,
+    inverse_temperature,
     padding_mask,
     token_mask,
+    top_k_candidates,
     top_k_mask,
 )
 from gpt_neo_sampling.mtf_ops import (
@@ -34,6 +37,7 @@ from gpt_neo_sampling.mtf_ops import (
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
+MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 INVALID = -1  # the token of a row whose distribution is not one
 
 
@@ -193,27 +197,29 @@ def next_token(logits, vocab_dim, options, seed, stream, step):
     if fixed and options.temperature == 0:
         return first_argmax(logits, vocab_dim)
 
-    # Taken from the largest, no temperature overflows. By its reciprocal, as
-    # some backends do not divide by it as others do.
-    temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
-
-    def reciprocal(t):  # a negative temperature makes NaN, and so an invalid row
-        return tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, 1.0 / tf.maximum(t, 2.0**-126), np.nan))
-
-    scaled = cwise_broadcast(
-        tf.multiply,
-        [from_largest(logits, vocab_dim), mtf.cwise(reciprocal, [temperature], name="reciprocal")],
-        logits.shape,
-        name="temperature",
-    )
-    if options.top_k is not None:
-        scaled = top_k_mask(scaled, options.top_k, vocab_dim, max_top_k=options.max_top_k)
+    factor = inverse_temperature(mesh, options.temperature, rows)
     alpha = import_rows(mesh, options.entmax_alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     uniforms = draw_uniforms(mesh, rows, seed, stream, step)
-    token = score_draw(scaled, *uniforms, vocab_dim, alpha, options.vocab_size)
+    size = options.vocab_size or vocab_dim.size
+    n_chosen = chosen_of(options.entmax_alpha)
+    draw = functools.partial(score_draw, factor=factor, alpha=alpha, size=size, n_chosen=n_chosen)
+    k, max_k = options.top_k, options.max_top_k
+    if k is not None and (k if isinstance(k, numbers.Integral) else max_k or 0) > MOST_CANDIDATES:
+        logits, k = top_k_mask(logits, k, vocab_dim, max_top_k=max_k, masked=-np.inf), None
+    candidates = None if k is None else top_k_candidates(logits, k, vocab_dim, max_top_k=max_k)
+    if candidates is None:
+        token = draw(logits, *uniforms, vocab_dim)
+    else:
+        values, ids = candidates
+        token = draw(values, *uniforms, values.shape[-1], ids=ids)
+        if not isinstance(k, numbers.Integral):  # rows without a mask draw from all
+            no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), vocab_dim), rows)
+            whole = draw(logits, *uniforms, vocab_dim, only=no_mask)
+            token = cwise_broadcast(lambda n, w, t: tf.where_v2(n > 0, w, t), [no_mask, whole, token], rows, tf.int32)
     if fixed:
         return token
     greedy = first_argmax(logits, vocab_dim)
+    temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
     return cwise_broadcast(
         lambda token, greedy, t: tf.where_v2(tf.equal(t, 0.0), greedy, token), [token, greedy, temperature], rows
     )

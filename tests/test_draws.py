@@ -497,12 +497,17 @@ def margins(value):
 
 
 @contextlib.contextmanager
-def opened_up(again, **replacements):
-    """score_draw is made with parts replaced, and so that it always draws again, or never does."""
+def opened_up(again, few=False, **replacements):
+    """score_draw is made with parts replaced, so that it always draws again, or never does; and so
+    that it always seeks entmax among a few entries (which must be enough), or never does."""
     cond = tf.cond
 
-    def taken(doubt, yes, no):
-        return (yes if again else no)() if yes.__name__ == "draw_again" else cond(doubt, yes, no)
+    def taken(condition, yes, no):
+        if yes.__name__ == "draw_again":
+            return (yes if again else no)()
+        if yes.__name__ == "solve_all":
+            return (no if few else yes)()
+        return cond(condition, yes, no)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf, "cond", taken)
@@ -524,21 +529,26 @@ def cumulative(scores, *alpha, exactly, jit=False):
 
     Without `exactly`, also how near to a border it doubts: [rows] and [rows, groups].
     """
-    search, sums, doubts = draws._search, [], []
+    search, search_near, sums, doubts = draws._search, draws._search_near, [], []
 
-    def note(weights, which, u, margin=None):
-        sums.append(draws._cdf(weights)[0])
-        doubts.append(margin)
-        return search(weights, which, u, margin)
+    def note(weights, which, u):
+        sums.append(draws._scan(draws._sums_and_last(weights)[0], tf.maximum))
+        return search(weights, which, u)
+
+    def note_near(weights, which, u, margin):
+        near = draws._near_cdf(weights)[..., : weights.shape[-1]]
+        sums.append(near)
+        doubts.append(margin * near[..., -1] if isinstance(margin, float) else margin)
+        return search_near(weights, which, u, margin)
 
     def fetch(*tensors):
         del sums[:], doubts[:]
-        lowered(score_build(scores.shape[1]), *tensors)
-        return sums[2:] if exactly else sums + doubts  # drawing again comes second
+        with opened_up(again=exactly, **({"_search": note} if exactly else {"_search_near": note_near})):
+            lowered(score_build(scores.shape[1]), *tensors)
+        return sums + doubts
 
     u = np.zeros(len(scores), np.float32)
-    with opened_up(again=exactly, _search=note):
-        groups, entries, *doubts = on_tensors(fetch, scores, u, u, *alpha, jit=jit)
+    groups, entries, *doubts = on_tensors(fetch, scores, u, u, *alpha, jit=jit)
     return groups[:, 0], entries, *([doubts[0][:, 0], doubts[1]] if doubts else [])
 
 
@@ -662,6 +672,19 @@ def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax
     rng = np.random.default_rng(22)
     z = mixed_rows(rng, distinct, size)
     alpha = [mixed_alphas(rng, distinct)] if entmax else []
+    check_fast_draws(rng, z, alpha, copies, passes)
+
+
+def test_fast_draws_among_few_entries_are_exact_or_in_doubt():
+    """Rows of which less than 64 entries are in entmax's support."""
+    rng = np.random.default_rng(31)
+    z = from_largest(gaussians(rng, rng.uniform(2, 4, 16), GPT2_VOCAB))
+    check_fast_draws(rng, z, [np.float32(rng.choice([1.5, 1.7, 2], 16))], 16, 10, few=True)
+
+
+def check_fast_draws(rng, z, alpha, copies, passes, few=False):
+    """Near borders between entries: what is drawn at first, and is not in doubt, is right; some are in doubt."""
+    entmax, (distinct, size) = bool(alpha), z.shape
     away = (draws.ENTMAX_MARGIN if entmax else draws.SOFTMAX_MARGIN) / 2
     u = near_borders(rng, z, *alpha, passes=passes * copies, away=away)
 
@@ -673,10 +696,10 @@ def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax
     want = MeshRunner()(from_weights, weights, *u.transpose(0, 2, 1)).T.reshape(passes, copies * distinct)
     u = u.reshape(2, passes, copies * distinct)
     z, alpha = np.tile(z, (copies, 1)), [np.tile(a, copies) for a in alpha]
-    draw, seen = draws._draw, []
+    draw, seen = draws._draw_near, []
 
-    def note(*args):
-        seen.append(draw(*args))
+    def note(*args, **kwargs):
+        seen.append(draw(*args, **kwargs))
         return seen[-1]
 
     def tokens_and_doubts(*tensors):
@@ -686,7 +709,7 @@ def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax
 
     for jit in (False, True):
         doubted, fast_is_other = 0, 0
-        with opened_up(again=False, _draw=note), quiet_logging():
+        with opened_up(again=False, few=few, _draw_near=note), quiet_logging():
             function = tensorflow.function(tokens_and_doubts, jit_compile=jit, autograph=False)
             for u1, u2, right in zip(*u, want):
                 token, doubt = (t.numpy() for t in function(*map(tf.constant, (z, u1, u2, *alpha))))
@@ -834,7 +857,7 @@ def test_entries_of_no_probability_are_not_drawn():
         assert token.min() >= 0 and np.take_along_axis(threshold, token[:, np.newaxis], 1).min() > 0
 
 
-INVALID_SCORES = {1: (0, np.nan), 3: (129, np.nan), 4: (77, np.inf), 6: (64, 1e-6), 8: (slice(None), -np.inf)}
+INVALID_SCORES = {1: (0, np.nan), 3: (129, np.nan), 4: (77, np.inf), 8: (slice(None), -np.inf)}
 INVALID_ALPHAS = {2: 1 - 2.0**-24, 5: 2 + 2.0**-22, 7: np.nan, 9: -np.inf}
 
 
@@ -865,6 +888,42 @@ def test_invalid_rows_of_scores(entmax):
     want[[*INVALID_SCORES, *(INVALID_ALPHAS if entmax else [])]] = -1
     for program in fast + exactly:
         np.testing.assert_array_equal(program(bad, u1, u2, *alphas[1 : 1 + int(entmax)]), want)
+
+
+@pytest.mark.parametrize("entmax", [False, True])
+def test_draws_from_candidates_are_those_from_the_masked_row(entmax):
+    """The k likeliest by themselves, in any order, and all with the rest masked: the same tokens. At borders the
+    former are the same under XLA and in integers."""
+    rng = np.random.default_rng(32)
+    size, rows, k = 1024, 64, 40
+    z = from_largest(gaussians(rng, [0.3, 2] * (rows // 2), size))
+    z[::3] = np.round(z[::3])  # ties
+    order = np.argsort(-z.astype(np.float64), axis=1, kind="stable")[:, :k].astype(np.int32)
+    order = rng.permuted(order, axis=1)
+    values = np.take_along_axis(z, order, 1)
+    masked = np.full_like(z, LOWEST)
+    np.put_along_axis(masked, order, values, 1)
+    b, v, c = dims(batch=rows, vocab=size, top_k=k)
+    alphas = [np.full(rows, 1.3, np.float32)] if entmax else []
+
+    def few(mesh, values, ids, u1, u2, *alpha):
+        alpha = imp(mesh, alpha[0], b) if entmax else None
+        return score_draw(imp(mesh, values, b, c), imp(mesh, u1, b), imp(mesh, u2, b), c, alpha, size,
+                          ids=imp(mesh, ids, b, c))  # fmt: skip
+
+    per_row = [(tf.float32, (rows,))] * (2 + len(alphas))
+    inputs = [(tf.float32, (rows, k)), (tf.int32, (rows, k)), *per_row]
+    from_few = Program(few, inputs)
+    from_masked = Program(score_build(size), [(tf.float32, (rows, size)), *per_row])
+    for u1, u2 in zip(*uniforms(rng, 2, 30, rows)):
+        np.testing.assert_array_equal(from_few(values, order, u1, u2, *alphas), from_masked(masked, u1, u2, *alphas))
+    others = [OnXla(few, inputs)]
+    with margins(2.0):
+        others.append(Program(few, inputs))
+    for u1, u2 in zip(*near_borders(rng, masked, *alphas, passes=20)):
+        want = from_few(values, order, u1, u2, *alphas)
+        for program in others:
+            np.testing.assert_array_equal(program(values, order, u1, u2, *alphas), want)
 
 
 def test_a_dim_and_rows_split_alike():

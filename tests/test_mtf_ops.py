@@ -14,6 +14,7 @@ from gpt_neo_sampling.mtf_ops import (
     cwise_broadcast,
     import_rows,
     import_seed,
+    largest,
     row_index,
     settle,
     take,
@@ -436,6 +437,45 @@ def test_top_k(runner):
         for values, indices in (got[4 * n : 4 * n + 2], got[4 * n + 2 : 4 * n + 4]):
             np.testing.assert_array_equal(indices, order[:, :k])
             np.testing.assert_array_equal(values, np.take_along_axis(x, order[:, :k], 1))
+
+
+@pytest.mark.parametrize("size", [2048, 1009, 50257], ids=["whole chunks", "a short one", "GPT-2's"])
+def test_largest_at_the_borders_of_chunks(size):
+    """Entry by entry against NumPy: many ties, in and across chunks, 0.0 and −0.0, −inf; with and without XLA."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(9, size)).astype(np.float32)
+    x[1] = rng.integers(-3, 4, size)
+    x[2] = np.where(rng.random(size) < 0.5, 0.0, -0.0)
+    x[3] = np.arange(size) // 40 % 2
+    x[4] = -np.inf
+    x[4, rng.permutation(size)[:30]] = 1
+    x[5] = -(np.arange(size) // 7)
+    x[6] = np.arange(size)
+    x[7], x[8] = np.finfo(np.float32).min, 0
+    x[8, -1] = 1
+    spoiled = np.tile(x[0], (4, 1))
+    spoiled[0, 5], spoiled[1, -1], spoiled[2, size // 2], spoiled[3] = np.nan, np.inf, -np.inf, -np.inf
+    order = np.argsort(-x.astype(np.float64), axis=1, kind="stable").astype(np.int32)
+    for k, jit in ((1, False), (3, True), (12, False), (40, True)):
+        function = tensorflow.function(lambda x, k=k: largest(x, k), jit_compile=jit, autograph=False)
+        values, indices = (t.numpy() for t in function(tf.constant(x)))
+        np.testing.assert_array_equal(indices, order[:, :k])
+        np.testing.assert_array_equal(values, np.take_along_axis(x, order[:, :k], 1))
+        values = function(tf.constant(spoiled))[0].numpy()
+        assert np.isnan(values[:2]).all() and not np.isnan(values[2:]).any()
+        assert np.all(values[3] == -np.inf)
+
+
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:4", "vocab:x")], ids=str)
+def test_top_k_of_invalid_rows(runner):
+    """NaN throughout where NaN or +inf is; −inf comes back."""
+    x = np.tile(np.arange(16, dtype=np.float32), (5, 1))
+    x[0, 3], x[1, 15], x[2, :14], x[3] = np.nan, np.inf, -np.inf, -np.inf
+    b, k = dims(batch=5, top_k=3)
+    values, indices = runner(lambda mesh, x: top_k(imp(mesh, x, b, V), V, k), x)
+    assert np.isnan(values[:2]).all()
+    np.testing.assert_array_equal(values[2:], [[15, 14, -np.inf], [-np.inf] * 3, [15, 14, 13]])
+    np.testing.assert_array_equal(indices[2:], [[15, 14, 0], [0, 1, 2], [15, 14, 13]])
 
 
 # --- Broadcasting -------------------------------------------------------------

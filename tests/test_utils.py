@@ -27,6 +27,7 @@ from gpt_neo_sampling.models.utils import (
     entmax_forward,
     parse_inputs,
     sample_categorical,
+    softmax,
     token_mask,
     top_k_mask,
 )
@@ -457,6 +458,59 @@ def test_entmax_at_gpt2s_vocabulary():
         if alpha >= 1.3:  # where the reference has exact zeros, and far from its border, so has entmax
             far = reference.entmax(x + 1e-4 * (want == 0), alpha) == 0
             assert far[1:3].mean() > 0.9 and not p[far].any()
+
+
+@pytest.mark.parametrize("support", [1, 50, 255, 256, 257, 500, 4096, "mixed"])
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2", "vocab:x")], ids=str)
+def test_entmax_of_every_size_of_support(support, runner):
+    """Solved among few entries, or among all where the support is larger, in one row or in all of them."""
+    rng = np.random.default_rng(28)
+    supports = [1, 50, 500, 4096] if support == "mixed" else [support] * 4
+    x = np.full((4, 4096), -30.0)
+    for row, n in zip(x, supports):
+        row[rng.permutation(4096)[:n]] = 0.05 * rng.random(n) if n < 4096 else 1e-4 * rng.random(n)
+    x = x.astype(np.float32)
+    alphas = (1.3, 1.5, 2.0)
+
+    def build(mesh, x):
+        b, v = dims(batch=4, vocab=4096)
+        x = imp(mesh, x, b, v)
+        rows = imp(mesh, tf.constant([1.3, 1.5, 2.0, 1.05]), b)
+        return [entmax(x, alpha, v) for alpha in (*alphas, rows)]
+
+    *found, by_row = runner(build, x)
+    for alpha, p in zip(alphas, found, strict=True):
+        want = reference.entmax(x, alpha)
+        if alpha == 1.3:  # all that were meant to be in the support are
+            np.testing.assert_array_equal((want > 0).sum(1), supports)
+        np.testing.assert_allclose(p, want, rtol=0, atol=2.5e-7)
+    want = entmax_by_row(x, np.float32([1.3, 1.5, 2.0, 1.05]))
+    np.testing.assert_allclose(by_row, want, rtol=0, atol=2.5e-7)
+
+
+def test_softmax(runner):
+    """Against float64, with its gradient, along any dim; invalid rows are NaN throughout."""
+    rng = np.random.default_rng(29)
+    x = (3 * rng.normal(size=(8, 64)) + 50).astype(np.float32)
+    x[0, 5], x[1, 63], x[2], x[3, :40], x[4] = np.nan, np.inf, -np.inf, -np.inf, 7
+    dy = rng.normal(size=(8, 64)).astype(np.float32)
+    b, v = dims(batch=8, vocab=64)
+
+    def build(mesh, x, dy):
+        x, dy = imp(mesh, x, b, v), imp(mesh, dy, b, v)
+        p = softmax(x)
+        (dx,) = mtf.gradients([mtf.reduce_sum(p * dy)], [x])
+        return p, softmax(mtf.transpose(x, [v, b]), v), entmax(x, 1), dx
+
+    p, moved, as_entmax, dx = runner(build, x, dy)
+    with np.errstate(invalid="ignore"):
+        z = np.exp(float64(x) - float64(x).max(1, keepdims=True))
+        want = z / z.sum(1, keepdims=True)
+    want[:3] = np.nan
+    for got in (p, moved.T, as_entmax):
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-30)
+    want_dx = want * (dy - (want * dy).sum(1, keepdims=True))
+    np.testing.assert_allclose(dx[3:], want_dx[3:], rtol=0, atol=1e-6)
 
 
 def by_alpha(x):

@@ -10,16 +10,17 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import Rows, grouped_draw, solve_entmax
+from gpt_neo_sampling.draws import Rows, chosen_of, entmax_by_chosen, grouped_draw
 from gpt_neo_sampling.mtf_ops import (
     align,
     counter_uniforms,
     cwise_broadcast,
     finite,
-    finite_max,
     import_rows,
     import_seed,
     row_index,
+    scatter_rows,
+    size_of,
     take,
     top_k,
 )
@@ -71,21 +72,28 @@ def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_d
     return grouped_draw(x, *uniforms, dim, samples_dim, size)
 
 
-def from_largest(x, dim):
-    """x less the largest entry of its row, which becomes 0; +inf becomes NaN.
+def inverse_temperature(mesh, temperature, rows):
+    """What logits, taken from the largest, are multiplied by.
+
+    The reciprocal is taken here, as some backends do not divide as others do.
 
     Args:
-      x: mtf.Tensor of a floating dtype. No gradient flows through it.
-      dim: mtf.Dimension of x.
+      mesh: mtf.Mesh.
+      temperature: a number, or a float32 tensor, scalar or one a row.
+      rows: mtf.Shape, the dims of the request.
 
     Returns:
-      mtf.Tensor like x.
+      None where the temperature is the number 1, or else a float32 mtf.Tensor,
+      scalar or with dims among `rows`: 1 where the temperature is 0, and NaN where
+      it is below.
     """
+    if isinstance(temperature, numbers.Real) and temperature == 1:
+        return None
 
-    def subtract(x, largest):
-        return tf.where_v2(x < np.inf, x - largest, np.nan)
+    def reciprocal(t):
+        return tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, 1.0 / tf.maximum(t, 2.0**-126), np.nan))
 
-    return cwise_broadcast(subtract, [x, finite_max(x, dim)], x.shape, name="from_largest")
+    return mtf.cwise(reciprocal, [import_rows(mesh, temperature, tf.float32, rows, "temperature")], name="reciprocal")
 
 
 def draw_uniforms(mesh, rows, seed=None, stream=None, step=0, samples_dim=None):
@@ -153,8 +161,23 @@ def entmax(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
     dim = _dim_of(x, dim)
     if not isinstance(n_iter, numbers.Integral) or n_iter < 1:
         raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
-    alpha = _import_alpha(x.mesh, alpha, x.shape - dim)
-    return _EntmaxOperation(x, alpha, dim, n_iter).outputs[0]
+    imported = _import_alpha(x.mesh, alpha, x.shape - dim)
+    if isinstance(alpha, numbers.Real) and alpha == 1:
+        return softmax(x, dim)
+    return _EntmaxOperation(x, imported, dim, n_iter, chosen_of(alpha)).outputs[0]
+
+
+def softmax(x, dim=None):
+    """Softmax along `dim`: `entmax` of α = 1, in the few passes that it takes.
+
+    Args:
+      x: mtf.Tensor of scores, float32, bfloat16 or float16; computed in float32.
+      dim: mtf.Dimension of x; the last by default.
+
+    Returns:
+      mtf.Tensor like x; invalid rows are NaN, as those of `entmax`.
+    """
+    return _SoftmaxOperation(x, _dim_of(x, dim)).outputs[0]
 
 
 def _import_alpha(mesh, alpha, rows):
@@ -213,8 +236,9 @@ def entmax_backward(
 class _EntmaxOperation(mtf.Operation):
     """An operation with its own gradient: mtf's custom_gradient fails when recomputed."""
 
-    def __init__(self, x, alpha, dim, n_iter):
+    def __init__(self, x, alpha, dim, n_iter, n_chosen):
         super().__init__([x, alpha], name="entmax")
+        self._n_chosen = n_chosen
         self._dim = dim
         self._n_iter = int(n_iter)
         self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
@@ -233,22 +257,68 @@ class _EntmaxOperation(mtf.Operation):
         slice_shape = mesh_impl.slice_shape(rows_shape)
 
         def begin(x):
-            """The rows, and [rows, 2] of their largest entry and whether one is invalid."""
+            """The rows, and [rows, 2] of their largest entry and whether one is invalid, finite to travel."""
             x = rows.to_rows(tf.cast(x, tf.float32))
-            invalid = tf.reduce_max(tf.where_v2(x < np.inf, 0.0, 1.0), -1)  # NaN too
-            return x, tf.stack([finite(tf.reduce_max(x, -1)), invalid], -1)
+            return x, _top_and_invalid(tf.reduce_max(x, -1))
 
-        def shift(x, facts, alpha):
+        def settle_rows(facts, alpha):
+            """What to take from a row, NaN where it is invalid, and α − 1."""
             eps = tf.broadcast_to(align(alpha, self.inputs[1].shape, rows_shape), slice_shape)
             eps = tf.reshape(eps, [-1, 1]) - 1.0
-            good = tf.logical_and(facts[:, 1:] < 0.5, tf.logical_and(eps >= 0, eps <= 1))
-            return tf.where_v2(good, x - facts[:, :1], np.nan), eps
+            top = tf.where_v2(tf.logical_and(eps >= 0, eps <= 1), facts[:, :1], np.nan)
+            return _nan_where_invalid(facts, top), eps
 
-        z, facts = slicewise(begin, lowering.tensors[x])
-        z, eps = slicewise(shift, z, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
-        p = solve_entmax(rows, z, eps, self._n_iter)
+        x_rows, facts = slicewise(begin, lowering.tensors[x])
+        top, eps = slicewise(settle_rows, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
+
+        def of_chosen(ids, p, slope):
+            return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p).tensor_list
+
+        p = entmax_by_chosen(
+            rows, x_rows, self._n_chosen, lambda x: slicewise(tf.subtract, x, top), eps, self._n_iter,
+            of_chosen, lambda p, slope: p.tensor_list,
+        )  # fmt: skip
+        p = mesh_impl.LaidOutTensor.from_tensor_list(p)
         y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+class _SoftmaxOperation(mtf.Operation):
+    def __init__(self, x, dim):
+        super().__init__([x], name="softmax")
+        self._dim = dim
+        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys):
+        return entmax_backward(self.inputs, [], [], self.outputs, grad_ys, 1, self._dim)
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        slicewise = mesh_impl.slicewise
+        (x,) = self.inputs
+        rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
+        x_rows = slicewise(lambda x: rows.to_rows(tf.cast(x, tf.float32)), lowering.tensors[x])
+        facts = slicewise(lambda x: _top_and_invalid(tf.reduce_max(x, -1)), x_rows)
+        facts = rows.across_shards(facts, "MAX")
+        if rows.mesh_axis is None:  # TensorFlow's own, which leaves numbers in an invalid row
+            p = slicewise(lambda x, facts: tf.nn.softmax(x) * _nan_where_invalid(facts, 1.0), x_rows, facts)
+        else:
+            w = slicewise(lambda x, facts: tf.exp(x - _nan_where_invalid(facts, facts[:, :1])), x_rows, facts)
+            total = rows.across_shards(slicewise(lambda w: tf.reduce_sum(w, -1, keepdims=True), w), "SUM")
+            p = slicewise(lambda w, total: w / total, w, total)
+        y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def _top_and_invalid(top):
+    """[rows, 2] of the largest entries [rows] and 1 for rows that are invalid by them, else 0; finite, to travel."""
+    return tf.stack([finite(top), tf.where_v2(top < np.inf, 0.0, 1.0)], -1)  # (1 for NaN too)
+
+
+def _nan_where_invalid(facts, value):
+    """value [rows, 1] where `facts`, of `_top_and_invalid`, say that a row is valid."""
+    return tf.where_v2(facts[:, 1:] < 0.5, value, np.nan)
 
 
 def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alpha=DEFAULT_ALPHA):
@@ -345,7 +415,7 @@ def mask_value(dtype):
     return dtype.min
 
 
-def top_k_mask(logits, k, dim=None, *, max_top_k=None):
+def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
     """Masks all but the k largest logits (Fan, Lewis, Dauphin 2018, arXiv 1805.04833).
 
     Exactly k survive: among equal logits at the border those of lower index.
@@ -358,29 +428,19 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None):
       max_top_k: an int, needed for a tensor k: the largest value that it may
         take, apart from those that change nothing. A row above it becomes NaN,
         hence invalid.
+      masked: a number: what the rest become; by default `mask_value(logits.dtype)`.
 
     Returns:
-      mtf.Tensor like logits, the rest at `mask_value(logits.dtype)`. A NaN
-      stays NaN. The gradient flows through the survivors.
+      mtf.Tensor like logits. A NaN stays NaN. The gradient flows through the survivors.
 
     Raises:
       ValueError: for an int k below 1, or a tensor k without max_top_k.
     """
     dim = _dim_of(logits, dim)
     rows = logits.shape - dim
-    if isinstance(k, numbers.Integral):
-        if k < 1:
-            raise ValueError(f"top-k: k={k}; at least 1 is needed")
-        if k >= dim.size:
-            return logits
-        k_max = int(k)
-    else:
-        if isinstance(k, (numbers.Real, str)) or k is None:
-            raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
-        if max_top_k is None or max_top_k < 1:
-            raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
-        k_max = min(int(max_top_k), dim.size)
-    k = import_rows(logits.mesh, k, tf.int32, rows, "top-k")
+    k, k_max = _import_k(logits, k, dim, max_top_k)
+    if k is None:
+        return logits
 
     k_dim = mtf.Dimension("top_k", k_max)
     lowest = mask_value(logits.dtype)
@@ -402,13 +462,65 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None):
 
     entry = mtf.range(logits.mesh, dim, tf.int32)
     kept = cwise_broadcast(keep, [finite_logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
-    masked = _mask_out(logits, kept)
-    if k_max < dim.size:
-        asked_too_many = cwise_broadcast(
-            lambda k: tf.where_v2(tf.logical_and(k > k_max, k < dim.size), np.nan, 0.0), [k], output_dtype=tf.float32
-        )
-        masked += mtf.cast(asked_too_many, logits.dtype)
-    return masked
+    logits = _mask_out(logits, kept, masked)
+    return logits + mtf.cast(_asked_too_many(k, k_max, dim), logits.dtype) if k_max < dim.size else logits
+
+
+def top_k_candidates(logits, k, dim=None, *, max_top_k=None):
+    """What `top_k_mask` leaves, by itself.
+
+    Args:
+      logits, k, dim, max_top_k: as for `top_k_mask`.
+
+    Returns:
+      (values, indices): mtf.Tensors [logits.shape − dim, top_k], of the dtype of
+      logits and int32, in order. From a row's own k on, values are −inf; a row
+      without mask has as many as there is room for; one with NaN, +inf or a k above
+      max_top_k has NaN for all its values. For a number k of dim.size or more, None.
+    """
+    dim = _dim_of(logits, dim)
+    k, k_max = _import_k(logits, k, dim, max_top_k)
+    if k is None:
+        return None
+    k_dim = mtf.Dimension("top_k", k_max)
+    values, indices = top_k(logits, dim, k_dim)
+    at = mtf.range(logits.mesh, k_dim, tf.int32)
+
+    def keep(x, k, at):
+        kept = tf.logical_or(at < k, k < 1)
+        return tf.where_v2(tf.logical_or(kept, tf.is_nan(x)), x, tf.constant(-np.inf, x.dtype))
+
+    values = cwise_broadcast(keep, [values, k, at], values.shape)
+    return values + mtf.cast(_asked_too_many(k, k_max, dim), values.dtype) if k_max < dim.size else values, indices
+
+
+def has_no_top_k(k, dim):
+    """float32 mtf.Tensor like k, an mtf.Tensor as for `top_k_mask`: 1.0 where it means no mask, else 0.0."""
+    return mtf.cwise(lambda k: tf.cast(tf.logical_or(k < 1, k >= dim.size), tf.float32), [k], tf.float32)
+
+
+def _import_k(logits, k, dim, max_top_k):
+    """(k as an int32 mtf.Tensor, the largest it may be); (None, None) for a number that masks nothing."""
+    if isinstance(k, numbers.Integral):
+        if k < 1:
+            raise ValueError(f"top-k: k={k}; at least 1 is needed")
+        if k >= dim.size:
+            return None, None
+        k_max = int(k)
+    else:
+        if isinstance(k, (numbers.Real, str)) or k is None:
+            raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
+        if max_top_k is None or max_top_k < 1:
+            raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
+        k_max = min(int(max_top_k), dim.size)
+    return import_rows(logits.mesh, k, tf.int32, logits.shape - dim, "top-k"), k_max
+
+
+def _asked_too_many(k, k_max, dim):
+    """float32, like k: NaN where that is above what it may be, 0 elsewhere."""
+    return cwise_broadcast(
+        lambda k: tf.where_v2(tf.logical_and(k > k_max, k < dim.size), np.nan, 0.0), [k], output_dtype=tf.float32
+    )
 
 
 def token_mask(logits, token, dim=None):
@@ -448,8 +560,8 @@ def padding_mask(logits, size, dim=None):
     return _mask_out(logits, kept)
 
 
-def _mask_out(logits, kept):
-    low = mask_value(logits.dtype)
+def _mask_out(logits, kept, masked=None):
+    low = mask_value(logits.dtype) if masked is None else masked
 
     def mask(x, kept):
         return tf.where_v2(kept, x, tf.constant(low, x.dtype))
