@@ -1,0 +1,140 @@
+"""What the benchmarks share: the machine, memory, statistics, and the model that is timed."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent
+REPOSITORY = FOLDER.parent
+TESTS = REPOSITORY / "tests"
+CORES = 2  # both sides of a row are pinned to the same
+
+GPT2_VOCAB = 50257
+GPT_NEO_125M = dict(
+    vocab_size=GPT2_VOCAB,
+    hidden_size=768,
+    num_layers=12,
+    num_heads=12,
+    attention_types=[[["global", "local"], 6]],
+    window_size=256,
+)
+
+
+def use_tests():
+    """Makes the tests' helpers importable: meshes, programs, the float64 reference."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+
+
+# --- The machine ----------------------------------------------------------------------
+
+
+def pin(cores=CORES):
+    """Keeps this process, and those that it starts, to the first cores that it may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
+def peak_resident_bytes(pid="self"):
+    """VmHWM of a process; ru_maxrss would give a parent's, where that was larger."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def machine():
+    """{"cpu": …, "cores": …, "memory_gib": …}"""
+    text = pathlib.Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", text)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cpu = model.group(1) if model else "unknown"
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+
+
+def versions(packages):
+    """{package: its version, or None where it is not installed}; nothing is imported."""
+    import importlib.metadata as metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit():
+    """The repository's commit, with "+" behind it where files differ from it."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + "+" * bool(dirty)
+
+
+# --- Statistics -----------------------------------------------------------------------
+
+
+def summary(values):
+    """{"median": …, "quartiles": [lower, upper]}"""
+    lower, median, upper = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "quartiles": [float(lower), float(upper)]}
+
+
+def log_log_slope(sizes, times):
+    """The exponent of growth: the slope of a straight line through log time against log size."""
+    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+
+
+def chi_square(counts, probabilities, least=50):
+    """p-value of counts, entries pooled in order of probability up to `least` expected draws.
+
+    0 where an entry of probability 0 was drawn.
+    """
+    from scipy import stats
+
+    counts, probabilities = np.asarray(counts), np.asarray(probabilities)
+    if counts[probabilities == 0].any():
+        return 0.0
+    order = np.argsort(-probabilities)
+    expected = probabilities[order] * counts.sum()
+    order, expected = order[expected > 0], expected[expected > 0]
+    bins = np.floor(np.cumsum(expected) / least).astype(int)
+    _, bins = np.unique(bins, return_inverse=True)
+    observed = np.bincount(bins, counts[order])
+    expected = np.bincount(bins, expected)
+    return float(stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1))
+
+
+# --- The model that is timed ------------------------------------------------------------
+
+
+def model_folder(n_ctx=2048):
+    """A Hugging Face GPT-Neo of 125M's shape with random weights, made once, outside the repository."""
+    cache = os.environ.get("GPT_NEO_BENCH_CACHE")
+    if not cache:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gpt-neo-bench")
+    folder = pathlib.Path(cache) / f"gpt-neo-125m-{n_ctx}"
+    if not (folder / "model.safetensors").exists():
+        print(f"making a model of random weights in {folder}", file=sys.stderr)
+        config = json.dumps(GPT_NEO_125M | {"max_position_embeddings": n_ctx})
+        # in a process of its own: PyTorch stays out of this one
+        code = (
+            "import json, sys, torch; from transformers import GPTNeoConfig, GPTNeoForCausalLM; torch.manual_seed(0);"
+            "GPTNeoForCausalLM(GPTNeoConfig(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+        )
+        subprocess.run([sys.executable, "-c", code, config, str(folder)], check=True, stdout=sys.stderr)
+    return folder
+
+
+def prompts(batch, length=32, seed=0):
+    """`batch` prompts of `length` random ids."""
+    ids = np.random.default_rng(seed).integers(0, GPT2_VOCAB - 1, (batch, length))
+    return [[int(i) for i in row] for row in ids]
