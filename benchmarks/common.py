@@ -124,13 +124,25 @@ def model_folder(n_ctx=2048):
     folder = pathlib.Path(cache) / f"gpt-neo-125m-{n_ctx}"
     if not (folder / "model.safetensors").exists():
         print(f"making a model of random weights in {folder}", file=sys.stderr)
-        config = json.dumps(GPT_NEO_125M | {"max_position_embeddings": n_ctx})
         # in a process of its own: PyTorch stays out of this one
-        code = (
-            "import json, sys, torch; from transformers import GPTNeoConfig, GPTNeoForCausalLM; torch.manual_seed(0);"
-            "GPTNeoForCausalLM(GPTNeoConfig(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+        code = """
+import json, sys, torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+shape, n_ctx, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def model(n_ctx):
+    torch.manual_seed(0)
+    return GPTNeoForCausalLM(GPTNeoConfig(**shape, max_position_embeddings=n_ctx))
+longest, made = model(2048), model(n_ctx)
+with torch.no_grad():  # the same weights for any context: models of two contexts give the same tokens
+    for ours, theirs in zip(made.parameters(), longest.parameters()):
+        ours.copy_(theirs[: len(ours)])
+made.save_pretrained(folder)
+"""
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(GPT_NEO_125M), str(n_ctx), str(folder)],
+            check=True,
+            stdout=sys.stderr,
         )
-        subprocess.run([sys.executable, "-c", code, config, str(folder)], check=True, stdout=sys.stderr)
     return folder
 
 
