@@ -79,6 +79,16 @@ def commit():
     return head.stdout.strip() + "+" * bool(dirty)
 
 
+def child_json(script, *arguments):
+    """What a script of this folder prints, an object, in a fresh process."""
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), TF_CPP_MIN_LOG_LEVEL="2")
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)}: {child.stderr[-2000:]}")
+    return json.loads(child.stdout)
+
+
 # --- Statistics -----------------------------------------------------------------------
 
 

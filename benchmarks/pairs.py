@@ -84,9 +84,8 @@ class Worker:
         return max(1, math.ceil(1000 * block_seconds / one))
 
 
-def in_turn(ours, peer, blocks=BLOCKS, **warm_up):
-    """{"ours", "peer": milliseconds of each block, "calls": of a block of each}"""
-    workers = {"ours": ours, "peer": peer}
+def in_turn(workers, blocks=BLOCKS, **warm_up):
+    """{side: milliseconds of each block, "calls": {side: calls of a block}} of workers {side: Worker}."""
     calls = {side: worker.warm_up(**warm_up) for side, worker in workers.items()}
     times = {side: [] for side in workers}
     for _ in range(blocks):

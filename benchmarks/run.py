@@ -17,17 +17,15 @@ import time
 import traceback
 
 import common
+import graph_nodes
+import memory
 import pairs
-import sections
+import scaling
+import startup
 from rows import ROWS, TENSORFLOW
 
 PACKAGES = ("tensorflow", "mesh-tensorflow", "numpy", "torch", "transformers", "entmax", "jax", "jaxlib")
-SECTIONS = {
-    "scaling": sections.scaling,
-    "startup": sections.startup,
-    "nodes": sections.nodes,
-    "memory": sections.memory,
-}
+SECTIONS = {"scaling": scaling, "startup": startup, "nodes": graph_nodes, "memory": memory}
 
 
 def note(text):
@@ -42,7 +40,7 @@ def timed_row(row, blocks):
         wrong, found = pairs.faults(row, ours.check(), peer.check())
         if wrong:
             return {"checks": found, "faults": wrong}
-        times = pairs.in_turn(ours, peer, blocks)
+        times = pairs.in_turn({"ours": ours, "peer": peer}, blocks)
     ratio = pairs.compared(times)
     return {"checks": found, **ratio, "met": ratio["ratio"]["median"] >= row.target * (1 - row.noise), "samples": times}
 
@@ -114,7 +112,7 @@ def main():
     for name in (n for n in SECTIONS if n in names):
         note(name)
         try:
-            results[name] = SECTIONS[name](stem)
+            results[name] = SECTIONS[name].section(stem)
         except Exception:  # one section's failure leaves the others
             traceback.print_exc()
             failed = True
