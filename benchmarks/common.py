@@ -104,7 +104,7 @@ def log_log_slope(sizes, times):
 
 
 def chi_square(counts, probabilities, least=50):
-    """p-value of counts, entries pooled in order of probability up to `least` expected draws.
+    """p-value of counts; neighbouring entries are pooled up to `least` expected draws.
 
     0 where an entry of probability 0 was drawn.
     """
@@ -113,13 +113,11 @@ def chi_square(counts, probabilities, least=50):
     counts, probabilities = np.asarray(counts), np.asarray(probabilities)
     if counts[probabilities == 0].any():
         return 0.0
-    order = np.argsort(-probabilities)
-    expected = probabilities[order] * counts.sum()
-    order, expected = order[expected > 0], expected[expected > 0]
+    expected = probabilities * counts.sum()
+    counts, expected = counts[expected > 0], expected[expected > 0]
     bins = np.floor(np.cumsum(expected) / least).astype(int)
     _, bins = np.unique(bins, return_inverse=True)
-    observed = np.bincount(bins, counts[order])
-    expected = np.bincount(bins, expected)
+    observed, expected = np.bincount(bins, counts), np.bincount(bins, expected)
     return float(stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1))
 
 

@@ -31,13 +31,10 @@ def step_nodes(processors, options):
     from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
     from gpt_neo_sampling.sample import SamplingOptions, next_token
 
-    common.use_tests()
-    from conftest import dims
-
     def built(is_drawn):
         with tf.Graph().as_default() as graph:
             mesh = mtf.Mesh(mtf.Graph(), "mesh")
-            batch, vocab = dims(batch=BATCH, vocab=VOCAB)
+            batch, vocab = mtf.Dimension("batch", BATCH), mtf.Dimension("vocab", VOCAB)
             held = tf.placeholder(tf.float32, [BATCH, VOCAB])
             output = mtf.import_tf_tensor(mesh, held, mtf.Shape([batch, vocab]))
             if is_drawn:
@@ -79,9 +76,7 @@ def section(stem):
         if way != RING:
             results[way]["met"] = results[way]["growth"] <= LARGEST_GROWTH
             verdict = "linear: met" if results[way]["met"] else f"NOT MET, at most {LARGEST_GROWTH}"
-        print(
-            f"{way:24}" + "".join(f"{n:9,}" for n in nodes) + f"   {results[way]['growth']:.2f} {verdict}", flush=True
-        )
+        print(f"{way:24}{counted}   {results[way]['growth']:.2f} {verdict}", flush=True)
     return results
 
 

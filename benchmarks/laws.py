@@ -1,8 +1,4 @@
-"""What the candidates of a row are given, and the law that they must follow.
-
-Each row of the logits is a permutation of the same Gaussian ones, so that draws
-of all rows are draws from one law once they are put back in order.
-"""
+"""What the candidates of a row are given, and the law that they must follow."""
 
 import time
 
@@ -23,10 +19,8 @@ def base_logits(vocab, seed=0):
 
 
 def logits(batch, vocab):
-    """(float32 [batch, vocab], int64 [batch, vocab]: the entry of `base_logits` that stands there)."""
-    rng = np.random.default_rng(1)
-    order = np.argsort(rng.random((batch, vocab), np.float32), axis=1)
-    return base_logits(vocab)[order], order
+    """float32 [batch, vocab], the same in each row: all rows draw from one law."""
+    return np.tile(base_logits(vocab), (batch, 1))
 
 
 def law(base, *, temperature=1.0, top_k=None, alpha=None):
@@ -40,18 +34,15 @@ def law(base, *, temperature=1.0, top_k=None, alpha=None):
     return reference.softmax(scaled) if alpha is None else reference.entmax(scaled, alpha, -1)
 
 
-def count_draws(draw, order, least, seconds=LONGEST_CHECK):
-    """Counts of each entry of `base_logits` in `least` draws, or as many as fit into the time.
-
-    draw() gives tokens [batch]; order is that of `logits`.
-    """
-    counts = np.zeros(order.shape[1], np.int64)
+def count_draws(draw, vocab, least, seconds=LONGEST_CHECK):
+    """Counts [vocab] in `least` draws, or as many as fit into the time; draw() gives the tokens of a batch."""
+    counts = np.zeros(vocab, np.int64)
     began = time.perf_counter()
     while counts.sum() < least and (counts.sum() == 0 or time.perf_counter() - began < seconds):
         tokens = np.asarray(draw()).reshape(-1)
         if (tokens < 0).any():
             raise ArithmeticError("a row was found to have no distribution")
-        np.add.at(counts, order[np.arange(len(tokens)), tokens], 1)
+        counts += np.bincount(tokens, minlength=vocab)
     return counts
 
 
@@ -61,31 +52,33 @@ def count_first_tokens(generate, draws=512, rows=32):
     return np.bincount(tokens, minlength=common.GPT2_VOCAB)
 
 
-def chi_square_of(counts, probabilities):
-    """p-value; bins of at least 20 expected draws."""
-    return common.chi_square(counts, probabilities, least=20)
+def chi_squares(counts, probabilities):
+    """p-values, bins of at least 20 expected draws: of entries of like probability, and of neighbours.
+
+    The first finds a wrong shape, a wrong tail above all; the second a drift along the vocabulary.
+    """
+    orders = {"by size": np.argsort(-probabilities, kind="stable"), "by place": np.arange(len(probabilities))}
+    return {name: common.chi_square(counts[o], probabilities[o], least=20) for name, o in orders.items()}
 
 
 class Sampler:
     """A candidate at the size that is timed; `check` draws at a small size too.
 
-    program(name, batch, vocab, arguments) has `run()`, `order`, and
-    `gives_distribution`, with `distribution()` if so.
+    program(name, batch, vocab, arguments) has `run()` and `gives_distribution`,
+    with `distribution()` if so.
     """
 
     def __init__(self, program, candidate, vocab, batch, **arguments):
+        self._vocab = vocab
         self._make = lambda batch, vocab: program(candidate, batch, vocab, arguments)
         self._program = self._make(batch, vocab)
         self.run = self._program.run
 
     def check(self):
-        """{"distribution"} in the order of the base logits, or {"draws", "small_draws"}."""
+        """{"distribution"}, or {"draws", "small_draws"}."""
         program = self._program
         if program.gives_distribution:
-            p = np.asarray(program.distribution())
-            in_order = np.empty_like(p)
-            np.put_along_axis(in_order, program.order, p, axis=1)
-            return {"distribution": in_order}
-        counts = count_draws(program.run, program.order, LARGE_DRAWS)
+            return {"distribution": np.asarray(program.distribution())}
+        counts = count_draws(program.run, self._vocab, LARGE_DRAWS)
         small = self._make(SMALL_BATCH, SMALL_VOCAB)
-        return {"draws": counts, "small_draws": count_draws(small.run, small.order, SMALL_DRAWS)}
+        return {"draws": counts, "small_draws": count_draws(small.run, SMALL_VOCAB, SMALL_DRAWS)}

@@ -123,7 +123,7 @@ class Program:
     """A candidate's graph and session."""
 
     def __init__(self, name, batch, vocab, arguments):
-        values, self.order = laws.logits(batch, vocab)
+        values = laws.logits(batch, vocab)
         if name in FROM_WEIGHTS:
             values = laws.law(values)
         self.gives_distribution = name in DISTRIBUTIONS

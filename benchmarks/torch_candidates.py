@@ -56,7 +56,7 @@ class Program:
     """A candidate and the logits that it is given."""
 
     def __init__(self, name, batch, vocab, arguments):
-        values, self.order = laws.logits(batch, vocab)
+        values = laws.logits(batch, vocab)
         self._logits, self._function = torch.from_numpy(values), CANDIDATES[name](**arguments)
         self.gives_distribution = name in DISTRIBUTIONS
 
