@@ -80,7 +80,8 @@ class Worker:
         """Calls of a block, once the time of one has settled."""
         self.time()  # the first one is slow
         one = self.time()
-        one = self.time(max(1, min(math.ceil(1000 * seconds / one), 10_000)))
+        if one < 1000 * seconds:
+            one = self.time(min(math.ceil(1000 * seconds / one), 10_000))
         return max(1, math.ceil(1000 * block_seconds / one))
 
 
