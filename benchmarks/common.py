@@ -79,6 +79,16 @@ def commit():
     return head.stdout.strip() + "+" * bool(dirty)
 
 
+def busy_seconds(pid=None):
+    """CPU time that a process, or the whole machine with what its host took, has used so far."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    if pid is None:
+        user, nice, system, _, _, irq, softirq, steal = pathlib.Path("/proc/stat").read_text().split()[1:9]
+        return sum(map(int, (user, nice, system, irq, softirq, steal))) / ticks
+    user, system = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / ticks
+
+
 def child_json(script, *arguments):
     """What a script of this folder prints, an object, in a fresh process."""
     environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), TF_CPP_MIN_LOG_LEVEL="2")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 import common
 import laws
@@ -15,6 +16,7 @@ import numpy as np
 BLOCKS = 15  # of each side, after warm-up
 BLOCK_SECONDS = 0.15  # a block is at least as long, of as many calls as that takes
 WARM_UP_SECONDS = 1.0
+DISTURBING = 0.05  # share of the cores that others take
 
 
 class WorkerError(RuntimeError):
@@ -48,6 +50,10 @@ class Worker:
             self._process.wait()
         self._process.stdout.close()
         self._log.close()
+
+    @property
+    def pid(self):
+        return self._process.pid
 
     def ask(self, do, **request):
         with contextlib.suppress(BrokenPipeError):
@@ -86,13 +92,30 @@ class Worker:
 
 
 def in_turn(workers, blocks=BLOCKS, **warm_up):
-    """{side: milliseconds of each block, "calls": {side: calls of a block}} of workers {side: Worker}."""
+    """Milliseconds of each block of workers {side: Worker}.
+
+    Returns:
+      {side: list}, and "calls": {side: calls of a block}, and "others": the share
+      of the cores that was taken by processes that are none of the workers.
+    """
     calls = {side: worker.warm_up(**warm_up) for side, worker in workers.items()}
     times = {side: [] for side in workers}
+    began, others = time.time(), _others(workers)
     for _ in range(blocks):
         for side, worker in workers.items():
             times[side].append(worker.time(calls[side]))
-    return {**times, "calls": calls}
+    others = (_others(workers) - others) / (time.time() - began) / os.cpu_count()
+    return {**times, "calls": calls, "others": max(0.0, others)}
+
+
+def _others(workers):
+    """CPU seconds of all other processes so far."""
+    return common.busy_seconds() - sum(common.busy_seconds(worker.pid) for worker in workers.values())
+
+
+def disturbance(others):
+    """A remark where other processes used enough of the cores to spoil the times."""
+    return f" (others took {others:.0%} of the CPU)" if others > DISTURBING else ""
 
 
 def compared(times):

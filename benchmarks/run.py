@@ -55,9 +55,10 @@ def print_row(row, result):
         return
     ours, peer, ratio = (result[key] for key in ("ours", "peer", "ratio"))
     low, high = ratio["quartiles"]
+    verdict = ("met" if result["met"] else "NOT MET") + pairs.disturbance(result["samples"]["others"])
     print(LINE.format(
         row.name, row.what, f"{ours['median']:.3f}", f"{peer['median']:.3f}", f"{ratio['median']:.2f}",
-        f"{low:.2f} to {high:.2f}", row.target, "met" if result["met"] else "NOT MET",
+        f"{low:.2f} to {high:.2f}", row.target, verdict,
     ), flush=True)  # fmt: skip
 
 

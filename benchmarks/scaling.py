@@ -46,12 +46,13 @@ def section(stem):
         with pairs.Worker(TENSORFLOW) as ours, pairs.Worker(module) as peer:
             for axis in AXES:
                 found = results[name][axis] = curve(ours, peer, way, axis)
+                others = pairs.disturbance(max(sample["others"] for sample in found["samples"]))
                 met = "met" if found["slope"] <= LARGEST_SLOPE else f"NOT MET, at most {LARGEST_SLOPE}"
                 sizes = f"{found['sizes'][0]:,} {found['sizes'][-1]:,}"
                 for side, label in (("ours", name), ("peer", "")):
                     times = " ".join("-" if t is None else f"{t:.3g}" for t in found[side])
                     slope = f"{found['slope']:.2f}" if side == "ours" else "peer"
-                    behind = f"  {met}" if side == "ours" else f"  {peer_name}"
+                    behind = f"  {met}{others}" if side == "ours" else f"  {peer_name}"
                     print(line.format(label, axis, sizes, slope, times + behind), flush=True)
     for axis in AXES:
         plot(results, axis, f"{stem}-{axis}.png")
