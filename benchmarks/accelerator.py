@@ -61,7 +61,7 @@ def export(folder, platform):
 
             with quiet_logging():
                 function = tensorflow.function(lowered, autograph=False, jit_compile=True)
-                program = jax_export.export(jax.jit(call_tf(function)), platforms=[platform])(
+                program = jax_export.export(jax.jit(call_tf(function, has_side_effects=False)), platforms=[platform])(
                     jax.ShapeDtypeStruct((batch, common.GPT2_VOCAB), np.float32), jax.ShapeDtypeStruct((), np.int32)
                 )
             path_of(folder, way, batch).write_bytes(program.serialize())
@@ -133,7 +133,7 @@ def run(folder, peak):
                     times[side].append(block(function, logits, calls[side]))
             gigabytes = values.nbytes / 1e6 / common.summary(times["ours"])["median"]
             yield {
-                "device": device.device_kind, "way": way, "batch": batch, "peer": peer_name, "p": p,
+                "device": device.device_kind, "way": way, "batch": batch, "peer_name": peer_name, "p": p,
                 **{side: common.summary(t) for side, t in times.items()},
                 "ratio": common.summary(np.array(times["peer"]) / np.array(times["ours"])),
                 "gigabytes_a_second": gigabytes, "share_of_peak": gigabytes / peak if peak else None,
@@ -161,7 +161,7 @@ def main():
             continue
         share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}"
         medians = (f"{row[side]['median']:.3f}" for side in ("ours", "peer"))
-        print(line.format(row["way"], row["batch"], row["peer"], *medians, f"{row['ratio']['median']:.2f}",
+        print(line.format(row["way"], row["batch"], row["peer_name"], *medians, f"{row['ratio']['median']:.2f}",
                           f"{row['gigabytes_a_second']:.1f}", share), flush=True)  # fmt: skip
 
 
