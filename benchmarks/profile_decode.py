@@ -74,7 +74,6 @@ def main():
 
     request()  # builds and warms up
     untraced = statistics.median(request() for _ in range(args.repeats))
-    # The same graph with one new token: the prompt, what is fed and fetched. The rest is the steps'.
     with traced() as metadata:
         traced_time = request()
     if not metadata:
