@@ -1,13 +1,16 @@
-# make demo   prints a continuation that the bundled model samples
-# make test   runs the whole test suite
-# Each sets up what it needs in .venv, with python3 and pip alone.
+# make demo    prints a continuation that the bundled model samples
+# make test    runs the whole test suite
+# make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
+# Each sets up what it needs in .venv, bench in .venv-bench, with python3 and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := $(VENV)-bench
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
+.SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.installed
@@ -16,19 +19,22 @@ demo: $(VENV)/demo.installed
 test: $(VENV)/test.installed
 	$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
 
+bench: $(BENCH_VENV)/bench.installed
+	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info
 
 # Where python3 comes without its venv module (Debian's does), virtualenv makes it.
-$(BIN)/python:
-	@echo "setting up $(VENV) with $$($(PYTHON) --version)" >&2
+$(BIN)/python $(BENCH_VENV)/bin/python: %/bin/python:
+	@echo "setting up $* with $$($(PYTHON) --version)" >&2
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and \
 	  f"Python {v[0]}.{v[1]}: 3.10 to 3.13 is needed; run make PYTHON=python3.12, say")'
-	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
-	  $(PYTHON) -m pip install -q --target $(VENV)-bootstrap virtualenv && \
-	  PYTHONPATH=$(VENV)-bootstrap $(PYTHON) -m virtualenv -q $(VENV) && rm -rf $(VENV)-bootstrap; }
+	@$(PYTHON) -m venv $* >/dev/null 2>&1 || { rm -rf $*; \
+	  $(PYTHON) -m pip install -q --target $*-bootstrap virtualenv && \
+	  PYTHONPATH=$*-bootstrap $(PYTHON) -m virtualenv -q $* && rm -rf $*-bootstrap; }
 
-$(VENV)/%.installed: pyproject.toml | $(BIN)/python
+%.installed: pyproject.toml | $$(@D)/bin/python
 	@echo "installing the package and what it needs (TensorFlow is large: some minutes)" >&2
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(subst demo,cli,$*)]' >&2
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -e '.[$(subst demo,cli,$(*F))]' >&2
 	@touch $@

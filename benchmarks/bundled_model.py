@@ -7,11 +7,12 @@ which the median is given, run it.
 """
 
 import json
-import resource
 import statistics
 import time
 
 began = time.time()
+
+import common  # noqa: E402
 
 from gpt_neo_sampling import TextGenerator  # noqa: E402
 
@@ -41,7 +42,7 @@ def main():
             "call_seconds": round(rest, 3),
             "tokens_a_second": round(batch * NEW_TOKENS / rest),
         }
-    figures["peak_resident_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    figures["peak_resident_megabytes"] = common.peak_resident_bytes() // 2**20
     print(json.dumps(figures))
 
 

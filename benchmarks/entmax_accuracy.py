@@ -7,12 +7,11 @@ The float64 solution is `tests/reference.py`'s, an independent one: sorting for
 """
 
 import json
-import pathlib
-import sys
 
+import common
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+common.use_tests()
 import reference  # noqa: E402
 from conftest import MeshRunner, dims  # noqa: E402
 

@@ -23,14 +23,13 @@ rate (one-sided, 95%). Needs scipy.
 
 import argparse
 import json
-import pathlib
-import sys
 import time
 
+import common
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+common.use_tests()
 from conftest import MeshRunner, dims  # noqa: E402
 from helpers_model import Program  # noqa: E402
 

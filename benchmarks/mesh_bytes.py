@@ -10,10 +10,11 @@ four ways; then the whole step of the bundled model on each layout.
 
 import argparse
 import json
-import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import common
+
+common.use_tests()
 
 from helpers_model import features  # noqa: E402
 from simd import UNAVAILABLE, SimdProgram, constant_weights  # noqa: E402

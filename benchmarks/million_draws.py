@@ -9,28 +9,15 @@ p-value of a chi-square test over bins of at least 50 expected draws.
 
 import argparse
 import json
-import resource
 import time
 
+import common
 import numpy as np
-from scipy import stats
 
 from gpt_neo_sampling import sample_categorical
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
 
 ROWS, VOCAB = 8, 50257
-
-
-def chi_square(counts, probabilities, least=50):
-    """p-value, entries pooled in order of probability up to `least` expected draws."""
-    order = np.argsort(-probabilities)
-    expected = probabilities[order] * counts.sum()
-    order, expected = order[expected > 0], expected[expected > 0]
-    bins = np.floor(np.cumsum(expected) / least).astype(int)
-    _, bins = np.unique(bins, return_inverse=True)
-    observed = np.bincount(bins, counts[order])
-    expected = np.bincount(bins, expected)
-    return stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1)
 
 
 def main():
@@ -60,12 +47,13 @@ def main():
         for i in range(-(-args.draws // (ROWS * args.samples))):
             counts += np.bincount(run(i, rows).ravel(), minlength=VOCAB)
         seconds = time.time() - began
+    order = np.argsort(-weights)
     print(json.dumps({
         "draws": int(counts.sum()),
         "samples_a_row": args.samples,
         "of_weight_0": int(counts[weights == 0].sum()),
-        "chi_square_p": chi_square(counts, weights / weights.sum()),
-        "peak_resident_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "chi_square_p": common.chi_square(counts[order], weights[order] / weights.sum()),
+        "peak_resident_megabytes": common.peak_resident_bytes() // 2**20,
         "seconds": round(seconds, 1),
         "milliseconds_a_pass": round(1000 * seconds / (i + 1), 3),
     }))  # fmt: skip

@@ -1,0 +1,170 @@
+"""What the benchmarks share: the machine, memory, statistics, and the model that is timed."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent
+REPOSITORY = FOLDER.parent
+TESTS = REPOSITORY / "tests"
+CORES = 2  # both sides of a row are pinned to the same
+
+GPT2_VOCAB = 50257
+GPT_NEO_125M = dict(
+    vocab_size=GPT2_VOCAB,
+    hidden_size=768,
+    num_layers=12,
+    num_heads=12,
+    attention_types=[[["global", "local"], 6]],
+    window_size=256,
+)
+
+
+def use_tests():
+    """Makes the tests' helpers importable: meshes, programs, the float64 reference."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+
+
+# --- The machine ----------------------------------------------------------------------
+
+
+def pin(cores=CORES):
+    """Keeps this process, and those that it starts, to the first cores that it may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
+def peak_resident_bytes(pid="self"):
+    """VmHWM of a process; ru_maxrss would give a parent's, where that was larger."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def machine():
+    """{"cpu": …, "cores": …, "memory_gib": …}"""
+    text = pathlib.Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", text)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cpu = model.group(1) if model else "unknown"
+    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+
+
+def versions(packages):
+    """{package: its version, or None where it is not installed}; nothing is imported."""
+    import importlib.metadata as metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit():
+    """The repository's commit, with "+" behind it where files differ from it."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"]).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + "+" * bool(dirty)
+
+
+def busy_seconds(pid=None):
+    """CPU time that a process, or the whole machine with what its host took, has used so far."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    if pid is None:
+        user, nice, system, _, _, irq, softirq, steal = pathlib.Path("/proc/stat").read_text().split()[1:9]
+        return sum(map(int, (user, nice, system, irq, softirq, steal))) / ticks
+    user, system = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / ticks
+
+
+def child_json(script, *arguments):
+    """What a script of this folder prints, an object, in a fresh process."""
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), TF_CPP_MIN_LOG_LEVEL="2")
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)}: {child.stderr[-2000:]}")
+    return json.loads(child.stdout)
+
+
+# --- Statistics -----------------------------------------------------------------------
+
+
+def summary(values):
+    """{"median": …, "quartiles": [lower, upper]}"""
+    lower, median, upper = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "quartiles": [float(lower), float(upper)]}
+
+
+def log_log_slope(sizes, times):
+    """The exponent of growth: the slope of a straight line through log time against log size."""
+    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+
+
+def chi_square(counts, probabilities, least=50):
+    """p-value of counts; neighbouring entries are pooled up to `least` expected draws.
+
+    0 where an entry of probability 0 was drawn.
+    """
+    from scipy import stats
+
+    counts, probabilities = np.asarray(counts), np.asarray(probabilities)
+    if counts[probabilities == 0].any():
+        return 0.0
+    expected = probabilities * counts.sum()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    bins = np.floor(np.cumsum(expected) / least).astype(int)
+    _, bins = np.unique(bins, return_inverse=True)
+    observed, expected = np.bincount(bins, counts), np.bincount(bins, expected)
+    return float(stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1))
+
+
+# --- The model that is timed ------------------------------------------------------------
+
+
+def model_folder(n_ctx=2048):
+    """A Hugging Face GPT-Neo of 125M's shape with random weights, made once, outside the repository."""
+    cache = os.environ.get("GPT_NEO_BENCH_CACHE")
+    if not cache:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gpt-neo-bench")
+    folder = pathlib.Path(cache) / f"gpt-neo-125m-{n_ctx}"
+    if not (folder / "model.safetensors").exists():
+        print(f"making a model of random weights in {folder}", file=sys.stderr)
+        # in a process of its own: PyTorch stays out of this one
+        code = """
+import json, sys, torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+shape, n_ctx, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def model(n_ctx):
+    torch.manual_seed(0)
+    return GPTNeoForCausalLM(GPTNeoConfig(**shape, max_position_embeddings=n_ctx))
+longest, made = model(2048), model(n_ctx)
+with torch.no_grad():  # the same weights for any context: models of two contexts give the same tokens
+    for ours, theirs in zip(made.parameters(), longest.parameters()):
+        ours.copy_(theirs[: len(ours)])
+made.save_pretrained(folder)
+"""
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(GPT_NEO_125M), str(n_ctx), str(folder)],
+            check=True,
+            stdout=sys.stderr,
+        )
+    return folder
+
+
+def prompts(batch, length=32, seed=0):
+    """`batch` prompts of `length` random ids."""
+    ids = np.random.default_rng(seed).integers(0, GPT2_VOCAB - 1, (batch, length))
+    return [[int(i) for i in row] for row in ids]

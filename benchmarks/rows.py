@@ -1,0 +1,97 @@
+"""The rows of the table: who is timed against whom, at what size, and what is asked of the ratio."""
+
+import dataclasses
+
+from common import GPT2_VOCAB
+
+BATCH = 8
+SEED_VOCAB = 16384  # the largest whose V × V matrix, the five lines' sum, fits into a small machine
+NOISE = 0.05  # of a ratio that is to be 1 or more, "no slower"
+
+TENSORFLOW, TORCH = "tensorflow_candidates", "torch_candidates"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    name: str  # as ROWS= takes it
+    what: str
+    ours: str  # the candidate's name
+    peer: str
+    target: float  # of the peer's time over ours
+    ours_arguments: dict = dataclasses.field(default_factory=dict)
+    peer_arguments: dict = None  # None: the same
+    vocab: int = GPT2_VOCAB
+    batch: int = BATCH
+    law: dict = None  # arguments of `laws.law`; None for decoding, which has no law in closed form
+    peer_module: str = TENSORFLOW
+    noise: float = 0.0
+    drawn: dict = None  # of a decode row: what it does to its logits
+
+    def specs(self):
+        """What the two sides are told to build."""
+        size = {"batch": self.batch} | ({} if self.law is None else {"vocab": self.vocab})
+        peer_arguments = self.ours_arguments if self.peer_arguments is None else self.peer_arguments
+        return (
+            {"candidate": self.ours, **size, **self.ours_arguments},
+            {"candidate": self.peer, **size, **peer_arguments},
+        )
+
+
+def sampler(name, what, ours, peer, target, law=None, **more):
+    """A row whose two sides take the arguments of the law."""
+    law = law or {}
+    more.setdefault("ours_arguments", law)
+    more.setdefault("peer_module", TORCH if peer.startswith(("torch", "transformers")) else TENSORFLOW)
+    return Row(name, what, ours, peer, target, law=law, **more)
+
+
+NEXT, SOFTMAX = "ours: next_token", "ours: softmax, sample_categorical"
+ENTMAX, ENTMAX_DRAW = "ours: entmax", "ours: entmax, sample_categorical"
+TOP_K = {"temperature": 0.9, "top_k": 40}
+E13, E15 = {"alpha": 1.3}, {"alpha": 1.5}
+TF_DRAW, MTF_DRAW, TORCH_DRAW = (
+    "tf.random.categorical", "mtf: sample_with_temperature", "torch: softmax, multinomial")  # fmt: skip
+WARPERS = "transformers: warpers, softmax, multinomial"
+BISECT, BISECT_DRAW = "torch: entmax_bisect", "torch: entmax_bisect, multinomial"
+MTF_BISECT, MTF_BISECT_DRAW = "mtf: 50 bisections", "mtf: 50 bisections, sample_with_temperature"
+
+
+def decoder(name, what, target, batch, peer="transformers: generate", **more):
+    module = TORCH if peer.startswith("transformers") else TENSORFLOW
+    return Row(name, what, "ours: generate", peer, target, batch=batch, peer_module=module, drawn=TOP_K, **more)
+
+
+ROWS = [
+    sampler("softmax-tf", "softmax + sample_categorical / tf.random.categorical", SOFTMAX, TF_DRAW, 1.2),
+    sampler("next-tf", "next_token / tf.random.categorical", NEXT, TF_DRAW, 1.2),
+    sampler("softmax-mtf", "softmax + sample_categorical / mtf's sample_with_temperature", SOFTMAX, MTF_DRAW, 3.5),
+    sampler("next-mtf", "next_token / mtf's sample_with_temperature", NEXT, MTF_DRAW, 3.5),
+    sampler("softmax-torch", "softmax + sample_categorical / PyTorch softmax + multinomial", SOFTMAX, TORCH_DRAW, 10),
+    sampler("next-torch", "next_token / PyTorch softmax + multinomial", NEXT, TORCH_DRAW, 10),
+    sampler("draw-seed", "sample_categorical, V=16,384 / the seed's five lines", "ours: sample_categorical",
+            "mtf: the seed's five lines", 250, vocab=SEED_VOCAB),
+    sampler("topk-mtf", "temperature, top-k 40, draw / mtf's nth_largest_element, where, draw", NEXT,
+            "mtf: nth_largest_element, where, sample_with_temperature", 2.5, TOP_K),
+    sampler("topk-warpers", "temperature, top-k 40, draw / transformers' warpers + multinomial", NEXT, WARPERS, 7,
+            TOP_K),
+    sampler("entmax13-mtf", "entmax 1.3 / 50 bisections in mtf", ENTMAX, MTF_BISECT, 10, E13),
+    sampler("entmax13-torch", "entmax 1.3 / entmax_bisect", ENTMAX, BISECT, 10, E13),
+    sampler("entmax15-torch", "entmax 1.5 / entmax15(k=512)", ENTMAX, "torch: entmax15(k=512)", 1.2, E15,
+            peer_arguments={}),
+    sampler("entmax13-draw-mtf", "entmax 1.3 + draw / 50 bisections in mtf + draw", NEXT, MTF_BISECT_DRAW, 10, E13),
+    sampler("entmax13-draw-torch", "entmax 1.3 + draw / entmax_bisect + multinomial", NEXT, BISECT_DRAW, 10, E13),
+    decoder("decode-1", "generate, 125M shape, batch 1 / transformers", 1.8, 1),
+    decoder("decode-8", "generate, 125M shape, batch 8 / transformers", 1.8, 8),
+    decoder("decode-context", "generate, n_ctx 2,048 / n_ctx 96, both ours", 1.0, 1, peer="ours: generate",
+            ours_arguments={"n_ctx": 2048}, peer_arguments={"n_ctx": 96}, noise=NOISE),
+]  # fmt: skip
+
+# Cost against size: (way, ours, peer, law). The peer is the fastest other one that is no more than a line.
+WAYS = [
+    ("softmax", NEXT, TF_DRAW, {}),
+    ("top-k 40", NEXT, WARPERS, TOP_K),
+    ("entmax 1.3", NEXT, BISECT_DRAW, E13),
+]
+VOCABULARIES = [1024 * 2**i for i in range(9)]
+BATCHES = [2**i for i in range(9)]
+LARGEST_SLOPE = 1.1

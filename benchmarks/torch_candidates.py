@@ -1,0 +1,113 @@
+"""What is timed in a process that has PyTorch: its own draw, entmax's, transformers'."""
+
+import common
+import laws
+import numpy as np
+import torch
+
+HALVINGS = 50
+K = 512  # of entmax15's partial sort
+SEED = 1
+
+
+def draw(p):
+    return torch.multinomial(p, 1)[:, 0]
+
+
+def softmax_draw(logits):
+    return draw(torch.softmax(logits, -1))
+
+
+def warpers_draw(temperature, top_k):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)])
+    return lambda logits: softmax_draw(warpers(None, logits))
+
+
+def bisection(alpha):
+    from entmax import entmax_bisect
+
+    return lambda logits: entmax_bisect(logits, alpha=alpha, dim=-1, n_iter=HALVINGS)
+
+
+def bisection_draw(alpha):
+    distribution = bisection(alpha)
+    return lambda logits: draw(distribution(logits))
+
+
+def partial_sort():
+    from entmax import entmax15
+
+    return lambda logits: entmax15(logits, dim=-1, k=K)
+
+
+CANDIDATES = {
+    "torch: softmax, multinomial": lambda: softmax_draw,
+    "transformers: warpers, softmax, multinomial": warpers_draw,
+    "torch: entmax_bisect": bisection,
+    "torch: entmax_bisect, multinomial": bisection_draw,
+    "torch: entmax15(k=512)": partial_sort,
+}
+DISTRIBUTIONS = {"torch: entmax_bisect", "torch: entmax15(k=512)"}
+
+
+class Program:
+    """A candidate and the logits that it is given."""
+
+    def __init__(self, name, batch, vocab, arguments):
+        values = laws.logits(batch, vocab)
+        self._logits, self._function = torch.from_numpy(values), CANDIDATES[name](**arguments)
+        self.gives_distribution = name in DISTRIBUTIONS
+
+    def run(self):
+        with torch.inference_mode():
+            return self._function(self._logits).numpy()
+
+    distribution = run
+
+
+class Decoder:
+    """transformers' `generate` on the model of 125M's shape."""
+
+    def __init__(self, batch, n_ctx=2048, prompt=32, new_tokens=64, temperature=0.9, top_k=40):
+        from transformers import GPTNeoForCausalLM
+
+        self._model = GPTNeoForCausalLM.from_pretrained(common.model_folder(n_ctx)).eval()
+        self._model.generation_config.eos_token_id = None  # as the library is told: no row stops early
+        self._prompts = common.prompts(batch, prompt)
+        self._sampling = dict(do_sample=True, temperature=temperature, top_k=top_k)
+        self._new_tokens = new_tokens
+
+    def _generate(self, prompts, new_tokens, **options):
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, pad_token_id=0, **options
+            )
+        return out[:, ids.shape[1] :].tolist()
+
+    def run(self):
+        return self._generate(self._prompts, self._new_tokens, **self._sampling)
+
+    def check(self):
+        """As `tensorflow_candidates.Decoder.check`."""
+        first = self._prompts[:1]
+        with torch.inference_mode():
+            logits = self._model(torch.tensor(first)).logits[0, -1].numpy()
+        return {
+            "greedy": np.array(self._generate(self._prompts, self._new_tokens, do_sample=False)),
+            "draws": laws.count_first_tokens(lambda rows: self._generate(first * rows, 1, **self._sampling)),
+            "logits": logits,
+        }
+
+
+def make(spec):
+    """A candidate: {"candidate": its name, …: its arguments}."""
+    torch.set_num_threads(common.CORES)
+    torch.manual_seed(SEED)
+    spec = dict(spec)
+    if spec["candidate"] == "transformers: generate":
+        spec.pop("candidate")
+        return Decoder(**spec)
+    return laws.Sampler(Program, **spec)
