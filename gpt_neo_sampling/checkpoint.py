@@ -10,6 +10,7 @@ Every error about a folder is a `CheckpointError` of one line, which says what
 was found and what is allowed.
 """
 
+import functools
 import json
 import math
 import os
@@ -566,38 +567,33 @@ class _SafetensorsStore:
         except ImportError:
             raise CheckpointError(f"{folder} needs the package safetensors: pip install gpt_neo_sampling[hf]") from None
         self._error = SafetensorError
+        # Opened for each tensor: what was read stays in memory as long as its file is open.
+        self._open = functools.partial(safe_open, framework="np")
         self._folder = folder
-        self._handles = {}  # file name -> open file
         self._files = {}  # tensor name -> file name
         self.shapes = {}
         self._dtypes = {}
         weight_map = {} if "model.safetensors" in files else _weight_map(folder, files)
-        try:
-            for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
-                self._open(safe_open, file, weight_map)
-        except BaseException:
-            self.close()
-            raise
+        for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
+            self._list(file, weight_map)
         absent = [name for name in weight_map if self._files.get(name) != weight_map[name]]
         if absent:
-            self.close()
             raise CheckpointError(
                 f"{folder / 'model.safetensors.index.json'} names {len(absent)} tensors "
                 f"that are not in the file it gives: {_some(absent)}"
             )
 
-    def _open(self, safe_open, file, weight_map):
+    def _list(self, file, weight_map):
         path = self._folder / file
         try:
-            handle = self._handles[file] = safe_open(str(path), framework="np")
-            names = handle.keys()
-            for name in names:
-                if weight_map.get(name, file) != file:
-                    continue  # the index takes it from another file
-                view = handle.get_slice(name)
-                self._files[name] = file
-                self.shapes[name] = tuple(view.get_shape())
-                self._dtypes[name] = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
+            with self._open(str(path)) as handle:
+                for name in list(handle.keys()):
+                    if weight_map.get(name, file) != file:
+                        continue  # the index takes it from another file
+                    view = handle.get_slice(name)
+                    self._files[name] = file
+                    self.shapes[name] = tuple(view.get_shape())
+                    self._dtypes[name] = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
         except (self._error, OSError, ValueError) as e:
             why = "it is a Git LFS pointer, run git lfs pull" if _is_lfs_pointer(path) else f"damaged: {e}"
             raise CheckpointError(f"{path} cannot be read as safetensors, {why}") from None
@@ -610,14 +606,13 @@ class _SafetensorsStore:
         try:
             if self._dtypes[name] == "bfloat16":  # numpy has no such dtype
                 return _read_bfloat16(path, name)
-            return self._handles[self._files[name]].get_tensor(name).astype(np.float32, copy=False)
+            with self._open(str(path)) as handle:
+                return handle.get_tensor(name).astype(np.float32, copy=False)
         except (self._error, OSError, ValueError) as e:
             raise CheckpointError(f"{name} in {path} cannot be read: {e}") from None
 
     def close(self):
-        for handle in self._handles.values():
-            handle.__exit__(None, None, None)
-        self._handles = {}
+        pass  # no file is open between reads
 
 
 def _weight_map(folder, files):

@@ -243,7 +243,7 @@ def write_at(x, value, position, dim, *, may_overwrite=False, name="write_at"):
       may_overwrite: whether the memory of `x` may be written to, which saves a
         pass over it where the backend can. For an `x` that is computed anew in
         every run (no constant, no variable), read by nothing that does not come
-        before `value`, and used no more.
+        before `value`, and used no more; and a position that is inside `dim`.
 
     Returns:
       mtf.Tensor like `x`. No gradient flows through it.
@@ -288,13 +288,15 @@ class _WriteOperation(mtf.Operation):
             position = align(position, self.inputs[2].shape, columns)
             first = np.reshape(np.arange(count, dtype=np.int32) * size, lead)
             flat = tf.reshape(old, [count * size, -1])
-            new = tf.reshape(tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest), [count, -1])
-            if pcoord is not None:
+            new = tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest)
+            if pcoord is None:
+                row = tf.reshape(first + position, [count])
+                new = tf.reshape(new, [count, -1])
+            else:  # a shard that does not hold the position writes what is there already
                 position -= pcoord * size
-            inside = tf.logical_and(position >= 0, position < size)
-            row = tf.reshape(first + tf.where_v2(inside, position, 0), [count])
-            inside = tf.reshape(tf.broadcast_to(inside, lead), [count, 1])
-            new = tf.where_v2(inside, new, tf.gather(flat, row))
+                inside = tf.broadcast_to(tf.logical_and(position >= 0, position < size), lead)
+                row = tf.reshape(first + tf.clip_by_value(position, 0, size - 1), [count])
+                new = tf.where_v2(tf.reshape(inside, [count, 1]), tf.reshape(new, [count, -1]), tf.gather(flat, row))
             return tf.reshape(tf.raw_ops.InplaceUpdate(x=flat, i=row, v=new), slice_shape)
 
         in_place = self._may_overwrite and overwrites_memory(mesh_impl) and all(
