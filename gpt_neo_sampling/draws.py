@@ -165,12 +165,14 @@ class ChosenRows(Rows):
 def _fold_sum(x):
     """Sum over the last axis, keeping it: halves are added until one is left.
 
-    Unlike reduce_sum, whose order of additions is the backend's affair; of two
-    numbers there is but one.
+    Unlike reduce_sum, whose order of additions is the backend's affair (even of
+    two at a time: XLA makes one sum of several).
     """
-    while size_of(x, -1) > 1:
-        x = pad_last(x, after=size_of(x, -1) % 2)
-        x = tf.reduce_sum(tf.reshape(x, x.shape.as_list()[:-1] + [2, -1]), -2)
+    size = size_of(x, -1)
+    while size > 1:
+        half = (size + 1) // 2
+        upper = pad_last(x[..., half:], after=size % 2)
+        x, size = x[..., :half] + upper, half
     return x
 
 
