@@ -544,53 +544,19 @@ class _FreshSeedOperation(mtf.Operation):
 # --- Largest entries ------------------------------------------------------------
 
 
-class _RowOperation(mtf.Operation):
-    """One number a row: a reduction along `dim` that stays finite where it travels.
-
-    Some meshes' collectives multiply by 0 and 1, which turns the infinity of one
-    shard into NaN on all.
-    """
-
-    def __init__(self, x, dim, dtype, name):
-        super().__init__([x], name=name)
-        self._dim = dim
-        self._outputs = [mtf.Tensor(self, x.shape - dim, dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
-
-
-def finite_max(x, dim):
-    """The largest entry along `dim`, as a finite number: ±inf as the largest or
-    lowest that the dtype has. A row that holds NaN has no defined result.
-
-    Args:
-      x: mtf.Tensor of a floating dtype.
-      dim: mtf.Dimension of x.
-
-    Returns:
-      mtf.Tensor [x.shape − dim], the dtype of x. No gradient flows through it.
-    """
-    return _FiniteMaxOperation(x, dim, x.dtype, "finite_max").outputs[0]
-
-
 def finite(x):
     """x with ±inf as the largest and the lowest finite number, NaN as 0."""
     return tf.where_v2(tf.is_nan(x), tf.zeros_like(x), tf.clip_by_value(x, x.dtype.min, x.dtype.max))
 
 
-class _FiniteMaxOperation(_RowOperation):
-    def lower(self, lowering):
-        mesh_impl = lowering.mesh_impl(self)
-        (x,) = self.inputs
-        axis = x.shape.dims.index(self._dim)
-        largest = mesh_impl.slicewise(lambda x: finite(tf.reduce_max(x, axis)), lowering.tensors[x])
-        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
-        if mesh_axis is not None:
-            largest = mesh_impl.allreduce(largest, [mesh_axis], "MAX")
-        lowering.set_tensor_lowering(self.outputs[0], largest)
+def has_invalid(x, axis=-1, keepdims=False):
+    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, in passes that only read.
+
+    By the sum, as XLA's maximum loses a NaN on CPUs. (−inf beside so many and so
+    large entries that their sum overflows, above 1e33, counts as NaN too.)
+    """
+    top, total = tf.reduce_max(x, axis, keepdims), tf.reduce_sum(tf.cast(x, tf.float32), axis, keepdims)
+    return tf.where_v2(tf.logical_or(tf.is_nan(total), top >= np.inf), 1.0, 0.0)
 
 
 def first_argmax(x, dim):
@@ -604,10 +570,20 @@ def first_argmax(x, dim):
       int32 mtf.Tensor [x.shape − dim]; −1 for a row that holds NaN or +inf, or
       nothing but −inf.
     """
-    return _FirstArgmaxOperation(x, dim, tf.int32, "first_argmax").outputs[0]
+    return _FirstArgmaxOperation(x, dim).outputs[0]
 
 
-class _FirstArgmaxOperation(_RowOperation):
+class _FirstArgmaxOperation(mtf.Operation):
+    def __init__(self, x, dim):
+        super().__init__([x], name="first_argmax")
+        self._dim = dim
+        self._outputs = [mtf.Tensor(self, x.shape - dim, tf.int32)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
         (x,) = self.inputs
@@ -617,13 +593,16 @@ class _FirstArgmaxOperation(_RowOperation):
         local_size = self._dim.size // shards
 
         def local(x, pcoord=0):
-            """[rows, 1, 4]: the shard's largest, its global index, what is wrong, what is right."""
+            """[rows, 1, 4]: the shard's largest, its global index, whether it is wrong, whether it is right.
+
+            Finite, as some meshes' collectives multiply by 0 and 1.
+            """
             x = tf.cast(x, tf.float32)
-            wrong = tf.reduce_max(tf.where_v2(x < np.inf, 0.0, 1.0), axis)  # of NaN too
-            right = tf.reduce_max(tf.where_v2(x > -np.inf, 1.0, 0.0), axis)
+            top, wrong = tf.reduce_max(x, axis), has_invalid(x, axis)
+            right = tf.where_v2(top > -np.inf, 1.0, 0.0)
             index = tf.argmax(x, axis, output_type=tf.int32) + pcoord * local_size
             # indices are exact in float32: a dimension has fewer than 2²⁴ entries
-            found = [finite(tf.reduce_max(x, axis)), index, wrong, right]
+            found = [finite(top), index, wrong, right]
             return tf.expand_dims(tf.stack([tf.cast(f, tf.float32) for f in found], -1), -2)
 
         def choose(found):
@@ -674,19 +653,17 @@ def largest(x, k):
     chunk = chunk_size(size)
     n_chunks = -(-size // chunk)
     if n_chunks <= 2 * k:
-        candidates, top = x, tf.reduce_max(x, -1, keepdims=True)
+        candidates = x
         indices = at = top_k_of(sortable(x), k)
     else:
         chunks = tf.reshape(pad_last(x, after=n_chunks * chunk - size, value=-np.inf), [-1, n_chunks, chunk])
-        maxima = tf.reduce_max(chunks, -1)  # NaN where one is among them
-        top = tf.reduce_max(maxima, -1, keepdims=True)
-        chosen = top_k_of(sortable(maxima), k)
+        chosen = top_k_of(sortable(tf.reduce_max(chunks, -1)), k)
         chosen = -tf.math.top_k(-chosen, k)[0]  # ascending: of equal entries, the lower index stays the first
         candidates = tf.reshape(tf.gather(chunks, chosen, batch_dims=1), [-1, k * chunk])
         at = top_k_of(sortable(candidates), k)
         indices = tf.gather(chosen, at // chunk, batch_dims=1) * chunk + at % chunk
     values = tf.gather(candidates, at, batch_dims=1)
-    return tf.where_v2(top < np.inf, values, tf.constant(np.nan, x.dtype)), indices  # false for NaN too
+    return tf.where_v2(has_invalid(x, keepdims=True) > 0, tf.constant(np.nan, x.dtype), values), indices
 
 
 def scatter_rows(values, indices, size):

@@ -10,12 +10,13 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import Rows, chosen_of, entmax_by_chosen, grouped_draw
+from gpt_neo_sampling.draws import Rows, chosen_of, entmax_by_chosen, grouped_draw, near_sum
 from gpt_neo_sampling.mtf_ops import (
     align,
     counter_uniforms,
     cwise_broadcast,
     finite,
+    has_invalid,
     import_rows,
     import_seed,
     row_index,
@@ -259,7 +260,7 @@ class _EntmaxOperation(mtf.Operation):
         def begin(x):
             """The rows, and [rows, 2] of their largest entry and whether one is invalid, finite to travel."""
             x = rows.to_rows(tf.cast(x, tf.float32))
-            return x, _top_and_invalid(tf.reduce_max(x, -1))
+            return x, _top_and_invalid(x)
 
         def settle_rows(facts, alpha):
             """What to take from a row, NaN where it is invalid, and α − 1."""
@@ -299,21 +300,17 @@ class _SoftmaxOperation(mtf.Operation):
         (x,) = self.inputs
         rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
         x_rows = slicewise(lambda x: rows.to_rows(tf.cast(x, tf.float32)), lowering.tensors[x])
-        facts = slicewise(lambda x: _top_and_invalid(tf.reduce_max(x, -1)), x_rows)
-        facts = rows.across_shards(facts, "MAX")
-        if rows.mesh_axis is None:  # TensorFlow's own, which leaves numbers in an invalid row
-            p = slicewise(lambda x, facts: tf.nn.softmax(x) * _nan_where_invalid(facts, 1.0), x_rows, facts)
-        else:
-            w = slicewise(lambda x, facts: tf.exp(x - _nan_where_invalid(facts, facts[:, :1])), x_rows, facts)
-            total = rows.across_shards(slicewise(lambda w: tf.reduce_sum(w, -1, keepdims=True), w), "SUM")
-            p = slicewise(lambda w, total: w / total, w, total)
+        facts = rows.across_shards(slicewise(_top_and_invalid, x_rows), "MAX")
+        weights = slicewise(lambda x, facts: tf.exp(x - _nan_where_invalid(facts, facts[:, :1])), x_rows, facts)
+        total = rows.across_shards(slicewise(near_sum, weights), "SUM")
+        p = slicewise(lambda w, total: w * (1.0 / total), weights, total)
         y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def _top_and_invalid(top):
-    """[rows, 2] of the largest entries [rows] and 1 for rows that are invalid by them, else 0; finite, to travel."""
-    return tf.stack([finite(top), tf.where_v2(top < np.inf, 0.0, 1.0)], -1)  # (1 for NaN too)
+def _top_and_invalid(x):
+    """[rows, 2] of the largest entries of x [rows, n] and 1 for rows with an invalid one, else 0; finite, to travel."""
+    return tf.stack([finite(tf.reduce_max(x, -1)), has_invalid(x)], -1)
 
 
 def _nan_where_invalid(facts, value):
