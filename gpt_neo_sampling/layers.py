@@ -8,7 +8,7 @@ between them. Here each is one operation that lowers to a few.
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
-from gpt_neo_sampling.mtf_ops import align
+from gpt_neo_sampling.mtf_ops import align, reshaped
 
 
 def matmul(x, w, name="matmul"):
@@ -45,15 +45,14 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
         rows = int(np.prod(out_shape[: len(self._lead)]))
         columns = int(np.prod(out_shape[len(self._lead) :]))
 
+        depth = mesh_impl.slice_shape(mtf.Shape([self._in_dim]))[0]
+
         def product(x, w):
-            x = tf.reshape(x, [rows, -1])
-            w = tf.reshape(w, [columns, -1] if self._in_last else [-1, columns])
             # Which of TensorFlow's CPU kernels is faster was measured: docs/architecture.md
-            if rows == 1 and not self._in_last:
-                y = tf.matmul(x, w)
-            else:
-                y = tf.matmul(x[tf.newaxis], w[tf.newaxis], transpose_b=self._in_last)
-            return tf.reshape(y, out_shape)
+            batch = [] if rows == 1 and not self._in_last else [1]
+            x = reshaped(x, batch + [rows, depth])
+            w = reshaped(w, batch + ([columns, depth] if self._in_last else [depth, columns]))
+            return reshaped(tf.matmul(x, w, transpose_b=self._in_last), out_shape)
 
         y = mesh_impl.slicewise(product, *(lowering.tensors[t] for t in self.inputs))
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._in_dim)

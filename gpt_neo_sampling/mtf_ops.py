@@ -31,6 +31,11 @@ def align(x, shape, target):
     return x
 
 
+def reshaped(x, shape):
+    """x in that shape, without an operation where it has it already."""
+    return x if x.shape.as_list() == list(shape) else tf.reshape(x, shape)
+
+
 def size_of(x, axis):
     """An int, also where v2 behaviour is disabled and shapes hold objects."""
     return x.shape.as_list()[axis]

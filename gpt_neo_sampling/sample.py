@@ -218,7 +218,11 @@ def next_token(logits, vocab_dim, options, seed, stream, step):
             token = cwise_broadcast(lambda n, w, t: tf.where_v2(n > 0, w, t), [no_mask, whole, token], rows, tf.int32)
     if fixed:
         return token
-    greedy = first_argmax(logits, vocab_dim)
+    if candidates is None:
+        greedy = first_argmax(logits, vocab_dim)
+    else:  # the first of them, where there is anything to draw
+        first = take(ids, mtf.constant(mesh, 0, mtf.Shape([]), tf.int32), ids.shape[-1])
+        greedy = cwise_broadcast(lambda token, first: tf.where_v2(token < 0, token, first), [token, first])
     temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
     return cwise_broadcast(
         lambda token, greedy, t: tf.where_v2(tf.equal(t, 0.0), greedy, token), [token, greedy, temperature], rows

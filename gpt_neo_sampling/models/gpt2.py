@@ -290,7 +290,7 @@ def _attention(x, attention_type, bias, memory_dim, other_features, params, vari
 
         # The scores are not scaled; the initial queries are, instead.
         projections = [weights("q", stddev * kv_dim.size**-0.5), weights("k"), weights("v")]
-        if context is None:
+        if context is None or context.constant_states is None:
             q, k, v = (matmul(x, w) for w in projections)
         else:
             # One product of all three, of weights put together once, outside of the loop.
