@@ -7,7 +7,7 @@ of. They know nothing of sampling or of the model.
 
 import numpy as np
 
-from gpt_neo_sampling._compat import FuncGraph, LazyAllreduceSum, PlacementMeshImpl, mtf, tf
+from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
 
 
 def align(x, shape, target):
@@ -247,8 +247,9 @@ def write_at(x, value, position, dim, *, may_overwrite=False, name="write_at"):
       dim: mtf.Dimension of `x`.
       may_overwrite: whether the memory of `x` may be written to, which saves a
         pass over it where the backend can. For an `x` that is computed anew in
-        every run (no constant, no variable), read by nothing that does not come
-        before `value`, and used no more; and a position that is inside `dim`.
+        every run (no constant, no variable) and read no more, or only by what
+        `value` depends on (in a loop: all that read it in earlier rounds); and
+        a position that is inside `dim`.
 
     Returns:
       mtf.Tensor like `x`. No gradient flows through it.
@@ -304,24 +305,13 @@ class _WriteOperation(mtf.Operation):
                 new = tf.where_v2(tf.reshape(inside, [count, 1]), tf.reshape(new, [count, -1]), tf.gather(flat, row))
             return tf.reshape(tf.raw_ops.InplaceUpdate(x=flat, i=row, v=new), slice_shape)
 
-        in_place = self._may_overwrite and overwrites_memory(mesh_impl) and all(
-            d in columns.dims for d in position.shape.dims)  # fmt: skip
+        # XLA, which may compile a tf.function, has no in-place update, and finds out by itself.
+        in_place = self._may_overwrite and isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
+        in_place = in_place and all(d in columns.dims for d in position.shape.dims)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
         parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
         y = mesh_impl.slicewise(overwrite if in_place else select, *(lowering.tensors[t] for t in self.inputs), *parts)
         lowering.set_tensor_lowering(self.outputs[0], y)
-
-
-def overwrites_memory(mesh_impl):
-    """Whether TensorFlow's in-place update can be used in the graph that is being built.
-
-    XLA has none (and needs none: it finds out by itself), and a tf.function may be
-    compiled by it; so only in graphs that sessions run.
-    """
-    graph = tf.get_default_graph()
-    while getattr(graph, "outer_graph", None) is not None:  # bodies of loops and branches
-        graph = graph.outer_graph
-    return isinstance(mesh_impl, PlacementMeshImpl) and not isinstance(graph, FuncGraph)
 
 
 def resize(x, dim, size, name="resize"):

@@ -1136,6 +1136,44 @@ def test_cached_and_slow_sampling_draw_the_same(name):
     assert len({tokens.tobytes() for tokens in fast.values()}) == len(fast)
 
 
+@pytest.mark.parametrize("mesh_shape, layout", [("", ""), ("x:2,y:2", "batch:x,memory_length:y,embd:y")])
+def test_known_lengths_change_no_token(mesh_shape, layout):
+    """Prompts of 9 at most and 9 new tokens: shorter first pass, shorter memory, the same tokens."""
+    params, weights, _ = checkpoint("local")
+    known = {
+        "whole": {},
+        "prompt": {"max_prompt_length": 10},
+        "memory": {"max_length": 18},
+        "both": {"max_prompt_length": 10, "max_length": 18},
+        "prompts removed": {"max_prompt_length": 10, "max_length": 18, "remove_partial_sequences": True},
+        "too short": {"max_prompt_length": 4, "max_length": 18},
+    }
+    cases = {name: {**neo_cases(max_steps=9)["top-k"], **more} for name, more in known.items()}
+    run = loops(cases, batch=4, length=24, weights=weights, runner=MeshRunner(mesh_shape, layout), **params)
+    prompts = neo_prompts(4, 24)
+    out = run(prompts)
+    for name in ("prompt", "memory", "both"):
+        np.testing.assert_array_equal(out[name], out["whole"], name)
+    lengths = [5, 9, 2, 1]
+    for row, n in enumerate(lengths):
+        np.testing.assert_array_equal(out["prompts removed"][row, : 24 - n], out["whole"][row, n:])
+        assert np.all(out["prompts removed"][row, 24 - n :] == PAD)
+    # a prompt that is longer than was said draws nothing, and is not lost
+    np.testing.assert_array_equal(out["too short"][2:], out["whole"][2:])
+    for row, n in enumerate(lengths[:2]):
+        np.testing.assert_array_equal(out["too short"][row, :n], prompts[row, :n])
+        assert out["too short"][row, n] == INVALID and np.all(out["too short"][row, n + 1 :] == PAD)
+
+
+def test_a_row_ends_at_max_length():
+    """Prompts as long, or longer, come back as they are, what stands behind max_length too."""
+    prompts = prompts_of([3, 7, 8, 12, LENGTH, 1, 2, 8])
+    out = loops({"cut": {"max_length": 8, "stop_at_token": None, "seed": 4}}, Bigram())(prompts)["cut"]
+    for row, n in enumerate([3, 7, 8, 12, LENGTH, 1, 2, 8]):
+        np.testing.assert_array_equal(out[row, :n], prompts[row, :n])
+        assert np.all(out[row, n:8] != PAD) and np.all(out[row, max(n, 8) :] == PAD)
+
+
 @pytest.mark.parametrize("case", NEO_CASES)
 def test_sampled_tokens_of_a_checkpoint_against_the_simulation(case):
     """Forward pass, distribution and draw, all in float64 NumPy."""
@@ -1269,6 +1307,9 @@ REFUSED = [
     ({"stream": np.array([1, 2, 3])}, r"stream has shape \[3\]"),
     ({"prompt_lengths": np.array([1, 2, 3])}, r"prompt_lengths has shape \[3\]"),
     ({"bos_id": np.array([1, 2, 3])}, r"bos_id has shape \[3\]"),
+    ({"max_length": 0}, r"max_length=0; a whole number from 1 to 4"),
+    ({"max_length": 5}, r"max_length=5; a whole number from 1 to 4"),
+    ({"max_prompt_length": 3, "max_length": 2}, r"max_prompt_length=3; a whole number from 1 to 2"),
     ({"stop_at_token": np.array([1, 2, 3])}, r"stop_at_token has shape \[3\]"),
 ]
 

@@ -1,0 +1,198 @@
+"""gpt_neo_sampling.layers, and what a decode loop writes, against NumPy in float64."""
+
+import numpy as np
+import pytest
+from conftest import MeshRunner, dims
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.layers import attend, gelu, layer_norm, matmul
+from gpt_neo_sampling.mtf_ops import resize, settle, write_at
+
+B, S, IN, OUT, P = dims(batch=4, sequence=3, inner=16, outer=8, parts=2)
+H, M, D = dims(heads=2, memory=8, depth=5)
+RUNNERS = [MeshRunner(), MeshRunner("x:2", "batch:x"), MeshRunner("x:2,y:2", "inner:x,outer:y,heads:y,memory:x")]
+
+
+@pytest.fixture(params=RUNNERS, ids=str)
+def runner(request):
+    return request.param
+
+
+def imp(mesh, value, *shape):
+    return mtf.import_tf_tensor(mesh, value, mtf.Shape(shape))
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def close(got, want, tolerance=2e-5):
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_matmul(runner, rows):
+    """Weights [in, out], [out, in] and [in, parts, out]; one row takes another kernel than several."""
+    batch = mtf.Dimension("batch" if rows > 1 else "row", rows)
+    x, w, pw = normal(rows, 3, 16), normal(16, 8, seed=1), normal(16, 2, 8, seed=2)
+
+    def build(mesh, x, w, transposed, pw):
+        x, one = imp(mesh, x, batch, S, IN), imp(mesh, x[:, 0], batch, IN)
+        w = imp(mesh, w, IN, OUT)
+        transposed, pw = imp(mesh, transposed, OUT, IN), imp(mesh, pw, IN, P, OUT)
+        results = [matmul(x, w), matmul(one, w), matmul(one, transposed), matmul(one, pw)]
+        loss = mtf.reduce_sum(mtf.square(results[0]))
+        return results + [settle(g) for g in mtf.gradients([loss], [x, w])]
+
+    y, one, transposed, parts, dx, dw = runner(build, x, w, w.T.copy(), pw)
+    x, w, pw = (a.astype(np.float64) for a in (x, w, pw))
+    close(y, x @ w)
+    close(one, x[:, 0] @ w)
+    close(transposed, x[:, 0] @ w)
+    close(parts, np.einsum("bi,ipo->bpo", x[:, 0], pw))
+    close(dx, 2 * (x @ w) @ w.T, 1e-4)
+    close(dw, np.einsum("bsi,bso->io", x, 2 * (x @ w)), 5e-4)
+
+
+def test_matmul_refuses_weights_that_do_not_fit():
+    def build(mesh, x, w):
+        return matmul(imp(mesh, x, B, IN), imp(mesh, w, P, IN, OUT))
+
+    with pytest.raises(ValueError, match=r"matmul: .*batch=4.*\[\.\.\., in\] by \[in, out…\]"):
+        MeshRunner()(build, normal(4, 16), normal(2, 16, 8))
+
+
+def test_attend(runner):
+    q, k, v = normal(4, 2, 3, 5), normal(4, 2, 8, 5, seed=1), normal(4, 2, 8, 5, seed=2)
+    causal = np.where(np.arange(8) > np.arange(3)[:, None] + 2, -1e10, 0).astype(np.float32)
+    by_row = np.where(np.arange(8) > np.arange(4)[:, None], -1e10, 0).astype(np.float32)
+
+    def build(mesh, q, k, v, causal, by_row):
+        k, v = imp(mesh, k, B, H, M, D), imp(mesh, v, B, H, M, D)
+        return [
+            attend(imp(mesh, q, B, H, S, D), k, v, imp(mesh, causal, S, M), M),
+            attend(imp(mesh, q[:, :, 0], B, H, D), k, v, imp(mesh, by_row, B, M), M),
+        ]
+
+    many, one = runner(build, q, k, v, causal, by_row)
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+
+    def expected(q, bias):
+        scores = np.einsum("bhsd,bhmd->bhsm", q, k) + bias
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("bhsm,bhmd->bhsd", weights / weights.sum(-1, keepdims=True), v)
+
+    close(many, expected(q, causal))
+    close(one, expected(q[:, :, :1], by_row[:, None, None])[:, :, 0])
+
+
+def test_layer_norm_and_its_gradient(runner):
+    x, g, b, dy = normal(4, 3, 16) * 3 + 1, normal(16, seed=1), normal(16, seed=2), normal(4, 3, 16, seed=3)
+
+    def build(mesh, *arrays):
+        x, g, b, dy = (imp(mesh, a, *shape) for a, shape in zip(arrays, ([B, S, IN], [IN], [IN], [B, S, IN])))
+        y = layer_norm(x, g, b, 1e-5)
+        return [y] + [settle(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
+
+    y, dx, dg, db = runner(build, x, g, b, dy)
+    x, g, b, dy = (a.astype(np.float64) for a in (x, g, b, dy))
+
+    def forward(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+
+    close(y, forward(x) * g + b)
+    numeric, h = np.zeros_like(x), 1e-5
+    for i in range(16):  # central differences
+        step = h * (np.arange(16) == i)
+        numeric[..., i] = ((forward(x + step) - forward(x - step)) * g * dy).sum(-1) / (2 * h)
+    close(dx, numeric)
+    close(dg, (forward(x) * dy).sum((0, 1)), 1e-4)
+    close(db, dy.sum((0, 1)), 1e-4)
+
+
+def test_gelu_and_its_gradient():
+    x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)
+
+    def build(mesh, x):
+        x = imp(mesh, x, B, IN)
+        y = gelu(x)
+        return [y, *mtf.gradients([mtf.reduce_sum(y)], [x])]
+
+    y, dx = MeshRunner()(build, x)
+
+    def expected(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    x = x.astype(np.float64)
+    close(y, expected(x), 2e-6)
+    close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 2e-6)
+
+
+def test_resize(runner):
+    x = normal(4, 8, 5)
+    ids = np.arange(32, dtype=np.int32).reshape(4, 8)
+
+    def build(mesh, x, ids):
+        x = imp(mesh, x, B, M, D)
+        return [resize(x, M, 6), resize(x, M, 8), resize(x, M, 12), resize(imp(mesh, ids, B, M), M, 10)]
+
+    shorter, same, longer, padded_ids = runner(build, x, ids)
+    np.testing.assert_array_equal(shorter, x[:, :6])
+    np.testing.assert_array_equal(same, x)
+    np.testing.assert_array_equal(longer, np.pad(x, ((0, 0), (0, 4), (0, 0))))
+    np.testing.assert_array_equal(padded_ids, np.pad(ids, ((0, 0), (0, 2))))
+
+
+@pytest.mark.parametrize("may_overwrite", [True, False])
+def test_writing_in_a_loop(runner, may_overwrite):
+    """Each of 5 steps writes one row a batch entry; the same session runs it three times."""
+    x, value = normal(4, 2, 8, 5), normal(4, 2, 5, seed=1)
+    first = np.array([0, 3, 1, 2], np.int32)
+
+    def build(mesh, x, value, first):
+        memory = mtf.relu(imp(mesh, x, B, H, M, D))  # computed in every run
+        value, first = imp(mesh, value, B, H, D), imp(mesh, first, B)
+
+        def body(i, memory, seen):
+            # like a token, what is written depends on all that was read before
+            new = value * mtf.to_float(i + 1) + 0.125 * seen
+            memory = write_at(memory, new, first + i, M, may_overwrite=may_overwrite)
+            return [i + 1, memory, settle(seen + mtf.reduce_sum(memory, reduced_dim=M))]
+
+        start = [mtf.zeros(mesh, [], tf.int32), memory, mtf.zeros(mesh, [B, H, D])]
+        return mtf.while_loop(lambda i, *_: mtf.less(i, 5), body, start)[1:]
+
+    memory, total = np.maximum(x, 0).astype(np.float64), np.zeros((4, 2, 5))
+    for i in range(5):
+        for row in range(4):
+            memory[row, :, first[row] + i] = value[row] * (i + 1.0) + 0.125 * total[row]
+        total += memory.sum(2)
+    for got in runner(build, x, value, first, times=3):
+        close(got[0], memory, 1e-4)
+        close(got[1], total, 1e-4)
+
+
+def test_memory_is_overwritten_where_sessions_run_the_graph():
+    """And nowhere else: XLA, which may compile a tf.function, has no such operation."""
+
+    def operations(build_in):
+        with tf.Graph().as_default() as graph:
+            holder = tf.placeholder(tf.float32, [4, 2, 8, 5])
+
+            def build(x):
+                mesh = mtf.Mesh(mtf.Graph(), "mesh")
+                x = imp(mesh, x, B, H, M, D)
+                at = mtf.constant(mesh, 2, mtf.Shape([B]), tf.int32)
+                y = write_at(x, mtf.zeros(mesh, [B, H, D]), at, M, may_overwrite=True)
+                lowering = mtf.Lowering(mesh.graph, {mesh: RUNNERS[0].impl}, autostack=False)
+                return lowering.export_to_tf_tensor(y)
+
+            build_in(build, holder)
+            inside = [op.type for f in graph._functions.values() for op in f.graph.get_operations()] if (
+                graph._functions) else []  # fmt: skip
+            return {op.type for op in graph.get_operations()} | set(inside)
+
+    assert "InplaceUpdate" in operations(lambda build, x: build(x))
+    assert "InplaceUpdate" not in operations(lambda build, x: tf.function(build)(x))
