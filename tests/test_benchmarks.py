@@ -12,8 +12,6 @@ import common
 import pairs
 from rows import ROWS, Row
 
-pytest.importorskip("scipy")
-
 CANDIDATES = """
 import time, laws, numpy as np
 
