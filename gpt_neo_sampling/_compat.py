@@ -106,7 +106,7 @@ mtf = _import_mesh_tensorflow()
 
 import tensorflow.compat.v1 as tf  # noqa: E402
 from tensorflow.python.framework.func_graph import FuncGraph  # noqa: E402
-from tensorflow.python.ops import control_flow_v2_func_graphs as _bodies  # noqa: E402
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph  # noqa: E402
 
 # mesh-tensorflow's private names that the library stands on.
 LazyAllreduceSum = mtf.ops.LazyAllreduceSum
@@ -117,7 +117,7 @@ def is_in_function():
     """Whether the graph that is being built is a tf.function's, or lies in one."""
     graph = tf.get_default_graph()
     while isinstance(graph, FuncGraph):
-        if not isinstance(graph, (_bodies.WhileCondFuncGraph, _bodies.WhileBodyFuncGraph, _bodies.CondBranchFuncGraph)):
+        if not isinstance(graph, ControlFlowFuncGraph):  # a loop's body, or a branch
             return True
         graph = graph.outer_graph
     return False
