@@ -49,7 +49,7 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 
         def product(x, w):
             # Which of TensorFlow's CPU kernels is faster was measured: docs/architecture.md
-            batch = [] if rows == 1 and not self._in_last else [1]
+            batch = [] if rows == 1 else [1]
             x = reshaped(x, batch + [rows, depth])
             w = reshaped(w, batch + ([columns, depth] if self._in_last else [depth, columns]))
             return reshaped(tf.matmul(x, w, transpose_b=self._in_last), out_shape)
