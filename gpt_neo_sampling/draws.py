@@ -16,6 +16,7 @@ from gpt_neo_sampling import exact
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mtf_ops import align, finite, largest, pad_last, size_of
 
+SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
 GROUPS = 64  # a mesh axis of 2, 4 … 64 cuts none of them
 
 
@@ -75,14 +76,14 @@ class Rows:
             return x
         return self.mesh_impl.allconcat(x, self.gathered_axis, 1)
 
-    def grouped(self, x):
-        """A slice's [..., entries] as [..., groups, group]."""
-        x = pad_last(x, after=-size_of(x, -1) % self.group)
+    def grouped(self, x, fill=0.0):
+        """A slice's [..., entries] as [..., groups, group]; `fill` stands where there is no entry."""
+        x = pad_last(x, after=-size_of(x, -1) % self.group, value=fill)
         return tf.reshape(x, x.shape.as_list()[:-1] + [-1, self.group])
 
-    def in_groups(self, x):
+    def in_groups(self, x, fill=0.0):
         """Laid-out [rows, entries] as [rows, groups of the shard, places of a group]."""
-        return self.mesh_impl.slicewise(self.grouped, x)
+        return self.mesh_impl.slicewise(lambda x: self.grouped(x, fill), x)
 
     def across_groups(self, x):
         """Laid-out [a, rows, groups of the shard] as [a, rows, all groups]."""
@@ -152,12 +153,12 @@ class ChosenRows(Rows):
         self.gathered_axis = None
         self.ids = ids
 
-    def in_groups(self, x):
-        """Each entry has a place in every group, which holds 0 in all but its own."""
+    def in_groups(self, x, fill=0.0):
+        """Each entry has a place in every group, which holds `fill` in all but its own."""
         groups = tf.range(-(-self.entries // self.group))[:, tf.newaxis]
 
         def spread(x, ids):
-            return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], 0.0)
+            return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], fill)
 
         return self.mesh_impl.slicewise(spread, x, self.ids)
 
@@ -320,13 +321,16 @@ def _draw(rows, weights, group_uniform, entry_uniform):
     return drawn
 
 
-def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None):
+def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None, checked=True):
     """`_draw` of one sample a row, with sums in whatever order is fast.
 
     Args:
+      weights: laid-out, as `rows.in_groups` gives them.
       margin: a number: how far each weight may be wrong, rounding of the sums
         included, in parts of it, or of its `slope`.
       slope: None, or laid-out like weights.
+      checked: False where weights may be below 0, or so large or so small that
+        sums of them over- or underflow; the draw of such a row is in doubt.
 
     Returns:
       (drawn, doubt): laid-out [rows, 1], int32, −1 for an invalid row; and
@@ -340,6 +344,8 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None):
         be wrong by."""
         sums = [near_sum(w)[..., 0] for w in weights]
         valid = functools.reduce(tf.logical_and, [s < np.inf for s in sums])  # false for NaN too
+        if not checked:
+            valid = tf.logical_and(valid, tf.reduce_min(weights[0], -1) >= 0)
         return tf.stack([tf.where_v2(valid, s, -1.0) for s in sums])
 
     def choose_group(sums, u):
@@ -347,25 +353,57 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None):
         group, doubt = _search_near(tf.maximum(sums[0], 0.0)[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, row_margin)
         least, most = tf.reduce_min(sums[0], -1, keepdims=True), tf.reduce_max(sums[0], -1, keepdims=True)
         valid = tf.logical_and(least >= 0, most > 0)
-        return tf.where_v2(valid, group, -1), tf.where_v2(valid, doubt, 0.0)
+        doubt = tf.where_v2(valid, doubt, 0.0)
+        if not checked:
+            doubt = tf.where_v2(tf.logical_and(least >= 0, _is_moderate(most)), doubt, 1.0)
+        return tf.where_v2(valid, group, -1), doubt
 
     def choose_entry(weights, group, u, *sums):
         return _search_near(weights, group, u, margin * sums[0][1] if sums else margin)
 
-    grouped = [rows.in_groups(x) for x in ([weights] if slope is None else [weights, slope])]
-    sums = slicewise(sum_groups, *grouped)
+    sums = slicewise(sum_groups, *([weights] if slope is None else [weights, slope]))
     group, group_doubt = slicewise(choose_group, rows.across_groups(sums), group_uniform)
     more = [] if slope is None else [sums]
-    drawn, entry_doubt = rows.choose_within(group, choose_entry, grouped[0], entry_uniform, *more)
+    drawn, entry_doubt = rows.choose_within(group, choose_entry, weights, entry_uniform, *more)
     return drawn, slicewise(tf.maximum, group_doubt, entry_doubt)
+
+
+def _is_moderate(total):
+    """Whether a row's sums are far from float32's limits."""
+    return tf.logical_and(total > 2.0**-100, total < 2.0**100)
+
+
+def _draw_near_first(rows, weights, uniforms):
+    """`_draw` of one sample a row: its result, in a third of the time where no draw is in doubt."""
+    mesh_impl = rows.mesh_impl
+    drawn, doubt = _draw_near(rows, rows.in_groups(weights), *uniforms, SUM_MARGIN, checked=False)
+
+    def draw_again():
+        return _draw(rows, weights, *uniforms).tensor_list
+
+    drawn = _unless(_any_of(mesh_impl, doubt), drawn.tensor_list, draw_again)
+    return mesh_impl.LaidOutTensor.from_tensor_list(drawn)
+
+
+def _any_of(mesh_impl, flags):
+    """The largest of laid-out float32 flags, over the whole mesh: a scalar tf.Tensor."""
+    flags = mesh_impl.allreduce(mesh_impl.slicewise(tf.reduce_max, flags), list(range(mesh_impl.ndims)), "MAX")
+    return flags.tensor_list[0]
+
+
+def _unless(doubt, drawn, draw_again):
+    """A list of tensors: `drawn`, or what `draw_again` returns where `doubt` is 1.0."""
+    return _as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
 
 
 def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None, size=None):
     """Draws indices along `dim` in proportion to `weights`, in two levels.
 
-    All sums are taken in one fixed order, of weights scaled by powers of two, so
-    equal weights and uniforms give equal draws on any layout and backend, and no
-    weight that float32 holds over- or underflows. Time and memory are linear in
+    What is drawn is what sums in one fixed order, of weights scaled by powers of
+    two, would give: equal weights and uniforms give equal draws on any layout and
+    backend, and no weight that float32 holds over- or underflows. One draw a row
+    is first made with sums in any order, which is what comes out unless it falls
+    within rounding of a border. Time and memory are linear in
     `dim`. A layout that splits `dim` moves 128 numbers a row (all of the row if
     it cuts through a group).
 
@@ -399,6 +437,7 @@ class _DrawOperation(mtf.Operation):
         if size is not None and not 1 <= size <= dim.size:
             raise ValueError(f"{name}: size={size} of {dim}; from 1 to {dim.size} is needed")
         self._dim = dim
+        self._samples_dim = samples_dim
         self._size = size
         self._outputs = [mtf.Tensor(self, shape, tf.int32)]
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
@@ -434,7 +473,10 @@ class _GroupedDrawOperation(_DrawOperation):
         if rows.gathered_axis is not None:  # in finite values; −1 stands for whatever makes a row invalid
             w = rows.gather(slicewise(lambda w: tf.where_v2(tf.logical_and(w >= 0, w < np.inf), w, -1.0), w))
         uniforms = [slicewise(lambda u, w: tf.reshape(u, [size_of(w, 0), -1]), u, w) for u in uniforms]
-        drawn = _draw(rows, w, *uniforms)
+        if self._samples_dim is None:
+            drawn = _draw_near_first(rows, w, uniforms)
+        else:
+            drawn = _draw(rows, w, *uniforms)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, out_shape), drawn))
 
@@ -477,8 +519,7 @@ def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, o
     z = scores_of(values)
     start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
     p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
-    too_few = mesh_impl.slicewise(lambda p: tf.reduce_max(tf.cast(p[:, -1:] > 0, tf.float32)), p)
-    too_few = mesh_impl.allreduce(too_few, list(range(mesh_impl.ndims)), "MAX").tensor_list[0] > 0.5
+    too_few = _any_of(mesh_impl, mesh_impl.slicewise(lambda p: tf.cast(p[:, -1:] > 0, tf.float32), p)) > 0.5
     return _as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
 
 
@@ -638,14 +679,13 @@ class _ScoreDrawOperation(_DrawOperation):
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
-        slicewise, every_axis = mesh_impl.slicewise, list(range(mesh_impl.ndims))
+        slicewise = mesh_impl.slicewise
         like = mesh_impl.LaidOutTensor.from_tensor_list
         draw = functools.partial(self._draw_rows, lowering)
         if self._more["only"] is None:
             drawn = draw()
         else:
-            wanted = slicewise(tf.reduce_max, lowering.tensors[self._more["only"]])
-            wanted = mesh_impl.allreduce(wanted, every_axis, "MAX").tensor_list[0] > 0.5
+            wanted = _any_of(mesh_impl, lowering.tensors[self._more["only"]]) > 0.5
             none = slicewise(lambda u: tf.fill([u.shape.num_elements(), 1], -1), lowering.tensors[self.inputs[1]])
             drawn = _as_list(tf.cond(wanted, draw, lambda: [tf.identity(n) for n in none.tensor_list]))
         shape = mesh_impl.slice_shape(self.outputs[0].shape)
@@ -670,8 +710,13 @@ class _ScoreDrawOperation(_DrawOperation):
 
         def scores_of(x):
             """Taken from the largest, no factor overflows. An invalid score becomes NaN or +inf."""
-            z = slicewise(tf.subtract, x, top)
-            return z if factor is None else slicewise(tf.multiply, z, factor)
+
+            def scale(x, top, *factor):
+                per_row = [-1] + [1] * (x.shape.rank - 1)
+                z = x - tf.reshape(top, per_row)
+                return z * tf.reshape(factor[0], per_row) if factor else z
+
+            return slicewise(scale, x, top, *([] if factor is None else [factor]))
 
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
@@ -679,21 +724,24 @@ class _ScoreDrawOperation(_DrawOperation):
             x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
             scores_of = lambda z: z  # noqa: E731
 
-        def draw_near(rows, *weights_and_slope, margin):
+        def draw_by_entmax(rows, *weights_and_slope):
             """[*slices of what is drawn, whether any is in doubt]"""
-            drawn, doubt = _draw_near(rows, weights_and_slope[0], *uniforms, margin, *weights_and_slope[1:])
-            doubt = mesh_impl.allreduce(slicewise(tf.reduce_max, doubt), list(range(mesh_impl.ndims)), "MAX")
-            return [*drawn.tensor_list, doubt.tensor_list[0]]
+            weights, *slope = map(rows.in_groups, weights_and_slope)
+            drawn, doubt = _draw_near(rows, weights, *uniforms, ENTMAX_MARGIN, *slope)
+            return [*drawn.tensor_list, _any_of(mesh_impl, doubt)]
 
         def draw_chosen(ids, p, slope):
             p, ids, slope = slicewise(_by_id, p, ids, slope)
             chosen = ChosenRows(mesh_impl, rows.size, ids, rows.mesh_axis, x.slice_shape[1])
-            return draw_near(chosen, p, slope, margin=ENTMAX_MARGIN)
+            return draw_by_entmax(chosen, p, slope)
 
         if epsilon is None:
-            *drawn, doubt = draw_near(rows, slicewise(tf.exp, scores_of(x)), margin=SOFTMAX_MARGIN)
+            # grouped first: all that follows is done in place
+            weights = slicewise(tf.exp, scores_of(rows.in_groups(x, -np.inf)))
+            drawn, doubt = _draw_near(rows, weights, *uniforms, SOFTMAX_MARGIN)
+            drawn, doubt = drawn.tensor_list, _any_of(mesh_impl, doubt)
         else:
-            draw_all = functools.partial(draw_near, rows, margin=ENTMAX_MARGIN)
+            draw_all = functools.partial(draw_by_entmax, rows)
             *drawn, doubt = entmax_by_chosen(rows, x, self._n_chosen, scores_of, epsilon, 50, draw_chosen, draw_all)
 
         def draw_again():
@@ -705,7 +753,7 @@ class _ScoreDrawOperation(_DrawOperation):
             weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
             return _draw(rows, weights, *uniforms).tensor_list
 
-        return _as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
+        return _unless(doubt, drawn, draw_again)
 
     def _factor_and_epsilon(self, lowering):
         """(factor, ε), each None or laid-out [rows, 1]; where α is not valid, NaN and 0."""

@@ -615,6 +615,55 @@ def test_entmax_margin(size, rows):
     assert gap < 0.5
 
 
+def at_borders(weights, which):
+    """Uniforms [rows] at the end of the `which`-th part of the sum of each row, as far as float32 has them."""
+    sums = weights.astype(np.float64).cumsum(-1)
+    return np.minimum(sums[np.arange(len(sums)), which] / sums[:, -1], 1 - 2.0**-24).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [130, 1000, 4096])
+def test_fast_draws_from_weights_are_exact_or_in_doubt(size, monkeypatch):
+    rng = np.random.default_rng(33)
+    rows = 3000
+    w = sparse_weights(rng, rows, size)
+    w[::4] = w[::4].astype(np.float64) * 10 ** rng.uniform(-36, 34, (len(w[::4]), 1))
+    w[::50, rng.integers(0, size)] *= -1  # invalid, unless it is −0.0
+    group = group_size(size)
+    grouped = np.pad(np.abs(w), [(0, 0), (0, -size % group)]).reshape(rows, -1, group)
+    u1, u2 = uniforms(rng, 2, rows)
+    u1[: rows // 4] = at_borders(grouped.sum(-1), rng.integers(0, grouped.shape[1], rows))[: rows // 4]
+    drawn_from = (grouped.sum(-1).cumsum(-1) <= u1[:, None] * grouped.sum((1, 2))[:, None]).sum(-1)
+    drawn_from = np.minimum(drawn_from, grouped.shape[1] - 1)
+    with np.errstate(invalid="ignore"):
+        border = at_borders(grouped[np.arange(rows), drawn_from], rng.integers(0, group, rows))
+    u2[rows // 4 : rows // 2] = np.nan_to_num(border)[rows // 4 : rows // 2]
+
+    flags, any_of = [], draws._any_of
+    monkeypatch.setattr(draws, "_any_of", lambda impl, x: flags.append(x.tensor_list[0]) or any_of(impl, x))
+
+    def build(w, u1, u2):
+        del flags[:]
+        b, v, one = dims(batch=rows, vocab=size, samples=1)
+
+        def draw(*samples):  # many draws take the exact way at once
+            def build(mesh, w, *u):
+                u = [imp(mesh, tf.reshape(x, [rows] + [1] * len(samples)), b, *samples) for x in u]
+                return grouped_draw(imp(mesh, w, b, v), *u, v, *samples)
+
+            return lowered(build, w, u1, u2)
+
+        with opened_up(again=False):
+            fast = draw()
+        exact = draw(one)
+        return fast, exact[:, 0], flags[0][:, 0]
+
+    fast, exact, doubt = on_tensors(build, w, u1, u2)
+    assert np.all((fast == exact) | (doubt == 1))
+    plain = np.arange(rows) % 4 > 0
+    plain[: rows // 2], plain[::50] = False, False
+    assert (fast != exact).any() and doubt[plain].mean() < 0.02
+
+
 def mixed_rows(rng, rows, size):
     odd = odd_scores(rng, size)
     hard = hard_rows(rng, rows // 3, size)

@@ -300,10 +300,15 @@ class _SoftmaxOperation(mtf.Operation):
         (x,) = self.inputs
         rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
         x_rows = slicewise(lambda x: rows.to_rows(tf.cast(x, tf.float32)), lowering.tensors[x])
-        facts = rows.across_shards(slicewise(_top_and_invalid, x_rows), "MAX")
-        weights = slicewise(lambda x, facts: tf.exp(x - _nan_where_invalid(facts, facts[:, :1])), x_rows, facts)
+        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x_rows)
+        weights = slicewise(lambda x, top: tf.exp(x - top), x_rows, rows.across_shards(top, "MAX"))
         total = rows.across_shards(slicewise(near_sum, weights), "SUM")
-        p = slicewise(lambda w, total: w * (1.0 / total), weights, total)
+
+        def normalise(weights, total):  # NaN and +inf show in the total, and so do rows of −inf alone
+            valid = tf.logical_and(total > 0, total < np.inf)
+            return weights * tf.where_v2(valid, 1.0 / total, np.nan)
+
+        p = slicewise(normalise, weights, total)
         y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
