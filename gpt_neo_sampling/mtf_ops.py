@@ -179,10 +179,14 @@ class _TakeOperation(mtf.Operation):
 
         def tf_fn(x, indices, pcoord=None):
             # a gather from a resource variable would make every read of it a copy
-            x = _transpose(tf.convert_to_tensor(x), lookup.x_shape, lookup.table.dims)
-            batch_dims = len(lookup.shared)
-            local = lookup.local_indices(indices, size_of(x, batch_dims), pcoord)
-            found = tf.gather(x, tf.maximum(local, 0), axis=batch_dims, batch_dims=batch_dims)
+            x = tf.convert_to_tensor(x)
+            batch_dims = at = len(lookup.shared)
+            if lookup.shared or lookup.others:
+                x = _transpose(x, lookup.x_shape, lookup.table.dims)
+            else:  # a single index leaves the other dims in place
+                at = lookup.x_shape.dims.index(lookup.dim)
+            local = lookup.local_indices(indices, size_of(x, at), pcoord)
+            found = tf.gather(x, tf.maximum(local, 0), axis=at, batch_dims=batch_dims)
             held = tf.reshape(local >= 0, local.shape.as_list() + [1] * len(lookup.rest))
             return tf.where_v2(held, found, tf.zeros_like(found))
 
