@@ -14,7 +14,7 @@ import sys
 
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
-from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, InvalidDistributionError, TextGenerator
+from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, DTYPES, InvalidDistributionError, TextGenerator
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 
 PROGRAM = "gpt-neo-sampling"
@@ -38,6 +38,8 @@ def _parser():
     add = generate.add_argument
     add("--model", metavar="DIR", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo "
         "(default: the small model that comes with the package)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="what weights are held in and activations computed in; "
+        "bfloat16 takes half the memory and rounds more (default: %(default)s)")  # fmt: skip
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
@@ -109,6 +111,7 @@ def _generate(args):
         seed = int.from_bytes(os.urandom(4), "little")
     generator = TextGenerator.from_pretrained(
         args.model,
+        dtype=args.dtype,
         mesh_shape=args.mesh_shape,
         layout=args.layout,
         devices=args.devices,

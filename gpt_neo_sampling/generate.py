@@ -24,6 +24,7 @@ MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights r
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 SHORTEST = 32  # positions of the smallest graph
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
+DTYPES = ("float32", "bfloat16")  # of weights and activations
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class _ProgramKey:
 class _Program:
     """One decode graph: placeholders for the request, and the tokens that come out."""
 
-    def __init__(self, key, params, n_vocab, mesh_impl):
+    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
         """n_vocab: entries of the vocabulary's dimension, padding included."""
         self.ids = tf.placeholder(tf.int32, [key.batch, key.length])
         self.prompt_lengths = tf.placeholder(tf.int32, [key.batch])
@@ -72,7 +73,6 @@ class _Program:
         batch_dim = mtf.Dimension("batch", key.batch)
         sequence_dim = mtf.Dimension("sequence", key.length)
         memory_dim = mtf.Dimension("memory_length", key.length)
-        variable_dtype = mtf.VariableDType(tf.float32)
         other_features = {
             "embd_dim": mtf.Dimension("embd", params["n_embd"]),
             "vocab_dim": mtf.Dimension("vocab", n_vocab),
@@ -110,8 +110,11 @@ class TextGenerator:
     `MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
     """
 
-    def __init__(self, checkpoint, tokenizer=None, mesh=None):
-        """Takes a `Checkpoint`, a `tokenizers.Tokenizer` or None, and a `mesh.DeviceMesh`, by default one CPU."""
+    def __init__(self, checkpoint, tokenizer=None, mesh=None, dtype=None):
+        """Takes a `Checkpoint`, a `tokenizers.Tokenizer` or None, a `mesh.DeviceMesh`, by default one CPU, and a dtype.
+
+        See `from_pretrained`.
+        """
         gpt2.check_params(checkpoint.params)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -121,19 +124,25 @@ class TextGenerator:
         sizes = dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"])
         self.mesh.check(sizes, gpt2.TENSORS)
         vocab_parts = self.mesh.parts("vocab")
+        self._variable_dtype = _variable_dtype(dtype)
         self._n_vocab = self.params["n_vocab"] if vocab_parts == 1 else padded_size(self.params["n_vocab"], vocab_parts)
         self._mesh_impl = self.mesh.impl()
         self._session = None
         self._programs = {}
 
     @classmethod
-    def from_pretrained(cls, folder=None, *, mesh_shape=None, layout=None, devices=None, cluster=None):
+    def from_pretrained(cls, folder=None, *, dtype=None, mesh_shape=None, layout=None, devices=None, cluster=None):
         """Opens the model in a folder.
 
         Args:
           folder: a path of a folder with GPT-Neo's mesh-TF checkpoint and its
             JSON config, or with a Hugging Face GPT-Neo; None for the model that
             comes with the package. A `tokenizer.json` in it is used.
+          dtype: "float32" or "bfloat16", a str or a tf.DType: what weights are
+            held in and activations computed in. None is float32, whatever the
+            folder stores. bfloat16 halves the memory and gives logits of 8
+            significant bits; what is drawn from them is computed in float32
+            either way.
           mesh_shape, layout, devices, cluster: see `mesh.device_mesh`; by default
             one CPU. They change where the work is done and not what comes out:
             a vocabulary that a layout does not divide is padded with entries
@@ -146,11 +155,12 @@ class TextGenerator:
           CheckpointError: (a ValueError) if the folder cannot be read as a model.
           MeshError: (a ValueError) if the mesh cannot be had, or the layout does
             not fit the model.
-          ValueError: if the model has options that are not supported.
+          ValueError: if the model has options that are not supported, or for
+            another dtype.
         """
         mesh = device_mesh(mesh_shape, layout, devices, cluster)
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
-        return cls(checkpoint, _load_tokenizer(checkpoint), mesh)
+        return cls(checkpoint, _load_tokenizer(checkpoint), mesh, dtype)
 
     def generate(
         self,
@@ -370,7 +380,7 @@ class TextGenerator:
             probe_devices()
         graph = tf.Graph() if first else self._session.graph
         with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            program = _Program(key, self.params, self._n_vocab, self._mesh_impl)
+            program = _Program(key, self.params, self._n_vocab, self._mesh_impl, self._variable_dtype)
             if first:
                 session = self.mesh.session(graph)
                 try:
@@ -392,7 +402,7 @@ class TextGenerator:
         feed, size = {}, 0  # each run of another set of variables costs some 50 ms
         names = list(variables)
         for name in names:
-            value = self.checkpoint.read(name)
+            value = self.checkpoint.read(name).astype(variables[name].dtype.as_numpy_dtype, copy=False)
             missing_rows = variables[name].shape.as_list()[0] - len(value)
             if missing_rows:  # a padded vocabulary
                 value = np.pad(value, ((0, missing_rows), (0, 0)))
@@ -422,6 +432,13 @@ def _load_tokenizer(checkpoint):
     if size > n_vocab:
         raise CheckpointError(f"{checkpoint.tokenizer_file} has {size} tokens; the model's vocabulary has {n_vocab}")
     return tokenizer
+
+
+def _variable_dtype(dtype):
+    name = DTYPES[0] if dtype is None else getattr(dtype, "name", dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    return mtf.VariableDType(tf.as_dtype(name))
 
 
 def _check_int(name, value, least):

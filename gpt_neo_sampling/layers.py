@@ -3,12 +3,18 @@
 mesh-tensorflow composes each of these from many small ones, and a decode step
 of one token, which reads all weights to compute very little, spends its time
 between them. Here each is one operation that lowers to a few.
+
+Products are made in the dtype of what they multiply. The rest, of which half
+precision would make the larger errors (means, sums of exp, rotations,
+activation functions), is computed in float32 and cast back.
 """
 
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
 from gpt_neo_sampling.mtf_ops import align, reshaped
+
+ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
 
 def matmul(x, w, name="matmul"):
@@ -67,7 +73,7 @@ def attend(q, k, v, bias, memory_dim, name="attend"):
     Args:
       q: float mtf.Tensor [batch…, depth], or [batch…, queries, depth].
       k, v: mtf.Tensors [batch…, memory_dim, depth].
-      bias: mtf.Tensor, finite, its dims among those of q, without depth, and memory_dim.
+      bias: float mtf.Tensor, finite, its dims among those of q, without depth, and memory_dim.
       memory_dim: mtf.Dimension.
 
     Returns:
@@ -103,11 +109,11 @@ class _AttendOperation(mtf.Operation):
 
         def scores(q, k, bias):
             q = tf.expand_dims(q, -2) if self._one_query else q
-            bias = align(bias, self.inputs[3].shape, self._scores_shape)
-            return tf.matmul(q, k, transpose_b=True) + (tf.expand_dims(bias, -2) if self._one_query else bias)
+            bias = _float32(align(bias, self.inputs[3].shape, self._scores_shape))
+            return _float32(tf.matmul(q, k, transpose_b=True)) + (tf.expand_dims(bias, -2) if self._one_query else bias)
 
         def weighted(weights, v):
-            y = tf.matmul(weights, v)
+            y = tf.matmul(tf.cast(weights, v.dtype), v)
             return tf.squeeze(y, -2) if self._one_query else y
 
         def over_shards(x, reduction):
@@ -150,7 +156,7 @@ class _LayerNormOperation(mtf.Operation):
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys):
-        (dy,), (x, scale, offset) = grad_ys, self.inputs
+        dy, x, scale = (mtf.cast(t, tf.float32) for t in (*grad_ys, *self.inputs[:2]))
         dim = x.shape[-1]
         centred = x - mtf.reduce_mean(x, reduced_dim=dim)
         inverse = mtf.rsqrt(mtf.reduce_mean(mtf.square(centred), reduced_dim=dim) + self._epsilon)
@@ -158,17 +164,14 @@ class _LayerNormOperation(mtf.Operation):
         slope = dy * scale
         along = mtf.reduce_mean(slope * normal, reduced_dim=dim)
         dx = (slope - mtf.reduce_mean(slope, reduced_dim=dim) - normal * along) * inverse
-        return [
-            dx,
-            mtf.reduce_sum(dy * normal, output_shape=scale.shape),
-            mtf.reduce_sum(dy, output_shape=offset.shape),
-        ]
+        grads = dx, mtf.reduce_sum(dy * normal, output_shape=[dim]), mtf.reduce_sum(dy, output_shape=[dim])
+        return [mtf.cast(g, t.dtype) for g, t in zip(grads, self.inputs)]
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
-        x, scale, offset = (lowering.tensors[t] for t in self.inputs)
-        dim = self.inputs[0].shape[-1]
+        x, scale, offset = (slicewise(_float32, lowering.tensors[t]) for t in self.inputs)
+        dim, dtype = self.inputs[0].shape[-1], self.inputs[0].dtype
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
 
         def mean(x):
@@ -180,35 +183,124 @@ class _LayerNormOperation(mtf.Operation):
         centred = slicewise(tf.subtract, x, mean(x))
         variance = mean(slicewise(tf.square, centred))
         y = slicewise(
-            lambda x, variance, scale, offset: x * tf.rsqrt(variance + self._epsilon) * scale + offset,
+            lambda x, variance, scale, offset: tf.cast(
+                x * tf.rsqrt(variance + self._epsilon) * scale + offset, dtype
+            ),
             centred, variance, scale, offset,
         )  # fmt: skip
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def gelu(x):
-    """The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415).
+def rotary_table(mesh, position_dim, depth_dim):
+    """What `rotate` turns by: for each position, the cosines of its angles and then the sines.
 
-    ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), which is x·sigmoid of twice the
-    argument of tanh.
+    Args:
+      mesh: mtf.Mesh.
+      position_dim: mtf.Dimension of the positions, from 0.
+      depth_dim: mtf.Dimension, of an even size.
+
+    Returns:
+      float32 mtf.Tensor [position_dim, depth_dim], a constant.
+    """
+    half = depth_dim.size // 2
+    angles = np.arange(position_dim.size)[:, np.newaxis] * ROTARY_BASE ** -(np.arange(half) / half)
+    table = np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+    return mtf.import_tf_tensor(mesh, tf.constant(table), mtf.Shape([position_dim, depth_dim]))
+
+
+def rotate(x, table, name="rotate"):
+    """Turns each pair (xⱼ, xⱼ₊ₙ), n half the last dim, by position · 10000^(−j/n).
+
+    Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position
+    Embedding", arXiv 2104.09864, with the first half paired with the second.
+
+    Args:
+      x: float mtf.Tensor [..., depth]; no layout may split depth.
+      table: float32 mtf.Tensor, rows of `rotary_table`: its dims among those of x, depth the last.
+
+    Returns:
+      mtf.Tensor like x. The gradient flows through x.
+    """
+    return _RotateOperation(x, table, False, name).outputs[0]
+
+
+class _RotateOperation(mtf.Operation):
+    def __init__(self, x, table, back, name):
+        super().__init__([x, table], name=name)
+        self._back = back
+        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_splittable_and_unsplittable_dims(
+            "splittable", [x.shape[-1].name]
+        )
+
+    def gradient(self, grad_ys):
+        table = self.inputs[1]
+        # mtf's recompute_grad wants a gradient for every floating input
+        return [_RotateOperation(grad_ys[0], table, not self._back, "rotate_back").outputs[0], mtf.zeros_like(table)]
+
+    def lower(self, lowering):
+        x, table = self.inputs
+
+        def turn(values, angles):
+            first, second = tf.split(_float32(values), 2, -1)
+            cos, sin = tf.split(align(angles, table.shape, x.shape), 2, -1)
+            sin = -sin if self._back else sin
+            return tf.cast(tf.concat([first * cos - second * sin, second * cos + first * sin], -1), x.dtype)
+
+        y = lowering.mesh_impl(self).slicewise(turn, *(lowering.tensors[t] for t in self.inputs))
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def _gelu(x):
+    """The tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415), ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
+
+    Which is x·sigmoid of twice the argument of tanh.
+    """
+    scale, cubic = 2 * 0.7978845608028654, 0.044715  # 2·√(2/π)
+    return x * tf.sigmoid(x * (scale + scale * cubic * tf.square(x)))
+
+
+# Under GPT-Neo's names.
+ACTIVATIONS = {
+    "elu": tf.nn.elu,
+    "gelu": _gelu,
+    "lrelu001": lambda x: tf.nn.leaky_relu(x, 0.01),
+    "lrelu020": lambda x: tf.nn.leaky_relu(x, 0.2),
+    "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
+    "relu": tf.nn.relu,
+    "selu": tf.nn.selu,
+    "sigmoid": tf.sigmoid,
+    "silu": lambda x: x * tf.sigmoid(x),
+    "softplus": tf.nn.softplus,
+    "softsign": tf.nn.softsign,
+    "swish": lambda x: x * tf.sigmoid(x),
+    "tanh": tf.tanh,
+}
+
+
+def activate(x, activation):
+    """An activation function, entry by entry.
 
     Args:
       x: float mtf.Tensor.
+      activation: str, one of `ACTIVATIONS`.
 
     Returns:
       mtf.Tensor like x.
     """
-    scale, cubic = 2 * 0.7978845608028654, 0.044715  # 2·√(2/π)
 
     def value(x):
-        return x * tf.sigmoid(x * (scale + scale * cubic * tf.square(x)))
+        return tf.cast(ACTIVATIONS[activation](_float32(x)), x.dtype)
 
     def slope(x):
-        s = tf.sigmoid(x * (scale + scale * cubic * tf.square(x)))
-        return s + x * s * (1.0 - s) * (scale + 3 * scale * cubic * tf.square(x))
+        return tf.gradients(value(x), x)[0]
 
     # mtf's own gradient of a slice-wise function cannot take an unfinished sum
     def gradient(op, dy):
-        return [mtf.cwise(slope, op.inputs, name="gelu_slope") * dy]
+        return [mtf.cwise(slope, op.inputs, name=f"{activation}_slope") * dy]
 
-    return mtf.cwise(value, [x], grad_function=gradient, name="gelu")
+    return mtf.cwise(value, [x], grad_function=gradient, name=activation)
+
+
+def _float32(x):
+    return tf.cast(x, tf.float32)

@@ -67,8 +67,11 @@ def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more
 def variable_shapes(params):
     """GPT-Neo's variables, as its checkpoints hold them: {name less "gpt2/": shape}."""
     v, c, e = params["n_vocab"], params["n_ctx"], params["n_embd"]
-    shapes = {"wte": (v, e), "wpe": (c, e), "ln_f/g": (e,), "ln_f/b": (e,)}
-    for layer in range(params["n_layer"]):
+    shapes = {"wte": (v, e), "ln_f/g": (e,), "ln_f/b": (e,)}
+    if not params.get("rotary_emb"):
+        shapes["wpe"] = (c, e)
+    types = [t for types, repeats in params["attention_types"] for _ in range(repeats) for t in types]
+    for layer, kind in enumerate(types):
         for name, shape in {
             "norm_1/g": (e,),
             "norm_1/b": (e,),
@@ -84,7 +87,8 @@ def variable_shapes(params):
             "mlp/conv1d_main/c_proj/kernel": (4 * e, e),
             "mlp/conv1d_main/c_proj/bias": (e,),
         }.items():
-            shapes[f"h{layer}/{name}"] = shape
+            if kind != "none" or name.startswith(("norm_2", "mlp")):
+                shapes[f"h{layer}/{name}"] = shape
     return shapes
 
 
@@ -125,6 +129,8 @@ def reference_config(params):
         "attention_types": [t for types, repeats in params["attention_types"] for _ in range(repeats) for t in types],
         "local_attention_radius": params.get("local_attention_radius", 256),
         "padding_id": params["padding_id"],
+        "rotary_emb": params.get("rotary_emb", False),
+        "activation_fn": params.get("activation_fn", "gelu"),
     }
 
 
@@ -154,31 +160,32 @@ def call_model(ids, other, params, context=None, labels=None, variable_dtype=FLO
         return gpt2.model({"inputs": ids, "labels": labels}, other, params, ids.mesh, variable_dtype, context=context)
 
 
-def incremental_logits(first_ids, ids, lengths, other, params, steps):
+def context(ids, mode, position, states=None, variable_dtype=FLOAT32):
+    """What a model is told in a decode loop over ids [batch, sequence]."""
+    return DecodeContext(
+        mesh=ids.mesh,
+        batch_dims=ids.shape.dims[:1],
+        length_dim=ids.shape.dims[1],
+        variable_dtype=variable_dtype,
+        mode=mode,
+        position=position,
+        position_is_default=mode == "first_part",
+        states=states,
+        new_states=[],
+        inputs=ids,
+    )
+
+
+def incremental_logits(first_ids, ids, lengths, other, params, steps, variable_dtype=FLOAT32):
     """(logits of the first pass, [logits [batch, 1, vocab] of each of `steps` tokens]).
 
     The first pass sees first_ids; the steps read ids at lengths − 1, lengths, …
     (int32 mtf tensors, [batch, sequence] twice, and [batch]).
     """
-
-    def context(mode, position, states=None):
-        return DecodeContext(
-            mesh=ids.mesh,
-            batch_dims=ids.shape.dims[:1],
-            length_dim=ids.shape.dims[1],
-            variable_dtype=FLOAT32,
-            mode=mode,
-            position=position,
-            position_is_default=mode == "first_part",
-            states=states,
-            new_states=[],
-            inputs=ids,
-        )
-
-    ctx = context("first_part", mtf.range(ids.mesh, ids.shape.dims[1], tf.int32))
-    first_logits = call_model(first_ids, other, params, ctx)[0]
+    ctx = context(ids, "first_part", mtf.range(ids.mesh, ids.shape.dims[1], tf.int32), None, variable_dtype)
+    first_logits = call_model(first_ids, other, params, ctx, variable_dtype=variable_dtype)[0]
     logits = []
     for i in range(steps):
-        ctx = context("incremental", lengths + i, ctx.new_states)
-        logits.append(call_model(ids, other, params, ctx)[0])
+        ctx = context(ids, "incremental", lengths + i, ctx.new_states, variable_dtype)
+        logits.append(call_model(ids, other, params, ctx, variable_dtype=variable_dtype)[0])
     return first_logits, logits

@@ -32,7 +32,7 @@ def expand_attention_types(nested):
     return [kind for types, repeats in nested for _ in range(repeats) for kind in types]
 
 
-def _layer_norm(x, gain, bias, eps=1e-5):
+def layer_norm(x, gain, bias, eps=1e-5):
     """Normalise the last axis by its mean and (biased) variance."""
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = np.mean(centred**2, axis=-1, keepdims=True)
@@ -42,6 +42,38 @@ def _layer_norm(x, gain, bias, eps=1e-5):
 def _gelu(x):
     """GELU by its tanh approximation (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
     return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _elu(x):
+    """Clevert, Unterthiner & Hochreiter 2015, arXiv 1511.07289."""
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def _softplus(x):
+    return np.logaddexp(0, x)
+
+
+# By the names of GPT-Neo's `activation_fn`.
+ACTIVATIONS = {
+    "elu": _elu,
+    "gelu": _gelu,
+    "lrelu001": lambda x: np.where(x > 0, x, 0.01 * x),
+    "lrelu020": lambda x: np.where(x > 0, x, 0.2 * x),
+    "mish": lambda x: x * np.tanh(_softplus(x)),  # Misra 2019, arXiv 1908.08681
+    "relu": lambda x: np.maximum(x, 0),
+    # Klambauer et al. 2017, arXiv 1706.02515: ELU of alpha 1.67326, times 1.0507
+    "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * _elu(x)),
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "softplus": _softplus,
+    "softsign": lambda x: x / (1 + np.abs(x)),
+    "swish": lambda x: x * _sigmoid(x),
+    "tanh": np.tanh,
+}
 
 
 def _rotate(x):
@@ -69,6 +101,26 @@ def _may_attend(length, kind, radius):
     raise ValueError(f"the reference knows 'global' and 'local' attention, not {kind!r}")
 
 
+def _attention(h, w, p, n_head, seen, rotary_emb):
+    """What the attention of the layer with prefix p adds to h [B, T, E]."""
+    batch, length, embd = h.shape
+    x = layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"])
+    q, k, v = ((x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head) for name in "qkv")
+    if rotary_emb:
+        q, k = _rotate(q), _rotate(k)
+    # GPT-Neo does not divide the scores by the root of the head's depth.
+    scores = np.where(seen, np.einsum("bqhd,bkhd->bhqk", q, k), -np.inf)
+    mixed = np.einsum("bhqk,bkhd->bqhd", softmax(scores), v).reshape(batch, length, embd)
+    return mixed @ w[p + "attn/o"] + w[p + "attn/compute_output_bias/o_b"]
+
+
+def mlp(h, w, p, activation_fn="gelu"):
+    """What the second half of the layer with prefix p adds to h [B, T, E]."""
+    x, m = layer_norm(h, w[p + "norm_2/g"], w[p + "norm_2/b"]), p + "mlp/conv1d_main/"
+    x = ACTIVATIONS[activation_fn](x @ w[m + "c_fc/kernel"] + w[m + "c_fc/bias"])
+    return x @ w[m + "c_proj/kernel"] + w[m + "c_proj/bias"]
+
+
 def gpt_neo_forward(
     weights,
     ids,
@@ -78,6 +130,7 @@ def gpt_neo_forward(
     local_attention_radius=256,
     padding_id=None,
     rotary_emb=False,
+    activation_fn="gelu",
 ):
     """Logits of GPT-Neo's full forward pass.
 
@@ -86,18 +139,19 @@ def gpt_neo_forward(
         float type; read as float64.
     ids: int [B, T].  An id outside [0, V) looks up a zero vector, as a one-hot
         product does.
-    attention_types: one of "global", "local" a layer.
+    attention_types: one of "global", "local" and "none" a layer. A "none" layer
+        adds its own input where the others add attention.
     padding_id: has no part in the logits (padding only decides where a prompt
         ends); taken so that a whole configuration can be passed on.
     rotary_emb: turn q and k by position instead of adding "wpe".
+    activation_fn: a key of ACTIVATIONS.
 
     Returns float64 [B, T, V].
     """
     del padding_id
     w = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     ids = np.asarray(ids)
-    batch, length = ids.shape
-    vocab, embd = w["wte"].shape
+    length, vocab = ids.shape[1], len(w["wte"])
 
     known = (ids >= 0) & (ids < vocab)
     h = w["wte"][np.where(known, ids, 0)] * known[..., None]
@@ -108,22 +162,13 @@ def gpt_neo_forward(
 
     for layer, kind in enumerate(attention_types):
         p = f"h{layer}/"
-        x = _layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"])
-        q, k, v = ((x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head) for name in "qkv")
-        if rotary_emb:
-            q, k = _rotate(q), _rotate(k)
-        # GPT-Neo does not divide the scores by the root of the head's depth.
-        scores = np.einsum("bqhd,bkhd->bhqk", q, k)
-        scores = np.where(_may_attend(length, kind, local_attention_radius), scores, -np.inf)
-        mixed = np.einsum("bhqk,bkhd->bqhd", softmax(scores), v).reshape(batch, length, embd)
-        h = h + mixed @ w[p + "attn/o"] + w[p + "attn/compute_output_bias/o_b"]
+        if kind == "none":
+            h = h + h
+        else:
+            h = h + _attention(h, w, p, n_head, _may_attend(length, kind, local_attention_radius), rotary_emb)
+        h = h + mlp(h, w, p, activation_fn)
 
-        x = _layer_norm(h, w[p + "norm_2/g"], w[p + "norm_2/b"])
-        m = p + "mlp/conv1d_main/"
-        x = _gelu(x @ w[m + "c_fc/kernel"] + w[m + "c_fc/bias"])
-        h = h + x @ w[m + "c_proj/kernel"] + w[m + "c_proj/bias"]
-
-    h = _layer_norm(h, w["ln_f/g"], w["ln_f/b"])
+    h = layer_norm(h, w["ln_f/g"], w["ln_f/b"])
     return h @ w["wte"].T
 
 

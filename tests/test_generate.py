@@ -11,6 +11,7 @@ import reference
 from conftest import DATA
 
 from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, open_checkpoint
+from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 
 MESH_TF = DATA / "gpt_neo_checkpoints"
@@ -26,12 +27,14 @@ def demo():
     return TextGenerator.from_pretrained()
 
 
-@pytest.mark.parametrize("name", ["global", "local", "padding_outside"])
+@pytest.mark.parametrize("name", ["global", "local", "padding_outside", "rotary"])
 def test_golden_greedy_tokens_of_mesh_tf_checkpoints(name):
     golden = np.load(MESH_TF / name / "golden.npz")
     lengths = golden["lengths"]
     prompts = [row[:n].tolist() for row, n in zip(golden["prompts"], lengths)]
-    samples = TextGenerator.from_pretrained(MESH_TF / name).generate(prompts, max_new_tokens=20, do_sample=False)
+    samples = TextGenerator.from_pretrained(MESH_TF / name).generate(
+        prompts, max_new_tokens=20, do_sample=False, eos_token_id=-1
+    )
     for sample, prompt, row, n in zip(samples, prompts, golden["greedy_fast"], lengths):
         assert sample.prompt_tokens == prompt
         assert sample.tokens == row[n : n + 20].tolist()
@@ -80,6 +83,30 @@ def test_sampled_tokens_are_those_of_numpy(tiny, options):
         u1, u2 = (float(reference.bits_to_uniform(w)) for w in words)
         ids.append(int(reference.two_level_draw(p, u1, u2)))
     assert sample.tokens == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("dtype, bytes_a_weight", [(None, 4), ("float32", 4), ("bfloat16", 2), (tf.bfloat16, 2)])
+def test_dtype(dtype, bytes_a_weight):
+    """Held so, in one copy; greedy tokens in bfloat16 are those of some near-best logit, in float32 the golden ones."""
+    generator = TextGenerator.from_pretrained(MESH_TF / "rotary", dtype=dtype)
+    golden, checkpoint = np.load(MESH_TF / "rotary" / "golden.npz"), generator.checkpoint
+    prompts = [row[:n].tolist() for row, n in zip(golden["prompts"], golden["lengths"])]
+    samples = generator.generate(prompts, max_new_tokens=10, do_sample=False, eos_token_id=-1)
+    variables = [v for v in generator._session.graph.get_collection("variables")]
+    n_weights = sum(np.prod(checkpoint.shape(n)) for n in checkpoint.names())
+    assert sum(v.dtype.size * v.shape.num_elements() for v in variables) == bytes_a_weight * n_weights
+    weights = {n: checkpoint.read(n) for n in checkpoint.names()}
+    options = {k: generator.params[k] for k in ("n_head", "attention_types", "rotary_emb")}
+    for prompt, sample in zip(prompts, samples):
+        ids = prompt + sample.tokens
+        logits = reference.gpt_neo_forward(weights, np.array([ids]), **options)[0, len(prompt) - 1 : -1]
+        missed = logits.max(-1) - np.take_along_axis(logits, np.array(sample.tokens)[:, None], -1)[:, 0]
+        assert missed.max() < (1e-4 if bytes_a_weight == 4 else 0.05 * np.std(logits))
+
+
+def test_a_dtype_that_is_not_allowed():
+    with pytest.raises(ValueError, match="dtype='float16'; allowed: float32, bfloat16"):
+        TextGenerator.from_pretrained(MESH_TF / "local", dtype="float16")
 
 
 def test_same_seed_same_text_other_seed_other_text_no_seed_fresh_text(demo):
@@ -260,9 +287,13 @@ def test_bad_prompts_are_named(tiny, prompts, message):
     assert message in str(error.value)
 
 
-def test_a_model_option_that_is_not_supported_is_named():
-    with pytest.raises(ValueError, match="rotary_emb"):
-        TextGenerator.from_pretrained(MESH_TF / "rotary")
+def test_a_model_option_that_is_not_supported_is_named(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MESH_TF / "rotary", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "fixed_pos_emb": True}))
+    with pytest.raises(ValueError, match="fixed_pos_emb"):
+        TextGenerator.from_pretrained(folder)
 
 
 def test_a_tokenizer_that_does_not_fit_or_read(tmp_path):

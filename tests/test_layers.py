@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import reference
 from conftest import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.layers import attend, gelu, layer_norm, matmul
-from gpt_neo_sampling.mtf_ops import resize, settle, write_at
+from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
+from gpt_neo_sampling.mtf_ops import resize, settle, take, write_at
 
 B, S, IN, OUT, P = dims(batch=4, sequence=3, inner=16, outer=8, parts=2)
 H, M, D = dims(heads=2, memory=8, depth=5)
@@ -112,22 +113,69 @@ def test_layer_norm_and_its_gradient(runner):
     close(db, dy.sum((0, 1)), 1e-4)
 
 
-def test_gelu_and_its_gradient():
-    x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)
+def test_activation_functions_and_their_gradients():
+    x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)  # without 0, where some have a corner
+    assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
 
     def build(mesh, x):
         x = imp(mesh, x, B, IN)
-        y = gelu(x)
-        return [y, *mtf.gradients([mtf.reduce_sum(y)], [x])]
+        y = [activate(x, name) for name in ACTIVATIONS]
+        return y + [mtf.gradients([mtf.reduce_sum(each)], [x])[0] for each in y]
 
-    y, dx = MeshRunner()(build, x)
-
-    def expected(x):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
+    results = MeshRunner()(build, x)
     x = x.astype(np.float64)
-    close(y, expected(x), 2e-6)
-    close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 2e-6)
+    for name, y, dx in zip(ACTIVATIONS, results, results[len(ACTIVATIONS) :]):
+        expected = reference.ACTIVATIONS[name]
+        close(y, expected(x), 2e-6)
+        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 5e-6)
+
+
+def test_rotate(runner):
+    """By angles to 2,047, as exact as float32 holds the table; the gradient turns back."""
+    x, dy = normal(4, 2, 8, 6), normal(4, 2, 8, 6, seed=1)
+    at = np.array([0, 1, 1024, 2047], np.int32)
+    depth, position = dims(depth=6, position=2048)
+
+    def build(mesh, x, dy, at):
+        x, dy = imp(mesh, x, B, H, M, depth), imp(mesh, dy, B, H, M, depth)
+        by_memory = rotate(x, rotary_table(mesh, M, depth))
+        by_row = rotate(x, take(rotary_table(mesh, position, depth), imp(mesh, at, B), position))
+        return [by_memory, by_row] + [mtf.gradients([mtf.reduce_sum(y * dy)], [x])[0] for y in (by_memory, by_row)]
+
+    def expected(x, at):
+        """As complex numbers, the first half real, the second imaginary."""
+        z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * at[..., None] * 10000.0 ** -(np.arange(3) / 3))
+        return np.concatenate([z.real, z.imag], -1)
+
+    memory, row = np.arange(8.0), at.reshape(4, 1, 1).astype(np.float64)
+    turned = [(x, memory), (x, row), (dy, -memory), (dy, -row)]
+    for got, (values, by) in zip(runner(build, x, dy, at), turned):
+        close(got, expected(values.astype(np.float64), by), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16])
+def test_half_precision_rounds_once(dtype):
+    """Layer norm, rotation and activation: the float64 value, rounded, of values that are far from 0 or the like."""
+    x = normal(4, 16).astype(dtype.as_numpy_dtype)
+    x += 30  # in the dtype itself a variance would be wrong by half
+
+    def build(mesh, x):
+        x = imp(mesh, x, B, IN)
+        one = mtf.ones(mesh, [IN], dtype)
+        return [layer_norm(x, one, 0 * one, 1e-5), rotate(x, rotary_table(mesh, B, IN)), activate(x, "mish")]
+
+    results = MeshRunner()(build, x)
+    x = x.astype(np.float64)
+    z = (x[:, :8] + 1j * x[:, 8:]) * np.exp(1j * np.arange(4)[:, None] * 10000.0 ** -(np.arange(8) / 8))
+    centred = x - x.mean(-1, keepdims=True)
+    for got, want in zip(results, (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5),
+        np.concatenate([z.real, z.imag], -1),
+        reference.ACTIVATIONS["mish"](x),
+    )):  # fmt: skip
+        assert got.dtype == dtype.as_numpy_dtype
+        unit = 2.0 ** (-9 if dtype == tf.bfloat16 else -12)
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=1.1 * unit * 2, atol=1e-4)
 
 
 def test_resize(runner):

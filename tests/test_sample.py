@@ -1091,7 +1091,7 @@ def test_a_fresh_seed_is_one_for_all_devices():
 # --- The bundled model ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["global", "local", "padding_outside"])
+@pytest.mark.parametrize("name", ["global", "local", "padding_outside", "rotary"])
 def test_greedy_tokens_of_the_checkpoints(name):
     params, weights, golden = checkpoint(name)
     options = {"temperature": 0, "stop_at_token": None, "max_steps": 20}

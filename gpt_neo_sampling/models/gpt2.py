@@ -4,7 +4,9 @@ The decoder of Radford et al. 2019 ("Language Models are Unsupervised Multitask
 Learners") as GPT-Neo varies it: layers of global and of local attention in
 turn (a window, as in Child et al. 2019, arXiv 1904.10509), attention scores
 not divided by the square root of the head's width, output tied to the token
-table. Variables carry GPT-Neo's names, so that its checkpoints load.
+table; positions by a table or, with `rotary_emb`, by turning queries and keys
+(Su et al. 2021, arXiv 2104.09864). Variables carry GPT-Neo's names, so that
+its checkpoints load.
 
 Dimensions: batch, sequence, embd, vocab, heads, features_per_head,
 memory_length, embed_sequence, intermediate_expanded. Any of them may be split
@@ -13,7 +15,7 @@ dims of one tensor are split along the same axis (see TENSORS).
 """
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.layers import attend, gelu, layer_norm, matmul
+from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
 from gpt_neo_sampling.models.utils import entmax_cross_entropy_with_logits, parse_inputs
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, resize, take, write_at
 
@@ -48,7 +50,6 @@ UNSUPPORTED_OPTIONS = (
     "no_weight_tie",
     "num_mem_kv",
     "rezero",
-    "rotary_emb",
     "scalenorm",
     "share_parameters",
 )
@@ -102,21 +103,33 @@ def check_params(params):
     for option in UNSUPPORTED_OPTIONS:
         if get(option):
             raise ValueError(f"config option {option}={get(option)!r} is not supported; leave it out or make it false")
-    if get("activation_fn") not in (None, "gelu"):
-        raise ValueError(f"config option activation_fn={get('activation_fn')!r} is not supported; allowed: 'gelu'")
+    if _activation(params) not in tuple(ACTIVATIONS):
+        raise ValueError(
+            f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(ACTIVATIONS)}"
+        )
     for option in ("n_layer", "n_head", "n_embd"):
         if not isinstance(get(option), int) or get(option) < 1:
             raise ValueError(f"config option {option}={get(option)!r}: a whole number of at least 1 is needed")
     if params["n_embd"] % params["n_head"]:
         raise ValueError(f"config option n_embd={params['n_embd']} is not a multiple of n_head={params['n_head']}")
+    if get("rotary_emb") and params["n_embd"] // params["n_head"] % 2:
+        raise ValueError(
+            f"config option rotary_emb turns pairs of a head's features; n_embd={params['n_embd']} over "
+            f"n_head={params['n_head']} gives an odd number, {params['n_embd'] // params['n_head']}"
+        )
     for t in expand_attention_types(get("attention_types"), params["n_layer"]):
-        if t not in ("global", "local"):
-            raise ValueError(f"config option attention_types: {t!r} is not supported; allowed: 'global', 'local'")
+        if t == "linear":
+            raise ValueError("config option attention_types: 'linear' is not supported; allowed: global, local, none")
         if t == "local" and get("causal") is False:
             raise ValueError("config option causal=False with a 'local' layer is not supported: its window is causal")
     radius = get("local_attention_radius")
     if radius is not None and radius < 1:
         raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
+
+
+def _activation(params):
+    """GPT-Neo's code reads `activation_fn`, and not the `activation_function` of its configs."""
+    return params.get("activation_fn") or "gelu"
 
 
 def splittable_dims(params):
@@ -125,15 +138,15 @@ def splittable_dims(params):
     The sizes that the caller of the model chooses, of the batch, of the
     vocabulary (which may be padded) and of the sequence in memory, are None.
     """
-    return {
+    dims = {
         "batch": None,
         "vocab": None,
         "memory_length": None,
         "embd": params["n_embd"],
         "heads": params["n_head"],
         "intermediate_expanded": 4 * params["n_embd"],
-        "embed_sequence": params["n_ctx"],
     }
+    return dims if params.get("rotary_emb") else {**dims, "embed_sequence": params["n_ctx"]}
 
 
 def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
@@ -155,7 +168,9 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
         context that `sample_autoregressive` makes. Its mode "first_part" is a
         pass over the whole sequence that records each layer's keys and values,
         [batch, heads, memory_length, features_per_head]; "incremental" reads
-        the token at `context.position` − 1 and those records.
+        the token at `context.position` − 1 and those records. Keys are recorded
+        as they are before `rotary_emb` turns them; a layer of type "none"
+        records nothing.
 
     Returns:
       (logits, loss, loss_batch): logits [batch, sequence, vocab] (sequence of
@@ -177,27 +192,34 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
         read_position = mtf.range(mesh, sequence_dim, tf.int32)
 
     wte = _variable(mesh, "wte", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
-    wpe = _variable(mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
     with tf.variable_scope("token_embd"):
         h = _dropout(take(wte, x, vocab_dim), "embed_dropout", params)
-    with tf.variable_scope("pos_embd"):
-        h += _dropout(take(wpe, read_position, embed_sequence_dim), "embed_dropout", params)
+    if not params.get("rotary_emb"):
+        wpe = _variable(mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
+        with tf.variable_scope("pos_embd"):
+            h += _dropout(take(wpe, read_position, embed_sequence_dim), "embed_dropout", params)
 
     types = expand_attention_types(params["attention_types"], params["n_layer"])
     memory_dim = other_features["memory_length_dim"]
     if context is not None and not incremental:  # a prompt sees itself alone, however long the memory
         memory_dim = mtf.Dimension(memory_dim.name, sequence_dim.size)
     biases = {
-        t: _attention_bias(t, memory_dim, other_features, params, h, read_position, incremental) for t in set(types)
+        t: _attention_bias(t, memory_dim, other_features, params, h, read_position, incremental)
+        for t in set(types) - {"none"}
     }
+    tables = _rotary_tables(mesh, memory_dim, params, read_position) if params.get("rotary_emb") else None
     for layer in range(params["n_layer"]):
 
         def block(x, layer=layer):
             with tf.variable_scope(f"h{layer}"):
-                normal, layer_type = _layer_norm(x, "norm_1", variable_dtype), types[layer]
-                x += _attention(
-                    normal, layer_type, biases[layer_type], memory_dim, other_features, params, variable_dtype, context
-                )
+                layer_type = types[layer]
+                if layer_type == "none":  # GPT-Neo adds the input, where others add attention
+                    x += x
+                else:
+                    x += _attention(
+                        _layer_norm(x, "norm_1", variable_dtype), layer_type, biases[layer_type], tables, memory_dim,
+                        other_features, params, variable_dtype, context,
+                    )  # fmt: skip
                 return x + _mlp(_layer_norm(x, "norm_2", variable_dtype), params, variable_dtype)
 
         if params.get("recompute_grad") and params.get("mode") == "train":
@@ -242,7 +264,7 @@ def _dropout(x, rate_option, params):
     if params.get("mode") != "train" or rate == 0.0:
         return x
     # mtf.dropout takes other arguments from one release to the next.
-    noise = mtf.random_uniform(x.mesh, x.shape, dtype=x.dtype)
+    noise = mtf.random_uniform(x.mesh, x.shape, dtype=tf.float32)  # bfloat16 would round the rate
     return x * mtf.cast(mtf.less(noise, 1.0 - rate), x.dtype) * (1.0 / (1.0 - rate))
 
 
@@ -275,10 +297,26 @@ def _attention_bias(attention_type, memory_dim, other_features, params, h, read_
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
 
 
-def _attention(x, attention_type, bias, memory_dim, other_features, params, variable_dtype, context):
+def _rotary_tables(mesh, memory_dim, params, read_position):
+    """What queries are turned by, [sequence or batch, features_per_head], and keys, [memory_length, …]."""
+    depth_dim = _features_per_head(params)
+    position_dim = mtf.Dimension("position", memory_dim.size)  # one that no layout splits
+    queries = take(rotary_table(mesh, position_dim, depth_dim), read_position, position_dim)
+    return queries, rotary_table(mesh, memory_dim, depth_dim)
+
+
+def _turned(x, table):
+    return x if table is None else rotate(x, table)
+
+
+def _features_per_head(params):
+    return mtf.Dimension("features_per_head", params["n_embd"] // params["n_head"])
+
+
+def _attention(x, attention_type, bias, tables, memory_dim, other_features, params, variable_dtype, context):
     *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
     heads_dim = mtf.Dimension("heads", params["n_head"])
-    kv_dim = mtf.Dimension("features_per_head", params["n_embd"] // params["n_head"])
+    kv_dim = _features_per_head(params)
     # Checkpoints hold the heads side by side in one dim, which splits as heads do.
     joined_dim = mtf.Dimension("heads", params["n_embd"])
 
@@ -301,10 +339,12 @@ def _attention(x, attention_type, bias, memory_dim, other_features, params, vari
                 context.record_constant_state(joined)
             q, k, v = mtf.unstack(matmul(x, joined), joined.shape[1])
         q, k, v = (mtf.reshape(t, lead + [heads_dim, kv_dim]) for t in (q, k, v))
+        q_table, k_table = tables or (None, None)
+        q = _turned(q, q_table)
         if context is None:
-            a = _attention_in_training(q, k, v, attention_type, bias, memory_dim, params)
+            a = _attention_in_training(q, k, v, k_table, attention_type, bias, memory_dim, params)
         else:
-            a = _attention_in_loop(q, k, v, bias, memory_dim, other_features["memory_length_dim"], context)
+            a = _attention_in_loop(q, k, v, k_table, bias, memory_dim, other_features["memory_length_dim"], context)
 
         o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)
         a = matmul(mtf.reshape(a, lead + [joined_dim]), o)
@@ -313,21 +353,22 @@ def _attention(x, attention_type, bias, memory_dim, other_features, params, vari
     return _dropout(a, "res_dropout", params)
 
 
-def _attention_in_training(q, k, v, attention_type, bias, memory_dim, params):
+def _attention_in_training(q, k, v, k_table, attention_type, bias, memory_dim, params):
     """Over the whole sequence, differentiable, with dropout."""
     batch_dim, sequence_dim, heads_dim, _ = q.shape.dims
     k, v = (mtf.replace_dimensions(t, sequence_dim, memory_dim) for t in (k, v))
     # heads stand before sequence: scores and their mask are then contiguous
-    scores = mtf.einsum([q, k], output_shape=[batch_dim, heads_dim, sequence_dim, memory_dim])
+    scores = mtf.einsum([q, _turned(k, k_table)], output_shape=[batch_dim, heads_dim, sequence_dim, memory_dim])
+    scores = mtf.cast(scores, tf.float32)
     if bias is not None:
-        scores += bias
-    weights = mtf.softmax(scores, memory_dim)
+        scores += mtf.cast(bias, tf.float32)
+    weights = mtf.cast(mtf.softmax(scores, memory_dim), v.dtype)
     if attention_type == "global":  # as in GPT-Neo, where local attention has none
         weights = _dropout(weights, "attn_dropout", params)
     return mtf.einsum([weights, v], output_shape=q.shape)
 
 
-def _attention_in_loop(q, k, v, bias, memory_dim, states_dim, context):
+def _attention_in_loop(q, k, v, k_table, bias, memory_dim, states_dim, context):
     """Of a prompt to itself, or of one token to what is in memory; records keys and values."""
     if context.mode == "incremental":
         # what sample_autoregressive keeps, nobody else reads
@@ -337,7 +378,7 @@ def _attention_in_loop(q, k, v, bias, memory_dim, states_dim, context):
             for old, new in zip(context.get_states(2), (k, v))
         )
         context.record_new_states([k, v])
-        return attend(q, k, v, bias, memory_dim)
+        return attend(q, _turned(k, k_table), v, bias, memory_dim)
     batch_dim, sequence_dim, heads_dim, kv_dim = q.shape.dims
     heads_first = [batch_dim, heads_dim, sequence_dim, kv_dim]
     k, v = (mtf.replace_dimensions(mtf.transpose(t, heads_first), sequence_dim, memory_dim) for t in (k, v))
@@ -346,7 +387,7 @@ def _attention_in_loop(q, k, v, bias, memory_dim, states_dim, context):
     context.record_new_states([resize(t, memory_dim, states_dim.size) for t in (k, v)])
     if bias is None:
         bias = mtf.zeros(q.mesh, [memory_dim], q.dtype)
-    a = attend(mtf.transpose(q, heads_first), k, v, bias, memory_dim)
+    a = attend(mtf.transpose(q, heads_first), _turned(k, k_table), v, bias, memory_dim)
     return mtf.transpose(a, q.shape)
 
 
@@ -374,6 +415,6 @@ def _mlp(x, params, variable_dtype):
             return matmul(x, kernel) + bias
 
     with tf.variable_scope("mlp/conv1d_main"):
-        h = gelu(linear(x, "c_fc", embd_dim, hidden_dim, in_stddev))
+        h = activate(linear(x, "c_fc", embd_dim, hidden_dim, in_stddev), _activation(params))
         h = linear(h, "c_proj", hidden_dim, embd_dim, out_stddev)
     return _dropout(h, "res_dropout", params)
