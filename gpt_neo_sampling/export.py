@@ -125,9 +125,13 @@ def _write(folder, checkpoint, sizes):
 def _signature(key, checkpoint, mesh_impl):
     """A decode graph with its inputs and outputs, as a SignatureDef."""
     params = dict(checkpoint.params, mode="predict")
-    prompts = tf.placeholder(tf.int32, [key.batch, None], "prompts")
-    prompt_lengths = tf.placeholder(tf.int32, [key.batch], "prompt_lengths")
-    inputs = {"prompts": prompts, "prompt_lengths": prompt_lengths, "seed": tf.placeholder(tf.int64, None, "seed")}
+    inputs = {
+        "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
+        "prompt_lengths": tf.placeholder(tf.int32, [key.batch], "prompt_lengths"),
+        "seed": tf.placeholder(tf.int64, None, "seed"),
+    }
+    # a function made of a loaded graph does not check them itself
+    prompts, prompt_lengths = (tf.ensure_shape(inputs[n], inputs[n].shape) for n in ("prompts", "prompt_lengths"))
 
     def option(name, default, dtype=tf.int32):
         inputs[name] = tf.placeholder_with_default(tf.constant(default, dtype), None, name)
