@@ -138,7 +138,7 @@ def test_rows_with_wrong_values_are_invalid_and_leave_the_others(answers):
 
 
 def test_another_shape_is_tensorflows_error(answers):
-    assert f"[3,{PROMPT_LENGTH}] is not compatible with expected shape [4,?]" in answers["shape"]["v2"]["error"]
+    assert "is not compatible with expected shape [4" in answers["shape"]["v2"]["error"]  # prompts or their lengths
     assert "(4, None)" in answers["shape"]["v1"]["error"] or "(4, ?)" in answers["shape"]["v1"]["error"]
 
 
