@@ -3,6 +3,7 @@
 from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
 from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
 from gpt_neo_sampling.cluster import ClusterError
+from gpt_neo_sampling.export import export_saved_model
 from gpt_neo_sampling.generate import InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.mesh import DeviceMesh, MeshError, device_mesh
 from gpt_neo_sampling.models.utils import (
@@ -29,6 +30,7 @@ __all__ = [
     "device_mesh",
     "entmax",
     "entmax_cross_entropy_with_logits",
+    "export_saved_model",
     "open_checkpoint",
     "parse_inputs",
     "sample_autoregressive",

@@ -14,8 +14,10 @@ import sys
 
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
-from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, DTYPES, InvalidDistributionError, TextGenerator
+from gpt_neo_sampling.export import DEFAULT_TOP_K, export_saved_model
+from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, InvalidDistributionError, TextGenerator
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.program import DTYPES
 
 PROGRAM = "gpt-neo-sampling"
 
@@ -29,6 +31,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    model_help = (
+        "folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo "
+        "(default: the small model that comes with the package)"
+    )
+    dtype_help = (
+        "what weights are held in and activations computed in; bfloat16 takes half the memory and rounds more "
+        "(default: %(default)s)"
+    )
     generate = commands.add_parser(
         "generate",
         help="continue prompts",
@@ -36,10 +46,8 @@ def _parser():
         allow_abbrev=False,
     )
     add = generate.add_argument
-    add("--model", metavar="DIR", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo "
-        "(default: the small model that comes with the package)")  # fmt: skip
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="what weights are held in and activations computed in; "
-        "bfloat16 takes half the memory and rounds more (default: %(default)s)")  # fmt: skip
+    add("--model", metavar="DIR", help=model_help)
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype_help)
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
@@ -63,6 +71,21 @@ def _parser():
                       "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
     mesh.add_argument("--cluster", metavar="host:port,host:port", help="processes started with serve "
                       "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
+    export = commands.add_parser(
+        "export",
+        help="write a model as a SavedModel",
+        description="Write a model as a SavedModel, which runs with TensorFlow alone. Nothing goes to stdout.",
+        allow_abbrev=False,
+    )
+    add = export.add_argument
+    add("--model", metavar="DIR", help=model_help)
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype_help)
+    add("--output", metavar="DIR", required=True, help="folder to write: a new or an empty one")
+    add("--batch", type=int, required=True, metavar="N", help="rows of a request")
+    add("--length", type=int, required=True, metavar="N", help="longest row, prompt and new tokens")
+    add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
+    add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
+        help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
     serve = commands.add_parser(
         "serve",
         help="lend this machine's devices to a cluster",
@@ -147,6 +170,19 @@ def _generate(args):
         _write(text + "\n")
 
 
+def _export(args):
+    export_saved_model(
+        args.output,
+        args.model,
+        batch=args.batch,
+        length=args.length,
+        prompt_length=args.prompt_length,
+        max_top_k=args.max_top_k,
+        dtype=args.dtype,
+    )
+    print(f"wrote {args.output}", file=sys.stderr)
+
+
 def _write(text):
     sys.stdout.buffer.write(text.encode("utf-8", "replace"))
     sys.stdout.flush()
@@ -158,7 +194,7 @@ def main(argv=None):
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:
-        {"generate": _generate, "serve": _serve}[args.command](args)
+        {"generate": _generate, "export": _export, "serve": _serve}[args.command](args)
         return 0
     except ValueError as e:
         status = 2

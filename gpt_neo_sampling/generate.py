@@ -1,30 +1,37 @@
 """Prompts in, text out: a model on disk, its graphs and its session."""
 
 import dataclasses
+import functools
 import logging
 import numbers
-import pathlib
 import secrets
 
 import numpy as np
 
-from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tf
+from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
 from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
 from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.draws import padded_size
 from gpt_neo_sampling.mesh import device_mesh, round_up
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
-from gpt_neo_sampling.sample import INVALID, SamplingOptions, sample_autoregressive
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.program import (
+    DEMO_FOLDER,
+    ProgramKey,
+    Request,
+    build,
+    check_int,
+    first_token_of,
+    load_weights,
+    stop_token_of,
+    variable_dtype_of,
+)
+from gpt_neo_sampling.sample import INVALID, SamplingOptions
 
-DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 64
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
-LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 SHORTEST = 32  # positions of the smallest graph
-NO_STOP_TOKEN = -1  # no id is drawn that equals it
-DTYPES = ("float32", "bfloat16")  # of weights and activations
 
 log = logging.getLogger(__name__)
 
@@ -42,64 +49,23 @@ class InvalidDistributionError(ArithmeticError):
     """The model gave logits that no token can be drawn from (NaN, say)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _ProgramKey:
-    """What a graph is built for: its sizes, and the steps of sampling that it has."""
-
-    batch: int
-    prompt_length: int
-    length: int  # prompt and new tokens
-    greedy: bool
-    use_entmax: bool
-    max_top_k: int | None  # None: no top-k step
-
-
 class _Program:
     """One decode graph: placeholders for the request, and the tokens that come out."""
 
     def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
         """n_vocab: entries of the vocabulary's dimension, padding included."""
-        self.ids = tf.placeholder(tf.int32, [key.batch, key.length])
-        self.prompt_lengths = tf.placeholder(tf.int32, [key.batch])
-        self.max_steps = tf.placeholder(tf.int32, [key.batch])
-        self.stream = tf.placeholder(tf.int32, [key.batch])
-        self.seed = tf.placeholder(tf.int32, [])
-        self.stop_at_token = tf.placeholder(tf.int32, [])
-        self.temperature = tf.placeholder(tf.float32, [])
-        self.top_k = tf.placeholder(tf.int32, [])
-        self.entmax_alpha = tf.placeholder(tf.float32, [])
-
-        mesh = mtf.Mesh(mtf.Graph(), "mesh")
-        batch_dim = mtf.Dimension("batch", key.batch)
-        sequence_dim = mtf.Dimension("sequence", key.length)
-        memory_dim = mtf.Dimension("memory_length", key.length)
-        other_features = {
-            "embd_dim": mtf.Dimension("embd", params["n_embd"]),
-            "vocab_dim": mtf.Dimension("vocab", n_vocab),
-            "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
-            "memory_length_dim": memory_dim,
-            "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, variable_dtype),
-        }
-        tokens = sample_autoregressive(
-            mtf.import_tf_tensor(mesh, self.ids, [batch_dim, sequence_dim]),
-            other_features,
-            params,
-            stop_at_token=self.stop_at_token,
-            max_steps=self.max_steps,
-            temperature=0 if key.greedy else self.temperature,
-            variable_dtype=variable_dtype,
-            sampling_keep_top_k=-1 if key.max_top_k is None else self.top_k,
-            max_top_k=key.max_top_k,
-            sampling_use_entmax=key.use_entmax,
-            entmax_alpha=self.entmax_alpha if key.use_entmax else DEFAULT_ALPHA,
-            seed=self.seed,
-            stream=self.stream,
-            prompt_lengths=self.prompt_lengths,
-            max_prompt_length=key.prompt_length,
+        self.request = Request(
+            ids=tf.placeholder(tf.int32, [key.batch, key.length]),
+            prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
+            max_steps=tf.placeholder(tf.int32, [key.batch]),
+            stream=tf.placeholder(tf.int32, [key.batch]),
+            seed=tf.placeholder(tf.int32, []),
+            stop_at_token=tf.placeholder(tf.int32, []),
+            temperature=tf.placeholder(tf.float32, []),
+            top_k=tf.placeholder(tf.int32, []),
+            entmax_alpha=tf.placeholder(tf.float32, []),
         )
-        lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
-        self.tokens = lowering.export_to_tf_tensor(tokens)
-        self.copy_weights = lowering.copy_masters_to_slices()
+        self.tokens, self.copy_weights = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype)
 
 
 class TextGenerator:
@@ -124,7 +90,7 @@ class TextGenerator:
         sizes = dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"])
         self.mesh.check(sizes, gpt2.TENSORS)
         vocab_parts = self.mesh.parts("vocab")
-        self._variable_dtype = _variable_dtype(dtype)
+        self._variable_dtype = variable_dtype_of(dtype)
         self._n_vocab = self.params["n_vocab"] if vocab_parts == 1 else padded_size(self.params["n_vocab"], vocab_parts)
         self._mesh_impl = self.mesh.impl()
         self._session = None
@@ -208,11 +174,11 @@ class TextGenerator:
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
         """
         prompts = self._encode_prompts(prompts)
-        _check_int("max_new_tokens", max_new_tokens, 1)
-        _check_int("num_return_sequences", num_return_sequences, 1)
+        check_int("max_new_tokens", max_new_tokens, 1)
+        check_int("num_return_sequences", num_return_sequences, 1)
         n_vocab, n_ctx = self.params["n_vocab"], self.params["n_ctx"]
         if top_k is not None:
-            _check_int("top_k", top_k, 1)
+            check_int("top_k", top_k, 1)
         for name, value in (("temperature", temperature), ("entmax_alpha", entmax_alpha)):
             if value is not None and not isinstance(value, numbers.Real):
                 raise ValueError(f"{name}={value!r}; a number is needed")
@@ -231,7 +197,7 @@ class TextGenerator:
             seed = secrets.randbits(32)
         elif not isinstance(seed, numbers.Integral) or not -(2**31) <= seed < 2**32:
             raise ValueError(f"seed={seed!r}; a whole number from -2**31 to 2**32 - 1 is needed")
-        stop_token = self._stop_token(eos_token_id)
+        stop_token = stop_token_of(self.checkpoint, eos_token_id)
         pad = self._padding(pad_token_id)
 
         longest = max(len(p) for p in prompts)
@@ -260,7 +226,7 @@ class TextGenerator:
                 round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
                 for longest in (max(map(len, part)), max(len(p) + n for p, n in zip(part, limits)))
             )
-            key = _ProgramKey(
+            key = ProgramKey(
                 batch=round_up(_round_up_batch(len(part)), self.mesh.parts("batch")),
                 prompt_length=prompt_length,
                 length=length,
@@ -301,29 +267,16 @@ class TextGenerator:
             if not isinstance(i, numbers.Integral) or not 0 <= i < n_vocab:
                 raise ValueError(f"prompt id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
         if not ids:
-            defaults = self.checkpoint.generation_defaults
-            first = defaults.get("bos_token_id", defaults.get("eos_token_id"))
-            if isinstance(first, list):
-                first = first[0]
-            if first is None or not 0 <= first < n_vocab:
+            first = first_token_of(self.checkpoint)
+            if first is None:
                 raise ValueError("an empty prompt, and the model names no first token (bos_id or eos_id)")
             ids = [first]
         return [int(i) for i in ids]
 
-    def _stop_token(self, eos_token_id):
-        if eos_token_id is None:
-            eos_token_id = self.checkpoint.generation_defaults.get("eos_token_id", NO_STOP_TOKEN)
-        if isinstance(eos_token_id, (list, tuple)):
-            if len(eos_token_id) != 1:
-                raise ValueError(f"eos_token_id={eos_token_id}: one stop token is supported; give eos_token_id=ID")
-            eos_token_id = eos_token_id[0]
-        _check_int("eos_token_id", eos_token_id, NO_STOP_TOKEN)
-        return int(eos_token_id)
-
     def _padding(self, pad_token_id):
         if pad_token_id is None:
             pad_token_id = self.checkpoint.generation_defaults.get("pad_token_id", 0)
-        _check_int("pad_token_id", pad_token_id, 0)
+        check_int("pad_token_id", pad_token_id, 0)
         return int(pad_token_id)
 
     def _sample(self, row, prompt, new, stop_token):
@@ -362,7 +315,7 @@ class TextGenerator:
         }
         try:
             program = self._program(key)
-            feeds = {getattr(program, name): value for name, value in feeds.items()}
+            feeds = {getattr(program.request, name): value for name, value in feeds.items()}
             out = self.mesh.run(self._session, program.tokens, feeds)
         except ClusterError:
             self.close()  # what the processes held is lost: the next request begins anew
@@ -384,7 +337,7 @@ class TextGenerator:
             if first:
                 session = self.mesh.session(graph)
                 try:
-                    self._load_weights(session)
+                    load_weights(self.checkpoint, functools.partial(self.mesh.run, session))
                 except BaseException:
                     session.close()
                     raise
@@ -392,27 +345,6 @@ class TextGenerator:
             self.mesh.run(self._session, program.copy_weights)
         self._programs[key] = program
         return program
-
-    def _load_weights(self, session):
-        """Fills the variables of the session's graph, a few megabytes at a time."""
-        variables = {v.op.name.removeprefix("gpt2/"): v for v in tf.global_variables()}
-        missing = sorted(set(variables) ^ set(self.checkpoint.names()))
-        if missing:
-            raise CheckpointError(f"{self.checkpoint.folder}: model and checkpoint differ in {', '.join(missing[:5])}")
-        feed, size = {}, 0  # each run of another set of variables costs some 50 ms
-        names = list(variables)
-        for name in names:
-            value = self.checkpoint.read(name).astype(variables[name].dtype.as_numpy_dtype, copy=False)
-            missing_rows = variables[name].shape.as_list()[0] - len(value)
-            if missing_rows:  # a padded vocabulary
-                value = np.pad(value, ((0, missing_rows), (0, 0)))
-            feed[variables[name].initializer] = value
-            size += value.nbytes
-            if size >= LOAD_BYTES or name == names[-1]:
-                # the initial values are fed, so none are computed
-                values = {initializer.inputs[1]: value for initializer, value in feed.items()}
-                self.mesh.run(session, list(feed), values)
-                feed, size = {}, 0
 
 
 def _load_tokenizer(checkpoint):
@@ -432,18 +364,6 @@ def _load_tokenizer(checkpoint):
     if size > n_vocab:
         raise CheckpointError(f"{checkpoint.tokenizer_file} has {size} tokens; the model's vocabulary has {n_vocab}")
     return tokenizer
-
-
-def _variable_dtype(dtype):
-    name = DTYPES[0] if dtype is None else getattr(dtype, "name", dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
-    return mtf.VariableDType(tf.as_dtype(name))
-
-
-def _check_int(name, value, least):
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}; a whole number of at least {least} is needed")
 
 
 def _round_up_batch(rows):

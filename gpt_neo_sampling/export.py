@@ -1,0 +1,210 @@
+"""A model as a SavedModel: tokens from plain TensorFlow, without this package."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+
+import numpy as np
+
+from gpt_neo_sampling._compat import probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling.checkpoint import open_checkpoint
+from gpt_neo_sampling.mesh import device_mesh
+from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.program import (
+    DEMO_FOLDER,
+    ProgramKey,
+    Request,
+    build,
+    check_int,
+    first_token_of,
+    load_weights,
+    stop_token_of,
+    variable_dtype_of,
+)
+from gpt_neo_sampling.sample import ENTMAX_TEMPERATURE, INVALID, SOFTMAX_TEMPERATURE
+
+# Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).
+SIGNATURES = {  # name -> whether it draws by entmax
+    tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: False,
+    "entmax": True,
+}
+DEFAULT_TOP_K = 64
+
+
+def export_saved_model(folder, model=None, *, batch, length, prompt_length=None, max_top_k=DEFAULT_TOP_K, dtype=None):
+    """Writes a model as a SavedModel, which `tf.saved_model.load` and TensorFlow's servers run.
+
+    It has two signatures, "serving_default" (softmax) and "entmax". Numbers
+    marked † are scalar or [batch]; a session and TensorFlow Serving may leave
+    them out for the default, `tf.saved_model.load` wants all inputs.
+
+        prompts           int32 [batch, any width]; prompts, and behind them anything
+        prompt_lengths    int32 [batch]; 0 for the model's first token
+        seed              † int64, its low 32 bits; no default
+        stream            † int32; with the seed it chooses the random numbers; 0, 1, 2, … for the rows
+        max_new_tokens    † int32; as many as `length` has room for
+        temperature       † float32; 0 is greedy; 0.9, entmax 1.0
+        top_k             † int32; below 1 is off; off
+        entmax_alpha      † float32, from 1 to 2, "entmax" alone; 1.3
+        eos_token_id      † int32; −1 is none; the model's own
+
+    and gives
+
+        tokens            int32 [batch, length]; prompts, new tokens (the stop token among them), padding
+        lengths           int32 [batch]; how many of a row are not padding
+
+    The tokens are those of `TextGenerator.generate` for the same options. A row
+    with a number out of range, or whose logits are NaN, gets −1 in place of its
+    next token and ends there; one whose prompt is too long or has ids outside the
+    vocabulary is −1 throughout.
+
+    Args:
+      folder: a path, not there yet or an empty folder. It gets the model's
+        tokenizer.json, if there is one, in assets.extra, beside export.json, which
+        says what was exported.
+      model: a folder that `open_checkpoint` reads; None for the model that comes
+        with the package.
+      batch: int, rows of a request.
+      length: int, the longest row, prompt and new tokens; at most the model's n_ctx.
+      prompt_length: int, the longest prompt; `length` by default. The pass over the
+        prompts takes as long for shorter ones.
+      max_top_k: int, the largest top_k.
+      dtype: as for `TextGenerator.from_pretrained`.
+
+    Raises:
+      CheckpointError: (a ValueError) if `model` cannot be read as a model.
+      ValueError: for a size out of range, a model with options that are not
+        supported, or a `folder` that holds something.
+    """
+    folder = pathlib.Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; allowed: a new or an empty folder")
+    variable_dtype = variable_dtype_of(dtype)
+    with open_checkpoint(DEMO_FOLDER if model is None else model) as checkpoint:
+        gpt2.check_params(checkpoint.params)
+        check_int("batch", batch, 1)
+        check_int("length", length, 2, checkpoint.params["n_ctx"])
+        prompt_length = length if prompt_length is None else prompt_length
+        check_int("prompt_length", prompt_length, 1, length)
+        check_int("max_top_k", max_top_k, 1, checkpoint.params["n_vocab"])
+        sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
+        with _appearing(folder) as staging:
+            _write(staging, checkpoint, sizes, variable_dtype)
+            _write_extras(staging / "assets.extra", checkpoint, {**sizes, "dtype": variable_dtype.activation_dtype.name})
+
+
+@contextlib.contextmanager
+def _appearing(folder):
+    """A path beside `folder` to write to; once the body is done it is moved there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
+    try:
+        yield staging
+        os.rename(staging, folder)  # in place of an empty folder, but of nothing else
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(folder, checkpoint, sizes, variable_dtype):
+    probe_devices()
+    graph, mesh = tf.Graph(), device_mesh()
+    with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
+        signatures = {
+            name: _signature(
+                ProgramKey(**sizes, greedy=False, use_entmax=use_entmax), checkpoint, mesh.impl(), variable_dtype
+            )
+            for name, use_entmax in SIGNATURES.items()
+        }
+        with mesh.session(graph) as session:
+            load_weights(checkpoint, session.run)
+            builder = tf.saved_model.Builder(str(folder))
+            builder.add_meta_graph_and_variables(
+                session, [tf.saved_model.SERVING], signatures, strip_default_attrs=True, clear_devices=True
+            )
+            builder.save()
+
+
+def _signature(key, checkpoint, mesh_impl, variable_dtype):
+    """A decode graph with its inputs and outputs, as a SignatureDef."""
+    params = dict(checkpoint.params, mode="predict")
+    inputs = {
+        "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
+        "prompt_lengths": tf.placeholder(tf.int32, [key.batch], "prompt_lengths"),
+        "seed": tf.placeholder(tf.int64, None, "seed"),
+    }
+    # a function made of a loaded graph does not check them itself
+    prompts, prompt_lengths = (tf.ensure_shape(inputs[n], inputs[n].shape) for n in ("prompts", "prompt_lengths"))
+
+    def option(name, default, dtype=tf.int32):
+        inputs[name] = tf.placeholder_with_default(tf.constant(default, dtype), None, name)
+        return per_row(inputs[name])
+
+    def per_row(value):
+        return tf.broadcast_to(value, [key.batch])
+
+    first = first_token_of(checkpoint)
+    ids, wrong = _prompts(prompts, prompt_lengths, key, params["n_vocab"], shortest=1 if first is None else 0)
+    max_new_tokens = option("max_new_tokens", key.length)
+    max_steps = tf.where_v2(wrong, 0, tf.clip_by_value(max_new_tokens, 0, key.length))
+    eos_token_id = option("eos_token_id", stop_token_of(checkpoint))
+    request = Request(
+        ids=ids,
+        prompt_lengths=prompt_lengths,
+        max_steps=max_steps,
+        stream=option("stream", np.arange(key.batch)),
+        seed=tf.cast(per_row(inputs["seed"]), tf.int32),
+        stop_at_token=eos_token_id,
+        temperature=option("temperature", ENTMAX_TEMPERATURE if key.use_entmax else SOFTMAX_TEMPERATURE, tf.float32),
+        top_k=option("top_k", 0),
+        entmax_alpha=option("entmax_alpha", DEFAULT_ALPHA, tf.float32) if key.use_entmax else None,
+    )
+    tokens, _ = build(key, request, params, params["n_vocab"], mesh_impl, variable_dtype, bos_id=first or 0)
+
+    lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, eos_token_id)
+    outputs = {
+        "tokens": tf.where_v2(wrong[:, tf.newaxis], INVALID, tokens),
+        "lengths": tf.where_v2(wrong, key.length, lengths),
+    }
+    return tf.saved_model.predict_signature_def(inputs, outputs)
+
+
+def _prompts(prompts, prompt_lengths, key, n_vocab, shortest):
+    """The prompts as int32 [batch, length], and bool [batch], whether one cannot be continued."""
+    width = tf.minimum(tf.shape(prompts)[1], key.length)
+    ids = tf.pad(prompts[:, :width], [[0, 0], [0, key.length - width]])
+    ids.set_shape([key.batch, key.length])
+    inside = tf.range(key.length) < prompt_lengths[:, tf.newaxis]
+    outside_vocab = tf.logical_or(ids < 0, ids >= n_vocab)
+    wrong = tf.reduce_any(tf.logical_and(inside, outside_vocab), 1)
+    wrong_length = tf.logical_or(prompt_lengths < shortest, prompt_lengths > tf.minimum(width, key.prompt_length))
+    return ids, tf.logical_or(wrong, wrong_length)
+
+
+def _lengths(tokens, begin, max_steps, stop_token):
+    """int32 [batch], where each row ends whose new tokens stand from `begin` on."""
+    length = tokens.shape.as_list()[1]
+    at = tf.range(length)
+    last = tf.logical_or(tf.equal(tokens, stop_token[:, tf.newaxis]), tf.equal(tokens, INVALID))
+    last = tf.logical_and(last, at >= begin[:, tf.newaxis])
+    return tf.minimum(tf.reduce_min(tf.where_v2(last, at + 1, length), 1), begin + max_steps)
+
+
+def _write_extras(folder, checkpoint, sizes):
+    """What TensorFlow does not read, in the place that it leaves for that."""
+    folder.mkdir()
+    if checkpoint.tokenizer_file is not None:
+        shutil.copy(checkpoint.tokenizer_file, folder)
+    defaults = {"eos_token_id": stop_token_of(checkpoint), "pad_token_id": checkpoint.params.get("padding_id") or 0}
+    facts = {
+        **sizes,
+        **defaults,
+        "n_vocab": checkpoint.params["n_vocab"],
+        "n_ctx": checkpoint.params["n_ctx"],
+        "signatures": list(SIGNATURES),
+        "tensorflow_version": tensorflow.__version__,
+    }
+    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,162 @@
+"""One decode graph of fixed sizes, and the weights in it: what `generate` runs and `export` writes."""
+
+import dataclasses
+import numbers
+import pathlib
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.checkpoint import CheckpointError
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
+from gpt_neo_sampling.sample import sample_autoregressive
+
+DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
+LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
+NO_STOP_TOKEN = -1  # no id is drawn that equals it
+DTYPES = ("float32", "bfloat16")  # of weights and activations
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramKey:
+    """What a graph is built for: its sizes, and the steps of sampling that it has."""
+
+    batch: int
+    prompt_length: int
+    length: int  # prompt and new tokens
+    greedy: bool
+    use_entmax: bool
+    max_top_k: int | None  # None: no top-k step
+
+
+@dataclasses.dataclass
+class Request:
+    """What a graph is run with; tensors, all but the first three scalar or one a row."""
+
+    ids: tf.Tensor  # int32 [batch, length]; prompts, and anything behind them
+    prompt_lengths: tf.Tensor  # int32 [batch]
+    max_steps: tf.Tensor  # int32 [batch]
+    stream: tf.Tensor  # int32
+    seed: tf.Tensor  # int32
+    stop_at_token: tf.Tensor  # int32
+    temperature: tf.Tensor  # float32; the key's greedy and use_entmax say which of these three count
+    top_k: tf.Tensor  # int32
+    entmax_alpha: tf.Tensor  # float32
+
+
+def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
+    """Adds a decode graph to the one that is open, its variables in the scope "gpt2".
+
+    Args:
+      key: ProgramKey.
+      request: Request.
+      params: GPT-Neo's config, a dict, mode "predict".
+      n_vocab: int, entries of the vocabulary's dimension, padding included.
+      mesh_impl: what the graph is lowered on.
+      variable_dtype: mtf.VariableDType.
+      bos_id: int, what an empty prompt stands for.
+
+    Returns:
+      (tokens, copy_weights): int32 tf.Tensor [batch, length], see
+      `sample_autoregressive`; and the tf.Operation to run once the variables are
+      filled.
+    """
+    mesh = mtf.Mesh(mtf.Graph(), "mesh")
+    batch_dim = mtf.Dimension("batch", key.batch)
+    sequence_dim = mtf.Dimension("sequence", key.length)
+    memory_dim = mtf.Dimension("memory_length", key.length)
+    other_features = {
+        "embd_dim": mtf.Dimension("embd", params["n_embd"]),
+        "vocab_dim": mtf.Dimension("vocab", n_vocab),
+        "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
+        "memory_length_dim": memory_dim,
+        "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, variable_dtype),
+    }
+    tokens = sample_autoregressive(
+        mtf.import_tf_tensor(mesh, request.ids, [batch_dim, sequence_dim]),
+        other_features,
+        params,
+        stop_at_token=request.stop_at_token,
+        max_steps=request.max_steps,
+        temperature=0 if key.greedy else request.temperature,
+        variable_dtype=variable_dtype,
+        sampling_keep_top_k=-1 if key.max_top_k is None else request.top_k,
+        max_top_k=key.max_top_k,
+        sampling_use_entmax=key.use_entmax,
+        entmax_alpha=request.entmax_alpha if key.use_entmax else DEFAULT_ALPHA,
+        bos_id=bos_id,
+        seed=request.seed,
+        stream=request.stream,
+        prompt_lengths=request.prompt_lengths,
+        max_prompt_length=key.prompt_length,
+    )
+    lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
+    return lowering.export_to_tf_tensor(tokens), lowering.copy_masters_to_slices()
+
+
+def load_weights(checkpoint, run):
+    """Fills the variables of the graph that is open, a few megabytes at a time.
+
+    Args:
+      checkpoint: a `Checkpoint`.
+      run: a function of (operations, feeds): a session's.
+
+    Raises:
+      CheckpointError: if the variables are others.
+    """
+    variables = {v.op.name.removeprefix("gpt2/"): v for v in tf.global_variables()}
+    missing = sorted(set(variables) ^ set(checkpoint.names()))
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: model and checkpoint differ in {', '.join(missing[:5])}")
+    feed, size = {}, 0  # each run of another set of variables costs some 50 ms
+    names = list(variables)
+    for name in names:
+        value = checkpoint.read(name).astype(variables[name].dtype.as_numpy_dtype, copy=False)
+        missing_rows = variables[name].shape.as_list()[0] - len(value)
+        if missing_rows:  # a padded vocabulary
+            value = np.pad(value, ((0, missing_rows), (0, 0)))
+        feed[variables[name].initializer] = value
+        size += value.nbytes
+        if size >= LOAD_BYTES or name == names[-1]:
+            # the initial values are fed, so none are computed
+            values = {initializer.inputs[1]: value for initializer, value in feed.items()}
+            run(list(feed), values)
+            feed, size = {}, 0
+
+
+def first_token_of(checkpoint):
+    """int: what an empty prompt stands for, the model's bos_id or else its eos_id; None if it names neither."""
+    defaults = checkpoint.generation_defaults
+    first = defaults.get("bos_token_id", defaults.get("eos_token_id"))
+    if isinstance(first, list):
+        first = first[0]
+    return first if first is not None and 0 <= first < checkpoint.params["n_vocab"] else None
+
+
+def stop_token_of(checkpoint, eos_token_id=None):
+    """int: the stop token; for None the model's own, NO_STOP_TOKEN if it names none."""
+    if eos_token_id is None:
+        eos_token_id = checkpoint.generation_defaults.get("eos_token_id", NO_STOP_TOKEN)
+    if isinstance(eos_token_id, (list, tuple)):
+        if len(eos_token_id) != 1:
+            raise ValueError(f"eos_token_id={eos_token_id}: one stop token is supported; give eos_token_id=ID")
+        eos_token_id = eos_token_id[0]
+    check_int("eos_token_id", eos_token_id, NO_STOP_TOKEN)
+    return int(eos_token_id)
+
+
+def variable_dtype_of(dtype):
+    """The mtf.VariableDType for one of DTYPES, a str or a tf.DType; None is float32."""
+    name = DTYPES[0] if dtype is None else getattr(dtype, "name", dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    return mtf.VariableDType(tf.as_dtype(name))
+
+
+def check_int(name, value, least, most=None):
+    """Raises ValueError unless `value` is a whole number of at least `least`, and at most `most` if that is given."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value:
+        if most is None or value <= most:
+            return
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name}={value!r}; a whole number {allowed} is needed")
