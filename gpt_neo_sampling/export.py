@@ -94,7 +94,7 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
         sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
         with _appearing(folder) as staging:
             _write(staging, checkpoint, sizes, variable_dtype)
-            _write_extras(staging / "assets.extra", checkpoint, {**sizes, "dtype": variable_dtype.activation_dtype.name})
+            _write_extras(staging / "assets.extra", checkpoint, sizes, variable_dtype)
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def _lengths(tokens, begin, max_steps, stop_token):
     return tf.minimum(tf.reduce_min(tf.where_v2(last, at + 1, length), 1), begin + max_steps)
 
 
-def _write_extras(folder, checkpoint, sizes):
+def _write_extras(folder, checkpoint, sizes, variable_dtype):
     """What TensorFlow does not read, in the place that it leaves for that."""
     folder.mkdir()
     if checkpoint.tokenizer_file is not None:
@@ -202,6 +202,7 @@ def _write_extras(folder, checkpoint, sizes):
     facts = {
         **sizes,
         **defaults,
+        "dtype": variable_dtype.activation_dtype.name,
         "n_vocab": checkpoint.params["n_vocab"],
         "n_ctx": checkpoint.params["n_ctx"],
         "signatures": list(SIGNATURES),
