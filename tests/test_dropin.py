@@ -16,7 +16,7 @@ from helpers_model import reference_config, variable_shapes
 from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling._compat import tensorflow, tf
 
-MAIN = pathlib.Path(__file__).parent / "dropin" / "main.py"
+FOLDER = pathlib.Path(__file__).parent / "dropin"
 TENSORFLOW = tuple(int(n) for n in tensorflow.__version__.split(".")[:2])
 pytestmark = pytest.mark.skipif(
     TENSORFLOW >= (2, 16),
@@ -105,16 +105,16 @@ def test_program(program, tmp_path):
     if program == "GPT2":  # the library takes the folder as it is
         generator = TextGenerator.from_pretrained(str(tmp_path))
         samples = generator.generate(PROMPTS[:3], max_new_tokens=8, temperature=0, stop_token=params["eos_id"])
-        assert [s.tokens for s in samples] == [[t for t in r["greedy"][len(p):] if t] for p, r in zip(PROMPTS, rows)]
+        assert [s.tokens for s in samples] == [[t for t in r["greedy"][len(p) :] if t] for p, r in zip(PROMPTS, rows)]
 
 
 def run(before, params, folder):
     """The program's predictions, a dict a prompt."""
     config, predictions = folder / "config.json", folder / "predictions.json"
     config.write_text(json.dumps(params))
-    code = f"{before}import runpy, sys; sys.path.insert(0, {str(MAIN.parent)!r}); "
-    code += f"sys.argv[:] = {[str(MAIN), str(config), str(predictions)]}; runpy.run_path({str(MAIN)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    code = before + "import runpy, sys; del sys.argv[0]; runpy.run_path('main.py', run_name='__main__')"
+    command = [sys.executable, "-c", code, "main.py", str(config), str(predictions)]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(predictions.read_text())
 
