@@ -1,15 +1,17 @@
 # make demo    prints a continuation that the bundled model samples
 # make test    runs the whole test suite
+# make test-compat  runs it, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12 and mesh-tensorflow 0.1.18
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
-# Each sets up what it needs in .venv, bench in .venv-bench, with python3 and pip alone.
+# Each sets up what it needs in .venv, test-compat in .venv-compat, bench in .venv-bench, with python3 and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMPAT_VENV := $(VENV)-compat
 BENCH_VENV := $(VENV)-bench
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-compat bench clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -17,19 +19,28 @@ demo: $(VENV)/demo.installed
 	@$(BIN)/gpt-neo-sampling generate --prompt "$(PROMPT)" --temperature 0.7 --top-k 40 --max-new-tokens 96
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+test-compat: $(COMPAT_VENV)/compat.installed
+test test-compat:
+	@$(<D)/bin/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), \
+	  *(p + " " + m.version(p) for p in ("tensorflow", "mesh-tensorflow", "numpy")), sep=", ")'
+	$(<D)/bin/python -m pytest -q -n 2 -rs $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info
+	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) build *.egg-info
+
+NEWEST := 13
+$(COMPAT_VENV)/bin/python: NEWEST := 11
+$(COMPAT_VENV)/bin/python: PYTHON = $(or $(firstword $(foreach p,python3.11 python3.10,$(shell $p -c 'print("$p")' \
+  2>/dev/null))),python3)
 
 # Where python3 comes without its venv module (Debian's does), virtualenv makes it.
-$(BIN)/python $(BENCH_VENV)/bin/python: %/bin/python:
+$(BIN)/python $(COMPAT_VENV)/bin/python $(BENCH_VENV)/bin/python: %/bin/python:
 	@echo "setting up $* with $$($(PYTHON) --version)" >&2
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and \
-	  f"Python {v[0]}.{v[1]}: 3.10 to 3.13 is needed; run make PYTHON=python3.12, say")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, $(NEWEST)) and \
+	  f"Python {v[0]}.{v[1]}: 3.10 to 3.$(NEWEST) is needed; run make PYTHON=python3.11, say")'
 	@$(PYTHON) -m venv $* >/dev/null 2>&1 || { rm -rf $*; \
 	  $(PYTHON) -m pip install -q --target $*-bootstrap virtualenv && \
 	  PYTHONPATH=$*-bootstrap $(PYTHON) -m virtualenv -q $* && rm -rf $*-bootstrap; }

@@ -756,8 +756,9 @@ def check_fast_draws(rng, z, alpha, copies, passes, few=False):
         token = lowered(score_build(size), *tensors)
         return token, seen[0][1].tensor_list[0][:, 0]
 
+    fast_is_other = 0  # under one of them, at least
     for jit in (False, True):
-        doubted, fast_is_other = 0, 0
+        doubted = 0
         with opened_up(again=False, few=few, _draw_near=note), quiet_logging():
             function = tensorflow.function(tokens_and_doubts, jit_compile=jit, autograph=False)
             for u1, u2, right in zip(*u, want):
@@ -767,7 +768,7 @@ def check_fast_draws(rng, z, alpha, copies, passes, few=False):
                 fast_is_other += (token != right).mean() / passes
         print(f"{size}, {'XLA' if jit else 'plain'}: {doubted:.2f} in doubt, {fast_is_other:.3f} would be wrong")
         assert 0.2 < doubted < 0.99
-        assert fast_is_other > 0
+    assert fast_is_other > 0
 
 
 # --- Draws from scores: the same everywhere -----------------------------------------------
