@@ -47,7 +47,8 @@ def _parser():
     add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
         f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
     add("--temperature", type=float, metavar="T",
-        help="larger is more random, 0 takes the likeliest token (default: the model's own, or else 0.9; with --entmax 1.0)")  # fmt: skip
+        help="larger is more random, 0 takes the likeliest token (default: the model's own, or else 0.9; "
+        "with --entmax 1.0)")  # fmt: skip
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone (default: the model's own, "
         "or else all)")  # fmt: skip
     add("--entmax", type=float, nargs="?", const=DEFAULT_ALPHA, metavar="ALPHA",
