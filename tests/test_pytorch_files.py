@@ -179,7 +179,7 @@ def holding(shape=(4,), strides=(1,), offset=0, size=4, stored=4):
 DAMAGED = {
     "zip cut short": ("zip.bin", cut(9000), "damaged"),
     "legacy cut in the pickle": ("legacy.bin", cut(900), "damaged"),
-    "legacy cut in a storage": ("legacy.bin", cut(-40), "is cut short"),
+    "legacy cut in a storage": ("legacy.bin", cut(-2), "is cut short"),
     "empty": ("zip.bin", cut(0), "damaged"),
     "garbage": ("zip.bin", lambda path: path.write_bytes(b"\x80\x02garbage"), "damaged"),
     "a bare pickle": ("zip.bin", lambda path: path.write_bytes(pickled({"wte": 1})), "it is not one"),
@@ -199,7 +199,7 @@ DAMAGED = {
         lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
         "it is a Git LFS pointer, run git lfs pull",
     ),
-    "other variables": ("zip.bin", holding(), "29 missing"),
+    "other variables": ("zip.bin", holding(), "30 missing: wte.weight"),
 }
 
 
