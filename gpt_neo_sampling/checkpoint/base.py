@@ -150,7 +150,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} is closed; open it again to read {name!r}")
         stored_name, transposed = self._sources[name]
         value = self._store.read(stored_name)
-        return np.ascontiguousarray(value.T if transposed else value)
+        return _aligned(value.T if transposed else value)
 
     def close(self):
         """Lets go of the files. What is not a weight stays readable."""
@@ -306,6 +306,15 @@ def aligned_empty(shape, dtype):
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     begin = -buffer.ctypes.data % _ALIGNMENT
     return buffer[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _aligned(value):
+    """The array in float32, in C's order and aligned; a copy only if need be."""
+    if value.dtype == np.float32 and value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
+        return value
+    copy = aligned_empty(value.shape, np.float32)
+    np.copyto(copy, value, casting="unsafe")
+    return copy
 
 
 def in_batches(names, shapes, size):

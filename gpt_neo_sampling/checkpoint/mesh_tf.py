@@ -293,7 +293,7 @@ class _TensorFlowStore:
 
     def read(self, name):
         try:
-            return self._reader.get_tensor(name).astype(np.float32, copy=False)
+            return self._reader.get_tensor(name)
         except self._ERRORS as e:
             raise CheckpointError(f"{name} in {self._path} cannot be read: {e}") from None
 
