@@ -1,7 +1,7 @@
 """GPT-Neo's sampling in mesh-tensorflow: faithful, linear, repeatable."""
 
 from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
-from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
+from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
 from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.export import export_saved_model
 from gpt_neo_sampling.generate import InvalidDistributionError, Sample, TextGenerator
@@ -27,6 +27,7 @@ __all__ = [
     "Sample",
     "TextGenerator",
     "biasmask_attn_weights",
+    "convert_checkpoint",
     "device_mesh",
     "entmax",
     "entmax_cross_entropy_with_logits",

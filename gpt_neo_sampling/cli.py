@@ -13,6 +13,7 @@ import re
 import sys
 
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.checkpoint import MAX_SHARD_SIZE, convert_checkpoint
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import DEFAULT_TOP_K, export_saved_model
 from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, InvalidDistributionError, TextGenerator
@@ -32,7 +33,7 @@ def _parser():
     parser = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     model_help = (
-        "folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo "
+        "folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo, or GPT-Neo's JSON config "
         "(default: the small model that comes with the package)"
     )
     dtype_help = (
@@ -46,16 +47,18 @@ def _parser():
         allow_abbrev=False,
     )
     add = generate.add_argument
-    add("--model", metavar="DIR", help=model_help)
+    add("--model", metavar="PATH", help=model_help)
     add("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype_help)
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
-    add("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N",
-        help="longest continuation, in tokens (default: %(default)s)")  # fmt: skip
+    add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
+        f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
     add("--temperature", type=float, metavar="T",
-        help="larger is more random, 0 takes the likeliest token (default: 0.9; with --entmax 1.0)")  # fmt: skip
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone")
+        help="larger is more random, 0 takes the likeliest token (default: the model's own, or else 0.9; "
+        "with --entmax 1.0)")  # fmt: skip
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone (default: the model's own, "
+        "or else all)")  # fmt: skip
     add("--entmax", type=float, nargs="?", const=DEFAULT_ALPHA, metavar="ALPHA",
         help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
         "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
@@ -78,7 +81,7 @@ def _parser():
         allow_abbrev=False,
     )
     add = export.add_argument
-    add("--model", metavar="DIR", help=model_help)
+    add("--model", metavar="PATH", help=model_help)
     add("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype_help)
     add("--output", metavar="DIR", required=True, help="folder to write: a new or an empty one")
     add("--batch", type=int, required=True, metavar="N", help="rows of a request")
@@ -86,6 +89,19 @@ def _parser():
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
     add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
+    convert = commands.add_parser(
+        "convert",
+        help="write a model in the other format",
+        description="Write a model in the other format. Weights keep every bit in float32.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("source", metavar="SOURCE", help="what generate --model takes")
+    convert.add_argument("destination", metavar="DEST", help="a folder that is new or empty")
+    convert.add_argument("--to", choices=("mesh-tf", "huggingface"), help="default: the one that SOURCE is not")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                         help="of the weights (default: %(default)s; float16 for huggingface alone)")  # fmt: skip
+    convert.add_argument("--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="most that one file of "
+                         "huggingface holds, counted in float32 (default: %(default)s)")  # fmt: skip
     serve = commands.add_parser(
         "serve",
         help="lend this machine's devices to a cluster",
@@ -117,6 +133,10 @@ def _serve(args):
         raise ValueError(f"--cpus {args.cpus}: at least 1 is needed")
     note = f"serving {cluster.task} at {cluster.addresses[cluster.task]}"
     serve(cluster, args.cpus, started=lambda: print(note, file=sys.stderr, flush=True))
+
+
+def _convert(args):
+    convert_checkpoint(args.source, args.destination, to=args.to, dtype=args.dtype, max_shard_size=args.max_shard_size)
 
 
 def _ids(text):
@@ -194,7 +214,8 @@ def main(argv=None):
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:
-        {"generate": _generate, "export": _export, "serve": _serve}[args.command](args)
+        commands = {"generate": _generate, "convert": _convert, "export": _export, "serve": _serve}
+        commands[args.command](args)
         return 0
     except ValueError as e:
         status = 2

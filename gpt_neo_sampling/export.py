@@ -1,16 +1,14 @@
 """A model as a SavedModel: tokens from plain TensorFlow, without this package."""
 
-import contextlib
 import json
 import os
 import pathlib
 import shutil
-import uuid
 
 import numpy as np
 
 from gpt_neo_sampling._compat import probe_devices, quiet_logging, tensorflow, tf
-from gpt_neo_sampling.checkpoint import open_checkpoint
+from gpt_neo_sampling.checkpoint import files_beside, open_checkpoint, staging_folder
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
@@ -63,10 +61,10 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
     vocabulary is −1 throughout.
 
     Args:
-      folder: a path, not there yet or an empty folder. It gets the model's
-        tokenizer.json, if there is one, in assets.extra, beside export.json, which
-        says what was exported.
-      model: a folder that `open_checkpoint` reads; None for the model that comes
+      folder: a path, not there yet or an empty folder. It gets the files of the
+        model's tokenizer, if there are any, in assets.extra, beside export.json,
+        which says what was exported.
+      model: what `open_checkpoint` takes; None for the model that comes
         with the package.
       batch: int, rows of a request.
       length: int, the longest row, prompt and new tokens; at most the model's n_ctx.
@@ -92,35 +90,22 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
         check_int("prompt_length", prompt_length, 1, length)
         check_int("max_top_k", max_top_k, 1, checkpoint.params["n_vocab"])
         sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
-        with _appearing(folder) as staging:
+        with staging_folder(folder) as staging:
             _write(staging, checkpoint, sizes, variable_dtype)
             _write_extras(staging / "assets.extra", checkpoint, sizes, variable_dtype)
-
-
-@contextlib.contextmanager
-def _appearing(folder):
-    """A path beside `folder` to write to; once the body is done it is moved there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
-    try:
-        yield staging
-        os.rename(staging, folder)  # in place of an empty folder, but of nothing else
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            os.replace(staging, folder)
 
 
 def _write(folder, checkpoint, sizes, variable_dtype):
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
+    mesh_impl, signatures = mesh.impl(), {}
     with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-        signatures = {
-            name: _signature(
-                ProgramKey(**sizes, greedy=False, use_entmax=use_entmax), checkpoint, mesh.impl(), variable_dtype
-            )
-            for name, use_entmax in SIGNATURES.items()
-        }
+        for name, use_entmax in SIGNATURES.items():
+            key = ProgramKey(**sizes, greedy=False, use_entmax=use_entmax)
+            signatures[name], weights = _signature(key, checkpoint, mesh_impl, variable_dtype)
         with mesh.session(graph) as session:
-            load_weights(checkpoint, session.run)
+            load_weights(checkpoint, weights, mesh_impl, session.run)
             builder = tf.saved_model.Builder(str(folder))
             builder.add_meta_graph_and_variables(
                 session, [tf.saved_model.SERVING], signatures, strip_default_attrs=True, clear_devices=True
@@ -129,7 +114,7 @@ def _write(folder, checkpoint, sizes, variable_dtype):
 
 
 def _signature(key, checkpoint, mesh_impl, variable_dtype):
-    """A decode graph with its inputs and outputs, as a SignatureDef."""
+    """A decode graph with its inputs and outputs, as a SignatureDef, and its weights."""
     params = dict(checkpoint.params, mode="predict")
     inputs = {
         "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
@@ -162,14 +147,14 @@ def _signature(key, checkpoint, mesh_impl, variable_dtype):
         top_k=option("top_k", 0),
         entmax_alpha=option("entmax_alpha", DEFAULT_ALPHA, tf.float32) if key.use_entmax else None,
     )
-    tokens, _ = build(key, request, params, params["n_vocab"], mesh_impl, variable_dtype, bos_id=first or 0)
+    tokens, weights = build(key, request, params, params["n_vocab"], mesh_impl, variable_dtype, bos_id=first or 0)
 
     lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, eos_token_id)
     outputs = {
         "tokens": tf.where_v2(wrong[:, tf.newaxis], INVALID, tokens),
         "lengths": tf.where_v2(wrong, key.length, lengths),
     }
-    return tf.saved_model.predict_signature_def(inputs, outputs)
+    return tf.saved_model.predict_signature_def(inputs, outputs), weights
 
 
 def _prompts(prompts, prompt_lengths, key, n_vocab, shortest):
@@ -196,8 +181,8 @@ def _lengths(tokens, begin, max_steps, stop_token):
 def _write_extras(folder, checkpoint, sizes, variable_dtype):
     """What TensorFlow does not read, in the place that it leaves for that."""
     folder.mkdir()
-    if checkpoint.tokenizer_file is not None:
-        shutil.copy(checkpoint.tokenizer_file, folder)
+    for file, name in files_beside(checkpoint):
+        shutil.copyfile(file, folder / name)
     defaults = {"eos_token_id": stop_token_of(checkpoint), "pad_token_id": checkpoint.params.get("padding_id") or 0}
     facts = {
         **sizes,

@@ -9,7 +9,7 @@ import secrets
 import numpy as np
 
 from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
-from gpt_neo_sampling.checkpoint import CheckpointError, open_checkpoint
+from gpt_neo_sampling.checkpoint import load_tokenizer, open_checkpoint
 from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.draws import padded_size
 from gpt_neo_sampling.mesh import device_mesh, round_up
@@ -65,7 +65,7 @@ class _Program:
             top_k=tf.placeholder(tf.int32, []),
             entmax_alpha=tf.placeholder(tf.float32, []),
         )
-        self.tokens, self.copy_weights = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype)
+        self.tokens, self.weights = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype)
 
 
 class TextGenerator:
@@ -85,6 +85,10 @@ class TextGenerator:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.params = dict(checkpoint.params, mode="predict")
+        if checkpoint.ignored_generation_options:
+            options = (f"{key}={value!r}" for key, value in checkpoint.ignored_generation_options.items())
+            log.warning("the model's generation_config.json asks for what is not built and is left out: %s",
+                        ", ".join(options))  # fmt: skip
         self.mesh = device_mesh() if mesh is None else mesh
         # memory is as long as the request, rounded up, and at most n_ctx
         sizes = dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"])
@@ -102,8 +106,9 @@ class TextGenerator:
 
         Args:
           folder: a path of a folder with GPT-Neo's mesh-TF checkpoint and its
-            JSON config, or with a Hugging Face GPT-Neo; None for the model that
-            comes with the package. A `tokenizer.json` in it is used.
+            JSON config, or with a Hugging Face GPT-Neo, or of a JSON config; None
+            for the model that comes with the package. See `open_checkpoint`. A
+            tokenizer that comes with the model is used: see `load_tokenizer`.
           dtype: "float32" or "bfloat16", a str or a tf.DType: what weights are
             held in and activations computed in. None is float32, whatever the
             folder stores. bfloat16 halves the memory and gives logits of 8
@@ -126,14 +131,14 @@ class TextGenerator:
         """
         mesh = device_mesh(mesh_shape, layout, devices, cluster)
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
-        return cls(checkpoint, _load_tokenizer(checkpoint), mesh, dtype)
+        return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype)
 
     def generate(
         self,
         prompts,
         *,
-        max_new_tokens=DEFAULT_NEW_TOKENS,
-        do_sample=True,
+        max_new_tokens=None,
+        do_sample=None,
         temperature=None,
         top_k=None,
         entmax_alpha=None,
@@ -144,13 +149,19 @@ class TextGenerator:
     ):
         """Continues prompts. Argument names are those of Hugging Face's `generate`.
 
+        What is None is the model's own, if its generation_config.json names it
+        (see `Checkpoint.generation_defaults`), and else as said here.
+
         Args:
           prompts: a str or a list of token ids, or a list of either. Strings
             need the model's tokenizer. An empty prompt stands for the model's
             first token (its bos_id, or else its eos_id).
-          max_new_tokens: int, at least 1. A row ends earlier at the stop token,
+          max_new_tokens: int, at least 1; None for 64 (or up to the model's
+            max_length, prompt included). A row ends earlier at the stop token,
             and at the end of the context, with a warning.
           do_sample: False for greedy decoding, the likeliest token each time.
+            None for True; a temperature, top_k or entmax_alpha that is given
+            samples too, whatever the model's own is.
           temperature: larger is more random; 0 is greedy. None for 0.9 with
             softmax and 1.0 with entmax.
           top_k: draw from the k likeliest tokens alone; None for all.
@@ -174,6 +185,17 @@ class TextGenerator:
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
         """
         prompts = self._encode_prompts(prompts)
+        longest = max(len(p) for p in prompts)
+        defaults = self.checkpoint.generation_defaults
+        if do_sample is None:
+            given = any(option is not None for option in (temperature, top_k, entmax_alpha))
+            do_sample = given or defaults.get("do_sample", True)
+        if do_sample and temperature is None:
+            temperature = defaults.get("temperature")
+        if top_k is None:
+            top_k = defaults.get("top_k") or None  # Hugging Face's 0 is off
+        if max_new_tokens is None:
+            max_new_tokens = self._default_new_tokens(longest)
         check_int("max_new_tokens", max_new_tokens, 1)
         check_int("num_return_sequences", num_return_sequences, 1)
         n_vocab, n_ctx = self.params["n_vocab"], self.params["n_ctx"]
@@ -200,7 +222,6 @@ class TextGenerator:
         stop_token = stop_token_of(self.checkpoint, eos_token_id)
         pad = self._padding(pad_token_id)
 
-        longest = max(len(p) for p in prompts)
         if longest > n_ctx:
             raise ValueError(f"a prompt of {longest} tokens is longer than the context; at most {n_ctx} are allowed")
         if longest + max_new_tokens > n_ctx:
@@ -258,7 +279,12 @@ class TextGenerator:
     def _encode_prompt(self, prompt):
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"{self.checkpoint.folder} has no tokenizer.json; give prompts as token ids")
+                name = self.checkpoint.tokenizer_name
+                wanted = f" (its dataset's is {name}, which is not downloaded)" if name else ""
+                raise ValueError(
+                    f"{self.checkpoint.folder} has no tokenizer.json, nor vocab.json and merges.txt{wanted}; "
+                    "give prompts as token ids"
+                )
             ids = self.tokenizer.encode(prompt).ids
         else:
             ids = list(prompt)
@@ -272,6 +298,18 @@ class TextGenerator:
                 raise ValueError("an empty prompt, and the model names no first token (bos_id or eos_id)")
             ids = [first]
         return [int(i) for i in ids]
+
+    def _default_new_tokens(self, longest):
+        """For prompts of at most `longest` tokens."""
+        defaults = self.checkpoint.generation_defaults
+        if "max_new_tokens" in defaults or "max_length" not in defaults:
+            return defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        if longest >= defaults["max_length"]:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves nothing of max_length={defaults['max_length']}, "
+                "which the model's generation_config.json gives; give max_new_tokens"
+            )
+        return defaults["max_length"] - longest
 
     def _padding(self, pad_token_id):
         if pad_token_id is None:
@@ -337,33 +375,14 @@ class TextGenerator:
             if first:
                 session = self.mesh.session(graph)
                 try:
-                    load_weights(self.checkpoint, functools.partial(self.mesh.run, session))
+                    run = functools.partial(self.mesh.run, session)
+                    load_weights(self.checkpoint, program.weights, self._mesh_impl, run)
                 except BaseException:
                     session.close()
                     raise
                 self._session = session
-            self.mesh.run(self._session, program.copy_weights)
         self._programs[key] = program
         return program
-
-
-def _load_tokenizer(checkpoint):
-    if checkpoint.tokenizer_file is None:
-        return None
-    try:
-        import tokenizers
-    except ImportError:
-        raise CheckpointError(
-            f"{checkpoint.tokenizer_file} needs the package tokenizers: pip install 'gpt_neo_sampling[cli]'"
-        ) from None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    except Exception as e:  # the library raises bare Exception
-        raise CheckpointError(f"{checkpoint.tokenizer_file} cannot be read as a tokenizer: {e}") from None
-    size, n_vocab = tokenizer.get_vocab_size(), checkpoint.params["n_vocab"]
-    if size > n_vocab:
-        raise CheckpointError(f"{checkpoint.tokenizer_file} has {size} tokens; the model's vocabulary has {n_vocab}")
-    return tokenizer
 
 
 def _round_up_batch(rows):

@@ -7,12 +7,12 @@ import pathlib
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.checkpoint import CheckpointError
+from gpt_neo_sampling.checkpoint import CheckpointError, progress_bar
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
-LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
+LOAD_BYTES = 2**24  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 DTYPES = ("float32", "bfloat16")  # of weights and activations
 
@@ -57,9 +57,8 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
       bos_id: int, what an empty prompt stands for.
 
     Returns:
-      (tokens, copy_weights): int32 tf.Tensor [batch, length], see
-      `sample_autoregressive`; and the tf.Operation to run once the variables are
-      filled.
+      (tokens, weights): int32 tf.Tensor [batch, length], see `sample_autoregressive`;
+      and a dict, name -> (mtf.Shape, mtf's laid-out variable), for `load_weights`.
     """
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
     batch_dim = mtf.Dimension("batch", key.batch)
@@ -91,37 +90,57 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
         max_prompt_length=key.prompt_length,
     )
     lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
-    return lowering.export_to_tf_tensor(tokens), lowering.copy_masters_to_slices()
+    weights = {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in lowering.variables.items()}
+    return lowering.export_to_tf_tensor(tokens), weights
 
 
-def load_weights(checkpoint, run):
-    """Fills the variables of the graph that is open, a few megabytes at a time.
+def load_weights(checkpoint, weights, mesh_impl, run):
+    """Fills the slices of the variables, a few megabytes at a time.
+
+    mtf's own way, from master variables that are filled first, would hold all
+    weights twice.
 
     Args:
       checkpoint: a `Checkpoint`.
+      weights: what `build` returned.
+      mesh_impl: what it was given.
       run: a function of (operations, feeds): a session's.
 
     Raises:
       CheckpointError: if the variables are others.
     """
-    variables = {v.op.name.removeprefix("gpt2/"): v for v in tf.global_variables()}
-    missing = sorted(set(variables) ^ set(checkpoint.names()))
+    missing = sorted(set(weights) ^ set(checkpoint.names()))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: model and checkpoint differ in {', '.join(missing[:5])}")
     feed, size = {}, 0  # each run of another set of variables costs some 50 ms
-    names = list(variables)
-    for name in names:
-        value = checkpoint.read(name).astype(variables[name].dtype.as_numpy_dtype, copy=False)
-        missing_rows = variables[name].shape.as_list()[0] - len(value)
-        if missing_rows:  # a padded vocabulary
-            value = np.pad(value, ((0, missing_rows), (0, 0)))
-        feed[variables[name].initializer] = value
-        size += value.nbytes
-        if size >= LOAD_BYTES or name == names[-1]:
-            # the initial values are fed, so none are computed
-            values = {initializer.inputs[1]: value for initializer, value in feed.items()}
-            run(list(feed), values)
-            feed, size = {}, 0
+
+    def fill():
+        # the initial values are fed, so none are computed
+        run(list(feed), {initializer.inputs[1]: value for initializer, value in feed.items()})
+        feed.clear()
+
+    # The largest first: what is read stands beside what is filled while that is least.
+    names = sorted(weights, key=lambda name: -weights[name][0].size)
+    with progress_bar("loading", map(checkpoint.shape, names)) as progress:
+        for name in names:
+            value = checkpoint.read(name)
+            progress.update(value.nbytes)
+            shape, slices = weights[name]
+            for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
+                part = _slice(value, mesh_impl.slice_begin(shape, processor), variable.shape.as_list())
+                feed[variable.initializer] = part.astype(variable.dtype.base_dtype.as_numpy_dtype, copy=False)
+                size += part.nbytes
+                if size >= LOAD_BYTES:
+                    fill()
+                    size = 0
+        if feed:
+            fill()
+
+
+def _slice(value, begin, shape):
+    """A slice of an array, with zeros behind its end (the entries of a padded vocabulary)."""
+    part = value[tuple(slice(b, b + n) for b, n in zip(begin, shape))]
+    return np.pad(part, [(0, n - m) for n, m in zip(shape, part.shape)]) if list(part.shape) != shape else part
 
 
 def first_token_of(checkpoint):

@@ -312,3 +312,66 @@ def test_the_bundled_model_is_what_its_card_says(demo):
     for size in ("n_vocab", "n_ctx", "n_embd", "n_head"):
         assert demo.params[size] % 8 == 0
     assert sum(f.stat().st_size for f in generate.DEMO_FOLDER.iterdir()) <= 8 * 2**20
+
+
+# ------------------------------------------------- what the model asks for
+
+
+@pytest.fixture
+def asking(tmp_path):
+    """A function: the tiny Hugging Face model with this in its generation_config.json."""
+
+    def make(**generation):
+        folder = tmp_path / "asking"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(DATA / "hf_gpt_neo_tiny", folder, copy_function=shutil.copyfile)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -1, **generation}))
+        return TextGenerator.from_pretrained(folder)
+
+    return make
+
+
+def test_the_models_options_are_used_where_none_are_given(asking):
+    plain, prompt = asking(), [5, 17, 101]
+    greedy = plain.generate(prompt, max_new_tokens=12, do_sample=False)
+    options = dict(do_sample=True, temperature=0.7, top_k=5, max_new_tokens=12)
+    drawn = plain.generate(prompt, seed=3, **options)
+    hot = plain.generate(prompt, seed=3, **{**options, "temperature": 1.5})
+    assert greedy != drawn != hot
+    model = asking(**options, top_p=1.0)
+    assert model.generate(prompt, seed=3) == drawn
+    assert model.generate(prompt, seed=3, temperature=1.5) == hot
+    assert model.generate(prompt, do_sample=False) == greedy
+    model = asking(do_sample=False, temperature=0.7, max_new_tokens=12)
+    assert model.generate(prompt) == greedy
+    assert model.generate(prompt, seed=3, temperature=0.7, top_k=5) == drawn
+
+
+def test_max_length_counts_the_prompt(asking):
+    model = asking(max_length=10)
+    assert len(model.generate([5] * 4)[0].tokens) == 6
+    assert len(model.generate([5] * 4, max_new_tokens=9)[0].tokens) == 9
+    with pytest.raises(ValueError, match="a prompt of 10 tokens leaves nothing of max_length=10"):
+        model.generate([5] * 10)
+    assert len(asking(max_length=10, max_new_tokens=3).generate([5] * 12)[0].tokens) == 3
+    assert len(asking(top_k=0).generate([5] * 4)[0].tokens) == generate.DEFAULT_NEW_TOKENS - 4  # the context ends
+
+
+def test_what_is_not_built_is_named_once(asking, caplog):
+    asking(top_p=0.9, repetition_penalty=1.2, num_beams=1, typical_p=1.0, use_cache=False, transformers_version="5")
+    assert caplog.text.count("\n") == 1
+    assert "left out: top_p=0.9, repetition_penalty=1.2" in caplog.text
+    caplog.clear()
+    asking(top_p=1.0, repetition_penalty=1.0, min_length=0, early_stopping=True)
+    assert caplog.text == ""
+
+
+def test_text_without_a_tokenizer_names_the_datasets(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MESH_TF / "global", folder, copy_function=shutil.copyfile)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "datasets": ["pile"]}))
+    (folder / "dataset_configs").mkdir()
+    (folder / "dataset_configs" / "pile.json").write_text(json.dumps({"tokenizer_path": "gpt2"}))
+    with pytest.raises(ValueError, match="its dataset's is gpt2, which is not downloaded.*give prompts as token ids"):
+        TextGenerator.from_pretrained(folder).generate("text")

@@ -1,0 +1,31 @@
+"""Models on disk, opened by folder and read one tensor at a time.
+
+Two formats: GPT-Neo's own (a TensorFlow 1 checkpoint of its mesh-tensorflow
+variables, beside a JSON config), and a Hugging Face GPT-Neo folder. Either
+comes out with GPT-Neo's variable names and config keys. Everything is checked
+when the folder is opened, so that what is opened can be built. Nothing in a
+folder is ever run: a pickle is given no names but those that tensors need.
+
+Every error about a folder is a `CheckpointError` of one line, which says what
+was found and what is allowed.
+"""
+
+from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, progress_bar, staging_folder, variable_shapes
+from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE, convert_checkpoint, files_beside
+from gpt_neo_sampling.checkpoint.mesh_tf import write_mesh_tf_checkpoint
+from gpt_neo_sampling.checkpoint.opening import open_checkpoint
+from gpt_neo_sampling.checkpoint.tokenizer import load_tokenizer
+
+__all__ = [
+    "MAX_SHARD_SIZE",
+    "Checkpoint",
+    "CheckpointError",
+    "convert_checkpoint",
+    "files_beside",
+    "load_tokenizer",
+    "open_checkpoint",
+    "progress_bar",
+    "staging_folder",
+    "variable_shapes",
+    "write_mesh_tf_checkpoint",
+]

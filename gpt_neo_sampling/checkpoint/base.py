@@ -1,0 +1,337 @@
+"""What every format shares: the open checkpoint, its errors, its checks, its files."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types
+
+ALLOWED = (
+    "allowed: a GPT-Neo mesh-TF checkpoint (a JSON config, model.ckpt-N.index, model.ckpt-N.data-*) or a Hugging Face "
+    "GPT-Neo model (config.json with model_type gpt_neo, model.safetensors or pytorch_model.bin)"
+)
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PROGRESS_DELAY = 1.5  # seconds after which a progress bar appears
+_LISTED = 5  # names that an error shows before it goes over to a count
+_ALIGNMENT = 64  # bytes; TensorFlow takes an array that is aligned so without a copy
+
+# A layer's variables: GPT-Neo's name, and the shape in multiples of n_embd.
+_ATTENTION = {
+    "norm_1/g": (1,),
+    "norm_1/b": (1,),
+    "attn/q": (1, 1),
+    "attn/k": (1, 1),
+    "attn/v": (1, 1),
+    "attn/o": (1, 1),
+    "attn/compute_output_bias/o_b": (1,),
+}
+_MLP = {
+    "norm_2/g": (1,),
+    "norm_2/b": (1,),
+    "mlp/conv1d_main/c_fc/kernel": (1, 4),
+    "mlp/conv1d_main/c_fc/bias": (4,),
+    "mlp/conv1d_main/c_proj/kernel": (4, 1),
+    "mlp/conv1d_main/c_proj/bias": (1,),
+}
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be read as a model; the message is one line."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))
+
+
+def variable_shapes(params):
+    """The variables that a model of this config has.
+
+    Args:
+      params: a dict of GPT-Neo's config keys: n_vocab, n_ctx, n_embd, n_layer
+        and attention_types (nested, or one type a layer); with rotary_emb there
+        is no "wpe", and a layer of attention type "none" has neither norm_1 nor
+        attention variables.
+
+    Returns:
+      a dict from name, without the scope `gpt2/`, to shape, a tuple of ints.
+
+    Raises:
+      ValueError: see `models.gpt2.expand_attention_types`.
+    """
+    n_embd = params["n_embd"]
+    shapes = {"wte": (params["n_vocab"], n_embd)}
+    if not params.get("rotary_emb"):
+        shapes["wpe"] = (params["n_ctx"], n_embd)
+    for layer, attention_type in enumerate(expand_attention_types(params["attention_types"], params["n_layer"])):
+        for name, multiples in (_MLP if attention_type == "none" else {**_ATTENTION, **_MLP}).items():
+            shapes[f"h{layer}/{name}"] = tuple(m * n_embd for m in multiples)
+    return {**shapes, "ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
+
+
+class Checkpoint:
+    """A model on disk: its config, and its weights by GPT-Neo's names.
+
+    Made by `open_checkpoint`; usable in a `with` statement, which closes it.
+
+    Attributes:
+      kind: "mesh-tf" or "huggingface".
+      folder: pathlib.Path, the folder.
+      params: dict in GPT-Neo's config keys. Always there: n_vocab, n_ctx,
+        n_embd, n_head, n_layer (ints), attention_types (a list of one type a
+        layer) and local_attention_radius (int). padding_id, eos_id and bos_id
+        (ints) are there if the model names them. The other keys of a mesh-TF
+        config are there as they stood.
+      generation_defaults: dict of how the model asks to be sampled, with those
+        of these keys that it gives: eos_token_id (int, or a list of ints),
+        pad_token_id, bos_token_id, do_sample (bool), temperature (number),
+        top_k, max_new_tokens, max_length. Of the last five only a folder with a
+        generation_config.json has any.
+      ignored_generation_options: dict of what else a generation_config.json
+        asks for that would change what is sampled, and is not built here.
+      tokenizer_file: pathlib.Path of the model's tokenizer.json, or None.
+      tokenizer_files: (vocab.json, merges.txt) as pathlib.Paths, or None unless
+        both are there.
+      tokenizer_name: str, the tokenizer that the model's dataset config asks for
+        and that is not on this machine ("gpt2", say), or None.
+    """
+
+    def __init__(self, kind, folder, params, generation, store, sources, tokenizer=None, tokenizer_name=None):
+        # generation: (generation_defaults, ignored_generation_options)
+        # sources: name -> (the store's name, whether it stores the transpose)
+        # tokenizer: a tokenizer.json, or a folder that may hold one; by default the model's
+        self.kind = kind
+        self.folder = folder
+        self.params = params
+        self.generation_defaults, self.ignored_generation_options = generation
+        tokenizer = folder if tokenizer is None else tokenizer
+        single = tokenizer if tokenizer.is_file() else tokenizer / "tokenizer.json"
+        pair = (tokenizer / "vocab.json", tokenizer / "merges.txt")
+        self.tokenizer_file = single if single.is_file() else None
+        self.tokenizer_files = pair if all(f.is_file() for f in pair) else None
+        self.tokenizer_name = tokenizer_name
+        self._store = store
+        self._sources = sources
+        self._shapes = variable_shapes(params)
+
+    def names(self):
+        """The variables' names, without the scope `gpt2/`: a sorted list of strings."""
+        return sorted(self._shapes)
+
+    def shape(self, name):
+        """The shape of a variable as `read` gives it: a tuple of ints.
+
+        Raises:
+          CheckpointError: if `names()` does not have the name.
+        """
+        if name not in self._shapes:
+            raise CheckpointError(f"no variable {name!r} in {self.folder}; it has {some(self.names())}")
+        return self._shapes[name]
+
+    def read(self, name):
+        """Reads one variable; the others stay on disk.
+
+        Args:
+          name: str, one of `names()`.
+
+        Returns:
+          a float32 np.ndarray of shape `shape(name)`, kernels as [in, out]. The
+          caller owns it.
+
+        Raises:
+          CheckpointError: if `names()` does not have the name, the file turns
+            out to be damaged, or the checkpoint is closed.
+        """
+        self.shape(name)
+        if self._store is None:
+            raise CheckpointError(f"{self.folder} is closed; open it again to read {name!r}")
+        stored_name, transposed = self._sources[name]
+        value = self._store.read(stored_name)
+        return _aligned(value.T if transposed else value)
+
+    def close(self):
+        """Lets go of the files. What is not a weight stays readable."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+# ------------------------------------------------------------------ checks
+
+
+def is_int(value):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_sizes(params, source, names=None):
+    """Checks the numbers of a config; returns its attention type a layer.
+
+    source: what the message starts with. names: what its file calls the keys.
+    """
+    names = names or {}
+    required = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+    absent = [names.get(k, k) for k in (*required, "attention_types") if params.get(k) is None]
+    if absent:
+        raise CheckpointError(f"{source} does not give {', '.join(absent)}")
+    for key in (*required, "local_attention_radius"):
+        value = params.get(key)
+        if value is not None and (not is_int(value) or value < 1):
+            raise CheckpointError(f"{source}: {names.get(key, key)} is {value!r}; allowed: a whole number, at least 1")
+    if params["n_embd"] % params["n_head"]:
+        n_embd, n_head = names.get("n_embd", "n_embd"), names.get("n_head", "n_head")
+        raise CheckpointError(
+            f"{source}: {n_embd} is {params['n_embd']}; allowed: a multiple of {n_head}, {params['n_head']}"
+        )
+    try:
+        return expand_attention_types(params["attention_types"], params["n_layer"])
+    except ValueError as e:
+        raise CheckpointError(f"{source}: {e}") from None
+
+
+def compare(source, expected, found, params):
+    """Checks that two dicts, name -> shape, are the same."""
+    found = {name: tuple(shape) for name, shape in found.items()}
+    missing = [n for n in expected if n not in found]
+    wrong = [
+        f"{n} (is {list(found[n])}, should be {list(s)})"
+        for n, s in expected.items()
+        if n in found and found[n] != tuple(s)
+    ]
+    left_over = sorted(n for n in found if n not in expected)
+    problems = [
+        f"{len(names)} {problem}: {some(names)}"
+        for problem, names in (("missing", missing), ("of wrong shape", wrong), ("left over", left_over))
+        if names
+    ]
+    if not problems:
+        return
+    options = [f"{option}={params[option]!r}" for option in UNSUPPORTED_OPTIONS if params.get(option)]
+    hint = f" (the config sets {', '.join(options)}, which is not supported)" if options else ""
+    raise CheckpointError(f"{source}: the variables are not those of the config{hint}: {'; '.join(problems)}")
+
+
+def check_dtypes(source, dtypes):
+    """Checks a dict, name -> dtype, of variables that are to be read."""
+    wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in STORED_BYTES]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {len(wrong)} variables of an unsupported dtype: {some(wrong)}; "
+            f"allowed: {', '.join(STORED_BYTES)}"
+        )
+
+
+# ------------------------------------------------------------------- files
+
+
+def list_folder(folder):
+    """The sorted names of what is in a folder."""
+    try:
+        files = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not there; allowed: a folder on this machine") from None
+    except NotADirectoryError:
+        raise CheckpointError(
+            f"{folder} is a file; allowed: the folder that holds the model, or GPT-Neo's *.json config"
+        ) from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{folder} cannot be listed: {e}") from None
+    if not files:
+        raise CheckpointError(f"{folder} is empty; {ALLOWED}")
+    return files
+
+
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{path} is not UTF-8 text: {e}") from None
+
+
+def read_json(path):
+    """A JSON file that holds an object, as a dict."""
+    try:
+        value = json.loads(read_text(path))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; allowed: an object")
+    return value
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staging_folder(folder):
+    """A new folder beside `folder`, where files are made before they move; gone afterwards."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def some(names):
+    """Names for a message, the first few of them."""
+    names = list(names)
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+# ----------------------------------------------------------------- tensors
+
+
+def aligned_empty(shape, dtype):
+    """np.empty, at an address that TensorFlow takes without a copy."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _aligned(value):
+    """The array in float32, in C's order and aligned; a copy only if need be."""
+    if value.dtype == np.float32 and value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
+        return value
+    copy = aligned_empty(value.shape, np.float32)
+    np.copyto(copy, value, casting="unsafe")
+    return copy
+
+
+def in_batches(names, shapes, size):
+    """Lists of names in order, each of at most `size` bytes in float32, or of one name."""
+    batch, held = [], 0
+    for name in names:
+        needed = 4 * int(np.prod(shapes[name]))
+        if batch and held + needed > size:
+            yield batch
+            batch, held = [], 0
+        batch.append(name)
+        held += needed
+    if batch:
+        yield batch
+
+
+def progress_bar(what, shapes):
+    """A tqdm bar on stderr that counts bytes of float32; only what takes long shows it."""
+    total = sum(4 * int(np.prod(shape)) for shape in shapes)
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=PROGRESS_DELAY)

@@ -1,0 +1,74 @@
+"""From one format to the other."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int, staging_folder
+from gpt_neo_sampling.checkpoint.hugging_face import save_hugging_face
+from gpt_neo_sampling.checkpoint.mesh_tf import save_mesh_tf
+from gpt_neo_sampling.checkpoint.opening import open_checkpoint
+from gpt_neo_sampling.checkpoint.tokenizer import TOKENIZER_FILES
+
+MAX_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def convert_checkpoint(source, destination, *, to=None, dtype="float32", max_shard_size=MAX_SHARD_SIZE):
+    """Writes a model in another format, a few tensors at a time.
+
+    Weights keep every bit in float32. The tokenizer's files and
+    generation_config.json come along, and the ids of the end, the padding and
+    the beginning are in the config of either format (Hugging Face's has no
+    padding id outside the vocabulary). The destination appears whole or not.
+
+    Args:
+      source: what `open_checkpoint` takes.
+      destination: a path of a folder that is not there yet, or is empty.
+      to: "mesh-tf" or "huggingface"; by default the one that the source is not.
+      dtype: of the weights that are written, "float32" or "bfloat16", or for
+        Hugging Face "float16".
+      max_shard_size: for Hugging Face, how much of the weights a file may hold,
+        counted in float32: bytes, or a str such as "500MB" or "5GB". A tensor
+        is never cut.
+
+    Raises:
+      CheckpointError: (a ValueError) if the source cannot be read, the
+        destination holds something, an argument is not one of these, or the
+        format has no such model.
+    """
+    destination = Path(destination).resolve()
+    if destination.exists() and not (destination.is_dir() and not os.listdir(destination)):
+        raise CheckpointError(f"{destination} is there already; allowed: a folder that is new or empty")
+    if to not in (None, "mesh-tf", "huggingface"):
+        raise CheckpointError(f"to {to!r}; allowed: 'mesh-tf', 'huggingface'")
+    max_shard_bytes = _bytes(max_shard_size)
+    with open_checkpoint(source) as checkpoint, staging_folder(destination) as staging:
+        if to is None:
+            to = "mesh-tf" if checkpoint.kind == "huggingface" else "huggingface"
+        if to == "mesh-tf":
+            save_mesh_tf(staging, checkpoint.params, checkpoint.read, dtype)
+        else:
+            save_hugging_face(staging, checkpoint.params, checkpoint.read, dtype, max_shard_bytes)
+        for file, name in files_beside(checkpoint):
+            shutil.copyfile(file, staging / name)
+        os.replace(staging, destination)
+
+
+def files_beside(checkpoint):
+    """(path, name) of what goes where a model goes: the tokenizer's files and generation_config.json."""
+    tokenizer = checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
+    files = {checkpoint.folder / "generation_config.json": "generation_config.json"}
+    if tokenizer is not None:
+        files.update({tokenizer.parent / name: name for name in TOKENIZER_FILES})
+    if checkpoint.tokenizer_file:
+        files[checkpoint.tokenizer_file] = "tokenizer.json"
+    return [(file, name) for file, name in files.items() if file.is_file()]
+
+
+def _bytes(size):
+    match = re.fullmatch(r"\s*(\d+)\s*([kmg]i?b)?\s*", str(size), re.IGNORECASE)
+    if not match or not (is_int(size) or isinstance(size, str)) or int(match[1]) < 1:
+        raise CheckpointError(f"max_shard_size {size!r}; allowed: bytes, or such as '500MB' or '5GB'")
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]

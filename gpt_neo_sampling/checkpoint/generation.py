@@ -1,0 +1,96 @@
+"""How a model asks to be sampled: generation_config.json, and the ids of a config."""
+
+import numbers
+
+from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int, read_json
+
+# GPT-Neo's key of each of Hugging Face's.
+ID_KEYS = {"eos_token_id": "eos_id", "pad_token_id": "padding_id", "bos_token_id": "bos_id"}
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_int_or_ints(value):
+    return is_int(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_int, value)))
+
+
+_WHOLE = (is_int, "a whole number")
+_TOKEN_IDS = {
+    "eos_token_id": (_is_int_or_ints, "a whole number, or a list of them"),
+    "pad_token_id": _WHOLE,
+    "bos_token_id": _WHOLE,
+}
+_OPTIONS = {
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "temperature": (_is_number, "a number"),
+    "top_k": _WHOLE,
+    "max_new_tokens": _WHOLE,
+    "max_length": _WHOLE,
+}
+
+# transformers' options that are not built here: the value at which each changes nothing,
+# beside null and false, which change nothing in any.
+_NEUTRAL = {
+    "diversity_penalty": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "guidance_scale": 1,
+    "length_penalty": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "top_p": 1,
+    "typical_p": 1,
+}
+# What says how transformers computes or reports, and not what is sampled.
+_WITHOUT_EFFECT = (
+    "cache_",
+    "compile_config",
+    "disable_compile",
+    "early_stopping",  # of beam search
+    "return_",
+    "output_",
+    "transformers_version",
+    "use_cache",
+    "_",
+)
+
+
+def token_ids(config, config_file):
+    """The ids that a Hugging Face config names: a dict, see `Checkpoint.generation_defaults`."""
+    return _checked(config, _TOKEN_IDS, config_file)
+
+
+def read_generation(ids, folder, files):
+    """(generation_defaults, ignored_generation_options) of a folder whose config names these ids."""
+    if "generation_config.json" not in files:
+        return ids, {}
+    config_file = folder / "generation_config.json"
+    config = read_json(config_file)
+    defaults = {**ids, **_checked(config, {**_TOKEN_IDS, **_OPTIONS}, config_file)}
+    ignored = {
+        key: value
+        for key, value in config.items()
+        if key not in (*_TOKEN_IDS, *_OPTIONS)
+        and not key.startswith(_WITHOUT_EFFECT)
+        and value not in (None, False, [], {}, _NEUTRAL.get(key))
+    }
+    return defaults, ignored
+
+
+def _checked(config, keys, config_file):
+    given = {key: config[key] for key in keys if config.get(key) is not None}
+    for key, value in given.items():
+        is_valid, allowed = keys[key]
+        if not is_valid(value):
+            raise CheckpointError(f"{config_file}: {key} is {value!r}; allowed: {allowed}")
+    return given

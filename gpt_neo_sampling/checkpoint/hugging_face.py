@@ -1,0 +1,276 @@
+"""Hugging Face's format: config.json, and safetensors or PyTorch files, in one piece or in shards."""
+
+import json
+import math
+import os
+import re
+
+import numpy as np
+
+from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.checkpoint.base import (
+    ALLOWED,
+    Checkpoint,
+    CheckpointError,
+    check_sizes,
+    compare,
+    in_batches,
+    progress_bar,
+    read_json,
+    some,
+    variable_shapes,
+    write_json,
+)
+from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation, token_ids
+from gpt_neo_sampling.checkpoint.tensor_files import TensorFiles, list_pytorch, list_safetensors
+from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types
+
+# What lists the tensors of a file of each kind; the first kind that is there is read.
+FILES = {"model.safetensors": list_safetensors, "pytorch_model.bin": list_pytorch}
+
+_SCOPE = "transformer."
+_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")  # constant masks
+_DTYPES = {
+    "float32": ("F32", np.float32),
+    "float16": ("F16", np.float16),
+    "bfloat16": ("BF16", tf.bfloat16.as_numpy_dtype),
+}
+_NAMES = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "ln_f/g": "ln_f.weight",
+    "ln_f/b": "ln_f.bias",
+}
+_NAMES_IN_LAYER = {
+    "norm_1/g": "ln_1.weight",
+    "norm_1/b": "ln_1.bias",
+    "attn/q": "attn.attention.q_proj.weight",
+    "attn/k": "attn.attention.k_proj.weight",
+    "attn/v": "attn.attention.v_proj.weight",
+    "attn/o": "attn.attention.out_proj.weight",
+    "attn/compute_output_bias/o_b": "attn.attention.out_proj.bias",
+    "norm_2/g": "ln_2.weight",
+    "norm_2/b": "ln_2.bias",
+    "mlp/conv1d_main/c_fc/kernel": "mlp.c_fc.weight",
+    "mlp/conv1d_main/c_fc/bias": "mlp.c_fc.bias",
+    "mlp/conv1d_main/c_proj/kernel": "mlp.c_proj.weight",
+    "mlp/conv1d_main/c_proj/bias": "mlp.c_proj.bias",
+}
+_SIZES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_head": "num_heads",
+    "n_layer": "num_layers",
+}
+
+
+def holds_hugging_face(files):
+    """Whether a folder with these files holds weights in this format."""
+    return any(name in files or f"{name}.index.json" in files for name in FILES)
+
+
+def open_hugging_face(folder, files):
+    """The `Checkpoint` of a folder that holds these files."""
+    config_file = folder / "config.json"
+    if "config.json" not in files:
+        raise CheckpointError(f"{folder} has weights but no config.json; {ALLOWED}")
+    config = read_json(config_file)
+    params = _params(config, config_file)
+    generation = read_generation(token_ids(config, config_file), folder, files)
+
+    store = TensorFiles(folder, _tensors(folder, files))
+    scope = _SCOPE if any(n.startswith(_SCOPE) for n in store.shapes) else ""  # a bare GPTNeoModel has none
+    shapes = variable_shapes(params)
+    sources = {name: (scope + _name(name), _is_kernel(name, shape)) for name, shape in shapes.items()}
+    expected = {sources[n][0]: s[::-1] if sources[n][1] else s for n, s in shapes.items()}
+    found = {n: s for n, s in store.shapes.items() if not _BUFFER.fullmatch(n) and n != "lm_head.weight"}
+    compare(folder, expected, found, params)
+    store.check_dtypes(expected)
+    if config.get("tie_word_embeddings") is False and "lm_head.weight" in store.shapes:
+        store.check_dtypes(["lm_head.weight"])
+        wte = sources["wte"][0]
+        if store.shapes["lm_head.weight"] != store.shapes[wte] or not np.array_equal(
+            store.read("lm_head.weight"), store.read(wte)
+        ):
+            raise CheckpointError(
+                f"{config_file}: tie_word_embeddings is false and lm_head.weight is not {wte}; "
+                "allowed: an output tied to the token table"
+            )
+    return Checkpoint("huggingface", folder, params, generation, store, sources)
+
+
+def save_hugging_face(folder, params, read, dtype, max_shard_bytes):
+    """Writes config.json and safetensors into a folder, a tensor at a time.
+
+    Args:
+      folder: pathlib.Path.
+      params: a dict of GPT-Neo's config keys.
+      read: a function from a variable's name to its array.
+      dtype: "float32", "bfloat16" or "float16".
+      max_shard_bytes: int, of a file's tensors in float32; of more there are
+        several files and an index.
+    """
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"dtype {dtype!r}; allowed: {', '.join(map(repr, _DTYPES))}")
+    write_json(folder / "config.json", {**_config(params), "dtype": dtype, "torch_dtype": dtype})
+    shapes = variable_shapes(params)
+    shards = list(in_batches(shapes, shapes, max_shard_bytes))
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    with progress_bar("writing", shapes.values()) as progress:
+        for file, names in zip(files, shards):
+            _write_safetensors(folder / file, {n: shapes[n] for n in names}, read, dtype, progress)
+    if len(shards) > 1:
+        weight_map = {_SCOPE + _name(name): file for file, names in zip(files, shards) for name in names}
+        total = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(_DTYPES[dtype][1]).itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(path, shapes, read, dtype, progress):
+    """Writes variables, {name: shape}, to one file: see `list_safetensors`.
+
+    The library's own function takes all tensors at once.
+    """
+    code, numpy_dtype = _DTYPES[dtype]
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(numpy_dtype).itemsize
+        stored = shape[::-1] if _is_kernel(name, shape) else shape
+        header[_SCOPE + _name(name)] = {"dtype": code, "shape": stored, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            value = read(name).T if _is_kernel(name, shape) else read(name)
+            with np.errstate(over="ignore"):
+                stored = value.astype(numpy_dtype, order="C")
+            if dtype == "float16" and np.isinf(stored).sum() > np.isinf(value).sum():
+                raise CheckpointError(f"{name} holds numbers beyond float16's 65504; allowed: float32, bfloat16")
+            stored.tofile(file)
+            progress.update(4 * value.size)
+
+
+def _name(name):
+    if name in _NAMES:
+        return _NAMES[name]
+    layer, name_in_layer = name.split("/", 1)
+    return f"h.{layer[1:]}.{_NAMES_IN_LAYER[name_in_layer]}"
+
+
+def _is_kernel(name, shape):
+    """Whether Hugging Face stores the variable transposed."""
+    return len(shape) == 2 and name not in _NAMES
+
+
+# ----------------------------------------------------------------- configs
+
+
+def _params(config, config_file):
+    """GPT-Neo's config keys for a Hugging Face config, checked."""
+
+    def refuse(key, allowed):
+        raise CheckpointError(f"{config_file}: {key} is {config.get(key)!r}; allowed: {allowed}")
+
+    if config.get("model_type") != "gpt_neo":
+        refuse("model_type", "'gpt_neo'")
+    if config.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+        refuse("activation_function", "'gelu_new', 'gelu_pytorch_tanh'")
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, (int, float)) or not abs(epsilon - 1e-5) < 1e-12:
+        refuse("layer_norm_epsilon", "1e-05")
+
+    params = {key: config.get(hf_key) for key, hf_key in _SIZES.items()}
+    params["local_attention_radius"] = LOCAL_RADIUS if config.get("window_size") is None else config["window_size"]
+    # Both name a type a layer; the library that wrote them builds attention_layers.
+    params["attention_types"] = config.get("attention_layers") or config.get("attention_types")
+    types = check_sizes(params, config_file, {**_SIZES, "local_attention_radius": "window_size"})
+    if config.get("attention_types") is not None:
+        try:
+            nested = expand_attention_types(config["attention_types"], params["n_layer"])
+        except ValueError as e:
+            raise CheckpointError(f"{config_file}: {e}") from None
+        if nested != types:
+            raise CheckpointError(f"{config_file}: attention_types and attention_layers do not say the same")
+    for t in types:
+        if t not in ("global", "local"):
+            raise CheckpointError(f"{config_file}: attention type {t!r}; allowed: 'global', 'local'")
+    params["attention_types"] = types
+    if config.get("intermediate_size") not in (None, 4 * params["n_embd"]):
+        refuse("intermediate_size", f"null or 4 * hidden_size = {4 * params['n_embd']}")
+    for hf_key, value in token_ids(config, config_file).items():
+        params[ID_KEYS[hf_key]] = value[0] if isinstance(value, list) else value
+    return params
+
+
+def _config(params):
+    """A Hugging Face config for GPT-Neo's config keys.
+
+    Raises:
+      CheckpointError: for an option that Hugging Face's GPT-Neo does not have.
+    """
+    types = expand_attention_types(params["attention_types"], params["n_layer"])
+    odd = [f"{key}={params[key]!r}" for key in ("rotary_emb", *UNSUPPORTED_OPTIONS) if params.get(key)]
+    odd += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
+    if params.get("activation_fn") not in (None, "gelu"):
+        odd.append(f"activation_fn={params['activation_fn']!r}")
+    if odd:
+        raise CheckpointError(f"Hugging Face's GPT-Neo has no {', '.join(dict.fromkeys(odd))}; allowed: to='mesh-tf'")
+    ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
+    if not 0 <= ids.get("pad_token_id", 0) < params["n_vocab"]:
+        del ids["pad_token_id"]  # transformers would look it up
+    return {
+        "model_type": "gpt_neo",
+        "architectures": ["GPTNeoForCausalLM"],
+        **{hf_key: params[key] for key, hf_key in _SIZES.items()},
+        "attention_types": [[[t], 1] for t in types],
+        "attention_layers": types,
+        "window_size": params.get("local_attention_radius") or LOCAL_RADIUS,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "intermediate_size": None,
+        "tie_word_embeddings": True,
+        "eos_token_id": None,  # or transformers takes GPT-2's
+        "bos_token_id": None,
+        **ids,
+    }
+
+
+# ------------------------------------------------------------------- files
+
+
+def _tensors(folder, files):
+    """Every tensor of a folder: name -> StoredTensor."""
+    single = next((f for f in FILES if f in files or f"{f}.index.json" in files), None)
+    list_tensors = FILES[single]
+    if single in files:
+        return list_tensors(folder / single)
+    index_file = folder / f"{single}.index.json"
+    weight_map = _weight_map(index_file, files)
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        tensors.update({n: t for n, t in list_tensors(folder / file).items() if weight_map.get(n, file) == file})
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise CheckpointError(
+            f"{index_file} names {len(absent)} tensors that are not in the file it gives: {some(absent)}"
+        )
+    return tensors
+
+
+def _weight_map(index_file, files):
+    """The index file's map from tensor to file, checked: name -> file name."""
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_file} has no weight_map from tensor names to files")
+    # Names only: a path could lead out of the folder.
+    odd = [f for f in weight_map.values() if not isinstance(f, str) or f != os.path.basename(f) or not f]
+    if odd:
+        raise CheckpointError(f"{index_file}: weight_map names {odd[0]!r}; allowed: files beside it")
+    missing = sorted(set(weight_map.values()) - set(files))
+    if missing:
+        raise CheckpointError(f"{index_file.parent} lacks {len(missing)} files that its index names: {some(missing)}")
+    return weight_map

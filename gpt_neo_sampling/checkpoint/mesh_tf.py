@@ -1,0 +1,314 @@
+"""GPT-Neo's own format: a TensorFlow 1 checkpoint of mesh-tensorflow's variables, and JSON configs."""
+
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from gpt_neo_sampling._compat import quiet_logging, tf
+from gpt_neo_sampling.checkpoint.base import (
+    ALLOWED,
+    STORED_BYTES,
+    Checkpoint,
+    CheckpointError,
+    check_dtypes,
+    check_sizes,
+    compare,
+    in_batches,
+    is_int,
+    list_folder,
+    progress_bar,
+    read_json,
+    read_text,
+    some,
+    staging_folder,
+    variable_shapes,
+    write_json,
+)
+from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
+from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS
+
+SCOPE = "gpt2/"
+SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
+
+# What a checkpoint may hold beside the model: what optimizers keep a variable
+# (Adam's and Adafactor's moments), and the step.
+_OPTIMIZER_STATE = re.compile(r".*(/adam_[mv]|/v[rc]|_slot_(vr|vc|v|m))|(gpt2/)?global_step")
+
+
+def open_mesh_tf(folder, files, config_file=None):
+    """The `Checkpoint` of a folder that holds these files; its config, unless it is elsewhere, among them."""
+    config_file = _config_file(folder, files) if config_file is None else config_file
+    params = read_json(config_file)
+    dataset, dataset_file = _dataset(params, config_file, folder)
+    for key in ("n_vocab", "eos_id", "padding_id"):
+        if params.get(key) is None and dataset.get(key) is not None:
+            params[key] = dataset[key]
+    params["attention_types"] = check_sizes(params, config_file)
+    if params.get("local_attention_radius") is None:
+        params["local_attention_radius"] = LOCAL_RADIUS
+    for key in ID_KEYS.values():
+        if params.get(key) is not None and not is_int(params[key]):
+            raise CheckpointError(f"{config_file}: {key} is {params[key]!r}; allowed: a whole number")
+    ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
+
+    store = _TensorFlowStore(folder, _newest(folder, files), files)
+    shapes = variable_shapes(params)
+    sources = {name: (SCOPE + name, False) for name in shapes}
+    expected = {SCOPE + name: shape for name, shape in shapes.items()}
+    found = {name: shape for name, shape in store.shapes.items() if not _OPTIMIZER_STATE.fullmatch(name)}
+    compare(folder, expected, found, params)
+    store.check_dtypes(expected)
+    return Checkpoint(
+        "mesh-tf", folder, params, read_generation(ids, folder, files), store, sources,
+        **_tokenizer(dataset, dataset_file),
+    )  # fmt: skip
+
+
+def open_mesh_tf_config(config_file):
+    """The `Checkpoint` of the folder that a config's model_path names, or else that the config is in."""
+    config = read_json(config_file)
+    if "n_embd" not in config:
+        raise CheckpointError(
+            f"{config_file} has no n_embd, so it is no config of GPT-Neo's; "
+            "allowed: one that has, or the folder that holds the model"
+        )
+    model_path = config.get("model_path")
+    if model_path is None:
+        folder = config_file.parent
+    elif not isinstance(model_path, str) or not model_path:
+        raise CheckpointError(f"{config_file}: model_path is {model_path!r}; allowed: a folder's path")
+    elif re.match(r"\w+://", model_path):
+        raise CheckpointError(
+            f"{config_file}: model_path is {model_path}, which is not on this machine; "
+            "download it and make model_path the folder, or give the folder itself as the model"
+        )
+    else:
+        candidates = [config_file.parent / model_path, Path(model_path)]
+        folder = next((c for c in candidates if c.is_dir()), None)
+        if folder is None:
+            raise CheckpointError(
+                f"{config_file}: model_path is {model_path}; there is no such folder "
+                f"in {config_file.parent} or in the working directory"
+            )
+    return open_mesh_tf(folder, list_folder(folder), config_file)
+
+
+def write_mesh_tf_checkpoint(folder, params, weights, *, dtype="float32", step=0):
+    """Writes a model in GPT-Neo's own format, one that `open_checkpoint` reads.
+
+    That is `model.ckpt-{step}.*`, the file `checkpoint`, which names it without
+    its folder, and `config.json`. They are made in a temporary folder beside
+    `folder` and then moved: a new folder appears whole, and one that is there
+    keeps its other files and gets `checkpoint` last, so that until then the
+    model that was there is the one that opens (if its step is another).
+
+    Args:
+      folder: a path; it and the folders above it are made if need be.
+      params: a dict of GPT-Neo's config keys that JSON can hold; see
+        `variable_shapes`. attention_types is written nested.
+      weights: a mapping from every name of `variable_shapes(params)` to an
+        array of that shape, of any float dtype.
+      dtype: "float32" or "bfloat16" (rounded to nearest, ties to even).
+      step: int, at least 0.
+
+    Raises:
+      CheckpointError: (a ValueError) for another dtype or step, params that are
+        not a model's or not JSON, weights that are missing, left over or of
+        another shape, or a `folder` that is a file.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; allowed: a folder, there already or not")
+    check_sizes(params, "params")
+    compare("weights", variable_shapes(params), {name: np.shape(value) for name, value in weights.items()}, params)
+    with staging_folder(folder) as staging:
+        save_mesh_tf(staging, params, weights.__getitem__, dtype, step)
+        if folder.exists():
+            for name in sorted(os.listdir(staging), key=lambda f: (f == "checkpoint", f)):
+                os.replace(staging / name, folder / name)
+        else:
+            os.rename(staging, folder)
+
+
+def save_mesh_tf(folder, params, read, dtype="float32", step=0):
+    """Writes the files of a checkpoint into a folder, some variables at a time.
+
+    read: a function from a variable's name to its array. The rest is as for
+    `write_mesh_tf_checkpoint`.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise CheckpointError(f"dtype {dtype!r}; allowed: 'float32', 'bfloat16'")
+    if not is_int(step) or step < 0:
+        raise CheckpointError(f"step {step!r}; allowed: a whole number of at least 0")
+    types = check_sizes(params, "params")
+    try:
+        write_json(folder / "config.json", {**params, "attention_types": [[[t], 1] for t in types]})
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"params cannot be written as JSON: {e}") from None
+    shapes = variable_shapes(params)
+    numpy_dtype = np.float32 if dtype == "float32" else tf.bfloat16.as_numpy_dtype
+    base = f"model.ckpt-{step}"
+    parts = []
+    with quiet_logging(), progress_bar("writing", shapes.values()) as progress:
+        for names in in_batches(shapes, shapes, SHARD_BYTES):
+            parts.append(str(folder / f"part-{len(parts)}"))
+            _save_part(parts[-1], {SCOPE + n: np.asarray(read(n), np.float32).astype(numpy_dtype) for n in names})
+            progress.update(sum(4 * math.prod(shapes[n]) for n in names))
+        with tf.Graph().as_default(), _cpu_session() as session:
+            session.run(tf.raw_ops.MergeV2Checkpoints(
+                checkpoint_prefixes=parts, destination_prefix=str(folder / base), delete_old_dirs=False
+            ))  # fmt: skip
+    (folder / "checkpoint").write_text(
+        f'model_checkpoint_path: "{base}"\nall_model_checkpoint_paths: "{base}"\n', encoding="utf-8"
+    )
+
+
+def _save_part(prefix, values):
+    """Writes values, {name: array}, as a TensorFlow checkpoint."""
+    with tf.Graph().as_default(), _cpu_session() as session:
+        # Fed, not constants: those would end in a graph of 2 GB at most.
+        tensors = [tf.placeholder(value.dtype, value.shape) for value in values.values()]
+        save = tf.raw_ops.SaveV2(
+            prefix=prefix, tensor_names=list(values), shape_and_slices=[""] * len(values), tensors=tensors
+        )
+        session.run(save, dict(zip(tensors, values.values())))
+
+
+def _cpu_session():
+    return tf.Session(config=tf.ConfigProto(device_count={"GPU": 0}))
+
+
+# ----------------------------------------------------------------- configs
+
+
+def _dataset(params, config_file, folder):
+    """The first dataset config that a model's config names and that is there, and its path; or {} and None."""
+    datasets = params.get("datasets")
+    for entry in datasets if isinstance(datasets, list) else []:
+        name = entry[0] if isinstance(entry, list) and entry else entry
+        if not isinstance(name, str):
+            raise CheckpointError(f"{config_file}: datasets has {entry!r}; allowed: a name, or [name, …]")
+        for place in (config_file.parent, folder):
+            dataset_file = place / "dataset_configs" / f"{os.path.basename(name).removesuffix('.json')}.json"
+            if dataset_file.is_file():
+                return read_json(dataset_file), dataset_file
+    return {}, None
+
+
+def _tokenizer(dataset, dataset_file):
+    """What `Checkpoint` is to know of the tokenizer that a dataset config names."""
+    path = dataset.get("tokenizer_path")
+    if path is None:
+        return {}
+    if not isinstance(path, str):
+        raise CheckpointError(f"{dataset_file}: tokenizer_path is {path!r}; allowed: a path or a name")
+    local = dataset_file.parent / path
+    return {"tokenizer": local} if local.exists() else {"tokenizer_name": path}
+
+
+def _config_file(folder, files):
+    """The path of the config: config.json, or the only JSON file with n_embd."""
+    if "config.json" in files and "n_embd" in read_json(folder / "config.json"):
+        return folder / "config.json"
+    json_files = [f for f in files if f.endswith(".json")]
+    candidates, error = [], None
+    for name in json_files:
+        try:
+            if "n_embd" in read_json(folder / name):
+                candidates.append(name)
+        except CheckpointError as e:
+            error = e
+    if len(candidates) == 1:
+        return folder / candidates[0]
+    if candidates:
+        raise CheckpointError(
+            f"{folder} holds {len(candidates)} configs: {some(candidates)}; "
+            "allowed: config.json, or a single *.json file with n_embd"
+        )
+    if error and len(json_files) == 1:  # a damaged config, as far as one can tell
+        raise error
+    found = f"{some(json_files)}, without n_embd" if json_files else "no *.json file"
+    raise CheckpointError(f"{folder} holds {found}; its config is config.json or the only *.json file with n_embd")
+
+
+def _newest(folder, files):
+    """The base name of the newest TensorFlow checkpoint, such as model.ckpt-7."""
+    there = [f[: -len(".index")] for f in files if f.endswith(".index")]
+    if "checkpoint" in files:
+        text = read_text(folder / "checkpoint")
+        named = re.search(r'^\s*model_checkpoint_path\s*:\s*"([^"\n]+)"', text, re.MULTILINE)
+        if not named:
+            raise CheckpointError(f'{folder / "checkpoint"} has no line model_checkpoint_path: "model.ckpt-N"')
+        base = re.split(r"[/\\]", named[1])[-1]
+        if base not in there:
+            raise CheckpointError(
+                f"{folder / 'checkpoint'} names {base}, but {base}.index is not there; "
+                f"the folder has {some([f'{b}.index' for b in there])}"
+            )
+        return base
+    steps = {int(m[1]): b for b in there for m in [re.fullmatch(r"model\.ckpt-(\d+)", b)] if m}
+    if not steps:
+        parts = [f for f in files if f.startswith("model.ckpt-")]
+        raise CheckpointError(f"{folder} has no model.ckpt-N.index, only {some(parts)}; {ALLOWED}")
+    return steps[max(steps)]
+
+
+class _TensorFlowStore:
+    """The tensors of a TensorFlow checkpoint. shapes: name -> tuple of ints."""
+
+    # What TensorFlow's reader raises for damaged files: some of its C++ errors
+    # come out as Python's own types (a short file as an IndexError).
+    _ERRORS = (tf.errors.OpError, LookupError, RuntimeError, ValueError, OSError)
+
+    def __init__(self, folder, base, files):
+        self._path = folder / base
+        self._link_folder = None
+        shards = _data_files(self._path, base, files)
+        try:
+            self._reader = tf.train.NewCheckpointReader(str(self._without_wildcards(folder) / base))
+            self.shapes = {n: tuple(s) for n, s in self._reader.get_variable_to_shape_map().items()}
+            self._dtypes = {n: tf.as_dtype(d).name for n, d in self._reader.get_variable_to_dtype_map().items()}
+        except self._ERRORS as e:
+            raise CheckpointError(f"{self._path}.index cannot be read, it is damaged: {e}") from None
+        needed = sum(STORED_BYTES.get(self._dtypes[n], 0) * math.prod(s) for n, s in self.shapes.items())
+        there = sum((folder / f).stat().st_size for f in shards)
+        if there < needed:
+            raise CheckpointError(f"{self._path}.data-* is cut short: {there} bytes of at least {needed}")
+
+    def _without_wildcards(self, folder):
+        """The folder, by a link if need be: TensorFlow globs the paths it opens."""
+        if not re.search(r"[*?\[\\]", str(folder)) or os.name == "nt":
+            return folder
+        self._link_folder = tempfile.TemporaryDirectory()  # goes with the reader
+        link = Path(self._link_folder.name) / "model"
+        link.symlink_to(folder.resolve())
+        return link
+
+    def check_dtypes(self, names):
+        check_dtypes(self._path, {n: self._dtypes[n] for n in names})
+
+    def read(self, name):
+        try:
+            return self._reader.get_tensor(name)
+        except self._ERRORS as e:
+            raise CheckpointError(f"{name} in {self._path} cannot be read: {e}") from None
+
+    def close(self):
+        self._reader = None
+        if self._link_folder is not None:
+            self._link_folder.cleanup()
+
+
+def _data_files(path, base, files):
+    """The names of a checkpoint's data files, all of them."""
+    shards = [m for f in files for m in [re.fullmatch(re.escape(base) + r"\.data-(\d{5})-of-(\d{5})", f)] if m]
+    total = max((int(m[2]) for m in shards), default=1)
+    there = {m[0] for m in shards}
+    missing = [f for f in (f"{base}.data-{i:05d}-of-{total:05d}" for i in range(total)) if f not in there]
+    if missing:
+        raise CheckpointError(f"{path.parent} has {base}.index but not {some(missing)}")
+    return sorted(there)

@@ -1,0 +1,55 @@
+"""Opening a model, of whichever kind it is."""
+
+import re
+from pathlib import Path
+
+from gpt_neo_sampling.checkpoint.base import ALLOWED, CheckpointError, list_folder, some
+from gpt_neo_sampling.checkpoint.hugging_face import holds_hugging_face, open_hugging_face
+from gpt_neo_sampling.checkpoint.mesh_tf import open_mesh_tf, open_mesh_tf_config
+
+
+def open_checkpoint(path):
+    """Opens the model in a folder, of whichever kind it is, and checks it.
+
+    A GPT-Neo mesh-TF folder holds TensorFlow checkpoints `model.ckpt-N.*`, of
+    which the one that the file `checkpoint` names is taken (by its base name,
+    so a folder may be moved), or without that file the highest N; and a config,
+    `config.json` or else the only *.json file with an `n_embd`. Where the config
+    names `datasets`, and `dataset_configs/NAME.json` is beside it or in the
+    folder, that says what the config does not: n_vocab, eos_id, padding_id, and
+    the tokenizer, if its tokenizer_path is on this machine.
+
+    A Hugging Face folder holds `config.json` and `model.safetensors`, or else
+    `pytorch_model.bin`, either of them whole or as shards with an index
+    (`model.safetensors.index.json`). No weights are read yet.
+
+    Args:
+      path: of a folder, or of a mesh-TF model's JSON config; the folder is then
+        the config's `model_path` (relative to the config or to the working
+        directory), or without one the folder that the config is in.
+
+    Returns:
+      a `Checkpoint`.
+
+    Raises:
+      CheckpointError: (a ValueError) if there is no such folder, it holds no
+        model or more than one kind, a file is damaged, the config asks for what
+        GPT-Neo does not have, the variables are not those of the config, or
+        their file is a pickle that asks for more than tensors; and for
+        safetensors if that package is not installed.
+    """
+    path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        return open_mesh_tf_config(path)
+    files = list_folder(path)
+    mesh_tf = "checkpoint" in files or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
+    hugging_face = holds_hugging_face(files)
+    if mesh_tf and hugging_face:
+        raise CheckpointError(
+            f"{path} holds both a TensorFlow checkpoint and Hugging Face's weights; allowed: one of them"
+        )
+    if mesh_tf:
+        return open_mesh_tf(path, files)
+    if hugging_face:
+        return open_hugging_face(path, files)
+    raise CheckpointError(f"{path} holds no model, only {some(files)}; {ALLOWED}")

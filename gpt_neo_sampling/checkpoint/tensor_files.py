@@ -1,0 +1,275 @@
+"""Tensors that lie as they are in files: safetensors, and PyTorch's own format without its code.
+
+A PyTorch file (pytorch_model.bin) is pickled: a program, which builds tensors
+by calling functions by name. Here that program is run with stand-ins for the
+few names that tensors need, which only note where a tensor lies, and any other
+name is an error. Two layouts: a zip archive with a file for each storage
+(PyTorch 1.6 and later), and pickles followed by the storages.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from gpt_neo_sampling.checkpoint.base import CheckpointError, aligned_empty, check_dtypes, some
+
+_STORED_AS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy has no bfloat16
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_STORAGES = {  # PyTorch's class: dtype, bytes of an element
+    "BFloat16Storage": ("bfloat16", 2),
+    "BoolStorage": ("bool", 1),
+    "ByteStorage": ("uint8", 1),
+    "CharStorage": ("int8", 1),
+    "DoubleStorage": ("float64", 8),
+    "FloatStorage": ("float32", 4),
+    "HalfStorage": ("float16", 2),
+    "IntStorage": ("int32", 4),
+    "LongStorage": ("int64", 8),
+    "ShortStorage": ("int16", 2),
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    path: Path
+    begin: int  # of its first element, in bytes from the file's start
+    dtype: str
+    shape: tuple
+    strides: tuple  # in elements
+
+
+class TensorFiles:
+    """The store of a checkpoint whose tensors lie in files. shapes: name -> tuple of ints."""
+
+    def __init__(self, folder, tensors):
+        self._folder = folder
+        self._tensors = tensors
+        self.shapes = {name: t.shape for name, t in tensors.items()}
+
+    def check_dtypes(self, names):
+        check_dtypes(self._folder, {n: self._tensors[n].dtype for n in names})
+
+    def read(self, name):
+        t = self._tensors[name]
+        dtype = np.dtype(_STORED_AS[t.dtype])
+        span = _span(t.shape, t.strides)
+        try:
+            with open(t.path, "rb") as file:
+                file.seek(t.begin)
+                stored = np.fromfile(file, dtype, span)
+        except OSError as e:
+            raise CheckpointError(f"{name} in {t.path} cannot be read: {e}") from None
+        if len(stored) < span:
+            raise CheckpointError(f"{name} in {t.path} cannot be read: the file is cut short")
+        stored = np.lib.stride_tricks.as_strided(stored, t.shape, [s * dtype.itemsize for s in t.strides])
+        value = aligned_empty(t.shape, np.float32)
+        if t.dtype == "bfloat16":  # the upper half of a float32
+            np.left_shift(stored, np.uint32(16), out=value.view(np.uint32), dtype=np.uint32)
+        else:
+            np.copyto(value, stored)
+        return value
+
+    def close(self):
+        pass  # no file is open between reads
+
+
+def list_safetensors(path):
+    """The tensors of a safetensors file: name -> StoredTensor.
+
+    The file is a length (8 bytes, little-endian), that many bytes of JSON with
+    each tensor's place after them, and the tensors.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise CheckpointError(f"{path} needs the package safetensors: pip install gpt_neo_sampling[hf]") from None
+    try:
+        with safe_open(str(path), framework="np"):  # checks the header and every place in it
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read as safetensors, {_why(path, e)}") from None
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            8 + size + entry["data_offsets"][0],
+            _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
+            tuple(entry["shape"]),
+            _contiguous(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }
+
+
+def list_pytorch(path):
+    """The tensors of a PyTorch file that holds a dict of them: name -> StoredTensor."""
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"
+        tensors, begins = (_list_zip if is_zip else _list_legacy)(path)
+        if not isinstance(tensors, dict):
+            raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
+        others = [str(name) for name, t in tensors.items() if not isinstance(name, str) or not isinstance(t, _Tensor)]
+        if others:
+            raise ValueError(f"it holds {len(others)} things that are not tensors: {some(others)}")
+        return {
+            name: StoredTensor(
+                path, begins[t.storage.key] + t.offset * t.storage.itemsize, t.storage.dtype, t.shape, t.strides
+            )
+            for name, t in tensors.items()
+        }
+    except CheckpointError:
+        raise
+    except Exception as e:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{path} cannot be read as a PyTorch file, {_why(path, e)}") from None
+
+
+# ---------------------------------------------------------- PyTorch's format
+
+
+# The stand-ins, both immutable: a pickle cannot set their attributes.
+_Storage = collections.namedtuple("_Storage", "dtype itemsize key size")
+_Tensor = collections.namedtuple("_Tensor", "storage offset shape strides")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Runs a pickle of tensors; no name but these few is looked up, and nothing is imported."""
+
+    def __init__(self, file, path):
+        super().__init__(file)
+        self._path = path
+        self._names = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            # made for this file alone, so that a pickle that sets their attributes sets no other's
+            ("torch._utils", "_rebuild_tensor"): functools.partial(_rebuild_tensor),
+            ("torch._utils", "_rebuild_tensor_v2"): functools.partial(_rebuild_tensor),
+            ("torch._utils", "_rebuild_parameter"): functools.partial(_rebuild_parameter),
+            **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+        }
+
+    def find_class(self, module, name):
+        if (module, name) not in self._names:
+            raise CheckpointError(
+                f"{self._path} asks for {module}.{name}, which is no part of a tensor, and is not run; "
+                "allowed: a dict of tensors (convert it to safetensors where you trust it)"
+            )
+        return self._names[module, name]
+
+    def persistent_load(self, pid):
+        kind, (dtype, itemsize), key, _device, size, *view = pid
+        if kind != "storage" or not isinstance(key, str) or not _is_size(size) or any(v is not None for v in view):
+            raise ValueError(f"an unknown kind of storage, {pid!r}")
+        return _Storage(dtype, itemsize, key, size)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_gradient_and_hooks):
+    sizes = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or len(shape) != len(strides) or not all(map(_is_size, sizes)):
+        raise ValueError("a tensor without a storage, offset, shape and strides")
+    if offset + _span(shape, strides) > storage.size:
+        raise ValueError(f"a tensor that ends behind its storage {storage.key}")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor, *_gradient_and_hooks):
+    return tensor
+
+
+def _list_zip(path):
+    """(what the pickle holds, storage's key -> its first byte) of a zip archive."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        members = {m.filename: m for m in archive.infolist()}
+        pickles = [name for name in members if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError(f"a zip archive with {len(pickles)} data.pkl; allowed: one")
+        prefix = pickles[0].removesuffix("data.pkl")
+
+        def begin(name):
+            member = members[name]
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} in it is compressed")
+            file.seek(member.header_offset)
+            header = file.read(30)
+            if header[:4] != b"PK\3\4":
+                raise ValueError(f"{name} in it has no header")
+            return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+
+        if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
+            raise ValueError("its numbers are big-endian; allowed: little-endian")
+        begin(pickles[0])  # refused if it is compressed, and so of any size
+        with archive.open(pickles[0]) as stream:
+            unpickler = _Unpickler(stream, path)
+            tensors = unpickler.load()
+        begins = {}
+        for storage in _storages(tensors):
+            name = f"{prefix}data/{storage.key}"
+            begins[storage.key] = begin(name)
+            if members[name].file_size < storage.size * storage.itemsize:
+                raise ValueError(f"storage {storage.key} is cut short")
+        return tensors, begins
+
+
+def _list_legacy(path):
+    """The same of pickles (magic number, protocol, machine, tensors, keys) and storages behind them."""
+    with open(path, "rb") as file:
+
+        def load():
+            return _Unpickler(file, path).load()
+
+        if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
+            raise ValueError("it is not one; a pickle by itself is not read")
+        if load().get("little_endian") is not True:
+            raise ValueError("its numbers are big-endian; allowed: little-endian")
+        tensors, keys = load(), load()
+        storages = {storage.key: storage for storage in _storages(tensors)}
+        end, begins = os.fstat(file.fileno()).st_size, {}
+        for key in keys:
+            storage = storages[key]
+            if struct.unpack("<q", file.read(8)) != (storage.size,):
+                raise ValueError(f"storage {key} is not of the size that it should be")
+            begins[key] = file.tell()
+            if file.seek(storage.size * storage.itemsize, os.SEEK_CUR) > end:
+                raise ValueError(f"storage {key} is cut short")
+        return tensors, begins
+
+
+def _storages(tensors):
+    return {t.storage for t in tensors.values() if isinstance(t, _Tensor)} if isinstance(tensors, dict) else ()
+
+
+def _is_size(value):
+    return type(value) is int and value >= 0
+
+
+def _span(shape, strides):
+    """Elements from a tensor's first to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if all(shape) else 0
+
+
+def _contiguous(shape):
+    return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
+
+
+def _why(path, error):
+    try:
+        with open(path, "rb") as file:
+            if file.read(32).startswith(b"version https://git-lfs"):
+                return "it is a Git LFS pointer, run git lfs pull"
+    except OSError:
+        pass
+    return f"damaged: {error or type(error).__name__}"

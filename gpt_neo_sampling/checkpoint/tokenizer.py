@@ -1,0 +1,86 @@
+"""The tokenizer of a model: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
+
+from gpt_neo_sampling.checkpoint.base import CheckpointError, read_json
+
+_ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+# Everything that may belong to a tokenizer, for what copies a model.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", *_ADDED_TOKENS)
+
+
+def load_tokenizer(checkpoint):
+    """The tokenizer of a checkpoint.
+
+    tokenizer.json holds all of it. vocab.json and merges.txt are byte-level BPE's
+    (Radford et al. 2019); tokens that must not be cut, such as <|endoftext|>,
+    are then those of added_tokens.json, special_tokens_map.json and
+    tokenizer_config.json, where these are there.
+
+    Args:
+      checkpoint: a `Checkpoint`.
+
+    Returns:
+      a tokenizers.Tokenizer, or None if the model comes without one.
+
+    Raises:
+      CheckpointError: if a file cannot be read, the tokenizer does not fit the
+        model, or the package tokenizers is not installed.
+    """
+    file = checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
+    if file is None:
+        return None
+    try:
+        import tokenizers
+    except ImportError:
+        raise CheckpointError(f"{file} needs the package tokenizers: pip install 'gpt_neo_sampling[cli]'") from None
+    try:
+        if checkpoint.tokenizer_file:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            tokenizer = _byte_level_bpe(tokenizers, *checkpoint.tokenizer_files)
+    except CheckpointError:
+        raise
+    except Exception as e:  # the library raises bare Exception
+        raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from None
+    size, n_vocab = tokenizer.get_vocab_size(), checkpoint.params["n_vocab"]
+    if size > n_vocab:
+        raise CheckpointError(f"{file} has {size} tokens; the model's vocabulary has {n_vocab}")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= n_vocab:
+        raise CheckpointError(f"{file} has the token {largest}; the model's vocabulary ends at {n_vocab - 1}")
+    return tokenizer
+
+
+def _byte_level_bpe(tokenizers, vocab_file, merges_file):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
+    config_file = vocab_file.parent / "tokenizer_config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    with_space = bool(config.get("add_prefix_space"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=with_space)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    for id_, text, is_special in _added_tokens(vocab_file.parent, config):
+        token = tokenizers.AddedToken(text, special=is_special, normalized=False)
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
+        if id_ is not None and tokenizer.token_to_id(text) != id_:
+            raise CheckpointError(
+                f"{vocab_file.parent}: {text} is to be token {id_}, but is token {tokenizer.token_to_id(text)}"
+            )
+    return tokenizer
+
+
+def _added_tokens(folder, config):
+    """(id or None, text, whether decoding leaves it out) of each token that is added, by id."""
+    tokens = {}
+    for id_, entry in (config.get("added_tokens_decoder") or {}).items():
+        tokens[entry["content"]] = (int(id_), bool(entry.get("special")))
+    added_file, special_file = (folder / name for name in _ADDED_TOKENS[:2])
+    for text, id_ in (read_json(added_file) if added_file.is_file() else {}).items():
+        tokens.setdefault(text, (id_, False))
+    for entries in (config, read_json(special_file) if special_file.is_file() else {}):
+        for key, entry in entries.items():
+            if key.endswith("_token") or key == "additional_special_tokens":
+                for token in entry if isinstance(entry, list) else [entry]:
+                    text = token.get("content") if isinstance(token, dict) else token
+                    if isinstance(text, str):
+                        tokens[text] = (tokens.get(text, (None,))[0], True)
+    by_id = sorted(tokens.items(), key=lambda token: (token[1][0] is None, token[1][0] or 0))
+    return [(id_, text, is_special) for text, (id_, is_special) in by_id]
