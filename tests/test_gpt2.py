@@ -286,6 +286,20 @@ def gradients(mesh, loss):
     }
 
 
+def training_gradients(ids, labels, other, params):
+    """{name: gradient} of the loss, as GPT-Neo's model_fn has it: with `num_microbatches`, summed over them."""
+    mesh, microbatches = ids.mesh, params.get("num_microbatches", 1)
+
+    def model_fn(features):
+        return {"loss": call_model(features["inputs"], other, params, labels=features["labels"])[1]}
+
+    features = {"inputs": ids, "labels": labels}
+    if microbatches == 1:
+        return gradients(mesh, model_fn(features)["loss"])
+    summed, _ = mtf.serialize_training_step(features, model_fn, ids.shape[0], microbatches)
+    return {v.name.removeprefix("gpt2/"): g for v, g in zip(mesh.graph.trainable_variables, summed)}
+
+
 @functools.cache
 def on_one_device(training, rotary=False):
     return run_split("", "", training, rotary)
@@ -412,7 +426,7 @@ def token_losses(logits, labels, z_loss=1e-4, entmax=False):
 
 
 TRAIN = config(["global", "local"], n_ctx=8, n_vocab=29, local_attention_radius=3)
-TRAIN_SHAPE = (3, 8)
+TRAIN_SHAPE = (4, 8)
 
 
 def train_inputs():
@@ -544,65 +558,98 @@ def test_dropout():
 
 # --- Gradients ----------------------------------------------------------------------
 
-GRADIENTS = {
+MODELS = {
     "softmax": {},
     "entmax": {"entmax_loss": True},
-    "softmax, recomputed": {"recompute_grad": True},
-    "entmax, recomputed": {"entmax_loss": True, "recompute_grad": True},
     "rotary": {"rotary_emb": True, "attention_types": [[["none", "local"], 1]], "activation_fn": "mish"},
 }
-GRADIENTS["rotary, recomputed"] = {**GRADIENTS["rotary"], "recompute_grad": True}
+WAYS = {
+    "plain": {},
+    "recomputed": {"recompute_grad": True},
+    "microbatches": {"num_microbatches": 2},
+    "recomputed in microbatches": {"recompute_grad": True, "num_microbatches": 2},
+}
+# microbatches need every variable in use, and the rotary model shares the others'
+CASES = [(m, w) for m in MODELS for w in WAYS if m != "rotary" or "microbatches" not in w]
+
+
+def gradients_each_way(params, shape, inputs, ways, mesh_shape="", layout=""):
+    """{(model, way): {name: gradient}}, from one graph."""
+
+    def build(mesh, ids, labels):
+        dims, other = features(mesh, params, *shape)
+        ids, labels = mtf.import_tf_tensor(mesh, ids, dims), mtf.import_tf_tensor(mesh, labels, dims)
+        return {
+            (model, way): training_gradients(
+                ids, labels, other, {**params, **MODELS[model], **WAYS[way], "mode": "train"}
+            )
+            for model, way in ways
+        }
+
+    runner = MeshRunner(mesh_shape, layout)
+    return Program(build, [(tf.int32, shape)] * 2, random_weights(params), runner)(*inputs)
 
 
 @pytest.fixture(scope="module")
 def all_gradients():
-    def build(mesh, ids, labels):
-        shape, other = features(mesh, TRAIN, *TRAIN_SHAPE)
-        ids, labels = mtf.import_tf_tensor(mesh, ids, shape), mtf.import_tf_tensor(mesh, labels, shape)
-        out = {}
-        for case, options in GRADIENTS.items():
-            _, loss, _ = call_model(ids, other, {**TRAIN, "mode": "train", **options}, labels=labels)
-            out[case] = gradients(mesh, loss)
-        return out
-
-    return Program(build, [(tf.int32, TRAIN_SHAPE)] * 2, random_weights(TRAIN))(*train_inputs())
+    return gradients_each_way(TRAIN, TRAIN_SHAPE, train_inputs(), CASES)
 
 
-@pytest.mark.parametrize("case", GRADIENTS)
-def test_gradients_by_central_differences(all_gradients, case):
+def check_by_central_differences(gradients, params, inputs, model):
     """Each weight's gradient along two random directions of unit length.
 
     The differences are of the float64 loss, so they are good to 1e-9; the
     tolerance is float32's.
     """
-    ids, labels = train_inputs()
-    params = {**TRAIN, **GRADIENTS[case]}
-    names = variable_shapes(params)
-    weights = {name: w.astype(np.float64) for name, w in random_weights(TRAIN).items() if name in names}
+    ids, labels = inputs
+    of_model = {**params, **MODELS[model]}
+    names = variable_shapes(of_model)
+    weights = {name: w.astype(np.float64) for name, w in random_weights(params).items() if name in names}
     rng = np.random.default_rng(9)
 
     def loss(weights):
-        logits = reference.gpt_neo_forward(weights, ids, **reference_config(params))
-        return token_losses(logits, labels, entmax="entmax" in case).mean()
+        logits = reference.gpt_neo_forward(weights, ids, **reference_config(of_model))
+        return token_losses(logits, labels, entmax=model == "entmax").mean()
 
-    assert set(all_gradients[case]) == set(weights)
+    assert set(gradients) == set(weights)
     for name, w in weights.items():
         for _ in range(2):
             direction = rng.standard_normal(w.shape)
             direction /= np.linalg.norm(direction)
             step = 1e-5 * direction
             expected = (loss({**weights, name: w + step}) - loss({**weights, name: w - step})) / 2e-5
-            found = np.sum(all_gradients[case][name].astype(np.float64) * direction)
-            scale = np.linalg.norm(all_gradients[case][name])
+            found = np.sum(gradients[name].astype(np.float64) * direction)
+            scale = np.linalg.norm(gradients[name])
             assert scale > 1e-4, name
             assert abs(found - expected) < 2e-5 * scale + 1e-8, name
 
 
-@pytest.mark.parametrize("case", ["softmax", "entmax", "rotary"])
-def test_gradients_in_bfloat16(all_gradients, case):
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_by_central_differences(all_gradients, model):
+    check_by_central_differences(all_gradients[model, "plain"], TRAIN, train_inputs(), model)
+
+
+@pytest.mark.parametrize("model, way", [case for case in CASES if case[1] != "plain"])
+def test_recomputing_and_microbatches_change_no_gradient(all_gradients, model, way):
+    for name, g in all_gradients[model, "plain"].items():
+        assert largest_difference(all_gradients[model, way][name], g) < 1e-6, name
+
+
+@pytest.mark.parametrize("mesh_shape, layout", [TRAINING_LAYOUTS[0], ("x:2", "vocab:x")])
+def test_entmax_gradients_with_the_vocabulary_split(mesh_shape, layout):
+    ways = [("entmax", "plain"), ("entmax", "recomputed in microbatches")]
+    inputs = split_inputs()[:2]
+    split = gradients_each_way(SPLIT, [SPLIT_BATCH, SPLIT_LENGTH], inputs, ways, mesh_shape, layout)
+    check_by_central_differences(split[ways[0]], SPLIT, inputs, "entmax")
+    for name, g in split[ways[0]].items():
+        assert largest_difference(split[ways[1]][name], g) < 1e-6 * max(1, np.abs(g).max()), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_in_bfloat16(all_gradients, model):
     """Each within a tenth of float32's, as a whole: some sixty roundings of 2⁻⁹ on the way there and back."""
     variable_dtype = mtf.VariableDType(tf.bfloat16)
-    params = {**TRAIN, **GRADIENTS[case], "mode": "train"}
+    params = {**TRAIN, **MODELS[model], "mode": "train"}
 
     def build(mesh, ids, labels):
         shape, other = features(mesh, params, *TRAIN_SHAPE, variable_dtype=variable_dtype)
@@ -614,15 +661,9 @@ def test_gradients_in_bfloat16(all_gradients, case):
     found = Program(build, [(tf.int32, TRAIN_SHAPE)] * 2, weights)(*train_inputs())
     assert set(found) == set(names)
     for name, g in found.items():
-        expected = all_gradients[case][name]
+        expected = all_gradients[model, "plain"][name]
         assert g.dtype == tf.bfloat16.as_numpy_dtype
         assert np.linalg.norm(g.astype(np.float32) - expected) < 0.1 * np.linalg.norm(expected), name
-
-
-@pytest.mark.parametrize("case", ["softmax", "entmax", "rotary"])
-def test_recomputing_changes_no_gradient(all_gradients, case):
-    for name, g in all_gradients[case].items():
-        assert largest_difference(all_gradients[case + ", recomputed"][name], g) < 1e-6, name
 
 
 # --- Initial values --------------------------------------------------------------------

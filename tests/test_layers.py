@@ -178,6 +178,41 @@ def test_half_precision_rounds_once(dtype):
         np.testing.assert_allclose(got.astype(np.float64), want, rtol=1.1 * unit * 2, atol=1e-4)
 
 
+def test_gradients_recomputed_in_microbatches(runner):
+    """Of all three, one upon the other, against central differences in float64."""
+    x, dy = normal(4, 3, 16), normal(4, 3, 8, seed=1)
+    start = {"g": normal(16, seed=2), "b": normal(16, seed=3), "w": normal(16, 8, seed=4) / 4}
+
+    def build(mesh, x, dy):
+        def by_microbatch(part):
+            g, b, w = (
+                mtf.get_variable(mesh, name, mtf.Shape(shape), initializer=tf.constant_initializer(start[name]))
+                for name, shape in (("g", [IN]), ("b", [IN]), ("w", [IN, OUT]))
+            )
+            y = mtf.recompute_grad(lambda x: activate(matmul(layer_norm(x, g, b, 1e-5), w), "gelu"), [part["x"]])
+            return {"loss": mtf.reduce_sum(y * part["dy"])}
+
+        parts = {"x": imp(mesh, x, B, S, IN), "dy": imp(mesh, dy, B, S, OUT)}
+        return mtf.serialize_training_step(parts, by_microbatch, B, 2)[0]
+
+    def loss(g, b, w):
+        centred = x - x.mean(-1, keepdims=True, dtype=np.float64)
+        h = (centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * g + b) @ w
+        return (dy * 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))).sum()
+
+    for name, got in zip(start, runner(build, x, dy)):
+        at = {key: value.astype(np.float64) for key, value in start.items()}
+        want = np.zeros(got.shape)
+        for i in np.ndindex(got.shape):
+            value = at[name][i]
+            at[name][i] = value + 1e-6
+            up = loss(**at)
+            at[name][i] = value - 1e-6
+            want[i] = (up - loss(**at)) / 2e-6
+            at[name][i] = value
+        close(got, want)
+
+
 def test_resize(runner):
     x = normal(4, 8, 5)
     ids = np.arange(32, dtype=np.int32).reshape(4, 8)

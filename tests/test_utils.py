@@ -805,35 +805,50 @@ def test_loss(runner):
     np.testing.assert_allclose(got[0], cross_entropy, rtol=1e-5, atol=2e-6)
 
 
-def test_loss_gradient_is_its_slope():
-    """p − t is the derivative of this loss: central differences of the reference's value."""
+def test_loss_gradient_is_its_slope(runner):
+    """p − t is the derivative of this loss: central differences of the reference's value.
+
+    By itself, recomputed, and by microbatches: there, of an offset to the logits of all rows.
+    """
     rng = np.random.default_rng(15)
     b, v = dims(batch=4, vocab=8)
     x = rng.normal(size=(4, 8)).astype(np.float32)
     hard = np.array([0, 3, 7, 2], np.int32)
     weight = np.array([1.0, -2.0, 0.5, 3.0], np.float32)  # what comes down from above is passed on
+    alphas = (1.3,) if is_split(runner) else LOSS_ALPHAS
 
     def build(mesh, x, hard, weight):
-        x = imp(mesh, x, b, v)
+        features = {"x": imp(mesh, x, b, v), "hard": imp(mesh, hard, b), "weight": imp(mesh, weight, b)}
         outs = []
-        for alpha in LOSS_ALPHAS:
+        for alpha in alphas:
 
-            def loss(x, alpha=alpha):
-                return entmax_cross_entropy_with_logits(x, imp(mesh, hard, b), v, alpha=alpha)
+            def loss(x, hard, alpha=alpha):
+                return entmax_cross_entropy_with_logits(x, hard, v, alpha=alpha)
 
-            for fn in (loss, lambda x, loss=loss: mtf.recompute_grad(loss, [x])):
-                outs.append(mtf.gradients([mtf.reduce_sum(fn(x) * imp(mesh, weight, b))], [x])[0])
+            def recomputed(x, hard, loss=loss):
+                return mtf.recompute_grad(loss, [x, hard])
+
+            def by_microbatch(part, loss=recomputed):
+                offset = mtf.get_variable(mesh, "offset", mtf.Shape([v]), initializer=tf.zeros_initializer())
+                return {"loss": mtf.reduce_sum(loss(part["x"] + offset, part["hard"]) * part["weight"])}
+
+            for fn in (loss, recomputed):
+                total = mtf.reduce_sum(fn(features["x"], features["hard"]) * features["weight"])
+                outs += mtf.gradients([total], [features["x"]])
+            outs += mtf.serialize_training_step(features, by_microbatch, b, 2)[0]
         return outs
 
-    got = MeshRunner()(build, x, hard, weight)
-    for n, alpha in enumerate(LOSS_ALPHAS):
+    got = runner(build, x, hard, weight)
+    for n, alpha in enumerate(alphas):
         want, step = np.zeros((4, 8)), 1e-5
         for j in range(8):
             shift = step * np.eye(8)[j]
             up, down = (reference.entmax_loss(float64(x) + d, np.eye(8)[hard], alpha) for d in (shift, -shift))
             want[:, j] = weight * (up - down) / (2 * step)
-        np.testing.assert_allclose(got[2 * n], want, atol=1e-5)
-        np.testing.assert_allclose(got[2 * n + 1], want, atol=1e-5)
+        plain, recomputed, of_offset = got[3 * n : 3 * n + 3]
+        np.testing.assert_allclose(plain, want, atol=1e-5)
+        np.testing.assert_allclose(recomputed, want, atol=1e-5)
+        np.testing.assert_allclose(of_offset, want.sum(0), atol=1e-5)
 
 
 def test_loss_with_z_loss(runner):
