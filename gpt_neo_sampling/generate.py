@@ -9,7 +9,7 @@ import secrets
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tf
-from gpt_neo_sampling.checkpoint import CheckpointError, load_tokenizer, open_checkpoint, progress_bar
+from gpt_neo_sampling.checkpoint import CheckpointError, aligned, load_tokenizer, open_checkpoint, progress_bar
 from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.draws import padded_size
 from gpt_neo_sampling.mesh import device_mesh, round_up
@@ -21,7 +21,7 @@ DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 64
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
-LOAD_BYTES = 2**24  # weights read before they are handed to TensorFlow
+LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 SHORTEST = 32  # positions of the smallest graph
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 DTYPES = ("float32", "bfloat16")  # of weights and activations
@@ -450,7 +450,7 @@ class TextGenerator:
                 for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
                     part = _slice(value, self._mesh_impl.slice_begin(shape, processor), variable.shape.as_list())
                     # the initial value is fed, so it is not computed
-                    feed[variable.initializer] = part.astype(variable.dtype.base_dtype.as_numpy_dtype, copy=False)
+                    feed[variable.initializer] = aligned(part, variable.dtype.base_dtype.as_numpy_dtype)
                     size += part.nbytes
                     if size >= LOAD_BYTES:
                         self._fill(session, feed)
