@@ -7,12 +7,12 @@ import pathlib
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.checkpoint import CheckpointError, progress_bar
+from gpt_neo_sampling.checkpoint import CheckpointError, aligned, progress_bar
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
-LOAD_BYTES = 2**24  # weights read before they are handed to TensorFlow
+LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 DTYPES = ("float32", "bfloat16")  # of weights and activations
 
@@ -128,7 +128,7 @@ def load_weights(checkpoint, weights, mesh_impl, run):
             shape, slices = weights[name]
             for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
                 part = _slice(value, mesh_impl.slice_begin(shape, processor), variable.shape.as_list())
-                feed[variable.initializer] = part.astype(variable.dtype.base_dtype.as_numpy_dtype, copy=False)
+                feed[variable.initializer] = aligned(part, variable.dtype.base_dtype.as_numpy_dtype)
                 size += part.nbytes
                 if size >= LOAD_BYTES:
                     fill()

@@ -10,7 +10,14 @@ Every error about a folder is a `CheckpointError` of one line, which says what
 was found and what is allowed.
 """
 
-from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, progress_bar, staging_folder, variable_shapes
+from gpt_neo_sampling.checkpoint.base import (
+    Checkpoint,
+    CheckpointError,
+    aligned,
+    progress_bar,
+    staging_folder,
+    variable_shapes,
+)
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE, convert_checkpoint, files_beside
 from gpt_neo_sampling.checkpoint.mesh_tf import write_mesh_tf_checkpoint
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
@@ -20,6 +27,7 @@ __all__ = [
     "MAX_SHARD_SIZE",
     "Checkpoint",
     "CheckpointError",
+    "aligned",
     "convert_checkpoint",
     "files_beside",
     "load_tokenizer",

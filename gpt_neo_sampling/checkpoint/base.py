@@ -150,7 +150,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} is closed; open it again to read {name!r}")
         stored_name, transposed = self._sources[name]
         value = self._store.read(stored_name)
-        return _aligned(value.T if transposed else value)
+        return aligned(value.T if transposed else value, np.float32)
 
     def close(self):
         """Lets go of the files. What is not a weight stays readable."""
@@ -308,11 +308,11 @@ def aligned_empty(shape, dtype):
     return buffer[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _aligned(value):
-    """The array in float32, in C's order and aligned; a copy only if need be."""
-    if value.dtype == np.float32 and value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
+def aligned(value, dtype):
+    """The array in this dtype and in C's order, at an address that TensorFlow takes without a copy."""
+    if value.dtype == dtype and value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
         return value
-    copy = aligned_empty(value.shape, np.float32)
+    copy = aligned_empty(value.shape, dtype)
     np.copyto(copy, value, casting="unsafe")
     return copy
 
