@@ -251,7 +251,7 @@ def test_a_command_ends_soon_after_a_worker_is_killed(own_workers, model):
             out, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, out) == (1, "")
+    assert (process.returncode, out) == (1, ""), err
     assert err == (f"gpt-neo-sampling: error: worker:1 at {own_workers.addresses[1]} has gone; what it held is lost\n")
 
 

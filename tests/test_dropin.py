@@ -64,7 +64,7 @@ def averaging_logits(w, row):
 # does not import by itself on TensorFlow 2.13 and later.
 AS_IT_IS = "" if TENSORFLOW < (2, 13) else "import gpt_neo_sampling; "
 PROGRAMS = {
-    "GPT2": (AS_IT_IS, bundled_logits, variable_shapes(PARAMS), {"mesh_shape": "x:2", "layout": "batch:x,vocab:x"}),
+    "GPT2": (AS_IT_IS, bundled_logits, variable_shapes(PARAMS), {"mesh_shape": "x:2,y:2", "layout": "batch:x,vocab:y"}),
     "attention": ("import gpt_neo_sampling; ", attention_logits, {"wte", "wpe", *"qkvo"}, {"num_microbatches": 2}),
     "averaging": ("import tensorflow; " + AS_IT_IS, averaging_logits, {"wte", "in", "out"}, {}),
 }
@@ -83,7 +83,7 @@ def test_program(program, tmp_path):
         for value in event.summary.value
         if value.tag == "loss"
     ]
-    assert len(losses) >= 5 and losses[-1] < 0.2 * losses[0], losses
+    assert len(losses) == params["train_steps"] and np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5]), losses
 
     reader = tf.train.load_checkpoint(str(tmp_path))
     assert reader.get_tensor("global_step") == params["train_steps"]
@@ -104,7 +104,7 @@ def test_program(program, tmp_path):
 
     if program == "GPT2":  # the library takes the folder as it is
         generator = TextGenerator.from_pretrained(str(tmp_path))
-        samples = generator.generate(PROMPTS[:3], max_new_tokens=8, temperature=0, stop_token=params["eos_id"])
+        samples = generator.generate(PROMPTS[:3], max_new_tokens=8, temperature=0, eos_token_id=params["eos_id"])
         assert [s.tokens for s in samples] == [[t for t in r["greedy"][len(p) :] if t] for p, r in zip(PROMPTS, rows)]
 
 

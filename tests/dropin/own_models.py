@@ -57,7 +57,7 @@ def averaging_model(mtf_features, other_features, params, mesh, variable_dtype, 
         share = mtf.import_tf_tensor(
             mesh, np.where(age < 0, 0.0, DECAY ** np.abs(age)).astype(np.float32), mtf.Shape([sequence_dim, memory_dim])
         )
-        total = mtf.einsum([share, tokens], reduced_dims=[memory_dim])
+        total = mtf.einsum([share, tokens], output_shape=[batch_dim, sequence_dim, embd_dim])
         if context is not None:  # the first step reads the prompt's last token: all but that one are in its state
             context.record_new_states([mtf.gather(total, context.initial_position - 2, sequence_dim)])
     hidden_dim = mtf.Dimension("hidden", params["n_embd"])
