@@ -16,6 +16,7 @@ from gpt_neo_sampling.program import (
     DEMO_FOLDER,
     ProgramKey,
     Request,
+    add_variables,
     build,
     check_int,
     first_token_of,
@@ -99,13 +100,16 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
 def _write(folder, checkpoint, sizes, variable_dtype):
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
-    mesh_impl, signatures = mesh.impl(), {}
+    params = dict(checkpoint.params, mode="predict")
+    model = params, params["n_vocab"], mesh.impl(), variable_dtype
     with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-        for name, use_entmax in SIGNATURES.items():
-            key = ProgramKey(**sizes, greedy=False, use_entmax=use_entmax)
-            signatures[name], weights = _signature(key, checkpoint, mesh_impl, variable_dtype)
+        weights = add_variables(*model)
         with mesh.session(graph) as session:
-            load_weights(checkpoint, weights, mesh_impl, session.run)
+            load_weights(checkpoint, weights, mesh.impl(), session.run)
+            signatures = {
+                name: _signature(ProgramKey(**sizes, greedy=False, use_entmax=use_entmax), checkpoint, model)
+                for name, use_entmax in SIGNATURES.items()
+            }
             builder = tf.saved_model.Builder(str(folder))
             builder.add_meta_graph_and_variables(
                 session, [tf.saved_model.SERVING], signatures, strip_default_attrs=True, clear_devices=True
@@ -113,9 +117,8 @@ def _write(folder, checkpoint, sizes, variable_dtype):
             builder.save()
 
 
-def _signature(key, checkpoint, mesh_impl, variable_dtype):
-    """A decode graph with its inputs and outputs, as a SignatureDef, and its weights."""
-    params = dict(checkpoint.params, mode="predict")
+def _signature(key, checkpoint, model):
+    """A decode graph with its inputs and outputs, as a SignatureDef."""
     inputs = {
         "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
         "prompt_lengths": tf.placeholder(tf.int32, [key.batch], "prompt_lengths"),
@@ -132,7 +135,9 @@ def _signature(key, checkpoint, mesh_impl, variable_dtype):
         return tf.broadcast_to(value, [key.batch])
 
     first = first_token_of(checkpoint)
-    ids, wrong = _prompts(prompts, prompt_lengths, key, params["n_vocab"], shortest=1 if first is None else 0)
+    ids, wrong = _prompts(
+        prompts, prompt_lengths, key, checkpoint.params["n_vocab"], shortest=1 if first is None else 0
+    )
     max_new_tokens = option("max_new_tokens", key.length)
     max_steps = tf.where_v2(wrong, 0, tf.clip_by_value(max_new_tokens, 0, key.length))
     eos_token_id = option("eos_token_id", stop_token_of(checkpoint))
@@ -147,14 +152,14 @@ def _signature(key, checkpoint, mesh_impl, variable_dtype):
         top_k=option("top_k", 0),
         entmax_alpha=option("entmax_alpha", DEFAULT_ALPHA, tf.float32) if key.use_entmax else None,
     )
-    tokens, weights = build(key, request, params, params["n_vocab"], mesh_impl, variable_dtype, bos_id=first or 0)
+    tokens = build(key, request, *model, bos_id=first or 0)
 
     lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, eos_token_id)
     outputs = {
         "tokens": tf.where_v2(wrong[:, tf.newaxis], INVALID, tokens),
         "lengths": tf.where_v2(wrong, key.length, lengths),
     }
-    return tf.saved_model.predict_signature_def(inputs, outputs), weights
+    return tf.saved_model.predict_signature_def(inputs, outputs)
 
 
 def _prompts(prompts, prompt_lengths, key, n_vocab, shortest):

@@ -19,6 +19,7 @@ from gpt_neo_sampling.program import (
     DEMO_FOLDER,
     ProgramKey,
     Request,
+    add_variables,
     build,
     check_int,
     first_token_of,
@@ -65,7 +66,7 @@ class _Program:
             top_k=tf.placeholder(tf.int32, []),
             entmax_alpha=tf.placeholder(tf.float32, []),
         )
-        self.tokens, self.weights = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype)
+        self.tokens = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype)
 
 
 class TextGenerator:
@@ -371,18 +372,20 @@ class TextGenerator:
             probe_devices()
         graph = tf.Graph() if first else self._session.graph
         with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            program = _Program(key, self.params, self._n_vocab, self._mesh_impl, self._variable_dtype)
+            model = self.params, self._n_vocab, self._mesh_impl, self._variable_dtype
             if first:
-                session = self.mesh.session(graph)
-                try:
-                    run = functools.partial(self.mesh.run, session)
-                    load_weights(self.checkpoint, program.weights, self._mesh_impl, run)
-                except BaseException:
-                    session.close()
-                    raise
-                self._session = session
-        self._programs[key] = program
-        return program
+                self._session = self._loaded_session(graph, add_variables(*model))
+            self._programs[key] = _Program(key, *model)
+        return self._programs[key]
+
+    def _loaded_session(self, graph, weights):
+        session = self.mesh.session(graph)
+        try:
+            load_weights(self.checkpoint, weights, self._mesh_impl, functools.partial(self.mesh.run, session))
+        except BaseException:
+            session.close()
+            raise
+        return session
 
 
 def _round_up_batch(rows):

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import CheckpointError, aligned, progress_bar
+from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
 
@@ -57,22 +58,12 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
       bos_id: int, what an empty prompt stands for.
 
     Returns:
-      (tokens, weights): int32 tf.Tensor [batch, length], see `sample_autoregressive`;
-      and a dict, name -> (mtf.Shape, mtf's laid-out variable), for `load_weights`.
+      int32 tf.Tensor [batch, length]: see `sample_autoregressive`.
     """
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
-    batch_dim = mtf.Dimension("batch", key.batch)
-    sequence_dim = mtf.Dimension("sequence", key.length)
-    memory_dim = mtf.Dimension("memory_length", key.length)
-    other_features = {
-        "embd_dim": mtf.Dimension("embd", params["n_embd"]),
-        "vocab_dim": mtf.Dimension("vocab", n_vocab),
-        "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
-        "memory_length_dim": memory_dim,
-        "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, variable_dtype),
-    }
+    shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
     tokens = sample_autoregressive(
-        mtf.import_tf_tensor(mesh, request.ids, [batch_dim, sequence_dim]),
+        mtf.import_tf_tensor(mesh, request.ids, shape),
         other_features,
         params,
         stop_at_token=request.stop_at_token,
@@ -89,9 +80,46 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
         prompt_lengths=request.prompt_lengths,
         max_prompt_length=key.prompt_length,
     )
+    return mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(tokens)
+
+
+def _features(mesh, batch, length, params, n_vocab, variable_dtype):
+    """The shape of a model's inputs, and GPT-Neo's other_features."""
+    sequence_dim = mtf.Dimension("sequence", length)
+    memory_dim = mtf.Dimension("memory_length", length)
+    other_features = {
+        "embd_dim": mtf.Dimension("embd", params["n_embd"]),
+        "vocab_dim": mtf.Dimension("vocab", n_vocab),
+        "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
+        "memory_length_dim": memory_dim,
+        "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, variable_dtype),
+    }
+    return mtf.Shape([mtf.Dimension("batch", batch), sequence_dim]), other_features
+
+
+def add_variables(params, n_vocab, mesh_impl, variable_dtype):
+    """Adds the model's variables to the graph that is open, for decode graphs to use.
+
+    Weights are loaded while there is nothing else in the graph: TensorFlow works
+    through all of it for each set of variables that is filled.
+
+    Args:
+      params, n_vocab, mesh_impl, variable_dtype: as for `build`.
+
+    Returns:
+      a dict, name -> (mtf.Shape, mtf's laid-out variable), for `load_weights`.
+    """
+    with tf.Graph().as_default():  # the model itself knows what it has
+        mesh = mtf.Mesh(mtf.Graph(), "mesh")
+        shape, other_features = _features(mesh, 1, 1, params, n_vocab, variable_dtype)
+        with tf.variable_scope("gpt2"):
+            gpt2.model({"inputs": mtf.zeros(mesh, shape, tf.int32)}, other_features, params, mesh, variable_dtype)
+        found = [(v.name, v.shape) for v in mesh.graph.all_variables]
+    mesh = mtf.Mesh(mtf.Graph(), "mesh")
+    for name, shape in found:
+        mtf.get_variable(mesh, name, shape, dtype=variable_dtype)
     lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
-    weights = {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in lowering.variables.items()}
-    return lowering.export_to_tf_tensor(tokens), weights
+    return {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in lowering.variables.items()}
 
 
 def load_weights(checkpoint, weights, mesh_impl, run):
@@ -102,7 +130,7 @@ def load_weights(checkpoint, weights, mesh_impl, run):
 
     Args:
       checkpoint: a `Checkpoint`.
-      weights: what `build` returned.
+      weights: what `add_variables` returned.
       mesh_impl: what it was given.
       run: a function of (operations, feeds): a session's.
 
@@ -128,6 +156,8 @@ def load_weights(checkpoint, weights, mesh_impl, run):
             shape, slices = weights[name]
             for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
                 part = _slice(value, mesh_impl.slice_begin(shape, processor), variable.shape.as_list())
+                if part.size < value.size:  # TensorFlow keeps what it is fed, and a view would keep all of it
+                    part = part.copy()
                 feed[variable.initializer] = aligned(part, variable.dtype.base_dtype.as_numpy_dtype)
                 size += part.nbytes
                 if size >= LOAD_BYTES:

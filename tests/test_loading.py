@@ -26,20 +26,19 @@ SHAPE_125M = {
 
 LOAD = r"""
 import json, re, sys, time
-from gpt_neo_sampling import TextGenerator
-from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling import TextGenerator, generate
 
 def memory(key):
     return int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 
-load = TextGenerator._load_weights
-def measured(self, session, weights):
+load = generate.load_weights
+def measured(*args):
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
     before, begin = memory("VmRSS"), time.monotonic()
-    load(self, session, weights)
+    load(*args)
     print(json.dumps({"seconds": time.monotonic() - begin, "peak": memory("VmHWM") - before}))
     sys.exit()
-TextGenerator._load_weights = measured
+generate.load_weights = measured
 TextGenerator.from_pretrained(sys.argv[1], **json.loads(sys.argv[2])).generate([[1]], max_new_tokens=1)
 """
 VOCAB_SPLIT = {

@@ -269,7 +269,8 @@ class _TensorFlowStore:
         self._link_folder = None
         shards = _data_files(self._path, base, files)
         try:
-            self._reader = tf.train.NewCheckpointReader(str(self._without_wildcards(folder) / base))
+            self._prefix = str(self._without_wildcards(folder) / base)
+            self._reader = tf.train.NewCheckpointReader(self._prefix)
             self.shapes = {n: tuple(s) for n, s in self._reader.get_variable_to_shape_map().items()}
             self._dtypes = {n: tf.as_dtype(d).name for n, d in self._reader.get_variable_to_dtype_map().items()}
         except self._ERRORS as e:
@@ -293,9 +294,19 @@ class _TensorFlowStore:
 
     def read(self, name):
         try:
+            if self._dtypes[name] == "bfloat16":
+                return self._read_bfloat16(name)
             return self._reader.get_tensor(name)
         except self._ERRORS as e:
             raise CheckpointError(f"{name} in {self._path} cannot be read: {e}") from None
+
+    def _read_bfloat16(self, name):
+        """The tensor as float32, by TensorFlow: it keeps the memory of what it reads, and gives it to later ones."""
+        with tf.Graph().as_default(), _cpu_session() as session:
+            (stored,) = tf.raw_ops.RestoreV2(
+                prefix=self._prefix, tensor_names=[name], shape_and_slices=[""], dtypes=[tf.bfloat16]
+            )
+            return session.run(tf.cast(stored, tf.float32))
 
     def close(self):
         self._reader = None
