@@ -139,7 +139,7 @@ class Cluster:
             except BaseException as e:
                 results.put((None, e))
 
-        threading.Thread(target=target, daemon=True).start()
+        _start(target)
         end = None if seconds is None else time.monotonic() + seconds
         suspects = {}
         while True:
@@ -191,7 +191,7 @@ class _Session(tf.Session):
             self.close_now()
             closed.set()
 
-        threading.Thread(target=end, daemon=True).start()
+        _start(end)
         if not self._cluster.gone():
             closed.wait(CLOSE_SECONDS)
 
@@ -211,6 +211,14 @@ class _Session(tf.Session):
         super().__del__()
 
 
+def _start(target):
+    """Runs target() on a thread that the program's end waits for, a while: cut off in TensorFlow 2.12, it aborts."""
+    thread = threading.Thread(target=target, daemon=True)
+    _threads.add(thread)
+    thread.start()
+
+
+_threads = weakref.WeakSet()  # those of _start
 _open_sessions = weakref.WeakSet()
 _background = queue.SimpleQueue()  # of functions; a thread of one's own may not be started while garbage is collected
 
@@ -231,6 +239,9 @@ def _start_background():
                 _background.put(session.close_now)
         _background.put(done.set)
         done.wait(CLOSE_SECONDS)
+        end = time.monotonic() + CLOSE_SECONDS
+        for thread in list(_threads):
+            thread.join(max(0, end - time.monotonic()))
 
     threading.Thread(target=work, daemon=True).start()
     atexit.register(at_exit)
