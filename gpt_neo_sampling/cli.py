@@ -32,23 +32,23 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    model_help = (
-        "folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo, or GPT-Neo's JSON config "
-        "(default: the small model that comes with the package)"
+
+    def command(name, help, description):
+        return commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+
+    def add_model_options(parser):
+        parser.add_argument("--model", metavar="PATH", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging "
+                            "Face GPT-Neo, or GPT-Neo's JSON config (default: the small model that comes with the "
+                            "package)")  # fmt: skip
+        parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what weights are held in and "
+                            "activations computed in; bfloat16 takes half the memory and rounds more "
+                            "(default: %(default)s)")  # fmt: skip
+
+    generate = command(
+        "generate", "continue prompts", "Continue prompts. The text goes to stdout, the prompts and notes to stderr."
     )
-    dtype_help = (
-        "what weights are held in and activations computed in; bfloat16 takes half the memory and rounds more "
-        "(default: %(default)s)"
-    )
-    generate = commands.add_parser(
-        "generate",
-        help="continue prompts",
-        description="Continue prompts. The text goes to stdout, the prompts and notes to stderr.",
-        allow_abbrev=False,
-    )
+    add_model_options(generate)
     add = generate.add_argument
-    add("--model", metavar="PATH", help=model_help)
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype_help)
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
@@ -74,26 +74,23 @@ def _parser():
                       "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
     mesh.add_argument("--cluster", metavar="host:port,host:port", help="processes started with serve "
                       "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
-    export = commands.add_parser(
+    export = command(
         "export",
-        help="write a model as a SavedModel",
-        description="Write a model as a SavedModel, which runs with TensorFlow alone. Nothing goes to stdout.",
-        allow_abbrev=False,
+        "write a model as a SavedModel",
+        "Write a model as a SavedModel, which runs with TensorFlow alone. Nothing goes to stdout.",
     )
+    add_model_options(export)
     add = export.add_argument
-    add("--model", metavar="PATH", help=model_help)
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype_help)
     add("--output", metavar="DIR", required=True, help="folder to write: a new or an empty one")
     add("--batch", type=int, required=True, metavar="N", help="rows of a request")
     add("--length", type=int, required=True, metavar="N", help="longest row, prompt and new tokens")
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
     add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
-    convert = commands.add_parser(
+    convert = command(
         "convert",
-        help="write a model in the other format",
-        description="Write a model in the other format. Weights keep every bit in float32.",
-        allow_abbrev=False,
+        "write a model in the other format",
+        "Write a model in the other format. Weights keep every bit in float32.",
     )
     convert.add_argument("source", metavar="SOURCE", help="what generate --model takes")
     convert.add_argument("destination", metavar="DEST", help="a folder that is new or empty")
@@ -102,11 +99,10 @@ def _parser():
                          help="of the weights (default: %(default)s; float16 for huggingface alone)")  # fmt: skip
     convert.add_argument("--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="most that one file of "
                          "huggingface holds, counted in float32 (default: %(default)s)")  # fmt: skip
-    serve = commands.add_parser(
+    serve = command(
         "serve",
-        help="lend this machine's devices to a cluster",
-        description="Serve this process's devices to a mesh of several processes, until it is ended.",
-        allow_abbrev=False,
+        "lend this machine's devices to a cluster",
+        "Serve this process's devices to a mesh of several processes, until it is ended.",
     )
     serve.add_argument("--cluster", metavar="host:port,host:port", help="all processes (default: those of TF_CONFIG)")
     serve.add_argument("--task", metavar="worker:1", help="which of them this is, from 0 (default: TF_CONFIG's)")

@@ -374,7 +374,7 @@ def _is_moderate(total):
 
 
 def _draw_near_first(rows, weights, uniforms):
-    """`_draw` of one sample a row: its result, in a third of the time where no draw is in doubt."""
+    """`_draw` of one sample a row: its result, in half the time where no draw is in doubt."""
     mesh_impl = rows.mesh_impl
     drawn, doubt = _draw_near(rows, rows.in_groups(weights), *uniforms, SUM_MARGIN, checked=False)
 

@@ -2,13 +2,12 @@
 
 import json
 import os
-import pathlib
 import shutil
 
 import numpy as np
 
 from gpt_neo_sampling._compat import probe_devices, quiet_logging, tensorflow, tf
-from gpt_neo_sampling.checkpoint import files_beside, open_checkpoint, staging_folder
+from gpt_neo_sampling.checkpoint import check_new_folder, files_beside, open_checkpoint, staging_folder
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
@@ -79,9 +78,7 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
       ValueError: for a size out of range, a model with options that are not
         supported, or a `folder` that holds something.
     """
-    folder = pathlib.Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; allowed: a new or an empty folder")
+    folder = check_new_folder(folder)
     variable_dtype = variable_dtype_of(dtype)
     with open_checkpoint(DEMO_FOLDER if model is None else model) as checkpoint:
         gpt2.check_params(checkpoint.params)
@@ -101,11 +98,12 @@ def _write(folder, checkpoint, sizes, variable_dtype):
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict")
-    model = params, params["n_vocab"], mesh.impl(), variable_dtype
+    mesh_impl = mesh.impl()
+    model = params, params["n_vocab"], mesh_impl, variable_dtype
     with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
         weights = add_variables(*model)
         with mesh.session(graph) as session:
-            load_weights(checkpoint, weights, mesh.impl(), session.run)
+            load_weights(checkpoint, weights, mesh_impl, session.run)
             signatures = {
                 name: _signature(ProgramKey(**sizes, greedy=False, use_entmax=use_entmax), checkpoint, model)
                 for name, use_entmax in SIGNATURES.items()

@@ -4,10 +4,8 @@ import dataclasses
 import numbers
 import pathlib
 
-import numpy as np
-
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.checkpoint import CheckpointError, aligned, progress_bar
+from gpt_neo_sampling.checkpoint import CheckpointError, aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
@@ -155,10 +153,9 @@ def load_weights(checkpoint, weights, mesh_impl, run):
             progress.update(value.nbytes)
             shape, slices = weights[name]
             for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
-                part = _slice(value, mesh_impl.slice_begin(shape, processor), variable.shape.as_list())
-                if part.size < value.size:  # TensorFlow keeps what it is fed, and a view would keep all of it
-                    part = part.copy()
-                feed[variable.initializer] = aligned(part, variable.dtype.base_dtype.as_numpy_dtype)
+                begin, dtype = mesh_impl.slice_begin(shape, processor), variable.dtype.base_dtype.as_numpy_dtype
+                part = _slice(value, begin, variable.shape.as_list(), dtype)
+                feed[variable.initializer] = part
                 size += part.nbytes
                 if size >= LOAD_BYTES:
                     fill()
@@ -167,10 +164,18 @@ def load_weights(checkpoint, weights, mesh_impl, run):
             fill()
 
 
-def _slice(value, begin, shape):
-    """A slice of an array, with zeros behind its end (the entries of a padded vocabulary)."""
+def _slice(value, begin, shape, dtype):
+    """A slice of an array, with zeros behind its end (the entries of a padded vocabulary).
+
+    TensorFlow keeps what it is fed, so a slice is no view, which would keep the whole.
+    """
+    if list(value.shape) == shape:
+        return aligned(value, dtype)
     part = value[tuple(slice(b, b + n) for b, n in zip(begin, shape))]
-    return np.pad(part, [(0, n - m) for n, m in zip(shape, part.shape)]) if list(part.shape) != shape else part
+    copy = aligned_empty(shape, dtype)
+    copy.fill(0)
+    copy[tuple(map(slice, part.shape))] = part
+    return copy
 
 
 def first_token_of(checkpoint):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import uuid
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -273,6 +274,14 @@ def read_json(path):
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def check_new_folder(path):
+    """The absolute path of a folder that is to be written: one that is not there yet, or is empty."""
+    folder = Path(path).resolve()
+    if folder.exists() and not (folder.is_dir() and not os.listdir(folder)):
+        raise CheckpointError(f"{folder} is there already; allowed: a folder that is new or empty")
+    return folder
 
 
 @contextlib.contextmanager

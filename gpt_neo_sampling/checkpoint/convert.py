@@ -3,9 +3,8 @@
 import os
 import re
 import shutil
-from pathlib import Path
 
-from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int, staging_folder
+from gpt_neo_sampling.checkpoint.base import CheckpointError, check_new_folder, is_int, staging_folder
 from gpt_neo_sampling.checkpoint.hugging_face import save_hugging_face
 from gpt_neo_sampling.checkpoint.mesh_tf import save_mesh_tf
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
@@ -38,9 +37,7 @@ def convert_checkpoint(source, destination, *, to=None, dtype="float32", max_sha
         destination holds something, an argument is not one of these, or the
         format has no such model.
     """
-    destination = Path(destination).resolve()
-    if destination.exists() and not (destination.is_dir() and not os.listdir(destination)):
-        raise CheckpointError(f"{destination} is there already; allowed: a folder that is new or empty")
+    destination = check_new_folder(destination)
     if to not in (None, "mesh-tf", "huggingface"):
         raise CheckpointError(f"to {to!r}; allowed: 'mesh-tf', 'huggingface'")
     max_shard_bytes = _bytes(max_shard_size)
