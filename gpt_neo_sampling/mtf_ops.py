@@ -41,6 +41,18 @@ def size_of(x, axis):
     return x.shape.as_list()[axis]
 
 
+def dim_of(x, dim=None):
+    """The mtf.Dimension of x that is meant: the last where `dim` is None; a ValueError where x lacks it."""
+    if dim is None:
+        if not x.shape.dims:
+            raise ValueError("a tensor without dims has none to work along")
+        return x.shape.dims[-1]
+    dim = mtf.ops.convert_to_dimension(dim)
+    if dim not in x.shape.dims:
+        raise ValueError(f"dim {dim} is not among the dims {x.shape}")
+    return dim
+
+
 def cwise_broadcast(fn, xs, output_shape=None, output_dtype=None, name="cwise_broadcast"):
     """Applies a component-wise TensorFlow function to mtf tensors that broadcast.
 

@@ -14,16 +14,8 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import chosen_of, score_draw
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import (
-    DEFAULT_ALPHA,
-    draw_uniforms,
-    has_no_top_k,
-    inverse_temperature,
-    padding_mask,
-    token_mask,
-    top_k_candidates,
-    top_k_mask,
-)
+from gpt_neo_sampling.models.masks import has_no_top_k, padding_mask, token_mask, top_k_candidates, top_k_mask
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, inverse_temperature
 from gpt_neo_sampling.mtf_ops import (
     cwise_broadcast,
     first_argmax,

@@ -15,7 +15,8 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.generate import DEMO_FOLDER
-from gpt_neo_sampling.models.utils import entmax, sample_categorical, token_mask, top_k_mask
+from gpt_neo_sampling.models.masks import token_mask, top_k_mask
+from gpt_neo_sampling.models.utils import entmax, sample_categorical
 from gpt_neo_sampling.mtf_ops import counter_uniforms, take, threefry_2x32
 from gpt_neo_sampling.sample import sample_autoregressive
 

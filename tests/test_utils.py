@@ -19,6 +19,7 @@ import reference
 from conftest import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
+from gpt_neo_sampling.models.masks import token_mask
 from gpt_neo_sampling.models.utils import (
     biasmask_attn_weights,
     entmax,
@@ -28,7 +29,6 @@ from gpt_neo_sampling.models.utils import (
     parse_inputs,
     sample_categorical,
     softmax,
-    token_mask,
     top_k_mask,
 )
 

@@ -1,0 +1,175 @@
+"""Masks: logits in, the same logits out, less what may not be drawn."""
+
+import numbers
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, take, top_k
+
+
+def mask_value(dtype):
+    """What a masked logit becomes: the lowest finite number of its dtype.
+
+    Its probability is exactly 0 under softmax and entmax, and unlike −inf it
+    passes through every mesh's collectives.
+    """
+    return dtype.min
+
+
+def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
+    """Masks all but the k largest logits (Fan, Lewis, Dauphin 2018, arXiv 1805.04833).
+
+    Exactly k survive: among equal logits at the border those of lower index.
+
+    Args:
+      logits: mtf.Tensor, float32, bfloat16 or float16.
+      k: an int of at least 1, or an int32 tensor, scalar or [logits.shape − dim],
+        whose values below 1 mean no mask. A k of dim.size or more changes nothing.
+      dim: mtf.Dimension of logits; the last by default.
+      max_top_k: an int, needed for a tensor k: the largest value that it may
+        take, apart from those that change nothing. A row above it becomes NaN,
+        hence invalid.
+      masked: a number: what the rest become; by default `mask_value(logits.dtype)`.
+
+    Returns:
+      mtf.Tensor like logits. A NaN stays NaN. The gradient flows through the survivors.
+
+    Raises:
+      ValueError: for an int k below 1, or a tensor k without max_top_k.
+    """
+    dim = dim_of(logits, dim)
+    rows = logits.shape - dim
+    k, k_max = _import_k(logits, k, dim, max_top_k)
+    if k is None:
+        return logits
+
+    k_dim = mtf.Dimension("top_k", k_max)
+    lowest = mask_value(logits.dtype)
+
+    def comparable(x):
+        # −inf counts as masked: it could not travel between shards. −0.0 becomes
+        # 0.0: XLA's sort tells them apart.
+        x = tf.where_v2(x < lowest, tf.constant(lowest, x.dtype), x)
+        return tf.where_v2(tf.equal(x, 0), tf.zeros_like(x), x)
+
+    finite_logits = mtf.cwise(comparable, [logits], name="comparable")
+    values, indices = top_k(mtf.stop_gradient(finite_logits), dim, k_dim)
+    border = mtf.broadcast(cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_max - 1), [k]), rows)
+    value, index = take(values, border, k_dim), take(indices, border, k_dim)
+
+    def keep(x, value, index, entry, k):
+        below = tf.logical_or(x < value, tf.logical_and(tf.equal(x, value), entry > index))
+        return tf.logical_or(tf.logical_not(below), tf.logical_or(k < 1, k >= dim.size))
+
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    kept = cwise_broadcast(keep, [finite_logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
+    logits = _mask_out(logits, kept, masked)
+    return logits + mtf.cast(_asked_too_many(k, k_max, dim), logits.dtype) if k_max < dim.size else logits
+
+
+def top_k_candidates(logits, k, dim=None, *, max_top_k=None):
+    """What `top_k_mask` leaves, by itself.
+
+    Args:
+      logits, k, dim, max_top_k: as for `top_k_mask`.
+
+    Returns:
+      (values, indices): mtf.Tensors [logits.shape − dim, top_k], of the dtype of
+      logits and int32, in order. From a row's own k on, values are −inf; a row
+      without mask has as many as there is room for; one with NaN, +inf or a k above
+      max_top_k has NaN for all its values. For a number k of dim.size or more, None.
+    """
+    dim = dim_of(logits, dim)
+    k, k_max = _import_k(logits, k, dim, max_top_k)
+    if k is None:
+        return None
+    k_dim = mtf.Dimension("top_k", k_max)
+    values, indices = top_k(logits, dim, k_dim)
+    at = mtf.range(logits.mesh, k_dim, tf.int32)
+
+    def keep(x, k, at):
+        kept = tf.logical_or(at < k, k < 1)
+        return tf.where_v2(tf.logical_or(kept, tf.is_nan(x)), x, tf.constant(-np.inf, x.dtype))
+
+    values = cwise_broadcast(keep, [values, k, at], values.shape)
+    return values + mtf.cast(_asked_too_many(k, k_max, dim), values.dtype) if k_max < dim.size else values, indices
+
+
+def has_no_top_k(k, dim):
+    """float32 mtf.Tensor like k, an mtf.Tensor as for `top_k_mask`: 1.0 where it means no mask, else 0.0."""
+    return mtf.cwise(lambda k: tf.cast(tf.logical_or(k < 1, k >= dim.size), tf.float32), [k], tf.float32)
+
+
+def _import_k(logits, k, dim, max_top_k):
+    """(k as an int32 mtf.Tensor, the largest it may be); (None, None) for a number that masks nothing."""
+    if isinstance(k, numbers.Integral):
+        if k < 1:
+            raise ValueError(f"top-k: k={k}; at least 1 is needed")
+        if k >= dim.size:
+            return None, None
+        k_max = int(k)
+    else:
+        if isinstance(k, (numbers.Real, str)) or k is None:
+            raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
+        if max_top_k is None or max_top_k < 1:
+            raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
+        k_max = min(int(max_top_k), dim.size)
+    return import_rows(logits.mesh, k, tf.int32, logits.shape - dim, "top-k"), k_max
+
+
+def _asked_too_many(k, k_max, dim):
+    """float32, like k: NaN where that is above what it may be, 0 elsewhere."""
+    return cwise_broadcast(
+        lambda k: tf.where_v2(tf.logical_and(k > k_max, k < dim.size), np.nan, 0.0), [k], output_dtype=tf.float32
+    )
+
+
+def token_mask(logits, token, dim=None):
+    """Masks one entry, so that it is never drawn; outside `dim` it changes nothing.
+
+    Args:
+      logits: mtf.Tensor.
+      token: an int, or an int32 tensor, scalar or [logits.shape − dim].
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits.
+    """
+    dim = dim_of(logits, dim)
+    rows = logits.shape - dim
+    token = mtf.broadcast(import_rows(logits.mesh, token, tf.int32, rows, "token"), rows)
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    return _mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
+
+
+def padding_mask(logits, size, dim=None):
+    """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
+
+    Args:
+      logits: mtf.Tensor.
+      size: int, the entries that stay.
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits.
+    """
+    dim = dim_of(logits, dim)
+    if size >= dim.size:
+        return logits
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    kept = cwise_broadcast(lambda x, at: tf.broadcast_to(at < size, x.shape), [logits, entry], logits.shape, tf.bool)
+    return _mask_out(logits, kept)
+
+
+def _mask_out(logits, kept, masked=None):
+    low = mask_value(logits.dtype) if masked is None else masked
+
+    def mask(x, kept):
+        return tf.where_v2(kept, x, tf.constant(low, x.dtype))
+
+    def gradient(op, dy):
+        keep = lambda kept, dy: tf.where_v2(kept, dy, tf.zeros_like(dy))  # noqa: E731
+        return [mtf.cwise(keep, [op.inputs[1], dy], dy.dtype), None]
+
+    return mtf.cwise(mask, [logits, kept], grad_function=gradient, name="mask")
