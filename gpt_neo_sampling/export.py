@@ -1,5 +1,6 @@
 """A model as a SavedModel: tokens from plain TensorFlow, without this package."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,11 +8,14 @@ import shutil
 import numpy as np
 
 from gpt_neo_sampling._compat import probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 from gpt_neo_sampling.checkpoint import check_new_folder, files_beside, open_checkpoint, staging_folder
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.options import ROW_OPTIONS
 from gpt_neo_sampling.program import (
+    NO_STOP_TOKEN,
     DEMO_FOLDER,
     ProgramKey,
     Request,
@@ -20,20 +24,25 @@ from gpt_neo_sampling.program import (
     check_int,
     first_token_of,
     load_weights,
-    stop_token_of,
+    stop_tokens_of,
     variable_dtype_of,
 )
-from gpt_neo_sampling.sample import ENTMAX_TEMPERATURE, INVALID, SOFTMAX_TEMPERATURE
+from gpt_neo_sampling.sample import INVALID
 
 # Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).
-SIGNATURES = {  # name -> whether it draws by entmax
-    tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: False,
-    "entmax": True,
+SIGNATURES = {  # name -> what it has beside top-k
+    tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: [],
+    "entmax": ["entmax_alpha"],
 }
 DEFAULT_TOP_K = 64
+CONTROLS = tuple(
+    name for name, o in ROW_OPTIONS.items() if o.neutral is not None and name not in ("top_k", "entmax_alpha")
+)
 
 
-def export_saved_model(folder, model=None, *, batch, length, prompt_length=None, max_top_k=DEFAULT_TOP_K, dtype=None):
+def export_saved_model(
+    folder, model=None, *, batch, length, prompt_length=None, max_top_k=DEFAULT_TOP_K, controls=(), dtype=None
+):
     """Writes a model as a SavedModel, which `tf.saved_model.load` and TensorFlow's servers run.
 
     It has two signatures, "serving_default" (softmax) and "entmax". Numbers
@@ -48,7 +57,8 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
         temperature       † float32; 0 is greedy; 0.9, entmax 1.0
         top_k             † int32; below 1 is off; off
         entmax_alpha      † float32, from 1 to 2, "entmax" alone; 1.3
-        eos_token_id      † int32; −1 is none; the model's own
+        eos_token_id      † int32; −1 is none; the model's own (of several, the first: the others always count)
+        each of controls  † float32, min_new_tokens int32; what changes nothing
 
     and gives
 
@@ -71,6 +81,8 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
       prompt_length: int, the longest prompt; `length` by default. The pass over the
         prompts takes as long for shorter ones.
       max_top_k: int, the largest top_k.
+      controls: names of further options that requests may have, of CONTROLS; each
+        costs some time in every step, asked for or not.
       dtype: as for `TextGenerator.from_pretrained`.
 
     Raises:
@@ -87,14 +99,17 @@ def export_saved_model(folder, model=None, *, batch, length, prompt_length=None,
         prompt_length = length if prompt_length is None else prompt_length
         check_int("prompt_length", prompt_length, 1, length)
         check_int("max_top_k", max_top_k, 1, checkpoint.params["n_vocab"])
+        for name in controls:
+            if name not in CONTROLS:
+                raise ValueError(f"controls: {name!r}; allowed: {', '.join(CONTROLS)}")
         sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
         with staging_folder(folder) as staging:
-            _write(staging, checkpoint, sizes, variable_dtype)
-            _write_extras(staging / "assets.extra", checkpoint, sizes, variable_dtype)
+            _write(staging, checkpoint, sizes, controls, variable_dtype)
+            _write_extras(staging / "assets.extra", checkpoint, {**sizes, "controls": list(controls)}, variable_dtype)
             os.replace(staging, folder)
 
 
-def _write(folder, checkpoint, sizes, variable_dtype):
+def _write(folder, checkpoint, sizes, controls, variable_dtype):
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict")
@@ -105,8 +120,8 @@ def _write(folder, checkpoint, sizes, variable_dtype):
         with mesh.session(graph) as session:
             load_weights(checkpoint, weights, mesh_impl, session.run)
             signatures = {
-                name: _signature(ProgramKey(**sizes, greedy=False, use_entmax=use_entmax), checkpoint, model)
-                for name, use_entmax in SIGNATURES.items()
+                name: _signature(ProgramKey(**sizes, steps=frozenset(["top_k", *more, *controls])), checkpoint, model)
+                for name, more in SIGNATURES.items()
             }
             builder = tf.saved_model.Builder(str(folder))
             builder.add_meta_graph_and_variables(
@@ -138,21 +153,25 @@ def _signature(key, checkpoint, model):
     )
     max_new_tokens = option("max_new_tokens", key.length)
     max_steps = tf.where_v2(wrong, 0, tf.clip_by_value(max_new_tokens, 0, key.length))
-    eos_token_id = option("eos_token_id", stop_token_of(checkpoint))
+    first_stop, *more_stops = stop_tokens_of(checkpoint) or [NO_STOP_TOKEN]
+    stop_tokens = [option("eos_token_id", first_stop), *(tf.fill([key.batch], t) for t in more_stops)]
+    is_entmax = "entmax_alpha" in key.steps
+    defaults = {name: ROW_OPTIONS[name].neutral for name in key.steps}
+    if is_entmax:
+        defaults["entmax_alpha"] = DEFAULT_ALPHA
     request = Request(
         ids=ids,
         prompt_lengths=prompt_lengths,
         max_steps=max_steps,
         stream=option("stream", np.arange(key.batch)),
         seed=tf.cast(per_row(inputs["seed"]), tf.int32),
-        stop_at_token=eos_token_id,
-        temperature=option("temperature", ENTMAX_TEMPERATURE if key.use_entmax else SOFTMAX_TEMPERATURE, tf.float32),
-        top_k=option("top_k", 0),
-        entmax_alpha=option("entmax_alpha", DEFAULT_ALPHA, tf.float32) if key.use_entmax else None,
+        stop_tokens=stop_tokens,
+        temperature=option("temperature", ENTMAX_TEMPERATURE if is_entmax else SOFTMAX_TEMPERATURE, tf.float32),
+        options={name: option(name, default, ROW_OPTIONS[name].dtype) for name, default in sorted(defaults.items())},
     )
-    tokens = build(key, request, *model, bos_id=first or 0)
+    (tokens,) = build(key, request, *model, bos_id=first or 0)
 
-    lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, eos_token_id)
+    lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, stop_tokens)
     outputs = {
         "tokens": tf.where_v2(wrong[:, tf.newaxis], INVALID, tokens),
         "lengths": tf.where_v2(wrong, key.length, lengths),
@@ -172,11 +191,12 @@ def _prompts(prompts, prompt_lengths, key, n_vocab, shortest):
     return ids, tf.logical_or(wrong, wrong_length)
 
 
-def _lengths(tokens, begin, max_steps, stop_token):
+def _lengths(tokens, begin, max_steps, stop_tokens):
     """int32 [batch], where each row ends whose new tokens stand from `begin` on."""
     length = tokens.shape.as_list()[1]
     at = tf.range(length)
-    last = tf.logical_or(tf.equal(tokens, stop_token[:, tf.newaxis]), tf.equal(tokens, INVALID))
+    ends = [tf.equal(tokens, t[:, tf.newaxis]) for t in stop_tokens]
+    last = functools.reduce(tf.logical_or, ends, tf.equal(tokens, INVALID))
     last = tf.logical_and(last, at >= begin[:, tf.newaxis])
     return tf.minimum(tf.reduce_min(tf.where_v2(last, at + 1, length), 1), begin + max_steps)
 
@@ -186,7 +206,7 @@ def _write_extras(folder, checkpoint, sizes, variable_dtype):
     folder.mkdir()
     for file, name in files_beside(checkpoint):
         shutil.copyfile(file, folder / name)
-    defaults = {"eos_token_id": stop_token_of(checkpoint), "pad_token_id": checkpoint.params.get("padding_id") or 0}
+    defaults = {"eos_token_id": stop_tokens_of(checkpoint), "pad_token_id": checkpoint.params.get("padding_id") or 0}
     facts = {
         **sizes,
         **defaults,

@@ -14,9 +14,18 @@ from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.draws import padded_size
 from gpt_neo_sampling.mesh import device_mesh, round_up
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.options import (
+    ROW_OPTIONS,
+    SAMPLING,
+    SAMPLING_ONLY,
+    GenerationOptions,
+    per_prompt,
+    resolve,
+    steps_of,
+)
 from gpt_neo_sampling.program import (
     DEMO_FOLDER,
+    NO_STOP_TOKEN,
     ProgramKey,
     Request,
     add_variables,
@@ -24,11 +33,13 @@ from gpt_neo_sampling.program import (
     check_int,
     first_token_of,
     load_weights,
-    stop_token_of,
+    stop_tokens_of,
     variable_dtype_of,
 )
-from gpt_neo_sampling.sample import INVALID, SamplingOptions
+from gpt_neo_sampling.sample import INVALID
+from gpt_neo_sampling.streaming import TextStream, Watcher
 
+LOGIT_BIAS = "logit_bias"
 DEFAULT_NEW_TOKENS = 64
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
@@ -44,29 +55,65 @@ class Sample:
     prompt_tokens: list  # of int; an empty prompt is the model's first token
     tokens: list  # of int, new tokens only; ends with the stop token if one was drawn
     text: str | None  # of the new tokens, without special ones; None without a tokenizer
+    finish_reason: str = "length"  # or "stop": a stop token, or a stop string, which the text ends ahead of
+    logprobs: list | None = None  # of float, one a new token: natural logarithms of the model's own probabilities
+    draw_logprobs: list | None = None  # and of those that the tokens were drawn with
 
 
 class InvalidDistributionError(ArithmeticError):
     """The model gave logits that no token can be drawn from (NaN, say)."""
 
 
-class _Program:
-    """One decode graph: placeholders for the request, and the tokens that come out."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a request was watched. `samples` are those that were finished, in order, None for the others."""
 
-    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
+    def __init__(self, samples):
+        super().__init__()
+        self.samples = samples
+
+
+@dataclasses.dataclass
+class _Request:
+    """What is asked for, checked, with all defaults in place."""
+
+    options: GenerationOptions
+    prompts: list  # of lists of ids
+    values: dict  # of ROW_OPTIONS, name -> ndarray [prompts]
+    stop_tokens: list
+    stop_strings: tuple
+    logit_bias: np.ndarray | None  # float32 [vocabulary, padding included]
+    pad_token: int
+
+    @property
+    def max_new_tokens(self):
+        return self.values["max_new_tokens"]
+
+
+class _Program:
+    """One decode graph: placeholders for the request, and what comes out."""
+
+    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype, is_watched):
         """n_vocab: entries of the vocabulary's dimension, padding included."""
+
+        def option(name):
+            return tf.placeholder(ROW_OPTIONS[name].dtype, [key.rows])
+
+        options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
+        if LOGIT_BIAS in key.steps:
+            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [n_vocab])
         self.request = Request(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
             prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
-            max_steps=tf.placeholder(tf.int32, [key.batch]),
-            stream=tf.placeholder(tf.int32, [key.batch]),
-            seed=tf.placeholder(tf.int32, []),
-            stop_at_token=tf.placeholder(tf.int32, []),
-            temperature=tf.placeholder(tf.float32, []),
-            top_k=tf.placeholder(tf.int32, []),
-            entmax_alpha=tf.placeholder(tf.float32, []),
+            max_steps=tf.placeholder(tf.int32, [key.rows]),
+            stream=option("stream"),
+            seed=option("seed"),
+            stop_tokens=[tf.placeholder(tf.int32, []) for _ in range(key.n_stop_tokens)],
+            temperature=option("temperature"),
+            options=options,
         )
-        self.tokens = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype)
+        self.watcher = None  # of the run that is under way
+        on_tokens = (lambda tokens, n_drawn: self.watcher(tokens, n_drawn)) if is_watched else None
+        self.results = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype, on_tokens=on_tokens)
 
 
 class TextGenerator:
@@ -134,132 +181,56 @@ class TextGenerator:
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
         return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype)
 
-    def generate(
-        self,
-        prompts,
-        *,
-        max_new_tokens=None,
-        do_sample=None,
-        temperature=None,
-        top_k=None,
-        entmax_alpha=None,
-        seed=None,
-        num_return_sequences=1,
-        eos_token_id=None,
-        pad_token_id=None,
-    ):
+    def generate(self, prompts, *, streamer=None, **options):
         """Continues prompts. Argument names are those of Hugging Face's `generate`.
-
-        What is None is the model's own, if its generation_config.json names it
-        (see `Checkpoint.generation_defaults`), and else as said here.
 
         Args:
           prompts: a str or a list of token ids, or a list of either. Strings
             need the model's tokenizer. An empty prompt stands for the model's
             first token (its bos_id, or else its eos_id).
-          max_new_tokens: int, at least 1; None for 64 (or up to the model's
-            max_length, prompt included). A row ends earlier at the stop token,
-            and at the end of the context, with a warning.
-          do_sample: False for greedy decoding, the likeliest token each time.
-            None for True; a temperature, top_k or entmax_alpha that is given
-            samples too, whatever the model's own is.
-          temperature: larger is more random; 0 is greedy. None for 0.9 with
-            softmax and 1.0 with entmax.
-          top_k: draw from the k likeliest tokens alone; None for all.
-          entmax_alpha: a number in [1, 2] for α-entmax in place of softmax;
-            larger leaves fewer tokens to draw from. None for softmax.
-          seed: int; the same seed and prompts give the same tokens. None for
-            fresh ones.
-          num_return_sequences: int, samples of each prompt.
-          eos_token_id: the stop token; None for the model's own, −1 for none.
-          pad_token_id: what fills the rows of a batch behind their tokens; it
-            does not appear in what is returned. None for the model's own.
+          streamer: a function of (index, token, text), called for each new token as
+            soon as it is drawn: which of the samples, the token's id, and the text
+            that it completes, whole characters alone (None without a tokenizer).
+          **options: see `GenerationOptions`.
 
         Returns:
           a list of `Sample`, in the order of the prompts; the
           num_return_sequences of one prompt stand together.
 
         Raises:
+          TypeError: for an option that there is not.
           ValueError: for a value that is out of range; the message says what
             was given and what is allowed.
           InvalidDistributionError: if the model gives logits that are NaN.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
+          Interrupted: (a KeyboardInterrupt) at Ctrl-C, if there is a streamer.
         """
-        prompts = self._encode_prompts(prompts)
-        longest = max(len(p) for p in prompts)
-        defaults = self.checkpoint.generation_defaults
-        if do_sample is None:
-            given = any(option is not None for option in (temperature, top_k, entmax_alpha))
-            do_sample = given or defaults.get("do_sample", True)
-        if do_sample and temperature is None:
-            temperature = defaults.get("temperature")
-        if top_k is None:
-            top_k = defaults.get("top_k") or None  # Hugging Face's 0 is off
-        if max_new_tokens is None:
-            max_new_tokens = self._default_new_tokens(longest)
-        check_int("max_new_tokens", max_new_tokens, 1)
-        check_int("num_return_sequences", num_return_sequences, 1)
-        n_vocab, n_ctx = self.params["n_vocab"], self.params["n_ctx"]
-        if top_k is not None:
-            check_int("top_k", top_k, 1)
-        for name, value in (("temperature", temperature), ("entmax_alpha", entmax_alpha)):
-            if value is not None and not isinstance(value, numbers.Real):
-                raise ValueError(f"{name}={value!r}; a number is needed")
-        if not do_sample:
-            if temperature:
-                raise ValueError(f"temperature={temperature} with do_sample=False, which is greedy; leave one out")
-            temperature = 0
-        use_entmax = entmax_alpha is not None
-        if temperature is None:
-            temperature = 1.0 if use_entmax else 0.9
-        options = SamplingOptions(
-            temperature=temperature, use_entmax=use_entmax, entmax_alpha=entmax_alpha if use_entmax else DEFAULT_ALPHA
-        )
-        options.check()
-        if seed is None:
-            seed = secrets.randbits(32)
-        elif not isinstance(seed, numbers.Integral) or not -(2**31) <= seed < 2**32:
-            raise ValueError(f"seed={seed!r}; a whole number from -2**31 to 2**32 - 1 is needed")
-        stop_token = stop_token_of(self.checkpoint, eos_token_id)
-        pad = self._padding(pad_token_id)
-
-        if longest > n_ctx:
-            raise ValueError(f"a prompt of {longest} tokens is longer than the context; at most {n_ctx} are allowed")
-        if longest + max_new_tokens > n_ctx:
-            log.warning(
-                "%d prompt tokens and %d new ones pass the context's end; generation stops there, at %d",
-                longest, max_new_tokens, n_ctx,
-            )  # fmt: skip
-
-        rows = [p for p in prompts for _ in range(num_return_sequences)]
-        greedy = temperature == 0
-        feeds = {
-            "seed": np.array(int(seed) % 2**32, np.uint32).view(np.int32),
-            "stop_at_token": stop_token,
-            "temperature": temperature,
-            "top_k": top_k if top_k is not None else 0,
-            "entmax_alpha": options.entmax_alpha,
-        }
-        samples = []
-        for begin in range(0, len(rows), MAX_BATCH):
-            part = rows[begin : begin + MAX_BATCH]
-            limits = [min(max_new_tokens, n_ctx - len(p)) for p in part]
-            prompt_length, length = (
-                round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
-                for longest in (max(map(len, part)), max(len(p) + n for p, n in zip(part, limits)))
-            )
-            key = ProgramKey(
-                batch=round_up(_round_up_batch(len(part)), self.mesh.parts("batch")),
-                prompt_length=prompt_length,
-                length=length,
-                greedy=greedy,
-                use_entmax=use_entmax and not greedy,
-                max_top_k=None if greedy else _round_up_top_k(top_k, n_vocab),
-            )
-            new_tokens = self._run(key, part, limits, begin, feeds, pad)
-            for row, (prompt, new) in enumerate(zip(part, new_tokens), begin):
-                samples.append(self._sample(row, prompt, new, stop_token))
+        request = self._request(prompts, GenerationOptions(**options))
+        if streamer is not None and self.mesh.cluster is not None:
+            raise ValueError("a streamer needs a mesh of this process's devices, not a cluster")
+        for length, limit in zip(map(len, request.prompts), request.max_new_tokens):
+            if length + limit > self.params["n_ctx"]:
+                log.warning(
+                    "%d prompt tokens and %d new ones pass the context's end; generation stops there, at %d",
+                    length, limit, self.params["n_ctx"],
+                )  # fmt: skip
+                break
+        n_samples = request.options.num_return_sequences
+        samples = [None] * (len(request.prompts) * n_samples)
+        at_once = min(n_samples, MAX_BATCH)
+        try:
+            for begin in range(0, len(request.prompts), MAX_BATCH // at_once):
+                prompts = range(begin, min(begin + MAX_BATCH // at_once, len(request.prompts)))
+                for first in range(0, n_samples, at_once):
+                    numbers = range(first, min(first + at_once, n_samples))
+                    self._run(request, prompts, numbers, samples, streamer)
+        except KeyboardInterrupt:
+            raise Interrupted(samples) from None
         return samples
+
+    def check(self, prompts, **options):
+        """Raises what `generate` would for its arguments, without a run of the model."""
+        self._request(prompts, GenerationOptions(**options))
 
     def close(self):
         """Frees the weights and the graphs; the next `generate` makes them anew."""
@@ -300,17 +271,83 @@ class TextGenerator:
             ids = [first]
         return [int(i) for i in ids]
 
-    def _default_new_tokens(self, longest):
-        """For prompts of at most `longest` tokens."""
+    def _request(self, prompts, options):
+        prompts = self._encode_prompts(prompts)
+        n_prompts, n_vocab = len(prompts), self.params["n_vocab"]
+        longest = max(map(len, prompts))
+        defaults = self.checkpoint.generation_defaults
+        check_int("num_return_sequences", options.num_return_sequences, 1)
+        ngram_size = options.no_repeat_ngram_size
+        if ngram_size is None:
+            ngram_size = defaults.get("no_repeat_ngram_size") or None  # Hugging Face's 0 is off
+        if ngram_size is not None:
+            check_int("no_repeat_ngram_size", ngram_size, 1)
+        values = resolve(options, defaults, n_prompts)
+        values["top_k"] = np.where(values["top_k"] < n_vocab, values["top_k"], 0)  # all of it: no mask
+        given = per_prompt("max_new_tokens", options.max_new_tokens, n_prompts)
+        given = [self._default_new_tokens(len(p)) if n is None else n for p, n in zip(prompts, given)]
+        values["max_new_tokens"] = np.array(given, np.int32)
+        fresh = secrets.randbits(32)
+        seeds = [fresh if s is None else s for s in per_prompt("seed", options.seed, n_prompts)]
+        values["seed"] = np.array([int(s) % 2**32 for s in seeds], np.uint32).view(np.int32)
+        streams = per_prompt("stream", options.stream, n_prompts)
+        if not isinstance(options.stream, (list, tuple, np.ndarray)):  # one for all: that of the first prompt
+            streams = [(s or 0) + i * options.num_return_sequences for i, s in enumerate(streams)]
+        values["stream"] = np.array([0 if s is None else s for s in streams], np.int64).astype(np.int32)
+        if longest > self.params["n_ctx"]:
+            raise ValueError(
+                f"a prompt of {longest} tokens is longer than the context; at most {self.params['n_ctx']} are allowed"
+            )
+        return _Request(
+            options=dataclasses.replace(options, no_repeat_ngram_size=ngram_size),
+            prompts=prompts,
+            values=values,
+            stop_tokens=stop_tokens_of(self.checkpoint, options.eos_token_id),
+            stop_strings=self._stop_strings(options.stop_strings),
+            logit_bias=self._logit_bias(options),
+            pad_token=self._padding(options.pad_token_id),
+        )
+
+    def _default_new_tokens(self, length):
+        """For a prompt of `length` tokens."""
         defaults = self.checkpoint.generation_defaults
         if "max_new_tokens" in defaults or "max_length" not in defaults:
             return defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-        if longest >= defaults["max_length"]:
+        if length >= defaults["max_length"]:
             raise ValueError(
-                f"a prompt of {longest} tokens leaves nothing of max_length={defaults['max_length']}, "
+                f"a prompt of {length} tokens leaves nothing of max_length={defaults['max_length']}, "
                 "which the model's generation_config.json gives; give max_new_tokens"
             )
-        return defaults["max_length"] - longest
+        return defaults["max_length"] - length
+
+    def _stop_strings(self, stop_strings):
+        if stop_strings is None:
+            return ()
+        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+        if not isinstance(stop_strings, (list, tuple)) or not all(isinstance(s, str) and s for s in stop_strings):
+            raise ValueError(f"stop_strings={stop_strings!r}; a text or a list of texts, none of them empty, is needed")
+        if self.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, and the model has none; give eos_token_id")
+        return tuple(stop_strings)
+
+    def _logit_bias(self, options):
+        """What logit_bias and bad_words_ids add to the logits; None for nothing."""
+        if not options.logit_bias and not options.bad_words_ids:
+            return None
+        bias = np.zeros(self._n_vocab, np.float32)
+        if not isinstance(options.logit_bias or {}, dict):
+            raise ValueError(f"logit_bias={options.logit_bias!r}; a dict, token id -> number, is needed")
+        for token, value in (options.logit_bias or {}).items():
+            check_int("logit_bias: token id", token, 0, self.params["n_vocab"] - 1)
+            if not isinstance(value, numbers.Real) or not value < float("inf"):
+                raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
+            bias[token] = value
+        for word in options.bad_words_ids or ():
+            if not isinstance(word, (list, tuple)) or len(word) != 1:
+                raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
+            check_int("bad_words_ids: token id", word[0], 0, self.params["n_vocab"] - 1)
+            bias[word[0]] = -np.inf
+        return bias
 
     def _padding(self, pad_token_id):
         if pad_token_id is None:
@@ -318,15 +355,27 @@ class TextGenerator:
         check_int("pad_token_id", pad_token_id, 0)
         return int(pad_token_id)
 
-    def _sample(self, row, prompt, new, stop_token):
+    def _sample(self, request, index, prompt, new, logprobs):
+        """Sample number `index` of a request, of its prompt's ids, new ids up to its limit, and their log-probabilities."""
         new = new.tolist()
-        if stop_token in new:
-            new = new[: new.index(stop_token) + 1]
+        end = next((at + 1 for at, token in enumerate(new) if token in request.stop_tokens), None)
+        reason = "length" if end is None else "stop"
+        new = new[:end]
         if INVALID in new:
             raise InvalidDistributionError(
-                f"sample {row}, step {new.index(INVALID)}: the model's logits are not a distribution (NaN or infinite)"
+                f"sample {index}, step {new.index(INVALID)}: the model's logits are not a distribution (NaN or infinite)"
             )
-        return Sample(prompt, new, self._decode(prompt, new))
+        text = None
+        if request.stop_strings:
+            stream, text = TextStream(self.tokenizer, prompt, request.stop_strings), ""
+            for at, token in enumerate(new):
+                text += stream.push(token, is_last=at + 1 == len(new))
+                if stream.stopped:
+                    new, reason = new[: at + 1], "stop"
+                    break
+        elif self.tokenizer is not None:
+            text = self._decode(prompt, new)
+        return Sample(prompt, new, text, reason, *(p[: len(new)].tolist() for p in logprobs))
 
     def _decode(self, prompt, new):
         if self.tokenizer is None:
@@ -337,34 +386,86 @@ class TextGenerator:
 
     # --- graphs
 
-    def _run(self, key, prompts, limits, first_row, feeds, pad):
-        """The new tokens of each prompt, arrays as long as its limit."""
-        ids = np.full([key.batch, key.length], pad, np.int32)
-        lengths = np.ones(key.batch, np.int32)  # rows that only fill the batch: one token, no step
-        max_steps = np.zeros(key.batch, np.int32)
-        for row, (prompt, limit) in enumerate(zip(prompts, limits)):
+    def _run(self, request, prompts, numbers, samples, streamer):
+        """Fills in samples of these numbers of these prompts, ranges both."""
+        n_ctx, options, values = self.params["n_ctx"], request.options, request.values
+        part = [request.prompts[p] for p in prompts]
+        limits = [min(n, n_ctx - len(p)) for p, n in zip(part, request.max_new_tokens[prompts.start :].tolist())]
+        prompt_length, length = (
+            round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
+            for longest in (max(map(len, part)), max(len(p) + n for p, n in zip(part, limits)))
+        )
+        sampling = {name: values[name] for name in SAMPLING}
+        greedy = not np.any(sampling["temperature"])
+        steps = steps_of(sampling) - set(SAMPLING_ONLY if greedy else ())
+        key = ProgramKey(
+            batch=round_up(_round_up_power(len(part)), self.mesh.parts("batch")),
+            prompt_length=prompt_length,
+            length=length,
+            samples=len(numbers),
+            greedy=greedy,
+            steps=steps if request.logit_bias is None else steps | {LOGIT_BIAS},
+            max_top_k=_round_up_top_k(values["top_k"].max(), self.params["n_vocab"]) if "top_k" in steps else None,
+            n_stop_tokens=_round_up_power(max(1, len(request.stop_tokens))),
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            logits_processors=tuple(options.logits_processors),
+            return_logprobs=options.return_logprobs,
+        )
+        filling = key.batch - len(part)  # of one token, and no step
+
+        def for_rows(values):
+            return np.repeat(np.pad(values, (0, filling), mode="edge"), key.samples)
+
+        ids = np.full([key.batch, key.length], request.pad_token, np.int32)
+        for row, prompt in enumerate(part):
             ids[row, : len(prompt)] = prompt
-            lengths[row], max_steps[row] = len(prompt), limit
-        feeds = {
-            **feeds,
-            "ids": ids,
-            "prompt_lengths": lengths,
-            "max_steps": max_steps,
-            "stream": np.arange(first_row, first_row + key.batch, dtype=np.int32),
-        }
+        fed = {name: for_rows(column[prompts.start : prompts.stop]) for name, column in values.items()}
+        row_numbers = np.tile(np.arange(numbers.start, numbers.stop, dtype=np.int32), key.batch)
+        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
+        indices = [p * options.num_return_sequences + n for p in prompts for n in numbers]
+        rows = [(prompt, limit) for prompt, limit in zip(part, limits) for _ in numbers]
+        watcher = None
+        if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
+            watcher = self._watcher(request, indices, rows, streamer)
         try:
-            program = self._program(key)
-            feeds = {getattr(program.request, name): value for name, value in feeds.items()}
-            out = self.mesh.run(self._session, program.tokens, feeds)
+            program = self._program(key, watcher is not None)
+            to = program.request
+            feeds = {
+                to.ids: ids,
+                to.prompt_lengths: [len(p) for p in part] + [1] * filling,
+                to.max_steps: np.repeat(limits + [0] * filling, key.samples),
+                to.stream: fed["stream"] + row_numbers,
+                to.seed: fed["seed"],
+                to.temperature: fed["temperature"],
+                **dict(zip(to.stop_tokens, stop_tokens)),
+                **{to.options[name]: fed[name] for name in steps},
+            }
+            if request.logit_bias is not None:
+                feeds[to.options[LOGIT_BIAS]] = request.logit_bias
+            program.watcher = watcher
+            run = functools.partial(self.mesh.run, self._session, program.results, feeds)
+            results = run() if watcher is None else watcher.run(run)
         except ClusterError:
             self.close()  # what the processes held is lost: the next request begins anew
             raise
-        return [out[row, len(p) : len(p) + n] for row, (p, n) in enumerate(zip(prompts, limits))]
+        for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
+            new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
+            samples[index] = self._sample(request, index, prompt, new, logprobs)
 
-    def _program(self, key):
+    def _watcher(self, request, indices, rows, streamer):
+        def on_token(row, token, text):
+            streamer(indices[row], token, text)
+
+        def text_of(prompt):
+            return None if self.tokenizer is None else TextStream(self.tokenizer, prompt, request.stop_strings)
+
+        rows = [(text_of(prompt), limit, request.stop_tokens) for prompt, limit in rows]
+        return Watcher(rows, None if streamer is None else on_token)
+
+    def _program(self, key, is_watched):
         """The graph for a key, built in the one tf.Graph that holds the weights."""
-        if key in self._programs:
-            return self._programs[key]
+        if (key, is_watched) in self._programs:
+            return self._programs[key, is_watched]
         if len(self._programs) >= MAX_PROGRAMS:
             self.close()  # nodes cannot be taken out of a graph, only the graph dropped
         first = self._session is None
@@ -375,8 +476,8 @@ class TextGenerator:
             model = self.params, self._n_vocab, self._mesh_impl, self._variable_dtype
             if first:
                 self._session = self._loaded_session(graph, add_variables(*model))
-            self._programs[key] = _Program(key, *model)
-        return self._programs[key]
+            self._programs[key, is_watched] = _Program(key, *model, is_watched)
+        return self._programs[key, is_watched]
 
     def _loaded_session(self, graph, weights):
         session = self.mesh.session(graph)
@@ -388,8 +489,8 @@ class TextGenerator:
         return session
 
 
-def _round_up_batch(rows):
-    return 1 << (rows - 1).bit_length()
+def _round_up_power(size):
+    return 1 << (size - 1).bit_length()
 
 
 def _round_up_length(length, n_ctx):
@@ -401,6 +502,4 @@ def _round_up_length(length, n_ctx):
 
 
 def _round_up_top_k(top_k, n_vocab):
-    if top_k is None or top_k >= n_vocab:
-        return None
     return next(k for k in (64, 1024, n_vocab) if top_k <= k)

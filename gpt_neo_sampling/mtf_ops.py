@@ -5,6 +5,8 @@ free of the one-hot matrix products that mtf's `gather` and `cumsum` are made
 of. They know nothing of sampling or of the model.
 """
 
+import functools
+
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
@@ -378,6 +380,79 @@ class _ResizeOperation(mtf.Operation):
             whole = mesh_impl.allconcat(x, mesh_axis, axis)
             y = mesh_impl.slicewise(cut_or_fill, whole, mesh_impl.laid_out_pcoord(mesh_axis))
         lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def repeat(x, dim, times, name="repeat"):
+    """Each entry along `dim` so many times, one behind the other.
+
+    Args:
+      x: mtf.Tensor.
+      dim: mtf.Dimension; an x without it comes back as it is.
+      times: int.
+
+    Returns:
+      mtf.Tensor, `dim` of `times` its size and the same name. No gradient flows through it.
+    """
+    return _RepeatOperation(x, dim, times, name).outputs[0] if dim in x.shape.dims else x
+
+
+class _RepeatOperation(mtf.Operation):
+    def __init__(self, x, dim, times, name):
+        super().__init__([x], name=name)
+        self._axis, self._times = x.shape.dims.index(dim), times
+        self._outputs = [mtf.Tensor(self, x.shape.resize_dimension(dim.name, dim.size * times), x.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
+    def lower(self, lowering):
+        repeat = functools.partial(tf.repeat, repeats=self._times, axis=self._axis)
+        # a processor that holds some of the entries holds what becomes of them
+        y = lowering.mesh_impl(self).slicewise(repeat, lowering.tensors[self.inputs[0]].to_laid_out_tensor())
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def host_call(fn, xs, name="host_call"):
+    """Calls a Python function with the values of tensors, each time that the graph runs (in a loop: each time round).
+
+    Args:
+      fn: a function of as many ndarrays as there are tensors, that returns a float32
+        one of the shape of the first.
+      xs: mtf.Tensors.
+
+    Returns:
+      float32 mtf.Tensor of the first one's shape.
+
+    Raises:
+      ValueError: when it is lowered for another mesh than one of this process's
+        CPUs and GPUs.
+    """
+    return _HostCallOperation(fn, xs, name).outputs[0]
+
+
+class _HostCallOperation(mtf.Operation):
+    def __init__(self, fn, xs, name):
+        super().__init__(xs, name=name)
+        self._fn = fn
+        self._outputs = [mtf.Tensor(self, xs[0].shape, tf.float32)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self):
+        return False
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        if not isinstance(mesh_impl, PlacementMeshImpl):
+            raise ValueError(f"{self.name}: a mesh of CPUs or GPUs is needed, not a {type(mesh_impl).__name__}")
+        (y,) = self.outputs
+        values = [mesh_impl.export_to_tf_tensor(x, lowering.tensors[x].to_laid_out_tensor()) for x in self.inputs]
+        with tf.device("/cpu:0"):
+            result = tf.numpy_function(self._fn, values, tf.float32)
+        result = tf.ensure_shape(result, y.shape.to_integer_list)
+        lowering.set_tensor_lowering(y, mesh_impl.import_tf_tensor(y, result))
 
 
 # --- Values that come as Python numbers or as tensors -------------------------

@@ -8,6 +8,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import CheckpointError, aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
+from gpt_neo_sampling.mtf_ops import host_call, take
 from gpt_neo_sampling.sample import sample_autoregressive
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
@@ -20,30 +21,39 @@ DTYPES = ("float32", "bfloat16")  # of weights and activations
 class ProgramKey:
     """What a graph is built for: its sizes, and the steps of sampling that it has."""
 
-    batch: int
+    batch: int  # prompts
     prompt_length: int
     length: int  # prompt and new tokens
-    greedy: bool
-    use_entmax: bool
-    max_top_k: int | None  # None: no top-k step
+    samples: int = 1  # rows of each prompt
+    greedy: bool = False
+    steps: frozenset = frozenset()  # names of `options.ROW_OPTIONS` that the request has, and "logit_bias"
+    max_top_k: int | None = None
+    n_stop_tokens: int = 1
+    no_repeat_ngram_size: int | None = None
+    logits_processors: tuple = ()  # see `sample_autoregressive`
+    return_logprobs: bool = False
+
+    @property
+    def rows(self):
+        return self.batch * self.samples
 
 
 @dataclasses.dataclass
 class Request:
-    """What a graph is run with; tensors, all but the first three scalar or one a row."""
+    """What a graph is run with."""
 
     ids: tf.Tensor  # int32 [batch, length]; prompts, and anything behind them
     prompt_lengths: tf.Tensor  # int32 [batch]
-    max_steps: tf.Tensor  # int32 [batch]
+    # the rest scalar or [rows]
+    max_steps: tf.Tensor  # int32
     stream: tf.Tensor  # int32
     seed: tf.Tensor  # int32
-    stop_at_token: tf.Tensor  # int32
-    temperature: tf.Tensor  # float32; the key's greedy and use_entmax say which of these three count
-    top_k: tf.Tensor  # int32
-    entmax_alpha: tf.Tensor  # float32
+    stop_tokens: list  # of int32 tensors
+    temperature: tf.Tensor  # float32; without a say in a greedy graph
+    options: dict  # of those in the key's steps, name -> tensor; logit_bias is float32 [vocab]
 
 
-def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
+def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_tokens=None):
     """Adds a decode graph to the one that is open, its variables in the scope "gpt2".
 
     Args:
@@ -54,31 +64,51 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0):
       mesh_impl: what the graph is lowered on.
       variable_dtype: mtf.VariableDType.
       bos_id: int, what an empty prompt stands for.
+      on_tokens: None, or a function called after each step with ndarrays [rows]:
+        each row's last token, and how many new ones it has; it returns a float32
+        one, 1.0 for rows that are done.
 
     Returns:
-      int32 tf.Tensor [batch, length]: see `sample_autoregressive`.
+      a list: int32 tf.Tensor [rows, length], and with the key's return_logprobs two
+      float32 ones: see `sample_autoregressive`.
     """
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
     shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
-    tokens = sample_autoregressive(
+    prompt_lengths = tf.repeat(tf.maximum(request.prompt_lengths, 1), key.samples)
+
+    def watch(ids, position):
+        begin = mtf.import_tf_tensor(mesh, prompt_lengths, position.shape)
+        return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - begin])
+
+    options = dict(request.options)
+    top_k, alpha = options.pop("top_k", None), options.pop("entmax_alpha", None)
+    results = sample_autoregressive(
         mtf.import_tf_tensor(mesh, request.ids, shape),
         other_features,
         params,
-        stop_at_token=request.stop_at_token,
+        stop_at_token=request.stop_tokens,
         max_steps=request.max_steps,
         temperature=0 if key.greedy else request.temperature,
         variable_dtype=variable_dtype,
-        sampling_keep_top_k=-1 if key.max_top_k is None else request.top_k,
+        sampling_keep_top_k=-1 if top_k is None else top_k,
         max_top_k=key.max_top_k,
-        sampling_use_entmax=key.use_entmax,
-        entmax_alpha=request.entmax_alpha if key.use_entmax else DEFAULT_ALPHA,
+        sampling_use_entmax=alpha is not None,
+        entmax_alpha=DEFAULT_ALPHA if alpha is None else alpha,
         bos_id=bos_id,
         seed=request.seed,
         stream=request.stream,
         prompt_lengths=request.prompt_lengths,
         max_prompt_length=key.prompt_length,
+        no_repeat_ngram_size=key.no_repeat_ngram_size,
+        logits_processors=key.logits_processors,
+        stopping_criteria=None if on_tokens is None else watch,
+        num_return_sequences=key.samples,
+        return_logprobs=key.return_logprobs,
+        **options,
     )
-    return mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(tokens)
+    results = results if key.return_logprobs else [results]
+    lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
+    return [lowering.export_to_tf_tensor(r) for r in results]
 
 
 def _features(mesh, batch, length, params, n_vocab, variable_dtype):
@@ -187,16 +217,14 @@ def first_token_of(checkpoint):
     return first if first is not None and 0 <= first < checkpoint.params["n_vocab"] else None
 
 
-def stop_token_of(checkpoint, eos_token_id=None):
-    """int: the stop token; for None the model's own, NO_STOP_TOKEN if it names none."""
+def stop_tokens_of(checkpoint, eos_token_id=None):
+    """A list of ints, the stop tokens; for None the model's own. NO_STOP_TOKEN, or none at all, is none."""
     if eos_token_id is None:
         eos_token_id = checkpoint.generation_defaults.get("eos_token_id", NO_STOP_TOKEN)
-    if isinstance(eos_token_id, (list, tuple)):
-        if len(eos_token_id) != 1:
-            raise ValueError(f"eos_token_id={eos_token_id}: one stop token is supported; give eos_token_id=ID")
-        eos_token_id = eos_token_id[0]
-    check_int("eos_token_id", eos_token_id, NO_STOP_TOKEN)
-    return int(eos_token_id)
+    ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    for i in ids:
+        check_int("eos_token_id", i, NO_STOP_TOKEN)
+    return [int(i) for i in ids if i != NO_STOP_TOKEN]
 
 
 def variable_dtype_of(dtype):

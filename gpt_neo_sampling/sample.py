@@ -9,27 +9,21 @@ import dataclasses
 import functools
 import numbers
 
-import numpy as np
-
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import chosen_of, score_draw
+from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE, History, SamplingOptions, next_token
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.masks import has_no_top_k, padding_mask, token_mask, top_k_candidates, top_k_mask
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, inverse_temperature
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.mtf_ops import (
     cwise_broadcast,
-    first_argmax,
     import_rows,
     import_seed,
+    repeat,
     resize,
     row_index,
     settle,
     take,
 )
 
-SOFTMAX_TEMPERATURE = 0.9  # the original's default,
-ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
-MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 INVALID = -1  # the token of a row whose distribution is not one
 
 
@@ -128,97 +122,17 @@ class _LoopState:
     position: mtf.Tensor  # int32 [batch]; where the row's next token goes
     ids: mtf.Tensor  # int32 [batch, length]; prompts, new tokens, padding
     done: mtf.Tensor  # bool [batch]; the row writes no more
+    logprobs: list  # two float32 [batch, length], like ids; or none
     states: list  # the model's own, as its last call recorded them
 
     def tensors(self):
         # mtf's while_loop would carry an unfinished sum as it is: settle each.
-        return [settle(t) for t in (self.position, self.ids, self.done, *self.states)]
+        return [settle(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
 
     @classmethod
-    def of(cls, position, ids, done, *states):
-        return cls(position, ids, done, list(states))
-
-
-@dataclasses.dataclass
-class SamplingOptions:
-    """How a token is drawn from its logits, the steps in the order of application.
-
-    Each value may be a Python number or an mtf tensor, scalar or one a row.
-    """
-
-    never_token: object = None  # an id that is never drawn, None or a negative one for none
-    temperature: object = SOFTMAX_TEMPERATURE  # above 0; 0 is argmax
-    top_k: object = None  # None for no mask
-    max_top_k: int = None  # needed where top_k is a tensor
-    use_entmax: bool = False
-    entmax_alpha: object = DEFAULT_ALPHA
-    vocab_size: int = None  # where the vocabulary is padded: ids from here on are never drawn
-
-    def check(self):
-        """Raises ValueError for a number that is out of range."""
-        t = self.temperature
-        if isinstance(t, numbers.Real) and not 0 <= t < float("inf"):
-            raise ValueError(f"temperature={t}; 0 (argmax) or a finite number above 0 is needed")
-        a = self.entmax_alpha
-        if self.use_entmax and isinstance(a, numbers.Real) and not 1 <= a <= 2:
-            raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
-
-
-def next_token(logits, vocab_dim, options, seed, stream, step):
-    """Draws one token a row: temperature, top-k, softmax or entmax, the draw.
-
-    Args:
-      logits: mtf.Tensor [batch…, vocab], any float dtype; computed in float32.
-      vocab_dim: mtf.Dimension of logits.
-      options: SamplingOptions.
-      seed, stream, step: int32 mtf.Tensors, scalar or [batch…]; see
-        `sample_categorical`.
-
-    Returns:
-      int32 mtf.Tensor [batch…]; −1 where the logits hold NaN or +inf or nothing
-      above −inf. Where the temperature is 0, the first of the largest logits.
-    """
-    rows = logits.shape - vocab_dim
-    mesh = logits.mesh
-    logits = mtf.cast(logits, tf.float32)
-    if options.vocab_size is not None:
-        logits = padding_mask(logits, options.vocab_size, vocab_dim)
-    if options.never_token is not None:
-        logits = token_mask(logits, options.never_token, vocab_dim)
-    fixed = isinstance(options.temperature, numbers.Real)
-    if fixed and options.temperature == 0:
-        return first_argmax(logits, vocab_dim)
-
-    factor = inverse_temperature(mesh, options.temperature, rows)
-    alpha = import_rows(mesh, options.entmax_alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
-    uniforms = draw_uniforms(mesh, rows, seed, stream, step)
-    size = options.vocab_size or vocab_dim.size
-    n_chosen = chosen_of(options.entmax_alpha)
-    draw = functools.partial(score_draw, factor=factor, alpha=alpha, size=size, n_chosen=n_chosen)
-    k, max_k = options.top_k, options.max_top_k
-    if k is not None and (k if isinstance(k, numbers.Integral) else max_k or 0) > MOST_CANDIDATES:
-        logits, k = top_k_mask(logits, k, vocab_dim, max_top_k=max_k, masked=-np.inf), None
-    candidates = None if k is None else top_k_candidates(logits, k, vocab_dim, max_top_k=max_k)
-    if candidates is None:
-        token = draw(logits, *uniforms, vocab_dim)
-    else:
-        values, ids = candidates
-        token = draw(values, *uniforms, values.shape[-1], ids=ids)
-        if not isinstance(k, numbers.Integral):  # rows without a mask draw from all
-            no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), vocab_dim), rows)
-            whole = draw(logits, *uniforms, vocab_dim, only=no_mask)
-            token = cwise_broadcast(lambda n, w, t: tf.where_v2(n > 0, w, t), [no_mask, whole, token], rows, tf.int32)
-    if fixed:
-        return token
-    if candidates is None:
-        greedy = first_argmax(logits, vocab_dim)
-    else:  # the first of them, where there is anything to draw
-        first = take(ids, mtf.constant(mesh, 0, mtf.Shape([]), tf.int32), ids.shape[-1])
-        greedy = cwise_broadcast(lambda token, first: tf.where_v2(token < 0, token, first), [token, first])
-    temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
-    return cwise_broadcast(
-        lambda token, greedy, t: tf.where_v2(tf.equal(t, 0.0), greedy, token), [token, greedy, temperature], rows
-    )
+    def of(cls, tensors, n_logprobs):
+        position, ids, done, *rest = tensors
+        return cls(position, ids, done, rest[:n_logprobs], rest[n_logprobs:])
 
 
 def sample_autoregressive(
@@ -249,6 +163,21 @@ def sample_autoregressive(
     max_top_k=None,
     max_prompt_length=None,
     max_length=None,
+    top_p=None,
+    min_p=None,
+    typical_p=None,
+    epsilon_cutoff=None,
+    eta_cutoff=None,
+    repetition_penalty=None,
+    presence_penalty=None,
+    frequency_penalty=None,
+    no_repeat_ngram_size=None,
+    logit_bias=None,
+    min_new_tokens=None,
+    logits_processors=(),
+    stopping_criteria=None,
+    num_return_sequences=1,
+    return_logprobs=False,
 ):
     """Continues a batch of prompts, one token a row and step.
 
@@ -260,10 +189,13 @@ def sample_autoregressive(
         after 2          5 3 8 1 0 0      7 9 0 0 0 0      (9 was drawn: done, padding)
         after 4          5 3 8 1 6 2      7 9 0 0 0 0      all done: the loop ends
 
-    In a step each row's logits pass through, in this order: `never_end`'s mask,
-    temperature, top-k, softmax or entmax, and the draw, which is a function of
-    (seed, stream, number of the new token in its row) and so does not depend on
-    the layout, on the batch or on the other rows.
+    In a step each row's logits pass through, in this order: logits_processors,
+    the penalties (repetition, presence, frequency), no_repeat_ngram_size,
+    logit_bias, the masks of the stop tokens (min_new_tokens, never_end),
+    temperature, top-k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff,
+    softmax or entmax, and the draw, which is a function of (seed, stream, number
+    of the new token in its row) and so does not depend on the layout, on the
+    batch or on the other rows.
 
     Numbers marked † may also be int32 or float32 tensors, mtf or tf, scalar or
     one a row, so that one built graph serves mixed requests.
@@ -276,7 +208,8 @@ def sample_autoregressive(
         context, where otherwise it keeps states; and "n_vocab", if it is there:
         where the vocabulary's dimension is larger, the rest of it is padding
         that is never drawn.
-      stop_at_token: † a row that draws it is done. None for none.
+      stop_at_token: † a row that draws it is done; a list or tuple holds several,
+        each of them †. None for none.
       max_steps: † the most new tokens in a row; None for up to `length`.
       temperature: † above 0: larger is more random; 0 is argmax. None is the
         original's 0.9 for softmax and 1.0 for entmax. (The original ignored a
@@ -309,11 +242,33 @@ def sample_autoregressive(
         states and its attention need no more positions. Where other_features
         has a "memory_length_dim" and an "attn_bias", the model is handed these
         cut to that length.
+      top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: † masks of less likely
+        tokens, see `models.masks`.
+      repetition_penalty: † see `models.penalties`; it counts all tokens of a row,
+      presence_penalty, frequency_penalty: † and these its new ones.
+      no_repeat_ngram_size: an int: no sequence of so many tokens comes twice.
+      logit_bias: a float32 tensor [vocab] or [batch…, vocab] that is added to the
+        logits; −inf is never drawn.
+      min_new_tokens: † a row draws no stop token before it has so many new tokens.
+      logits_processors: functions of (logits, ids, position) that return logits:
+        float32 [batch…, vocab], int32 [batch…, length] and int32 [batch…], where
+        the next token goes; what stands in ids from there on is padding.
+      stopping_criteria: a function of (ids, position), ids with a step's tokens
+        written and position behind them, that returns a float32 mtf.Tensor
+        [batch…]: above 0 for a row that is done.
+      num_return_sequences: an int n. Each prompt is continued n times, which
+        share its first pass: the last of the batch's dims is n times as large in
+        what is returned, where a prompt's rows stand together, and in all that
+        is one a row (but prompt_lengths).
+      return_logprobs: whether to return log-probabilities too.
 
     Returns:
       int32 mtf.Tensor like partial_sequences: prompts, new tokens (the stop
       token among them) and padding. A row whose distribution is invalid (NaN
-      logits) gets −1 at that position and is done.
+      logits) gets −1 at that position and is done. With return_logprobs
+      (ids, logprobs, draw_logprobs), float32 and of the same shape: of each new
+      token the natural logarithm of its probability under the model's own
+      distribution and under the one that it was drawn from; 0 elsewhere.
 
     Raises:
       ValueError: for a number that is out of range, or a wrong shape.
@@ -323,7 +278,13 @@ def sample_autoregressive(
     length = _length("max_length", max_length, whole_length_dim.size)
     prompt_length = _length("max_prompt_length", max_prompt_length, length)
     length_dim = mtf.Dimension(whole_length_dim.name, length)
-    rows = mtf.Shape(batch_dims)
+    prompt_rows = mtf.Shape(batch_dims)
+    if not isinstance(num_return_sequences, numbers.Integral) or num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences={num_return_sequences}; a whole number of at least 1 is needed")
+
+    rows = prompt_rows
+    if num_return_sequences > 1:
+        rows = mtf.Shape([*batch_dims[:-1], mtf.Dimension(batch_dims[-1].name, batch_dims[-1].size * num_return_sequences)])
     vocab_dim = other_features["vocab_dim"]
     model = model or gpt2.model
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
@@ -336,16 +297,6 @@ def sample_autoregressive(
     if never_end and stop_at_token is None:
         raise ValueError("never_end=True masks the stop token, but stop_at_token is None")
     vocab_size = _vocab_size(params, vocab_dim)
-    options = SamplingOptions(
-        never_token=stop_at_token if never_end else None,
-        temperature=temperature,
-        top_k=_top_k_option(sampling_keep_top_k, vocab_size or vocab_dim.size),
-        max_top_k=max_top_k,
-        use_entmax=bool(sampling_use_entmax),
-        entmax_alpha=entmax_alpha,
-        vocab_size=vocab_size,
-    )
-    options.check()
 
     def per_row(value, dtype, name):
         """Imported once, outside the loop; numbers stay numbers."""
@@ -353,16 +304,42 @@ def sample_autoregressive(
             return value
         return settle(import_rows(mesh, value, dtype, rows, name))
 
-    for name, dtype in (("never_token", tf.int32), ("temperature", tf.float32), ("top_k", tf.int32),
-                        ("entmax_alpha", tf.float32)):  # fmt: skip
-        setattr(options, name, per_row(getattr(options, name), dtype, name))
-    stop_at_token = per_row(stop_at_token, tf.int32, "stop_at_token")
+    def real(**values):
+        return {name: per_row(value, tf.float32, name) for name, value in values.items()}
+
+    stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
+    stop_tokens = tuple(per_row(t, tf.int32, "stop_at_token") for t in stop_tokens if t is not None)
+    options = SamplingOptions(
+        logits_processors=tuple(logits_processors),
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        logit_bias=logit_bias,
+        stop_tokens=stop_tokens,
+        min_new_tokens=per_row(min_new_tokens, tf.int32, "min_new_tokens"),
+        never_end=never_end,
+        top_k=per_row(_top_k_option(sampling_keep_top_k, vocab_size or vocab_dim.size), tf.int32, "top_k"),
+        max_top_k=max_top_k,
+        use_entmax=bool(sampling_use_entmax),
+        vocab_size=vocab_size,
+        **real(
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            epsilon_cutoff=epsilon_cutoff,
+            eta_cutoff=eta_cutoff,
+            entmax_alpha=entmax_alpha,
+        ),
+    )
+    options.check()
     max_steps = per_row(max_steps, tf.int32, "max_steps")
     seed = settle(import_seed(mesh, seed, rows))
     stream = row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream")
     stream = settle(stream)
     other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs, shared_params = (
-        _settle_all(x)
+        _map_tensors(settle, x)
         for x in (
             other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs, shared_params
         )
@@ -376,8 +353,9 @@ def sample_autoregressive(
     elif prompt_lengths is None:
         is_token = mtf.not_equal(partial_sequences, padding_id)
         prompt_lengths = mtf.reduce_sum(mtf.to_int32(is_token), reduced_dim=whole_length_dim)
-    prompt_lengths = mtf.broadcast(import_rows(mesh, prompt_lengths, tf.int32, rows, "prompt_lengths"), rows)
-    bos = import_rows(mesh, bos_id, tf.int32, rows, "bos_id")
+    prompt_lengths = import_rows(mesh, prompt_lengths, tf.int32, prompt_rows, "prompt_lengths")
+    prompt_lengths = mtf.broadcast(prompt_lengths, prompt_rows)
+    bos = import_rows(mesh, bos_id, tf.int32, prompt_rows, "bos_id")
 
     def clean(ids, at, length, bos):
         ids = tf.where_v2(at < length, ids, padding_id)
@@ -388,7 +366,7 @@ def sample_autoregressive(
     ids, length_range = resize(whole_ids, whole_length_dim, length), mtf.range(mesh, length_dim, tf.int32)
     initial_position = cwise_broadcast(lambda n: tf.maximum(n, 1), [prompt_lengths])
 
-    read_priority = write_priority = cwise_broadcast(
+    priority = cwise_broadcast(
         lambda at, n: tf.where_v2(at > n, at, 0), [length_range, initial_position], ids.shape
     )
     constant_states = []
@@ -396,7 +374,7 @@ def sample_autoregressive(
     def context(mode, position, **kwargs):
         return DecodeContext(
             mesh=mesh,
-            batch_dims=batch_dims,
+            batch_dims=initial_position.shape.dims,
             variable_dtype=variable_dtype,
             mode=mode,
             position=position,
@@ -419,19 +397,27 @@ def sample_autoregressive(
     initial_states = []
     if not slow:
         prompt_dim = mtf.Dimension(length_dim.name, prompt_length)
-        prompts, priority = (resize(x, length_dim, prompt_length) for x in (ids, read_priority))
+        prompts, prompt_priority = (resize(x, length_dim, prompt_length) for x in (ids, priority))
         first_part = context(
             "first_part",
             mtf.range(mesh, prompt_dim, tf.int32),
             length_dim=prompt_dim,
             position_is_default=True,
             inputs=prompts,
-            read_priority=priority,
-            write_priority=priority,
+            read_priority=prompt_priority,
+            write_priority=prompt_priority,
         )
         call_model(prompts, first_part)
         initial_states = first_part.new_states
-        constant_states[:] = _settle_all(constant_states)
+        constant_states[:] = _map_tensors(settle, constant_states)
+    if num_return_sequences > 1:  # what was one a prompt is one a row from here on
+        for_each_row = functools.partial(repeat, dim=batch_dims[-1], times=num_return_sequences)
+        whole_ids, ids, initial_position, priority, initial_states, constant_states[:] = _map_tensors(
+            for_each_row, (whole_ids, ids, initial_position, priority, initial_states, constant_states)
+        )
+        other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs = _map_tensors(
+            for_each_row, (other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs)
+        )
 
     def is_over(position):
         """Whether a row that is to write at `position` has no token left to write."""
@@ -443,8 +429,10 @@ def sample_autoregressive(
         limit = [] if max_steps is None else [import_rows(mesh, max_steps, tf.int32, rows, "max_steps")]
         return cwise_broadcast(tf_fn, [position, initial_position, *limit], rows, tf.bool)
 
+    n_logprobs = 2 if return_logprobs else 0
+
     def body(*tensors):
-        loop = _LoopState.of(*tensors)
+        loop = _LoopState.of(tensors, n_logprobs)
         if slow:
             logits = take(call_model(loop.ids, None), loop.position - 1, length_dim)
             states = []
@@ -453,29 +441,37 @@ def sample_autoregressive(
                 "incremental",
                 loop.position,
                 length_dim=length_dim,
-                write_priority=write_priority,
+                write_priority=priority,
                 states=loop.states,
                 may_overwrite_states=True,
                 inputs=loop.ids,
-                read_priority=take(read_priority, loop.position, length_dim),
+                read_priority=take(priority, loop.position, length_dim),
             )
             logits = call_model(loop.ids, ctx)
             logits = mtf.reshape(logits, rows + vocab_dim)  # without its sequence dim of 1
             states = ctx.new_states
-        token = next_token(logits, vocab_dim, options, seed, stream, loop.position - initial_position)
+        history = History(loop.ids, loop.position, initial_position)
+        step = loop.position - initial_position
+        drawn = next_token(logits, vocab_dim, options, seed, stream, step, history, return_logprobs)
+        token, *logprobs = drawn if return_logprobs else [drawn]
 
-        def write(ids, at, position, done, token):
-            return tf.where_v2(tf.logical_and(tf.equal(at, position), tf.logical_not(done)), token, ids)
+        def write(old, at, position, done, new):
+            return tf.where_v2(tf.logical_and(tf.equal(at, position), tf.logical_not(done)), new, old)
 
-        ids = cwise_broadcast(write, [loop.ids, length_range, loop.position, loop.done, token], loop.ids.shape)
+        ids, *logprobs = [
+            cwise_broadcast(write, [old, length_range, loop.position, loop.done, new], loop.ids.shape, old.dtype)
+            for old, new in zip([loop.ids, *loop.logprobs], [token, *logprobs])
+        ]
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [loop.position, loop.done]
         )
         ended = cwise_broadcast(lambda token: tf.equal(token, INVALID), [token], output_dtype=tf.bool)
-        if stop_at_token is not None:
-            ended = mtf.logical_or(ended, mtf.equal(token, stop_at_token))
+        for stop_token in stop_tokens:
+            ended = mtf.logical_or(ended, mtf.equal(token, stop_token))
+        if stopping_criteria is not None:
+            ended = mtf.logical_or(ended, mtf.greater(stopping_criteria(ids, position), 0))
         done = mtf.logical_or(mtf.logical_or(loop.done, ended), is_over(position))
-        return _LoopState(position, ids, done, states).tensors()
+        return _LoopState(position, ids, done, logprobs, states).tensors()
 
     done = is_over(initial_position)
     if prompt_length < whole_length_dim.size:
@@ -485,17 +481,21 @@ def sample_autoregressive(
 
         ids = cwise_broadcast(refuse, [ids, length_range, initial_position], ids.shape)
         done = cwise_broadcast(lambda d, n: tf.logical_or(d, n > prompt_length), [done, initial_position])
-    start = _LoopState(initial_position, ids, done, initial_states)
+    logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(n_logprobs)]
+    start = _LoopState(initial_position, ids, done, logprobs, initial_states)
     outputs = mtf.while_loop(
         lambda position, ids, done, *_: mtf.logical_not(mtf.reduce_all(done)), body, start.tensors()
     )
-    ids = outputs[1]
+    end = _LoopState.of(outputs, n_logprobs)
+    ids, logprobs = end.ids, end.logprobs
     if length < whole_length_dim.size:
-        ids = cwise_broadcast(
-            lambda ids, whole, at: tf.where_v2(at < length, ids, whole),
-            [resize(ids, length_dim, whole_length_dim.size), whole_ids, whole_range],
+        ids, *logprobs = (resize(x, length_dim, whole_length_dim.size) for x in (ids, *logprobs))
+        ids = cwise_broadcast(lambda ids, whole, at: tf.where_v2(at < length, ids, whole), [ids, whole_ids, whole_range])
+    if remove_partial_sequences:
+        ids, *logprobs = (
+            _shift_left(x, initial_position, fill) for x, fill in zip((ids, *logprobs), (padding_id, 0.0, 0.0))
         )
-    return _shift_left(ids, initial_position, padding_id) if remove_partial_sequences else ids
+    return (ids, *logprobs) if return_logprobs else ids
 
 
 def _length(name, value, limit):
@@ -519,14 +519,14 @@ def _cut_memory(other_features, length_dim, length):
     return other_features
 
 
-def _settle_all(x):
-    """Settles every tensor in nested dicts, lists and tuples; the rest stays as it is."""
+def _map_tensors(fn, x):
+    """Every tensor in nested dicts, lists and tuples through a function; the rest stays as it is."""
     if isinstance(x, mtf.Tensor):
-        return settle(x)
+        return fn(x)
     if isinstance(x, dict):
-        return {k: _settle_all(v) for k, v in x.items()}
+        return {k: _map_tensors(fn, v) for k, v in x.items()}
     if type(x) in (list, tuple):  # not mtf.Dimension, which is a tuple too
-        return type(x)(_settle_all(v) for v in x)
+        return type(x)(_map_tensors(fn, v) for v in x)
     return x
 
 
@@ -552,15 +552,15 @@ def _top_k_option(k, vocab_size):
     return int(k)
 
 
-def _shift_left(ids, by, padding_id):
-    """ids [batch…, length] without the first `by` [batch…] of each row."""
-    *batch_dims, length_dim = ids.shape.dims
+def _shift_left(x, by, fill):
+    """x [batch…, length] without the first `by` [batch…] of each row."""
+    *batch_dims, length_dim = x.shape.dims
     shifted_dim = mtf.Dimension("shifted_" + length_dim.name, length_dim.size)
     source = cwise_broadcast(
-        tf.add, [mtf.range(ids.mesh, shifted_dim, tf.int32), by], mtf.Shape(batch_dims + [shifted_dim])
+        tf.add, [mtf.range(x.mesh, shifted_dim, tf.int32), by], mtf.Shape(batch_dims + [shifted_dim])
     )
-    shifted = take(ids, source, length_dim)
+    shifted = take(x, source, length_dim)
     shifted = cwise_broadcast(
-        lambda x, at: tf.where_v2(at < length_dim.size, x, padding_id), [shifted, source], name="remove_prompts"
+        lambda x, at: tf.where_v2(at < length_dim.size, x, fill), [shifted, source], name="remove_prompts"
     )
     return mtf.rename_dimension(shifted, shifted_dim.name, length_dim.name)

@@ -98,13 +98,13 @@ def inverse_temperature(mesh, temperature, rows):
     Returns:
       None where the temperature is the number 1, or else a float32 mtf.Tensor,
       scalar or with dims among `rows`: 1 where the temperature is 0, and NaN where
-      it is below.
+      it is below. Never so small that masked logits would come near the others.
     """
     if isinstance(temperature, numbers.Real) and temperature == 1:
         return None
 
     def reciprocal(t):
-        return tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, 1.0 / tf.maximum(t, 2.0**-126), np.nan))
+        return tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, 1.0 / tf.clip_by_value(t, 2.0**-126, 2.0**100), np.nan))
 
     return mtf.cwise(reciprocal, [import_rows(mesh, temperature, tf.float32, rows, "temperature")], name="reciprocal")
 

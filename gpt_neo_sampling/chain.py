@@ -1,0 +1,297 @@
+"""The chain of a step: from a model's logits to a token.
+
+The order is that of transformers: what looks at the row so far, the
+temperature, the masks from top-k to eta, softmax or entmax, the draw.
+"""
+
+import dataclasses
+import functools
+import numbers
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.draws import chosen_of, score_draw
+from gpt_neo_sampling.models.masks import (
+    epsilon_mask,
+    eta_mask,
+    has_no_top_k,
+    min_p_mask,
+    padding_mask,
+    top_k_candidates,
+    top_k_mask,
+    top_p_mask,
+    typical_p_mask,
+)
+from gpt_neo_sampling.models.penalties import (
+    logit_bias,
+    no_repeat_ngram_mask,
+    presence_frequency_penalty,
+    repetition_penalty,
+    token_counts,
+    tokens_mask,
+)
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, entmax, inverse_temperature, softmax
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, first_argmax, import_rows, take
+
+SOFTMAX_TEMPERATURE = 0.9  # the original's default,
+ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
+MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
+
+
+@dataclasses.dataclass
+class SamplingOptions:
+    """How a token is drawn from its logits, the steps in the order of application.
+
+    A value may be a Python number or an mtf tensor, scalar or one a row, where
+    nothing else is said; None leaves the step out.
+    """
+
+    logits_processors: tuple = ()  # the user's own: functions of (logits, ids, position) that give logits
+    repetition_penalty: object = None  # of all tokens of the row; 1 changes nothing
+    presence_penalty: object = None  # of the row's new tokens; 0 changes nothing
+    frequency_penalty: object = None  # likewise
+    no_repeat_ngram_size: int = None
+    logit_bias: object = None  # a tensor or array [vocab] or [rows, vocab]; −inf is never drawn
+    stop_tokens: tuple = ()  # ids, each a value
+    min_new_tokens: object = None  # no stop token before there are so many
+    never_end: bool = False  # no stop token at all
+    temperature: object = SOFTMAX_TEMPERATURE  # above 0; 0 is argmax
+    top_k: object = None
+    max_top_k: int = None  # needed where top_k is a tensor
+    top_p: object = None
+    min_p: object = None
+    typical_p: object = None
+    epsilon_cutoff: object = None
+    eta_cutoff: object = None
+    use_entmax: bool = False
+    entmax_alpha: object = DEFAULT_ALPHA
+    vocab_size: int = None  # where the vocabulary is padded: ids from here on are never drawn
+
+    def check(self):
+        """Raises ValueError for a number that is out of range and that no step checks itself."""
+        t = self.temperature
+        if isinstance(t, numbers.Real) and not 0 <= t < float("inf"):
+            raise ValueError(f"temperature={t}; 0 (argmax) or a finite number above 0 is needed")
+        a = self.entmax_alpha
+        if self.use_entmax and isinstance(a, numbers.Real) and not 1 <= a <= 2:
+            raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
+
+
+@dataclasses.dataclass
+class History:
+    """What stands in the rows before the token that is drawn."""
+
+    ids: mtf.Tensor  # int32 [rows, length]; prompts, new tokens, padding
+    position: mtf.Tensor  # int32 [rows]; where the next token goes
+    begin: mtf.Tensor  # int32 [rows]; where the first new one went
+
+
+def token_steps(options, history):
+    """The steps ahead of the temperature, which hold for greedy decoding too.
+
+    Args:
+      options: SamplingOptions.
+      history: History; None if no step needs one.
+
+    Returns:
+      a list of pairs, the step's name and a function of (logits, dim).
+    """
+    o, h = options, history
+
+    def user_step(processor):
+        name = getattr(processor, "__name__", type(processor).__name__)
+        return name, lambda x, dim: processor(x, h.ids, h.position)
+
+    def penalise_repetition(x, dim):
+        return repetition_penalty(x, token_counts(h.ids, dim, end=h.position), o.repetition_penalty, dim)
+
+    def penalise_new_tokens(x, dim):
+        counts = token_counts(h.ids, dim, begin=h.begin, end=h.position)
+        return presence_frequency_penalty(x, counts, o.presence_penalty or 0.0, o.frequency_penalty or 0.0, dim)
+
+    def mask_ngrams(x, dim):
+        return no_repeat_ngram_mask(x, h.ids, h.position, o.no_repeat_ngram_size, dim)
+
+    def hold_on(x, dim):
+        least = import_rows(x.mesh, o.min_new_tokens, tf.int32, x.shape - dim, "min_new_tokens")
+        too_early = cwise_broadcast(
+            lambda at, begin, n: tf.cast(at - begin < n, tf.float32), [h.position, h.begin, least], None, tf.float32
+        )
+        return tokens_mask(x, o.stop_tokens, dim, when=too_early)
+
+    table = [
+        ("repetition_penalty", o.repetition_penalty is not None, penalise_repetition),
+        (
+            "presence_penalty, frequency_penalty",
+            o.presence_penalty is not None or o.frequency_penalty is not None,
+            penalise_new_tokens,
+        ),
+        ("no_repeat_ngram_size", o.no_repeat_ngram_size is not None, mask_ngrams),
+        ("logit_bias", o.logit_bias is not None, lambda x, dim: logit_bias(x, o.logit_bias, dim)),
+        ("min_new_tokens", o.min_new_tokens is not None and o.stop_tokens, hold_on),
+        ("never_end", o.never_end, lambda x, dim: tokens_mask(x, o.stop_tokens, dim)),
+    ]
+    return [user_step(p) for p in o.logits_processors] + [(name, step) for name, is_on, step in table if is_on]
+
+
+def mask_steps(options):
+    """The masks behind top-k, as pairs like those of `token_steps`."""
+    table = [
+        ("top_p", top_p_mask),
+        ("min_p", min_p_mask),
+        ("typical_p", typical_p_mask),
+        ("epsilon_cutoff", epsilon_mask),
+        ("eta_cutoff", eta_mask),
+    ]
+
+    def step(mask, value):
+        return lambda x, dim: mask(x, value, dim)
+
+    return [(name, step(mask, getattr(options, name))) for name, mask in table if getattr(options, name) is not None]
+
+
+def _without_padding(logits, dim, options):
+    return logits if options.vocab_size is None else padding_mask(logits, options.vocab_size, dim)
+
+
+def _before_temperature(logits, dim, options, history):
+    """Pairs of a step's name and the logits behind it, the first the model's own."""
+    logits = _without_padding(mtf.cast(logits, tf.float32), dim, options)
+    found = [("model", logits)]
+    for name, step in token_steps(options, history):
+        logits = mtf.cast(step(logits, dim), tf.float32)
+        if options.logits_processors:  # which may give any number to an entry that is padding
+            logits = _without_padding(logits, dim, options)
+        found.append((name, logits))
+    return found
+
+
+def chain_distributions(logits, vocab_dim, options, history=None):
+    """The distribution that a token would be drawn from, if the chain ended behind each of its steps.
+
+    Args:
+      logits, vocab_dim, options, history: as for `next_token`; temperatures above 0.
+
+    Returns:
+      a list of pairs: the step's name, "model" for what the model gave and
+      "softmax" or "entmax" for the last; and float32 mtf.Tensor like logits.
+    """
+    rows = logits.shape - vocab_dim
+    found = _before_temperature(logits, vocab_dim, options, history)
+    factor = inverse_temperature(logits.mesh, options.temperature, rows)
+    steps = [("temperature", lambda x, dim: _scaled(x, factor, dim))]
+    if options.top_k is not None:
+        mask = functools.partial(top_k_mask, k=options.top_k, max_top_k=options.max_top_k)
+        steps.append(("top_k", lambda x, dim: mask(x, dim=dim)))
+    x = found[-1][1]
+    for name, step in steps + mask_steps(options):
+        x = step(x, vocab_dim)
+        found.append((name, x))
+    found = [(name, softmax(x, vocab_dim)) for name, x in found]
+    return found + [("entmax", entmax(x, options.entmax_alpha, vocab_dim))] if options.use_entmax else found
+
+
+def next_token(logits, vocab_dim, options, seed, stream, step, history=None, return_logprobs=False):
+    """Draws one token a row: all that `options` say, then the draw.
+
+    Args:
+      logits: mtf.Tensor [batch…, vocab], any float dtype; computed in float32.
+      vocab_dim: mtf.Dimension of logits.
+      options: SamplingOptions.
+      seed, stream, step: int32 mtf.Tensors, scalar or [batch…]; see
+        `sample_categorical`.
+      history: History, for the options that look at it.
+      return_logprobs: whether to return log-probabilities too.
+
+    Returns:
+      int32 mtf.Tensor [batch…]; −1 where the logits hold NaN or +inf or nothing
+      above −inf. Where the temperature is 0, the first of the largest logits.
+      With return_logprobs (token, logprob, draw_logprob): and float32 mtf.Tensors
+      [batch…], the natural logarithms of the token's probability under the
+      model's own distribution, and under the one that it was drawn from (0 where
+      the temperature is 0). NaN where the token is −1.
+    """
+    rows, mesh = logits.shape - vocab_dim, logits.mesh
+    steps = _before_temperature(logits, vocab_dim, options, history)
+    raw, logits = steps[0][1], steps[-1][1]
+    fixed = isinstance(options.temperature, numbers.Real)
+    if fixed and options.temperature == 0:
+        drawn = [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)]
+    else:
+        uniforms = draw_uniforms(mesh, rows, seed, stream, step)
+        drawn = _draw(logits, vocab_dim, options, uniforms, return_logprobs)
+        if not fixed:
+            temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
+            is_greedy = mtf.broadcast(mtf.cast(mtf.equal(temperature, 0.0), tf.float32), rows)
+            drawn = _select(is_greedy, [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)], drawn)
+    if not return_logprobs:
+        return drawn[0]
+    token, draw_logprob = drawn
+    return token, _log_probability(raw, token, vocab_dim), _nan_without(token, draw_logprob)
+
+
+def _draw(logits, dim, options, uniforms, return_logprob):
+    """[token, and its log-probability if that is wanted], for temperatures above 0."""
+    rows, mesh = logits.shape - dim, logits.mesh
+    factor = inverse_temperature(mesh, options.temperature, rows)
+    alpha = import_rows(mesh, options.entmax_alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
+    masks = mask_steps(options)
+    size, n_chosen = options.vocab_size or dim.size, chosen_of(options.entmax_alpha)
+
+    def draw(x, dim, ids=None, only=None):
+        scale = factor
+        if factor is not None and (masks or return_logprob):
+            x, scale = _scaled(x, factor, dim), None
+        for _, mask in masks:
+            x = mask(x, dim)
+        token = score_draw(x, *uniforms, dim, alpha, size, factor=scale, ids=ids, only=only, n_chosen=n_chosen)
+        return [token, _log_probability(x, token, dim, alpha, ids)] if return_logprob else [token]
+
+    k, max_k = options.top_k, options.max_top_k
+    if k is None:
+        return draw(logits, dim)
+    is_number = isinstance(k, numbers.Integral)
+    if (k if is_number else max_k or 0) > MOST_CANDIDATES or (masks and not is_number):
+        return draw(top_k_mask(logits, k, dim, max_top_k=max_k, masked=-np.inf), dim)
+    candidates = top_k_candidates(logits, k, dim, max_top_k=max_k)
+    if candidates is None:
+        return draw(logits, dim)
+    values, ids = candidates
+    drawn = draw(values, values.shape[-1], ids)
+    if is_number:
+        return drawn
+    no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), dim), rows)
+    return _select(no_mask, draw(logits, dim, only=no_mask), drawn)  # rows without a mask draw from all
+
+
+def _scaled(x, factor, dim):
+    """x, taken from its largest, times a `factor` of `inverse_temperature`."""
+    top = mtf.reduce_max(mtf.cwise(finite, [x]), reduced_dim=dim)
+    if factor is None:
+        return cwise_broadcast(tf.subtract, [x, top], x.shape)
+    return cwise_broadcast(lambda x, top, factor: (x - top) * factor, [x, top, factor], x.shape)
+
+
+def _log_probability(x, token, dim, alpha=None, ids=None):
+    """log p of tokens [rows] under softmax, or entmax of `alpha`, of x; `ids` are the tokens that its entries stand for."""
+    at = token
+    if ids is not None:
+        at = first_argmax(cwise_broadcast(lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32), dim)
+    if alpha is None:
+        log_p = take(x, at, dim) - mtf.reduce_logsumexp(x, dim)
+    else:
+        log_p = mtf.log(take(entmax(x, alpha, dim), at, dim))
+    return _nan_without(token, log_p)
+
+
+def _nan_without(token, value):
+    return cwise_broadcast(lambda t, v: tf.where_v2(t < 0, np.nan, v), [token, value], token.shape, tf.float32)
+
+
+def _select(flag, yes, no):
+    """Of two lists of tensors [rows], those of `yes` where `flag` is 1.0."""
+    return [
+        cwise_broadcast(lambda f, y, n: tf.where_v2(f > 0, y, n), [flag, y, n], flag.shape, y.dtype)
+        for y, n in zip(yes, no)
+    ]

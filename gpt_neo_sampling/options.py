@@ -1,0 +1,215 @@
+"""What a request may ask for: names, ranges, defaults, and a value for each row."""
+
+import dataclasses
+import numbers
+
+import numpy as np
+
+from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOption:
+    """A number that each row of a batch may have its own of."""
+
+    name: str
+    least: float
+    most: float = float("inf")  # as all bounds that are infinite, out of range itself
+    neutral: float = None  # what changes nothing; None where every value says something
+    whole: bool = False
+    above_least: bool = False  # `least` itself is out of range
+
+    @property
+    def dtype(self):
+        return np.int32 if self.whole else np.float32
+
+    def check(self, value):
+        """Raises ValueError for a value that is no such number, or out of range."""
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise ValueError(f"{self.name}={value!r}; a number is needed")
+        below = value <= self.least if self.above_least else value < self.least
+        whole = not self.whole or isinstance(value, numbers.Integral)
+        if below or not value <= self.most or abs(value) == float("inf") or not whole:
+            raise ValueError(f"{self.name}={value!r}; {self.allowed} is needed")
+
+    @property
+    def allowed(self):
+        kind = "a whole number" if self.whole else "a finite number"
+        if abs(self.least) == float("inf"):
+            return kind
+        if self.most < float("inf"):
+            return f"{kind.replace('finite ', '')} {'above' if self.above_least else 'from'} {self.least} to {self.most}"
+        return f"{kind} {'above' if self.above_least else 'of at least'} {self.least}"
+
+
+INT32 = 2**31 - 1
+
+# By transformers' names (presence and frequency: OpenAI's), in the order of application.
+ROW_OPTIONS = {
+    option.name: option
+    for option in (
+        RowOption("repetition_penalty", 0, neutral=1, above_least=True),
+        RowOption("presence_penalty", -float("inf"), neutral=0),
+        RowOption("frequency_penalty", -float("inf"), neutral=0),
+        RowOption("min_new_tokens", 0, INT32, neutral=0, whole=True),
+        RowOption("temperature", 0),
+        RowOption("top_k", 1, neutral=0, whole=True),
+        RowOption("top_p", 0, 1, neutral=1),
+        RowOption("min_p", 0, 1, neutral=0),
+        RowOption("typical_p", 0, 1, neutral=1, above_least=True),
+        RowOption("epsilon_cutoff", 0, 1, neutral=0),
+        RowOption("eta_cutoff", 0, 1, neutral=0),
+        RowOption("entmax_alpha", 1, 2, neutral=1),
+        RowOption("max_new_tokens", 1, INT32, whole=True),
+        RowOption("seed", -(2**31), 2**32 - 1, whole=True),
+        RowOption("stream", -(2**31), INT32, whole=True),
+    )
+}
+
+# What has no say where the likeliest token is taken.
+SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "entmax_alpha")
+
+
+@dataclasses.dataclass
+class GenerationOptions:
+    """What `TextGenerator.generate` may be asked for, by the names of Hugging Face's `generate`.
+
+    Numbers marked † may also be lists, with a value for each prompt. None is the
+    model's own, if its generation_config.json names it (see
+    `Checkpoint.generation_defaults`), and else as said here. In the order of
+    application (docs/sampling.md shows what each does):
+
+        logits_processors     functions of (logits, ids, position) on mtf tensors, see `sample_autoregressive`; a graph
+                              is built for each set of them, so hand over the same objects again
+        repetition_penalty    † above 1: tokens of the row, prompt included, get less likely; 1
+        presence_penalty      † taken from the logits of the row's new tokens; 0
+        frequency_penalty     † the same, for each time that they stand there; 0
+        no_repeat_ngram_size  int: no sequence of so many tokens comes twice; none
+        logit_bias            dict, token id -> what is added to its logit; none
+        bad_words_ids         list of lists of one token id each, which are never drawn; none
+        min_new_tokens        † int: no stop token before there are so many new ones; 0
+        do_sample             False: greedy decoding, the likeliest token each time. None: True, also where the model
+                              says otherwise and a temperature, or an option that only sampling has, is given
+        temperature           † larger is more random, 0 is greedy; 0.9, with entmax_alpha 1.0
+        top_k                 † int: draw from the k likeliest tokens alone; all
+        top_p                 † from the fewest likeliest tokens that have this probability together; 1
+        min_p                 † from tokens at least this times as likely as the likeliest; 0
+        typical_p             † from the fewest tokens with this probability whose information is nearest the mean; 1
+        epsilon_cutoff        † from tokens at least this likely; 0
+        eta_cutoff            † the same, less where the distribution is flat; 0
+        entmax_alpha          † from 1 to 2: entmax in place of softmax, the larger the fewer tokens; softmax
+
+        max_new_tokens        † int, at least 1; 64, or up to the model's max_length, prompt included. A row ends earlier at
+                              a stop token or stop string and, with a warning, at the end of the context
+        eos_token_id          the stop token or a list of them; −1 for none; none
+        stop_strings          a str or a list: a row ends once its text holds one; the text ends ahead of it; none
+        seed                  † int: the same seed, stream and prompt give the same tokens; a fresh one
+        stream                † int: what tells rows of one seed apart; samples of a prompt count on from it. From 0 on
+        num_return_sequences  int: samples of each prompt, which share the pass over it; 1
+        pad_token_id          what fills the rows of a batch behind their tokens; it does not appear in what is returned
+        return_logprobs       whether samples have their `logprobs` and `draw_logprobs`; False
+    """
+
+    logits_processors: tuple = ()
+    repetition_penalty: object = None
+    presence_penalty: object = None
+    frequency_penalty: object = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: dict | None = None
+    bad_words_ids: list | None = None
+    min_new_tokens: object = None
+    do_sample: bool | None = None
+    temperature: object = None
+    top_k: object = None
+    top_p: object = None
+    min_p: object = None
+    typical_p: object = None
+    epsilon_cutoff: object = None
+    eta_cutoff: object = None
+    entmax_alpha: object = None
+    max_new_tokens: object = None
+    eos_token_id: object = None
+    stop_strings: object = None
+    seed: object = None
+    stream: object = None
+    num_return_sequences: int = 1
+    pad_token_id: int | None = None
+    return_logprobs: bool = False
+
+
+def per_prompt(name, value, n_prompts):
+    """A list of n_prompts values, None among them, from one value or one a prompt; checked.
+
+    Raises:
+      ValueError: for a value out of range, or as many values as there are no prompts.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        if len(value) != n_prompts:
+            raise ValueError(f"{name} has {len(value)} values for {n_prompts} prompts; one for all or one each is needed")
+        values = list(value)
+    else:
+        values = [value] * n_prompts
+    for v in values:
+        if v is not None:
+            ROW_OPTIONS[name].check(v)
+    return values
+
+
+# What says how a token is drawn, and the rest of ROW_OPTIONS says where and how often.
+SAMPLING = tuple(name for name in ROW_OPTIONS if name not in ("max_new_tokens", "seed", "stream"))
+
+
+def resolve(options, defaults, n_prompts):
+    """The numbers of SAMPLING for each prompt, none of them None.
+
+    Args:
+      options: GenerationOptions.
+      defaults: a dict of what stands for None; what it lacks is neutral.
+      n_prompts: int.
+
+    Returns:
+      a dict, name -> ndarray [n_prompts].
+
+    Raises:
+      ValueError: for a number out of range, or options that exclude each other.
+    """
+    given = {name: per_prompt(name, getattr(options, name), n_prompts) for name in SAMPLING}
+    do_sample = options.do_sample
+    asks_to_sample = [n for n in ("temperature", *SAMPLING_ONLY) if any(v is not None for v in given[n])]
+    if do_sample is None:
+        do_sample = bool(asks_to_sample) or defaults.get("do_sample", True)
+    elif not do_sample:
+        for name in asks_to_sample:
+            if name != "temperature" or any(given[name]):
+                raise ValueError(
+                    f"{name}={getattr(options, name)} with do_sample=False, which is greedy; leave one out"
+                )
+
+    def default(name, row):
+        option = ROW_OPTIONS[name]
+        if name == "temperature" and name not in defaults:
+            return SOFTMAX_TEMPERATURE if given["entmax_alpha"][row] is None else ENTMAX_TEMPERATURE
+        value = defaults.get(name, option.neutral)
+        if value != option.neutral:
+            option.check(value)
+        return value
+
+    resolved = {
+        name: np.array([default(name, row) if v is None else v for row, v in enumerate(values)], ROW_OPTIONS[name].dtype)
+        for name, values in given.items()
+    }
+    if not do_sample:
+        for name in ("temperature", *SAMPLING_ONLY):
+            resolved[name][:] = ROW_OPTIONS[name].neutral or 0
+    return resolved
+
+
+def steps_of(resolved):
+    """The names of those options that change anything in some row: a frozenset."""
+    return frozenset(
+        name
+        for name, values in resolved.items()
+        if ROW_OPTIONS[name].neutral is not None and np.any(values != ROW_OPTIONS[name].neutral)
+    )

@@ -1,0 +1,107 @@
+"""Tokens as text while they are drawn: whole characters, stop strings, and a way to end early."""
+
+import concurrent.futures
+import threading
+
+import numpy as np
+
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
+
+
+class TextStream:
+    """The text of one continuation, piece by piece."""
+
+    def __init__(self, tokenizer, prompt, stop_strings=()):
+        """prompt: a list of ids, which new tokens are decoded behind: a character's bytes may lie on both sides."""
+        self._tokenizer = tokenizer
+        self._stop_strings = stop_strings
+        self._ids = list(prompt[-8:])
+        self._begin, self._shown = 0, len(self._ids)  # decoded from, and up to where the text is out
+        self._held = ""  # decoded, and not shown yet: it may be the beginning of a stop string
+        self.stopped = False  # a stop string has come; nothing comes behind it
+
+    def push(self, token, is_last=False):
+        """The text that this token completes: whole characters, and nothing of a stop string."""
+        self._ids.append(token)
+        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
+        text = self._tokenizer.decode(self._ids[self._begin :])
+        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and not is_last):
+            new = ""
+        else:
+            new = text[len(before) :]
+            self._begin, self._shown = self._shown, len(self._ids)
+        self._held += new
+        ends = [at for at in (self._held.find(s) for s in self._stop_strings) if at >= 0]
+        if ends:
+            self.stopped = True
+            out, self._held = self._held[: min(ends)], ""
+            return out
+        keep = 0 if is_last else max((_overlap(self._held, s) for s in self._stop_strings), default=0)
+        cut = len(self._held) - keep
+        out, self._held = self._held[:cut], self._held[cut:]
+        return out
+
+
+def _overlap(text, stop_string):
+    """How many of the last characters of a text may be the first ones of a stop string."""
+    longest = min(len(text), len(stop_string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop_string[:n])), 0)
+
+
+class Watcher:
+    """Sees each token of a batch as it is drawn, and says which rows are done."""
+
+    def __init__(self, rows, on_token=None):
+        """rows: list of (TextStream or None, how many new tokens at most, stop tokens); on_token: a function of
+        (row, token, text), text None where there is no TextStream."""
+        self._rows = rows
+        self._on_token = on_token
+        self._drawn = np.zeros(len(rows), int)
+        self._cancelled = threading.Event()
+        self.error = None  # what on_token raised
+
+    def cancel(self):
+        """All rows are done from the next token on."""
+        self._cancelled.set()
+
+    def __call__(self, tokens, n_drawn):
+        """Takes a step's tokens [batch] and how many each row has had; returns float32 [batch], 1.0 for a row that is
+        done. Rows behind those of the request fill the batch."""
+        done = np.zeros(len(tokens), np.float32)
+        if not self._cancelled.is_set():
+            try:
+                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn):
+                    done[row] = self._push(row, int(tokens[row]))
+            except BaseException as e:  # TensorFlow would make another error of it
+                self.error = e
+                self.cancel()
+        return np.ones_like(done) if self._cancelled.is_set() else done
+
+    def _push(self, row, token):
+        stream, limit, stop_tokens = self._rows[row]
+        self._drawn[row] += 1
+        text, stopped = None, False
+        if stream is not None:
+            text = stream.push(token, is_last=self._drawn[row] == limit or token in stop_tokens)
+            stopped = stream.stopped
+        if self._on_token is not None:
+            self._on_token(row, token, text)
+        return stopped
+
+    def run(self, fn):
+        """The result of fn(), which calls this watcher meanwhile.
+
+        It runs in a thread of its own, so that Ctrl-C is heard: then all rows end,
+        and KeyboardInterrupt is raised. What was raised while watching is raised too.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(fn)
+            try:
+                result = future.result()
+            except KeyboardInterrupt:
+                self.cancel()
+                future.result()
+                raise
+        if self.error is not None:
+            raise self.error
+        return result
