@@ -14,7 +14,8 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import chosen_of, score_draw
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.masks import has_no_top_k, padding_mask, token_mask, top_k_candidates, top_k_mask
+from gpt_neo_sampling.models.masks import has_no_top_k, padding_mask, top_k_candidates, top_k_mask
+from gpt_neo_sampling.models.penalties import tokens_mask
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, inverse_temperature
 from gpt_neo_sampling.mtf_ops import (
     cwise_broadcast,
@@ -184,7 +185,7 @@ def next_token(logits, vocab_dim, options, seed, stream, step):
     if options.vocab_size is not None:
         logits = padding_mask(logits, options.vocab_size, vocab_dim)
     if options.never_token is not None:
-        logits = token_mask(logits, options.never_token, vocab_dim)
+        logits = tokens_mask(logits, [options.never_token], vocab_dim)
     fixed = isinstance(options.temperature, numbers.Real)
     if fixed and options.temperature == 0:
         return first_argmax(logits, vocab_dim)
