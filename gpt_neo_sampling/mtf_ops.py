@@ -134,6 +134,34 @@ def take(x, indices, dim, name="take"):
     return _TakeOperation(x, indices, dim, name).outputs[0]
 
 
+def scatter_add(values, indices, shape, dim):
+    """Adds values up at the entries that their indices name: what `take` reads, this writes.
+
+    Args:
+      values: mtf.Tensor of a floating dtype; its dims are those of indices and
+        those of `shape` that are neither `dim` nor in indices.
+      indices: int32 or int64 mtf.Tensor, without `dim`; an index outside `dim` is
+        left out. Dims that it shares with `shape` are matched, over the others is
+        summed.
+      shape: mtf.Shape with `dim`.
+      dim: mtf.Dimension.
+
+    Returns:
+      mtf.Tensor [shape], the dtype of `values`. Its gradient with respect to
+      `values` is a `take`.
+
+    Raises:
+      ValueError: for dims that do not fit, and as `take` does when it is lowered.
+    """
+    shape = mtf.Shape(shape)
+    if dim not in shape.dims or dim in indices.shape.dims:
+        raise ValueError(f"scatter_add: dim {dim} must be in the shape {shape}, and not in indices {indices.shape}")
+    lookup = _Lookup(shape, indices.shape, dim)
+    if set(values.shape.dims) != set(lookup.output.dims):
+        raise ValueError(f"scatter_add: values of shape {values.shape}; they need the dims {lookup.output}")
+    return _ScatterAddOperation(values, indices, lookup).outputs[0]
+
+
 class _Lookup:
     """The dims of one look-up, sorted by the part they play."""
 
@@ -184,7 +212,7 @@ class _TakeOperation(mtf.Operation):
         x, indices = self.inputs
         if not x.dtype.is_floating:
             return [None, None]
-        return [_TakeGradOperation(grad_ys[0], indices, self._lookup).outputs[0], None]
+        return [_ScatterAddOperation(grad_ys[0], indices, self._lookup).outputs[0], None]
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
@@ -213,11 +241,11 @@ class _TakeOperation(mtf.Operation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-class _TakeGradOperation(mtf.Operation):
-    """Adds rows of a gradient to the entries that they were looked up from."""
+class _ScatterAddOperation(mtf.Operation):
+    """Adds rows of dy to the entries that they were, or would be, looked up from."""
 
     def __init__(self, dy, indices, lookup):
-        super().__init__([dy, indices], name="take_grad")
+        super().__init__([dy, indices], name="scatter_add")
         self._lookup = lookup
         self._outputs = [mtf.Tensor(self, lookup.x_shape, dy.dtype)]
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()

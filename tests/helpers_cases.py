@@ -15,7 +15,15 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.generate import DEMO_FOLDER
-from gpt_neo_sampling.models.masks import token_mask, top_k_mask
+from gpt_neo_sampling.models.masks import top_k_mask
+from gpt_neo_sampling.models.penalties import (
+    logit_bias,
+    no_repeat_ngram_mask,
+    presence_frequency_penalty,
+    repetition_penalty,
+    token_counts,
+    tokens_mask,
+)
 from gpt_neo_sampling.models.utils import entmax, sample_categorical
 from gpt_neo_sampling.mtf_ops import counter_uniforms, take, threefry_2x32
 from gpt_neo_sampling.sample import sample_autoregressive
@@ -180,14 +188,33 @@ def _masks(mesh, good, bad, ks, tokens):
     out = {f"top {k}": top_k_mask(good, k, vocab) for k in KS}
     out["top k, a row's own"] = top_k_mask(good, ks, vocab, max_top_k=40)
     out["ties"] = top_k_mask(mtf.cwise(tf.round, [good]), 40, vocab)  # 0.0 and −0.0 among them
-    out["token"] = token_mask(good, 5, vocab)
-    out["token, a row's own"] = token_mask(bad, tokens, vocab)
+    out["token"] = tokens_mask(good, [5], vocab)
+    out["tokens, one a row's own"] = tokens_mask(bad, [5, tokens], vocab)
     return out
 
 
 ROWS_KS = np.array([1, 2, 3, 0, 40, 39, VOCAB, -1], np.int32)
 ROWS_TOKENS = np.arange(BATCH, dtype=np.int32) * 70
 MASKS = Case("masks", _masks, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_KS, ROWS_TOKENS])
+
+
+def _penalties(mesh, good, bad, ids, values):
+    batch, vocab, length = dims(batch=BATCH, vocab=VOCAB, length=12)
+    good, bad = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])) for x in (good, bad))
+    ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch, length]))
+    values = mtf.import_tf_tensor(mesh, values, mtf.Shape([batch]))
+    bias = np.where(np.arange(VOCAB) % 7, np.linspace(-3, 3, VOCAB), -np.inf)
+    out = {"counts": token_counts(ids, vocab, 2, mtf.cast(values * 6, tf.int32))}
+    for name, x in (("good", good), ("bad", bad)):
+        out[f"repetition, {name}"] = repetition_penalty(x, out["counts"], values, vocab)
+        out[f"presence, {name}"] = presence_frequency_penalty(x, out["counts"], values, -0.25, vocab)
+        out[f"n-grams, {name}"] = no_repeat_ngram_mask(x, ids, mtf.cast(values * 8, tf.int32), 2, vocab)
+        out[f"bias, {name}"] = logit_bias(x, bias, vocab)
+    return out
+
+
+ROWS_IDS = np.random.default_rng(8).integers(-1, 4, (BATCH, 12)).astype(np.int32) * 170
+PENALTIES = Case("penalties", _penalties, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_IDS, ROWS_ALPHAS])
 
 # --- The decode loop ----------------------------------------------------------------------
 

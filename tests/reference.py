@@ -392,6 +392,32 @@ def top_k_keep(x, k, axis=-1):
     return keep
 
 
+def token_counts(rows, size):
+    """[len(rows), size]: how often each token of a vocabulary stands in each row, a list of ids."""
+    counts = np.zeros((len(rows), size))
+    for row, count in zip(rows, counts):
+        for token in row:
+            if 0 <= token < size:
+                count[token] += 1
+    return counts
+
+
+def repetition_penalty(x, counts, penalty):
+    """Keskar et al. 2019, as transformers has it. float64."""
+    x = np.asarray(x, np.float64)
+    return np.where(counts > 0, np.where(x > 0, x / penalty, x * penalty), x)
+
+
+def no_repeat_ngram_keep(rows, n, size):
+    """bool [len(rows), size]: False for each token that would repeat an n-gram of its row, a list of ids."""
+    keep = np.ones((len(rows), size), bool)
+    for row, kept in zip(map(list, rows), keep):
+        ngrams = [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
+        for token in range(size):
+            kept[token] = tuple(row[len(row) - n + 1 :] + [token]) not in ngrams
+    return keep
+
+
 # --------------------------------------------------------------------------
 # Random numbers and drawing
 # --------------------------------------------------------------------------

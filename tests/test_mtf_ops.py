@@ -16,6 +16,7 @@ from gpt_neo_sampling.mtf_ops import (
     import_seed,
     largest,
     row_index,
+    scatter_add,
     settle,
     take,
     threefry_2x32,
@@ -152,6 +153,30 @@ def test_take_gradient(runner):
     ]
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=0, atol=1e-6)
+
+
+def test_scatter_add(runner):
+    """Matched over the dims that the shape has, summed over the others; an index outside adds nothing."""
+    values = np.random.default_rng(4).normal(size=(4, 2)).astype(np.float32)
+
+    def build(mesh, values, indices):
+        x, turned, i = imp(mesh, values, B, T), imp(mesh, tf.transpose(values), T, B), imp(mesh, indices, B, T)
+        return [scatter_add(x, i, [B, V], V), scatter_add(turned, i, [V, B], V), scatter_add(x, i, [V], V)]
+
+    by_row, turned, summed = runner(build, values, INDICES)
+    want = np.stack([np_scatter(v, i, 16) for v, i in zip(values, INDICES, strict=True)])
+    for got, w in zip((by_row, turned, summed), (want, want.T, want.sum(0)), strict=True):
+        np.testing.assert_allclose(got, w, rtol=0, atol=1e-6)
+
+
+def test_scatter_add_errors():
+    def build(mesh, values, *shape):
+        return scatter_add(mtf.zeros(mesh, values), mtf.zeros(mesh, [B, T], tf.int32), list(shape), V)
+
+    with pytest.raises(ValueError, match="values of shape .*; they need the dims"):
+        MeshRunner()(lambda mesh: build(mesh, [B], B, V))
+    with pytest.raises(ValueError, match="dim .*vocab.* must be in the shape"):
+        MeshRunner()(lambda mesh: build(mesh, [B, T], B, E))
 
 
 def test_take_has_no_gradient_for_integers():

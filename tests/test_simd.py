@@ -18,6 +18,7 @@ from helpers_cases import (
     LENGTH,
     MASKS,
     MODEL,
+    PENALTIES,
     assert_same,
 )
 
@@ -134,9 +135,10 @@ def test_entmax(split):
     assert_same(on_simd(ENTMAX, split), ENTMAX.single, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [MASKS, PENALTIES], ids=str)
 @split
-def test_masks(split):
-    assert_same(on_simd(MASKS, split), MASKS.single)
+def test_masks_and_penalties(split, case):
+    assert_same(on_simd(case, split), case.single)
 
 
 @pytest.mark.parametrize("case, split", [(DECODED, s) for s in SPLITS] + [(MODEL, s) for s in MODEL_SPLITS], ids=str)

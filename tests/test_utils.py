@@ -19,7 +19,6 @@ import reference
 from conftest import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
-from gpt_neo_sampling.models.masks import token_mask
 from gpt_neo_sampling.models.utils import (
     biasmask_attn_weights,
     entmax,
@@ -1099,38 +1098,6 @@ def test_top_k_errors():
             top_k_mask(x, [1, 2, 3], max_top_k=3)
         with pytest.raises(ValueError, match="other.*not among"):
             top_k_mask(x, 2, mtf.Dimension("other", 8))
-
-
-def test_token_mask(runner):
-    """One entry, the same or another for each row; an id outside the vocabulary masks nothing."""
-    rng = np.random.default_rng(23)
-    x = tied_rows(rng)
-    x[3] = rng.normal(size=16)
-    dy = rng.normal(size=x.shape).astype(np.float32)
-    b, v = dims(batch=8, vocab=16)
-    token = np.array([0, 15, 3, 3, -1, 16, 50257, 7], np.int32)
-
-    def build(mesh, x, token, dy):
-        y, moved, dy = imp(mesh, x, b, v), imp(mesh, tf.transpose(x), v, b), imp(mesh, dy, b, v)
-        by_row = token_mask(y, imp(mesh, token, b))
-        half = token_mask(mtf.cast(y, tf.float16), 5)
-        outs = [by_row, token_mask(moved, token, v)]
-        outs += [token_mask(y, 5), token_mask(y, tf.constant(16)), token_mask(y, -1), token_mask(y, 2, b)]
-        gradient = mtf.gradients([mtf.reduce_sum(by_row * dy)], [y])[0]
-        return outs + [gradient, half, mtf.softmax(half, v), entmax(half, 1.3)]
-
-    *got, gradient, half, softmax, sparse = runner(build, x, token, dy)
-    entry, low = np.arange(16), np.finfo(np.float32).min
-    kept = entry != token[:, None]
-    by_row = np.where(kept, x, low)
-    row_2 = np.where(np.arange(8)[:, None] == 2, low, x)
-    for g, w in zip(got, [by_row, by_row.T, np.where(entry == 5, low, x), x, x, row_2], strict=True):
-        np.testing.assert_array_equal(g, w)
-    np.testing.assert_array_equal(gradient, np.where(kept, dy, 0))
-    assert half.dtype == np.float16
-    np.testing.assert_array_equal(half, np.where(entry == 5, np.finfo(np.float16).min, x.astype(np.float16)))
-    assert not softmax[:, 5].any() and not sparse[:, 5].any()
-    np.testing.assert_allclose(sparse, reference.entmax(np.where(entry == 5, -np.inf, x), 1.3), atol=2**-11)
 
 
 # --- What GPT-Neo's scripts call ------------------------------------------------------------

@@ -15,6 +15,7 @@ from helpers_cases import (
     MASKS,
     MODEL,
     NEW_TOKENS,
+    PENALTIES,
     SIZES,
     STOP,
     assert_same,
@@ -38,7 +39,9 @@ def on_xla(case):
         return tf.nest.map_structure(lambda t: t.numpy(), function(*map(tf.constant, case.arrays)))
 
 
-@pytest.mark.parametrize("case, atol", [(DRAWS, 0), (ENTMAX, 1e-6), (MASKS, 0), (DECODED, 0), (MODEL, 0)], ids=str)
+@pytest.mark.parametrize(
+    "case, atol", [(DRAWS, 0), (ENTMAX, 1e-6), (MASKS, 0), (PENALTIES, 0), (DECODED, 0), (MODEL, 0)], ids=str
+)
 def test_same_with_xla_and_without(case, atol):
     assert_same(on_xla(case), case.single, atol)
 
