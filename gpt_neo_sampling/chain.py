@@ -13,15 +13,10 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import chosen_of, score_draw
 from gpt_neo_sampling.models.masks import (
-    epsilon_mask,
-    eta_mask,
     has_no_top_k,
-    min_p_mask,
     padding_mask,
     top_k_candidates,
     top_k_mask,
-    top_p_mask,
-    typical_p_mask,
 )
 from gpt_neo_sampling.models.penalties import (
     logit_bias,
@@ -33,6 +28,8 @@ from gpt_neo_sampling.models.penalties import (
 )
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, entmax, inverse_temperature, softmax
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, first_argmax, import_rows, take
+
+epsilon_mask = eta_mask = min_p_mask = top_p_mask = typical_p_mask = None  # until they are merged
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
@@ -189,7 +186,9 @@ def chain_distributions(logits, vocab_dim, options, history=None):
         x = step(x, vocab_dim)
         found.append((name, x))
     found = [(name, softmax(x, vocab_dim)) for name, x in found]
-    return found + [("entmax", entmax(x, options.entmax_alpha, vocab_dim))] if options.use_entmax else found
+    if options.use_entmax:
+        return [*found, ("entmax", entmax(x, options.entmax_alpha, vocab_dim))]
+    return [*found, ("softmax", found[-1][1])]
 
 
 def next_token(logits, vocab_dim, options, seed, stream, step, history=None, return_logprobs=False):
@@ -274,10 +273,13 @@ def _scaled(x, factor, dim):
 
 
 def _log_probability(x, token, dim, alpha=None, ids=None):
-    """log p of tokens [rows] under softmax, or entmax of `alpha`, of x; `ids` are the tokens that its entries stand for."""
+    """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries stand for the tokens `ids`."""
     at = token
     if ids is not None:
-        at = first_argmax(cwise_broadcast(lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32), dim)
+        is_token = cwise_broadcast(
+            lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32
+        )
+        at = first_argmax(is_token, dim)
     if alpha is None:
         log_p = take(x, at, dim) - mtf.reduce_logsumexp(x, dim)
     else:

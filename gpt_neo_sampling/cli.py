@@ -5,6 +5,7 @@ exit status 2, a failure on the way one line and exit status 1.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import logging
@@ -16,9 +17,11 @@ from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.checkpoint import MAX_SHARD_SIZE, convert_checkpoint
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import DEFAULT_TOP_K, export_saved_model
-from gpt_neo_sampling.generate import DEFAULT_NEW_TOKENS, InvalidDistributionError, TextGenerator
+from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, TextGenerator
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.options import SAMPLING
 from gpt_neo_sampling.program import DTYPES
+from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
 
 PROGRAM = "gpt-neo-sampling"
 
@@ -44,6 +47,34 @@ def _parser():
                             "activations computed in; bfloat16 takes half the memory and rounds more "
                             "(default: %(default)s)")  # fmt: skip
 
+    def add_sampling_options(parser):
+        """Those that say how a token is drawn, in the order of application."""
+        add = parser.add_argument_group(
+            "sampling", "in the order of application; each defaults to the model's own, and else changes nothing "
+            "(docs/sampling.md shows what they do)"
+        ).add_argument  # fmt: skip
+        add("--repetition-penalty", type=float, metavar="F", help="above 1: tokens that stand there already get less "
+            "likely, the prompt's too")  # fmt: skip
+        add("--presence-penalty", type=float, metavar="X", help="taken from the logits of new tokens that stand there")
+        add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
+        add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice")
+        add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
+        add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn")
+        add("--min-new-tokens", type=int, metavar="N", help="no end before there are so many")
+        add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
+        add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
+            "(default: 0.9; with --entmax 1.0)")  # fmt: skip
+        add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone")
+        add("--top-p", type=float, metavar="P", help="from the fewest tokens that have probability P together")
+        add("--min-p", type=float, metavar="P", help="from tokens at least P times as likely as the likeliest")
+        add("--typical-p", type=float, metavar="P", help="from the fewest tokens with probability P whose information "
+            "is nearest the mean")  # fmt: skip
+        add("--epsilon-cutoff", type=float, metavar="P", help="from tokens of at least this probability")
+        add("--eta-cutoff", type=float, metavar="P", help="the same, less where the distribution is flat")
+        add("--entmax", "--entmax-alpha", dest="entmax_alpha", type=float, nargs="?", const=DEFAULT_ALPHA,
+            metavar="ALPHA", help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
+            "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
+
     generate = command(
         "generate", "continue prompts", "Continue prompts. The text goes to stdout, the prompts and notes to stderr."
     )
@@ -54,17 +85,16 @@ def _parser():
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
     add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
         f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
-    add("--temperature", type=float, metavar="T",
-        help="larger is more random, 0 takes the likeliest token (default: the model's own, or else 0.9; "
-        "with --entmax 1.0)")  # fmt: skip
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone (default: the model's own, "
-        "or else all)")  # fmt: skip
-    add("--entmax", type=float, nargs="?", const=DEFAULT_ALPHA, metavar="ALPHA",
-        help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
-        "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
     add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
-    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    add("--num-samples", "--num-return-sequences", type=int, default=1, metavar="N",
+        help="continuations of each prompt (default: 1)")  # fmt: skip
+    add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none "
+        "(default: the model's own)")  # fmt: skip
+    add("--stop-strings", nargs="+", metavar="TEXT", help="texts that end a continuation, which stops ahead of them")
+    add("--logprobs", action="store_true", help="with --json: the log-probability of each new token, the model's own "
+        "and the one that it was drawn with")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
+    add_sampling_options(generate)
     mesh = generate.add_argument_group("mesh", "where the work is done; the tokens are the same")
     mesh.add_argument("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
     mesh.add_argument("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
@@ -143,12 +173,32 @@ def _ids(text):
         raise ValueError(f"--prompt-ids {text!r}: whole numbers with spaces between them are needed") from None
 
 
-def _generate(args):
-    prompts = args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
-    seed = args.seed
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little")
-    generator = TextGenerator.from_pretrained(
+def _prompts(args):
+    return args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
+
+
+def _sampling(args):
+    """The options of `add_sampling_options`, as those of `GenerationOptions`."""
+    options = {name: getattr(args, name) for name in SAMPLING}
+    return dict(
+        options,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        logit_bias=dict(map(_bias, args.logit_bias or ())),
+        bad_words_ids=[[i] for i in args.bad_words_ids or ()],
+        do_sample=False if args.greedy else None,
+    )
+
+
+def _bias(text):
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise ValueError(f"--logit-bias {text!r}: a token's id and a number are needed, as in 13=-2.5") from None
+
+
+def _generator(args):
+    return TextGenerator.from_pretrained(
         args.model,
         dtype=args.dtype,
         mesh_shape=args.mesh_shape,
@@ -156,34 +206,93 @@ def _generate(args):
         devices=args.devices,
         cluster=_cluster(args),
     )
-    samples = generator.generate(
-        prompts,
+
+
+def _generate(args):
+    if args.logprobs and not args.json:
+        raise ValueError("--logprobs is printed with --json alone")
+    prompts = _prompts(args)
+    seed = args.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+    generator = _generator(args)
+    options = dict(
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        entmax_alpha=args.entmax,
-        seed=seed,
+        eos_token_id=args.eos_token_id,
+        stop_strings=args.stop_strings,
         num_return_sequences=args.num_samples,
+        return_logprobs=args.logprobs,
+        **_sampling(args),
     )
-    if args.seed is None and args.temperature != 0:
+    if args.seed is None and args.temperature != 0 and not args.greedy:
+        generator.check(prompts, **options)  # what is wrong is said alone
         print(f"seed {seed}", file=sys.stderr)
-    if args.json:
-        _write(json.dumps({"samples": [dataclasses.asdict(s) for s in samples]}) + "\n")
-        return
-    for i, sample in enumerate(samples):
-        # In a terminal the prompt stands right before its continuation.
-        if args.prompt is not None:
-            prompt, text = args.prompt[i // args.num_samples], sample.text
-        else:
-            prompt = " ".join(map(str, sample.prompt_tokens)) + " "
-            text = sample.text
-            if text is None:
-                text = " ".join(map(str, sample.tokens))
+    writer = (_JsonWriter if args.json else _TextWriter)(args, generator, prompts)
+    streamer = None if generator.mesh.cluster else writer.on_token
+    try:
+        writer.finish(generator.generate(prompts, streamer=streamer, seed=seed, **options))
+    except Interrupted as e:
+        writer.finish(e.samples)
+        raise
+
+
+class _JsonWriter:
+    """Prints all samples at the end."""
+
+    def __init__(self, args, generator, prompts):
+        del args, generator, prompts
+
+    def on_token(self, *args):
+        """Nothing; that there is a streamer makes Ctrl-C heard."""
+
+    def finish(self, samples):
+        _write(json.dumps({"samples": [_as_dict(s) for s in samples if s is not None]}) + "\n")
+
+
+def _as_dict(sample):
+    """A sample, without what was not asked for."""
+    fields = dataclasses.asdict(sample)
+    return {name: value for name, value in fields.items() if value is not None or name == "text"}
+
+
+class _TextWriter:
+    """Prints samples in turn, each as its tokens come. In a terminal a prompt stands right before its continuation."""
+
+    def __init__(self, args, generator, prompts):
+        self._prompts = [_prompt_text(p, generator.tokenizer) for p in prompts for _ in range(args.num_samples)]
+        self._pieces = collections.defaultdict(list)  # of samples whose turn has not come
+        self._turn = 0
+        self._in_sample = False
+
+    def on_token(self, index, token, text, is_last):
+        self._pieces[index].append((f"{token} " if text is None else text, is_last))
+        while self._pieces[self._turn]:
+            self._print(*self._pieces[self._turn].pop(0))
+
+    def _print(self, text, is_last):
+        if not self._in_sample:
+            sys.stderr.write(self._prompts[self._turn])
+            sys.stderr.flush()
+        _write(text + "\n" * is_last)
+        self._in_sample = not is_last
+        self._turn += is_last
+
+    def finish(self, samples):
+        """Prints what is not printed yet, of samples that are None nothing more."""
+        if self._in_sample:
+            self._print("", is_last=True)
+        while self._turn < len(samples):
+            sample = samples[self._turn]
+            if sample is None:
+                self._turn += 1
             else:
-                prompt = generator.tokenizer.decode(sample.prompt_tokens)
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-        _write(text + "\n")
+                self._print(" ".join(map(str, sample.tokens)) if sample.text is None else sample.text, is_last=True)
+
+
+def _prompt_text(prompt, tokenizer):
+    if isinstance(prompt, str):
+        return prompt
+    return tokenizer.decode(prompt) if tokenizer else " ".join(map(str, prompt)) + " "
 
 
 def _export(args):

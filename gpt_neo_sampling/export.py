@@ -15,10 +15,10 @@ from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.options import ROW_OPTIONS
 from gpt_neo_sampling.program import (
-    NO_STOP_TOKEN,
     DEMO_FOLDER,
+    NO_STOP_TOKEN,
+    ProgramInputs,
     ProgramKey,
-    Request,
     add_variables,
     build,
     check_int,
@@ -159,7 +159,7 @@ def _signature(key, checkpoint, model):
     defaults = {name: ROW_OPTIONS[name].neutral for name in key.steps}
     if is_entmax:
         defaults["entmax_alpha"] = DEFAULT_ALPHA
-    request = Request(
+    program_inputs = ProgramInputs(
         ids=ids,
         prompt_lengths=prompt_lengths,
         max_steps=max_steps,
@@ -169,7 +169,7 @@ def _signature(key, checkpoint, model):
         temperature=option("temperature", ENTMAX_TEMPERATURE if is_entmax else SOFTMAX_TEMPERATURE, tf.float32),
         options={name: option(name, default, ROW_OPTIONS[name].dtype) for name, default in sorted(defaults.items())},
     )
-    (tokens,) = build(key, request, *model, bos_id=first or 0)
+    (tokens,) = build(key, program_inputs, *model, bos_id=first or 0)
 
     lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, stop_tokens)
     outputs = {

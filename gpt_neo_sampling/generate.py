@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import logging
 import numbers
-import secrets
 
 import numpy as np
 
@@ -12,35 +11,27 @@ from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
 from gpt_neo_sampling.checkpoint import load_tokenizer, open_checkpoint
 from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.draws import padded_size
+from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh import device_mesh, round_up
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.options import (
-    ROW_OPTIONS,
-    SAMPLING,
-    SAMPLING_ONLY,
-    GenerationOptions,
-    per_prompt,
-    resolve,
-    steps_of,
-)
+from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
 from gpt_neo_sampling.program import (
     DEMO_FOLDER,
+    LOGIT_BIAS,
     NO_STOP_TOKEN,
+    ProgramInputs,
     ProgramKey,
-    Request,
     add_variables,
     build,
-    check_int,
+    build_chain,
     first_token_of,
     load_weights,
-    stop_tokens_of,
     variable_dtype_of,
 )
+from gpt_neo_sampling.request import checked_request
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.streaming import TextStream, Watcher
 
-LOGIT_BIAS = "logit_bias"
-DEFAULT_NEW_TOKENS = 64
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
 SHORTEST = 32  # positions of the smallest graph
@@ -72,28 +63,12 @@ class Interrupted(KeyboardInterrupt):
         self.samples = samples
 
 
-@dataclasses.dataclass
-class _Request:
-    """What is asked for, checked, with all defaults in place."""
-
-    options: GenerationOptions
-    prompts: list  # of lists of ids
-    values: dict  # of ROW_OPTIONS, name -> ndarray [prompts]
-    stop_tokens: list
-    stop_strings: tuple
-    logit_bias: np.ndarray | None  # float32 [vocabulary, padding included]
-    pad_token: int
-
-    @property
-    def max_new_tokens(self):
-        return self.values["max_new_tokens"]
-
-
 class _Program:
-    """One decode graph: placeholders for the request, and what comes out."""
+    """A graph for requests of one kind: placeholders, and what comes out."""
 
-    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype, is_watched):
-        """n_vocab: entries of the vocabulary's dimension, padding included."""
+    def __init__(self, key, kind, model):
+        """kind: "run", "watched" (by a `Watcher` in each run) or "chain" (see `build_chain`); model: as for `build`."""
+        _, n_vocab, *_ = model
 
         def option(name):
             return tf.placeholder(ROW_OPTIONS[name].dtype, [key.rows])
@@ -101,7 +76,7 @@ class _Program:
         options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
         if LOGIT_BIAS in key.steps:
             options[LOGIT_BIAS] = tf.placeholder(tf.float32, [n_vocab])
-        self.request = Request(
+        self.inputs = ProgramInputs(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
             prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
             max_steps=tf.placeholder(tf.int32, [key.rows]),
@@ -112,8 +87,39 @@ class _Program:
             options=options,
         )
         self.watcher = None  # of the run that is under way
-        on_tokens = (lambda tokens, n_drawn: self.watcher(tokens, n_drawn)) if is_watched else None
-        self.results = build(key, self.request, params, n_vocab, mesh_impl, variable_dtype, on_tokens=on_tokens)
+        if kind == "chain":
+            self.names, self.results = zip(*build_chain(key, self.inputs, *model))
+        else:
+            on_tokens = (lambda tokens, n_drawn: self.watcher(tokens, n_drawn)) if kind == "watched" else None
+            self.results = build(key, self.inputs, *model, on_tokens=on_tokens)
+
+    def feeds(self, key, request, prompts, numbers, limits):
+        """What is fed for samples of these numbers of these prompts, ranges both, of these limits of new tokens."""
+        to, n_vocab = self.inputs, self.inputs.options[LOGIT_BIAS].shape[0] if LOGIT_BIAS in key.steps else 0
+        filling = key.batch - len(prompts)  # rows of one token, and no step
+        ids = np.full([key.batch, key.length], request.pad_token, np.int32)
+        part = [request.prompts[p] for p in prompts]
+        for row, prompt in enumerate(part):
+            ids[row, : len(prompt)] = prompt
+
+        def for_rows(name):
+            column = request.values[name][prompts.start : prompts.stop]
+            return np.repeat(np.pad(column, (0, filling), mode="edge"), key.samples)
+
+        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
+        feeds = {
+            to.ids: ids,
+            to.prompt_lengths: [len(p) for p in part] + [1] * filling,
+            to.max_steps: np.repeat(limits + [0] * filling, key.samples),
+            to.stream: for_rows("stream") + np.tile(np.arange(numbers.start, numbers.stop, dtype=np.int32), key.batch),
+            to.seed: for_rows("seed"),
+            to.temperature: for_rows("temperature"),
+            **dict(zip(to.stop_tokens, stop_tokens)),
+            **{placeholder: for_rows(name) for name, placeholder in to.options.items() if name != LOGIT_BIAS},
+        }
+        if n_vocab:
+            feeds[to.options[LOGIT_BIAS]] = np.pad(request.logit_bias, (0, n_vocab - len(request.logit_bias)))
+        return feeds
 
 
 class TextGenerator:
@@ -188,9 +194,10 @@ class TextGenerator:
           prompts: a str or a list of token ids, or a list of either. Strings
             need the model's tokenizer. An empty prompt stands for the model's
             first token (its bos_id, or else its eos_id).
-          streamer: a function of (index, token, text), called for each new token as
-            soon as it is drawn: which of the samples, the token's id, and the text
-            that it completes, whole characters alone (None without a tokenizer).
+          streamer: a function of (index, token, text, is_last), called for each new
+            token as soon as it is drawn: which of the samples, the token's id, the
+            text that it completes (whole characters alone; None without a tokenizer),
+            and whether it is the sample's last.
           **options: see `GenerationOptions`.
 
         Returns:
@@ -208,7 +215,7 @@ class TextGenerator:
         request = self._request(prompts, GenerationOptions(**options))
         if streamer is not None and self.mesh.cluster is not None:
             raise ValueError("a streamer needs a mesh of this process's devices, not a cluster")
-        for length, limit in zip(map(len, request.prompts), request.max_new_tokens):
+        for length, limit in zip(map(len, request.prompts), request.values["max_new_tokens"]):
             if length + limit > self.params["n_ctx"]:
                 log.warning(
                     "%d prompt tokens and %d new ones pass the context's end; generation stops there, at %d",
@@ -222,8 +229,8 @@ class TextGenerator:
             for begin in range(0, len(request.prompts), MAX_BATCH // at_once):
                 prompts = range(begin, min(begin + MAX_BATCH // at_once, len(request.prompts)))
                 for first in range(0, n_samples, at_once):
-                    numbers = range(first, min(first + at_once, n_samples))
-                    self._run(request, prompts, numbers, samples, streamer)
+                    part = range(first, min(first + at_once, n_samples))
+                    self._run(request, prompts, part, samples, streamer)
         except KeyboardInterrupt:
             raise Interrupted(samples) from None
         return samples
@@ -231,6 +238,33 @@ class TextGenerator:
     def check(self, prompts, **options):
         """Raises what `generate` would for its arguments, without a run of the model."""
         self._request(prompts, GenerationOptions(**options))
+
+    def inspect(self, prompt, **options):
+        """The distribution of the token behind a prompt, and what each option makes of it.
+
+        Args:
+          prompt: a str or a list of token ids.
+          **options: see `GenerationOptions`; those that say how a token is drawn.
+
+        Returns:
+          a list of `ChainStep`: the model's own distribution, then that behind each
+          step that the options ask for, the last what a token is drawn from.
+
+        Raises:
+          as `generate`.
+        """
+        request = self._request([prompt], GenerationOptions(**options))
+        key = self._key(request, request.prompts, [0], 1)
+        program = self._program(key, "chain")
+        feeds = program.feeds(key, request, range(1), range(1), [0])
+        results = self.mesh.run(self._session, program.results, feeds)
+        steps = [
+            ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]])
+            for name, p in zip(program.names, results)
+        ]
+        if np.isnan(steps[-1].probabilities).any():
+            raise InvalidDistributionError("the model's logits are not a distribution (NaN or infinite)")
+        return steps
 
     def close(self):
         """Frees the weights and the graphs; the next `generate` makes them anew."""
@@ -246,9 +280,10 @@ class TextGenerator:
             prompts = [prompts]
         if len(prompts) == 0:
             raise ValueError("no prompts; at least one is needed")
-        return [self._encode_prompt(p) for p in prompts]
+        return [self.encode(p) for p in prompts]
 
-    def _encode_prompt(self, prompt):
+    def encode(self, prompt):
+        """The ids of a prompt, a str or ids, never none; errors as of `generate`."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 name = self.checkpoint.tokenizer_name
@@ -272,98 +307,18 @@ class TextGenerator:
         return [int(i) for i in ids]
 
     def _request(self, prompts, options):
-        prompts = self._encode_prompts(prompts)
-        n_prompts, n_vocab = len(prompts), self.params["n_vocab"]
-        longest = max(map(len, prompts))
-        defaults = self.checkpoint.generation_defaults
-        check_int("num_return_sequences", options.num_return_sequences, 1)
-        ngram_size = options.no_repeat_ngram_size
-        if ngram_size is None:
-            ngram_size = defaults.get("no_repeat_ngram_size") or None  # Hugging Face's 0 is off
-        if ngram_size is not None:
-            check_int("no_repeat_ngram_size", ngram_size, 1)
-        values = resolve(options, defaults, n_prompts)
-        values["top_k"] = np.where(values["top_k"] < n_vocab, values["top_k"], 0)  # all of it: no mask
-        given = per_prompt("max_new_tokens", options.max_new_tokens, n_prompts)
-        given = [self._default_new_tokens(len(p)) if n is None else n for p, n in zip(prompts, given)]
-        values["max_new_tokens"] = np.array(given, np.int32)
-        fresh = secrets.randbits(32)
-        seeds = [fresh if s is None else s for s in per_prompt("seed", options.seed, n_prompts)]
-        values["seed"] = np.array([int(s) % 2**32 for s in seeds], np.uint32).view(np.int32)
-        streams = per_prompt("stream", options.stream, n_prompts)
-        if not isinstance(options.stream, (list, tuple, np.ndarray)):  # one for all: that of the first prompt
-            streams = [(s or 0) + i * options.num_return_sequences for i, s in enumerate(streams)]
-        values["stream"] = np.array([0 if s is None else s for s in streams], np.int64).astype(np.int32)
-        if longest > self.params["n_ctx"]:
-            raise ValueError(
-                f"a prompt of {longest} tokens is longer than the context; at most {self.params['n_ctx']} are allowed"
-            )
-        return _Request(
-            options=dataclasses.replace(options, no_repeat_ngram_size=ngram_size),
-            prompts=prompts,
-            values=values,
-            stop_tokens=stop_tokens_of(self.checkpoint, options.eos_token_id),
-            stop_strings=self._stop_strings(options.stop_strings),
-            logit_bias=self._logit_bias(options),
-            pad_token=self._padding(options.pad_token_id),
-        )
-
-    def _default_new_tokens(self, length):
-        """For a prompt of `length` tokens."""
-        defaults = self.checkpoint.generation_defaults
-        if "max_new_tokens" in defaults or "max_length" not in defaults:
-            return defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-        if length >= defaults["max_length"]:
-            raise ValueError(
-                f"a prompt of {length} tokens leaves nothing of max_length={defaults['max_length']}, "
-                "which the model's generation_config.json gives; give max_new_tokens"
-            )
-        return defaults["max_length"] - length
-
-    def _stop_strings(self, stop_strings):
-        if stop_strings is None:
-            return ()
-        stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-        if not isinstance(stop_strings, (list, tuple)) or not all(isinstance(s, str) and s for s in stop_strings):
-            raise ValueError(f"stop_strings={stop_strings!r}; a text or a list of texts, none of them empty, is needed")
-        if self.tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer, and the model has none; give eos_token_id")
-        return tuple(stop_strings)
-
-    def _logit_bias(self, options):
-        """What logit_bias and bad_words_ids add to the logits; None for nothing."""
-        if not options.logit_bias and not options.bad_words_ids:
-            return None
-        bias = np.zeros(self._n_vocab, np.float32)
-        if not isinstance(options.logit_bias or {}, dict):
-            raise ValueError(f"logit_bias={options.logit_bias!r}; a dict, token id -> number, is needed")
-        for token, value in (options.logit_bias or {}).items():
-            check_int("logit_bias: token id", token, 0, self.params["n_vocab"] - 1)
-            if not isinstance(value, numbers.Real) or not value < float("inf"):
-                raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
-            bias[token] = value
-        for word in options.bad_words_ids or ():
-            if not isinstance(word, (list, tuple)) or len(word) != 1:
-                raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
-            check_int("bad_words_ids: token id", word[0], 0, self.params["n_vocab"] - 1)
-            bias[word[0]] = -np.inf
-        return bias
-
-    def _padding(self, pad_token_id):
-        if pad_token_id is None:
-            pad_token_id = self.checkpoint.generation_defaults.get("pad_token_id", 0)
-        check_int("pad_token_id", pad_token_id, 0)
-        return int(pad_token_id)
+        return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer)
 
     def _sample(self, request, index, prompt, new, logprobs):
-        """Sample number `index` of a request, of its prompt's ids, new ids up to its limit, and their log-probabilities."""
+        """Sample number `index` of a request, of new ids up to its limit and their log-probabilities."""
         new = new.tolist()
         end = next((at + 1 for at, token in enumerate(new) if token in request.stop_tokens), None)
         reason = "length" if end is None else "stop"
         new = new[:end]
         if INVALID in new:
             raise InvalidDistributionError(
-                f"sample {index}, step {new.index(INVALID)}: the model's logits are not a distribution (NaN or infinite)"
+                f"sample {index}, step {new.index(INVALID)}: "
+                "the model's logits are not a distribution (NaN or infinite)"
             )
         text = None
         if request.stop_strings:
@@ -388,73 +343,56 @@ class TextGenerator:
 
     def _run(self, request, prompts, numbers, samples, streamer):
         """Fills in samples of these numbers of these prompts, ranges both."""
-        n_ctx, options, values = self.params["n_ctx"], request.options, request.values
         part = [request.prompts[p] for p in prompts]
-        limits = [min(n, n_ctx - len(p)) for p, n in zip(part, request.max_new_tokens[prompts.start :].tolist())]
-        prompt_length, length = (
-            round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
-            for longest in (max(map(len, part)), max(len(p) + n for p, n in zip(part, limits)))
-        )
-        sampling = {name: values[name] for name in SAMPLING}
-        greedy = not np.any(sampling["temperature"])
-        steps = steps_of(sampling) - set(SAMPLING_ONLY if greedy else ())
-        key = ProgramKey(
-            batch=round_up(_round_up_power(len(part)), self.mesh.parts("batch")),
-            prompt_length=prompt_length,
-            length=length,
-            samples=len(numbers),
-            greedy=greedy,
-            steps=steps if request.logit_bias is None else steps | {LOGIT_BIAS},
-            max_top_k=_round_up_top_k(values["top_k"].max(), self.params["n_vocab"]) if "top_k" in steps else None,
-            n_stop_tokens=_round_up_power(max(1, len(request.stop_tokens))),
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            logits_processors=tuple(options.logits_processors),
-            return_logprobs=options.return_logprobs,
-        )
-        filling = key.batch - len(part)  # of one token, and no step
-
-        def for_rows(values):
-            return np.repeat(np.pad(values, (0, filling), mode="edge"), key.samples)
-
-        ids = np.full([key.batch, key.length], request.pad_token, np.int32)
-        for row, prompt in enumerate(part):
-            ids[row, : len(prompt)] = prompt
-        fed = {name: for_rows(column[prompts.start : prompts.stop]) for name, column in values.items()}
-        row_numbers = np.tile(np.arange(numbers.start, numbers.stop, dtype=np.int32), key.batch)
-        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
-        indices = [p * options.num_return_sequences + n for p in prompts for n in numbers]
+        wanted = request.values["max_new_tokens"][prompts.start : prompts.stop].tolist()
+        limits = [min(n, self.params["n_ctx"] - len(p)) for p, n in zip(part, wanted)]
+        indices = [p * request.options.num_return_sequences + n for p in prompts for n in numbers]
         rows = [(prompt, limit) for prompt, limit in zip(part, limits) for _ in numbers]
         watcher = None
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
             watcher = self._watcher(request, indices, rows, streamer)
+        key = self._key(request, part, limits, len(numbers))
         try:
-            program = self._program(key, watcher is not None)
-            to = program.request
-            feeds = {
-                to.ids: ids,
-                to.prompt_lengths: [len(p) for p in part] + [1] * filling,
-                to.max_steps: np.repeat(limits + [0] * filling, key.samples),
-                to.stream: fed["stream"] + row_numbers,
-                to.seed: fed["seed"],
-                to.temperature: fed["temperature"],
-                **dict(zip(to.stop_tokens, stop_tokens)),
-                **{to.options[name]: fed[name] for name in steps},
-            }
-            if request.logit_bias is not None:
-                feeds[to.options[LOGIT_BIAS]] = request.logit_bias
+            program = self._program(key, "run" if watcher is None else "watched")
             program.watcher = watcher
+            feeds = program.feeds(key, request, prompts, numbers, limits)
             run = functools.partial(self.mesh.run, self._session, program.results, feeds)
             results = run() if watcher is None else watcher.run(run)
         except ClusterError:
             self.close()  # what the processes held is lost: the next request begins anew
             raise
+        interrupted = watcher is not None and watcher.interrupted
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
-            new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
-            samples[index] = self._sample(request, index, prompt, new, logprobs)
+            if not interrupted or watcher.finished[row]:
+                new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
+                samples[index] = self._sample(request, index, prompt, new, logprobs)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _key(self, request, prompts, limits, n_samples):
+        options, n_ctx, n_vocab = request.options, self.params["n_ctx"], self.params["n_vocab"]
+        prompt_length, length = (
+            round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
+            for longest in (max(map(len, prompts)), max(len(p) + n for p, n in zip(prompts, limits)))
+        )
+        steps = request.steps if request.logit_bias is None else request.steps | {LOGIT_BIAS}
+        return ProgramKey(
+            batch=round_up(_round_up_power(len(prompts)), self.mesh.parts("batch")),
+            prompt_length=prompt_length,
+            length=length,
+            samples=n_samples,
+            greedy=request.greedy,
+            steps=steps,
+            max_top_k=_round_up_top_k(request.values["top_k"].max(), n_vocab) if "top_k" in steps else None,
+            n_stop_tokens=_round_up_power(max(1, len(request.stop_tokens))),
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            logits_processors=tuple(options.logits_processors),
+            return_logprobs=options.return_logprobs,
+        )
 
     def _watcher(self, request, indices, rows, streamer):
-        def on_token(row, token, text):
-            streamer(indices[row], token, text)
+        def on_token(row, *args):
+            streamer(indices[row], *args)
 
         def text_of(prompt):
             return None if self.tokenizer is None else TextStream(self.tokenizer, prompt, request.stop_strings)
@@ -462,10 +400,10 @@ class TextGenerator:
         rows = [(text_of(prompt), limit, request.stop_tokens) for prompt, limit in rows]
         return Watcher(rows, None if streamer is None else on_token)
 
-    def _program(self, key, is_watched):
-        """The graph for a key, built in the one tf.Graph that holds the weights."""
-        if (key, is_watched) in self._programs:
-            return self._programs[key, is_watched]
+    def _program(self, key, kind):
+        """The graph for a key and a kind, built in the one tf.Graph that holds the weights."""
+        if (key, kind) in self._programs:
+            return self._programs[key, kind]
         if len(self._programs) >= MAX_PROGRAMS:
             self.close()  # nodes cannot be taken out of a graph, only the graph dropped
         first = self._session is None
@@ -476,8 +414,8 @@ class TextGenerator:
             model = self.params, self._n_vocab, self._mesh_impl, self._variable_dtype
             if first:
                 self._session = self._loaded_session(graph, add_variables(*model))
-            self._programs[key, is_watched] = _Program(key, *model, is_watched)
-        return self._programs[key, is_watched]
+            self._programs[key, kind] = _Program(key, kind, model)
+        return self._programs[key, kind]
 
     def _loaded_session(self, graph, weights):
         session = self.mesh.session(graph)

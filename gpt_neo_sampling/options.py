@@ -38,7 +38,8 @@ class RowOption:
         if abs(self.least) == float("inf"):
             return kind
         if self.most < float("inf"):
-            return f"{kind.replace('finite ', '')} {'above' if self.above_least else 'from'} {self.least} to {self.most}"
+            kind = kind.replace("finite ", "")
+            return f"{kind} {'above' if self.above_least else 'from'} {self.least} to {self.most}"
         return f"{kind} {'above' if self.above_least else 'of at least'} {self.least}"
 
 
@@ -99,8 +100,8 @@ class GenerationOptions:
         eta_cutoff            † the same, less where the distribution is flat; 0
         entmax_alpha          † from 1 to 2: entmax in place of softmax, the larger the fewer tokens; softmax
 
-        max_new_tokens        † int, at least 1; 64, or up to the model's max_length, prompt included. A row ends earlier at
-                              a stop token or stop string and, with a warning, at the end of the context
+        max_new_tokens        † int, at least 1; 64, or up to the model's max_length, prompt included. A row ends
+                              earlier at a stop token or stop string and, with a warning, at the end of the context
         eos_token_id          the stop token or a list of them; −1 for none; none
         stop_strings          a str or a list: a row ends once its text holds one; the text ends ahead of it; none
         seed                  † int: the same seed, stream and prompt give the same tokens; a fresh one
@@ -147,7 +148,7 @@ def per_prompt(name, value, n_prompts):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         if len(value) != n_prompts:
-            raise ValueError(f"{name} has {len(value)} values for {n_prompts} prompts; one for all or one each is needed")
+            raise ValueError(f"{name} has {len(value)} values for {n_prompts} prompts; one, or one each, is needed")
         values = list(value)
     else:
         values = [value] * n_prompts
@@ -196,20 +197,11 @@ def resolve(options, defaults, n_prompts):
             option.check(value)
         return value
 
-    resolved = {
-        name: np.array([default(name, row) if v is None else v for row, v in enumerate(values)], ROW_OPTIONS[name].dtype)
-        for name, values in given.items()
-    }
+    resolved = {}
+    for name, values in given.items():
+        values = [default(name, row) if v is None else v for row, v in enumerate(values)]
+        resolved[name] = np.array(values, ROW_OPTIONS[name].dtype)
     if not do_sample:
         for name in ("temperature", *SAMPLING_ONLY):
             resolved[name][:] = ROW_OPTIONS[name].neutral or 0
     return resolved
-
-
-def steps_of(resolved):
-    """The names of those options that change anything in some row: a frozenset."""
-    return frozenset(
-        name
-        for name, values in resolved.items()
-        if ROW_OPTIONS[name].neutral is not None and np.any(values != ROW_OPTIONS[name].neutral)
-    )

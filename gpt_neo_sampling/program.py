@@ -1,10 +1,12 @@
 """One decode graph of fixed sizes, and the weights in it: what `generate` runs and `export` writes."""
 
+import collections
 import dataclasses
 import numbers
 import pathlib
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.chain import History, SamplingOptions, chain_distributions
 from gpt_neo_sampling.checkpoint import CheckpointError, aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
@@ -14,6 +16,7 @@ from gpt_neo_sampling.sample import sample_autoregressive
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
+LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
 DTYPES = ("float32", "bfloat16")  # of weights and activations
 
 
@@ -26,7 +29,7 @@ class ProgramKey:
     length: int  # prompt and new tokens
     samples: int = 1  # rows of each prompt
     greedy: bool = False
-    steps: frozenset = frozenset()  # names of `options.ROW_OPTIONS` that the request has, and "logit_bias"
+    steps: frozenset = frozenset()  # names of `options.ROW_OPTIONS` that the request has, and LOGIT_BIAS
     max_top_k: int | None = None
     n_stop_tokens: int = 1
     no_repeat_ngram_size: int | None = None
@@ -39,7 +42,7 @@ class ProgramKey:
 
 
 @dataclasses.dataclass
-class Request:
+class ProgramInputs:
     """What a graph is run with."""
 
     ids: tf.Tensor  # int32 [batch, length]; prompts, and anything behind them
@@ -53,12 +56,12 @@ class Request:
     options: dict  # of those in the key's steps, name -> tensor; logit_bias is float32 [vocab]
 
 
-def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_tokens=None):
+def build(key, inputs, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_tokens=None):
     """Adds a decode graph to the one that is open, its variables in the scope "gpt2".
 
     Args:
       key: ProgramKey.
-      request: Request.
+      inputs: ProgramInputs.
       params: GPT-Neo's config, a dict, mode "predict".
       n_vocab: int, entries of the vocabulary's dimension, padding included.
       mesh_impl: what the graph is lowered on.
@@ -74,30 +77,30 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on
     """
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
     shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
-    prompt_lengths = tf.repeat(tf.maximum(request.prompt_lengths, 1), key.samples)
+    prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
 
     def watch(ids, position):
         begin = mtf.import_tf_tensor(mesh, prompt_lengths, position.shape)
         return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - begin])
 
-    options = dict(request.options)
+    options = dict(inputs.options)
     top_k, alpha = options.pop("top_k", None), options.pop("entmax_alpha", None)
     results = sample_autoregressive(
-        mtf.import_tf_tensor(mesh, request.ids, shape),
+        mtf.import_tf_tensor(mesh, inputs.ids, shape),
         other_features,
         params,
-        stop_at_token=request.stop_tokens,
-        max_steps=request.max_steps,
-        temperature=0 if key.greedy else request.temperature,
+        stop_at_token=inputs.stop_tokens,
+        max_steps=inputs.max_steps,
+        temperature=0 if key.greedy else inputs.temperature,
         variable_dtype=variable_dtype,
         sampling_keep_top_k=-1 if top_k is None else top_k,
         max_top_k=key.max_top_k,
         sampling_use_entmax=alpha is not None,
         entmax_alpha=DEFAULT_ALPHA if alpha is None else alpha,
         bos_id=bos_id,
-        seed=request.seed,
-        stream=request.stream,
-        prompt_lengths=request.prompt_lengths,
+        seed=inputs.seed,
+        stream=inputs.stream,
+        prompt_lengths=inputs.prompt_lengths,
         max_prompt_length=key.prompt_length,
         no_repeat_ngram_size=key.no_repeat_ngram_size,
         logits_processors=key.logits_processors,
@@ -109,6 +112,45 @@ def build(key, request, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on
     results = results if key.return_logprobs else [results]
     lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
     return [lowering.export_to_tf_tensor(r) for r in results]
+
+
+def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
+    """Adds a graph of one step, that behind a prompt, to the one that is open.
+
+    Args:
+      key: ProgramKey, of one prompt.
+      inputs: ProgramInputs.
+      params, n_vocab, mesh_impl, variable_dtype: as for `build`.
+
+    Returns:
+      a list of pairs of a step's name and float32 tf.Tensor [1, vocab]: see
+      `chain_distributions`.
+    """
+    mesh = mtf.Mesh(mtf.Graph(), "mesh")
+    shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+    ids = mtf.import_tf_tensor(mesh, inputs.ids, shape)
+    position = mtf.import_tf_tensor(mesh, inputs.prompt_lengths, shape[:1])
+    model_params = collections.defaultdict(lambda: None, params)
+    with tf.variable_scope("gpt2"):
+        logits, *_ = gpt2.model({"inputs": ids}, other_features, model_params, mesh, variable_dtype)
+    rest = {name: value for name, value in inputs.options.items() if name != LOGIT_BIAS}
+    rest = {name: mtf.import_tf_tensor(mesh, value, shape[:1]) for name, value in rest.items()}
+    options = SamplingOptions(
+        logits_processors=key.logits_processors,
+        no_repeat_ngram_size=key.no_repeat_ngram_size,
+        logit_bias=inputs.options.get(LOGIT_BIAS),
+        stop_tokens=tuple(mtf.import_tf_tensor(mesh, t, mtf.Shape([])) for t in inputs.stop_tokens),
+        temperature=mtf.import_tf_tensor(mesh, inputs.temperature, shape[:1]),
+        max_top_k=key.max_top_k,
+        use_entmax="entmax_alpha" in key.steps,
+        vocab_size=params["n_vocab"] if n_vocab > params["n_vocab"] else None,
+        **rest,
+    )
+    vocab_dim = other_features["vocab_dim"]
+    logits = take(logits, position - 1, shape[1])
+    found = chain_distributions(logits, vocab_dim, options, History(ids, position, position))
+    lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
+    return [(name, lowering.export_to_tf_tensor(p)) for name, p in found]
 
 
 def _features(mesh, batch, length, params, n_vocab, variable_dtype):

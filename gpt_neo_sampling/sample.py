@@ -284,7 +284,7 @@ def sample_autoregressive(
 
     rows = prompt_rows
     if num_return_sequences > 1:
-        rows = mtf.Shape([*batch_dims[:-1], mtf.Dimension(batch_dims[-1].name, batch_dims[-1].size * num_return_sequences)])
+        rows = rows.resize_dimension(batch_dims[-1].name, batch_dims[-1].size * num_return_sequences)
     vocab_dim = other_features["vocab_dim"]
     model = model or gpt2.model
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
@@ -490,7 +490,9 @@ def sample_autoregressive(
     ids, logprobs = end.ids, end.logprobs
     if length < whole_length_dim.size:
         ids, *logprobs = (resize(x, length_dim, whole_length_dim.size) for x in (ids, *logprobs))
-        ids = cwise_broadcast(lambda ids, whole, at: tf.where_v2(at < length, ids, whole), [ids, whole_ids, whole_range])
+        ids = cwise_broadcast(
+            lambda ids, whole, at: tf.where_v2(at < length, ids, whole), [ids, whole_ids, whole_range]
+        )
     if remove_partial_sequences:
         ids, *logprobs = (
             _shift_left(x, initial_position, fill) for x, fill in zip((ids, *logprobs), (padding_id, 0.0, 0.0))

@@ -53,16 +53,14 @@ class Watcher:
 
     def __init__(self, rows, on_token=None):
         """rows: list of (TextStream or None, how many new tokens at most, stop tokens); on_token: a function of
-        (row, token, text), text None where there is no TextStream."""
+        (row, token, text, is_last), text None where there is no TextStream."""
         self._rows = rows
         self._on_token = on_token
         self._drawn = np.zeros(len(rows), int)
         self._cancelled = threading.Event()
-        self.error = None  # what on_token raised
-
-    def cancel(self):
-        """All rows are done from the next token on."""
-        self._cancelled.set()
+        self._error = None  # what on_token raised
+        self.finished = np.zeros(len(rows), bool)  # rows whose last token was drawn
+        self.interrupted = False  # by Ctrl-C
 
     def __call__(self, tokens, n_drawn):
         """Takes a step's tokens [batch] and how many each row has had; returns float32 [batch], 1.0 for a row that is
@@ -73,35 +71,38 @@ class Watcher:
                 for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn):
                     done[row] = self._push(row, int(tokens[row]))
             except BaseException as e:  # TensorFlow would make another error of it
-                self.error = e
-                self.cancel()
+                self._error = e
+                self._cancelled.set()
         return np.ones_like(done) if self._cancelled.is_set() else done
 
     def _push(self, row, token):
         stream, limit, stop_tokens = self._rows[row]
         self._drawn[row] += 1
-        text, stopped = None, False
+        if token < 0:  # no distribution to draw from
+            return True
+        text, is_last = None, self._drawn[row] == limit or token in stop_tokens
         if stream is not None:
-            text = stream.push(token, is_last=self._drawn[row] == limit or token in stop_tokens)
-            stopped = stream.stopped
+            text = stream.push(token, is_last)
+            is_last = is_last or stream.stopped
         if self._on_token is not None:
-            self._on_token(row, token, text)
-        return stopped
+            self._on_token(row, token, text, is_last)
+        self.finished[row] = is_last
+        return is_last
 
     def run(self, fn):
         """The result of fn(), which calls this watcher meanwhile.
 
-        It runs in a thread of its own, so that Ctrl-C is heard: then all rows end,
-        and KeyboardInterrupt is raised. What was raised while watching is raised too.
+        It runs in a thread of its own, so that Ctrl-C is heard: then all rows end, and
+        `interrupted` is True. What was raised while watching is raised here.
         """
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(fn)
             try:
                 result = future.result()
             except KeyboardInterrupt:
-                self.cancel()
-                future.result()
-                raise
-        if self.error is not None:
-            raise self.error
+                self.interrupted = True
+                self._cancelled.set()
+                result = future.result()
+        if self._error is not None:
+            raise self._error
         return result

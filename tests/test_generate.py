@@ -259,7 +259,7 @@ def test_nan_in_the_weights_ends_with_step_and_sample(tmp_path):
         (dict(num_return_sequences=0), "num_return_sequences=0"),
         (dict(seed=2**32), "seed=4294967296"),
         (dict(seed=1.5), "seed=1.5"),
-        (dict(eos_token_id=[1, 2]), "one stop token"),
+        (dict(eos_token_id=[1, -2]), "eos_token_id=-2"),
         (dict(pad_token_id=-2), "pad_token_id=-2"),
     ],
 )

@@ -104,7 +104,8 @@ def inverse_temperature(mesh, temperature, rows):
         return None
 
     def reciprocal(t):
-        return tf.where_v2(tf.equal(t, 0.0), 1.0, tf.where_v2(t > 0, 1.0 / tf.clip_by_value(t, 2.0**-126, 2.0**100), np.nan))
+        valid = tf.where_v2(t > 0, 1.0 / tf.clip_by_value(t, 2.0**-126, 2.0**100), np.nan)
+        return tf.where_v2(tf.equal(t, 0.0), 1.0, valid)
 
     return mtf.cwise(reciprocal, [import_rows(mesh, temperature, tf.float32, rows, "temperature")], name="reciprocal")
 

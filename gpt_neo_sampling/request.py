@@ -1,0 +1,143 @@
+"""A request, checked, with all defaults in place."""
+
+import dataclasses
+import numbers
+import secrets
+
+import numpy as np
+
+from gpt_neo_sampling.options import ROW_OPTIONS, SAMPLING, SAMPLING_ONLY, GenerationOptions, per_prompt, resolve
+from gpt_neo_sampling.program import check_int, stop_tokens_of
+
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclasses.dataclass
+class Request:
+    """What is asked for."""
+
+    prompts: list  # of lists of ids
+    options: GenerationOptions  # those that are not below
+    values: dict  # of ROW_OPTIONS, name -> ndarray [prompts]
+    stop_tokens: list
+    stop_strings: tuple
+    logit_bias: np.ndarray | None  # float32 [vocab]
+    pad_token: int
+
+    @property
+    def greedy(self):
+        return not np.any(self.values["temperature"])
+
+    @property
+    def steps(self):
+        """The names of those numbers that change anything in some row: a frozenset."""
+        return frozenset(
+            name
+            for name in SAMPLING
+            if ROW_OPTIONS[name].neutral is not None
+            and np.any(self.values[name] != ROW_OPTIONS[name].neutral)
+            and not (self.greedy and name in SAMPLING_ONLY)
+        )
+
+    def setting(self, step):
+        """The first prompt's values for a step of the chain, as text."""
+        if step == "entmax":
+            step = "entmax_alpha"
+        if step in ("no_repeat_ngram_size", "never_end"):
+            return str(getattr(self.options, step))
+        return ", ".join(f"{self.values[name][0]:g}" for name in step.split(", ") if name in self.values)
+
+
+def checked_request(prompts, options, checkpoint, tokenizer):
+    """Takes a list of prompts, lists of ids, and GenerationOptions for a model; returns a Request.
+
+    Raises:
+      ValueError: for a value that is out of range; the message says what was given
+        and what is allowed.
+    """
+    n_vocab, n_ctx = checkpoint.params["n_vocab"], checkpoint.params["n_ctx"]
+    defaults = checkpoint.generation_defaults
+    check_int("num_return_sequences", options.num_return_sequences, 1)
+    ngram_size = options.no_repeat_ngram_size
+    if ngram_size is None:
+        ngram_size = defaults.get("no_repeat_ngram_size") or None  # Hugging Face's 0 is off
+    if ngram_size is not None:
+        check_int("no_repeat_ngram_size", ngram_size, 1)
+
+    values = resolve(options, defaults, len(prompts))
+    values["top_k"][values["top_k"] >= n_vocab] = 0  # all of them: no mask
+    new_tokens = per_prompt("max_new_tokens", options.max_new_tokens, len(prompts))
+    new_tokens = [_default_new_tokens(len(p), defaults) if n is None else n for p, n in zip(prompts, new_tokens)]
+    values["max_new_tokens"] = np.array(new_tokens, np.int32)
+    fresh = secrets.randbits(32)
+    seeds = [fresh if s is None else int(s) for s in per_prompt("seed", options.seed, len(prompts))]
+    values["seed"] = np.array([s % 2**32 for s in seeds], np.uint32).view(np.int32)
+    values["stream"] = _streams(options, len(prompts))
+
+    longest = max(map(len, prompts))
+    if longest > n_ctx:
+        raise ValueError(f"a prompt of {longest} tokens is longer than the context; at most {n_ctx} are allowed")
+    pad_token = defaults.get("pad_token_id", 0) if options.pad_token_id is None else options.pad_token_id
+    check_int("pad_token_id", pad_token, 0)
+    return Request(
+        prompts=prompts,
+        options=dataclasses.replace(options, no_repeat_ngram_size=ngram_size),
+        values=values,
+        stop_tokens=stop_tokens_of(checkpoint, options.eos_token_id),
+        stop_strings=_stop_strings(options.stop_strings, tokenizer),
+        logit_bias=_logit_bias(options, n_vocab),
+        pad_token=int(pad_token),
+    )
+
+
+def _default_new_tokens(length, defaults):
+    """For a prompt of `length` tokens."""
+    if "max_new_tokens" in defaults or "max_length" not in defaults:
+        return defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    if length >= defaults["max_length"]:
+        raise ValueError(
+            f"a prompt of {length} tokens leaves nothing of max_length={defaults['max_length']}, "
+            "which the model's generation_config.json gives; give max_new_tokens"
+        )
+    return defaults["max_length"] - length
+
+
+def _streams(options, n_prompts):
+    """int32 [prompts]: that of each one's first sample. One for all is the first prompt's, and the others follow."""
+    streams = per_prompt("stream", options.stream, n_prompts)
+    if isinstance(options.stream, (list, tuple, np.ndarray)):
+        if None in streams:
+            raise ValueError("stream: a list needs a number for each prompt, not None")
+        return np.array(streams, np.int32)
+    return np.arange(n_prompts, dtype=np.int32) * options.num_return_sequences + np.int32(options.stream or 0)
+
+
+def _stop_strings(stop_strings, tokenizer):
+    if stop_strings is None:
+        return ()
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(stop_strings, (list, tuple)) or not all(isinstance(s, str) and s for s in stop_strings):
+        raise ValueError(f"stop_strings={stop_strings!r}; a text or a list of texts, none of them empty, is needed")
+    if tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, and the model has none; give eos_token_id")
+    return tuple(stop_strings)
+
+
+def _logit_bias(options, n_vocab):
+    """What logit_bias and bad_words_ids add to the logits; None for nothing."""
+    if not options.logit_bias and not options.bad_words_ids:
+        return None
+    bias = np.zeros(n_vocab, np.float32)
+    if not isinstance(options.logit_bias or {}, dict):
+        raise ValueError(f"logit_bias={options.logit_bias!r}; a dict, token id -> number, is needed")
+    for token, value in (options.logit_bias or {}).items():
+        check_int("logit_bias: token id", token, 0, n_vocab - 1)
+        if not isinstance(value, numbers.Real) or not value < float("inf"):
+            raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
+        bias[token] = value
+    for word in options.bad_words_ids or ():
+        if not isinstance(word, (list, tuple)) or len(word) != 1:
+            raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
+        check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
+        bias[word[0]] = -np.inf
+    return bias
