@@ -10,8 +10,8 @@ import numpy as np
 
 from gpt_neo_sampling import entmax, sample_categorical
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
-from gpt_neo_sampling.models import utils
 from gpt_neo_sampling.chain import SamplingOptions, next_token
+from gpt_neo_sampling.models import utils
 
 HALVINGS = 50
 SEED = 1

@@ -82,7 +82,7 @@ def test_shards_have_an_index(tmp_path):
 
 def test_what_stands_beside_the_weights_comes_along(tmp_path):
     source = shutil.copytree(generate.DEMO_FOLDER, tmp_path / "a")
-    write_json(source / "generation_config.json", {"temperature": 0.5, "top_p": 0.9})
+    write_json(source / "generation_config.json", {"temperature": 0.5, "penalty_alpha": 0.9})
     write_json(source / "special_tokens_map.json", {"eos_token": "<|endoftext|>"})
     convert_checkpoint(source, tmp_path / "b")
     convert_checkpoint(tmp_path / "b", tmp_path / "c")
@@ -91,7 +91,7 @@ def test_what_stands_beside_the_weights_comes_along(tmp_path):
             assert (folder / name).read_bytes() == (source / name).read_bytes()
         checkpoint = open_checkpoint(folder)
         assert checkpoint.generation_defaults["temperature"] == 0.5
-        assert checkpoint.ignored_generation_options == {"top_p": 0.9}
+        assert checkpoint.ignored_generation_options == {"penalty_alpha": 0.9}
     prompt = dict(prompts="The family of", max_new_tokens=12, do_sample=False)
     texts = [TextGenerator.from_pretrained(tmp_path / f).generate(**prompt)[0].text for f in "abc"]
     assert texts[0] == texts[1] == texts[2]

@@ -338,7 +338,7 @@ def test_the_models_options_are_used_where_none_are_given(asking):
     drawn = plain.generate(prompt, seed=3, **options)
     hot = plain.generate(prompt, seed=3, **{**options, "temperature": 1.5})
     assert greedy != drawn != hot
-    model = asking(**options, top_p=1.0)
+    model = asking(**options, num_beams=1)
     assert model.generate(prompt, seed=3) == drawn
     assert model.generate(prompt, seed=3, temperature=1.5) == hot
     assert model.generate(prompt, do_sample=False) == greedy
@@ -354,15 +354,15 @@ def test_max_length_counts_the_prompt(asking):
     with pytest.raises(ValueError, match="a prompt of 10 tokens leaves nothing of max_length=10"):
         model.generate([5] * 10)
     assert len(asking(max_length=10, max_new_tokens=3).generate([5] * 12)[0].tokens) == 3
-    assert len(asking(top_k=0).generate([5] * 4)[0].tokens) == generate.DEFAULT_NEW_TOKENS - 4  # the context ends
+    assert len(asking(top_k=0).generate([5] * 4)[0].tokens) == DEFAULT_NEW_TOKENS - 4  # the context ends
 
 
 def test_what_is_not_built_is_named_once(asking, caplog):
-    asking(top_p=0.9, repetition_penalty=1.2, num_beams=1, typical_p=1.0, use_cache=False, transformers_version="5")
+    asking(penalty_alpha=0.9, length_penalty=1.2, num_beams=1, use_cache=False, transformers_version="5")
     assert caplog.text.count("\n") == 1
-    assert "left out: top_p=0.9, repetition_penalty=1.2" in caplog.text
+    assert "left out: penalty_alpha=0.9, length_penalty=1.2" in caplog.text
     caplog.clear()
-    asking(top_p=1.0, repetition_penalty=1.0, min_length=0, early_stopping=True)
+    asking(length_penalty=1.0, min_length=0, early_stopping=True)
     assert caplog.text == ""
 
 

@@ -88,9 +88,8 @@ class Checkpoint:
         config are there as they stood.
       generation_defaults: dict of how the model asks to be sampled, with those
         of these keys that it gives: eos_token_id (int, or a list of ints),
-        pad_token_id, bos_token_id, do_sample (bool), temperature (number),
-        top_k, max_new_tokens, max_length. Of the last five only a folder with a
-        generation_config.json has any.
+        pad_token_id, bos_token_id; and those options of Hugging Face's that
+        `checkpoint.generation` lists, if there is a generation_config.json.
       ignored_generation_options: dict of what else a generation_config.json
         asks for that would change what is sampled, and is not built here.
       tokenizer_file: pathlib.Path of the model's tokenizer.json, or None.

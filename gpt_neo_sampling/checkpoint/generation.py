@@ -17,6 +17,7 @@ def _is_int_or_ints(value):
 
 
 _WHOLE = (is_int, "a whole number")
+_NUMBER = (_is_number, "a number")
 _TOKEN_IDS = {
     "eos_token_id": (_is_int_or_ints, "a whole number, or a list of them"),
     "pad_token_id": _WHOLE,
@@ -24,10 +25,18 @@ _TOKEN_IDS = {
 }
 _OPTIONS = {
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": (_is_number, "a number"),
-    "top_k": _WHOLE,
-    "max_new_tokens": _WHOLE,
     "max_length": _WHOLE,
+    "max_new_tokens": _WHOLE,
+    "min_new_tokens": _WHOLE,
+    "no_repeat_ngram_size": _WHOLE,
+    "repetition_penalty": _NUMBER,
+    "temperature": _NUMBER,
+    "top_k": _WHOLE,
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "typical_p": _NUMBER,
+    "epsilon_cutoff": _NUMBER,
+    "eta_cutoff": _NUMBER,
 }
 
 # transformers' options that are not built here: the value at which each changes nothing,
@@ -36,20 +45,12 @@ _NEUTRAL = {
     "diversity_penalty": 0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
     "guidance_scale": 1,
     "length_penalty": 1,
     "min_length": 0,
-    "min_new_tokens": 0,
-    "min_p": 0,
-    "no_repeat_ngram_size": 0,
     "num_beam_groups": 1,
     "num_beams": 1,
     "num_return_sequences": 1,
-    "repetition_penalty": 1,
-    "top_p": 1,
-    "typical_p": 1,
 }
 # What says how transformers computes or reports, and not what is sampled.
 _WITHOUT_EFFECT = (
