@@ -65,7 +65,7 @@ def follow(
     """Holds tokens against what had to be drawn after those before them.
 
     out, prompts: int [rows, length]. logits_of(list of tokens): float32 [vocab].
-    The options may be numbers or one a row. The draws are float64; where one lies
+    The options may be numbers or one a row; a list of stop tokens is all rows'. The draws are float64; where one lies
     within `margin` of another index, either is right.
 
     Asserts that prompts, ends of rows and padding are in place, and returns
@@ -82,13 +82,14 @@ def follow(
         def of_row(option, r=r):
             return None if option is None else np.broadcast_to(option, n_rows)[r]
 
+        stops = stop if isinstance(stop, list) else [of_row(stop)]
         row = [int(t) for t in prompts[r, : lengths[r]]] or [int(of_row(bos))]
         start, limit = len(row), length if max_steps is None else of_row(max_steps)
         while len(row) < length and len(row) - start < limit:
             found, close = out[r, len(row)], False
             logits = logits_of(row)
             if never_end:
-                logits = np.where(np.arange(len(logits)) == of_row(stop), -np.inf, logits)
+                logits = np.where(np.isin(np.arange(len(logits)), stops), -np.inf, logits)
             if np.isnan(logits).any() or not np.isfinite(logits.max()):
                 expected = INVALID
             elif of_row(temperature) == 0:
@@ -103,7 +104,7 @@ def follow(
                 excused += close
                 wrong += [] if close else [(r, len(row), int(found), int(expected))]
             row.append(int(found))
-            if found in (of_row(stop), INVALID):
+            if found in (*stops, INVALID):
                 break
         assert out[r].tolist() == row + [padding] * (length - len(row)), f"row {r}"
     return wrong, drawn, excused

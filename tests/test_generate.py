@@ -13,6 +13,7 @@ from conftest import DATA
 from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, open_checkpoint
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
+from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
 
 MESH_TF = DATA / "gpt_neo_checkpoints"
 
