@@ -13,10 +13,15 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import chosen_of, score_draw
 from gpt_neo_sampling.models.masks import (
+    epsilon_mask,
+    eta_mask,
     has_no_top_k,
+    min_p_mask,
     padding_mask,
     top_k_candidates,
     top_k_mask,
+    top_p_mask,
+    typical_p_mask,
 )
 from gpt_neo_sampling.models.penalties import (
     logit_bias,
@@ -28,8 +33,6 @@ from gpt_neo_sampling.models.penalties import (
 )
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, entmax, inverse_temperature, softmax
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, first_argmax, import_rows, take
-
-epsilon_mask = eta_mask = min_p_mask = top_p_mask = typical_p_mask = None  # until they are merged
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given

@@ -134,6 +134,14 @@ class Rows:
             x = self.mesh_impl.allreduce(x, [self.mesh_axis], reduction)
         return x
 
+    def pcoords(self):
+        """The arguments, one or none, that tell a slice which shard it is."""
+        return [] if self.mesh_axis is None else [self.mesh_impl.laid_out_pcoord(self.mesh_axis)]
+
+    def entry_numbers(self, pcoord=0):
+        """int32 [entries]: those of a shard, counted along the dim."""
+        return tf.range(self.entries) + pcoord * self.entries
+
 
 class ChosenRows(Rows):
     """Rows of which some entries alone are at hand, the others being of no weight.
@@ -161,6 +169,14 @@ class ChosenRows(Rows):
             return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], fill)
 
         return self.mesh_impl.slicewise(spread, x, self.ids)
+
+
+def spread_rows(lowering, x, shape):
+    """An mtf.Tensor whose dims are among those of `shape`, which are the rows', as laid-out [rows, 1]."""
+    mesh_impl = lowering.mesh_impl(x)
+    slice_shape = mesh_impl.slice_shape(shape)
+    spread = lambda t: tf.reshape(tf.broadcast_to(align(t, x.shape, shape), slice_shape), [-1, 1])  # noqa: E731
+    return mesh_impl.slicewise(spread, lowering.tensors[x])
 
 
 def _fold_sum(x):
@@ -381,11 +397,11 @@ def _draw_near_first(rows, weights, uniforms):
     def draw_again():
         return _draw(rows, weights, *uniforms).tensor_list
 
-    drawn = _unless(_any_of(mesh_impl, doubt), drawn.tensor_list, draw_again)
+    drawn = _unless(any_of(mesh_impl, doubt), drawn.tensor_list, draw_again)
     return mesh_impl.LaidOutTensor.from_tensor_list(drawn)
 
 
-def _any_of(mesh_impl, flags):
+def any_of(mesh_impl, flags):
     """The largest of laid-out float32 flags, over the whole mesh: a scalar tf.Tensor."""
     flags = mesh_impl.allreduce(mesh_impl.slicewise(tf.reduce_max, flags), list(range(mesh_impl.ndims)), "MAX")
     return flags.tensor_list[0]
@@ -393,7 +409,7 @@ def _any_of(mesh_impl, flags):
 
 def _unless(doubt, drawn, draw_again):
     """A list of tensors: `drawn`, or what `draw_again` returns where `doubt` is 1.0."""
-    return _as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
+    return as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
 
 
 def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None, size=None):
@@ -519,11 +535,11 @@ def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, o
     z = scores_of(values)
     start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
     p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
-    too_few = _any_of(mesh_impl, mesh_impl.slicewise(lambda p: tf.cast(p[:, -1:] > 0, tf.float32), p)) > 0.5
-    return _as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
+    too_few = any_of(mesh_impl, mesh_impl.slicewise(lambda p: tf.cast(p[:, -1:] > 0, tf.float32), p)) > 0.5
+    return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
 
 
-def _as_list(x):
+def as_list(x):
     """What tf.cond gives: it takes a list of one out of it."""
     return list(x) if isinstance(x, (list, tuple)) else [x]
 
@@ -685,9 +701,9 @@ class _ScoreDrawOperation(_DrawOperation):
         if self._more["only"] is None:
             drawn = draw()
         else:
-            wanted = _any_of(mesh_impl, lowering.tensors[self._more["only"]]) > 0.5
+            wanted = any_of(mesh_impl, lowering.tensors[self._more["only"]]) > 0.5
             none = slicewise(lambda u: tf.fill([u.shape.num_elements(), 1], -1), lowering.tensors[self.inputs[1]])
-            drawn = _as_list(tf.cond(wanted, draw, lambda: [tf.identity(n) for n in none.tensor_list]))
+            drawn = as_list(tf.cond(wanted, draw, lambda: [tf.identity(n) for n in none.tensor_list]))
         shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, shape), like(drawn)))
 
@@ -728,7 +744,7 @@ class _ScoreDrawOperation(_DrawOperation):
             """[*slices of what is drawn, whether any is in doubt]"""
             weights, *slope = map(rows.in_groups, weights_and_slope)
             drawn, doubt = _draw_near(rows, weights, *uniforms, ENTMAX_MARGIN, *slope)
-            return [*drawn.tensor_list, _any_of(mesh_impl, doubt)]
+            return [*drawn.tensor_list, any_of(mesh_impl, doubt)]
 
         def draw_chosen(ids, p, slope):
             p, ids, slope = slicewise(_by_id, p, ids, slope)
@@ -739,7 +755,7 @@ class _ScoreDrawOperation(_DrawOperation):
             # grouped first: all that follows is done in place
             weights = slicewise(tf.exp, scores_of(rows.in_groups(x, -np.inf)))
             drawn, doubt = _draw_near(rows, weights, *uniforms, SOFTMAX_MARGIN)
-            drawn, doubt = drawn.tensor_list, _any_of(mesh_impl, doubt)
+            drawn, doubt = drawn.tensor_list, any_of(mesh_impl, doubt)
         else:
             draw_all = functools.partial(draw_by_entmax, rows)
             *drawn, doubt = entmax_by_chosen(rows, x, self._n_chosen, scores_of, epsilon, 50, draw_chosen, draw_all)
@@ -759,15 +775,8 @@ class _ScoreDrawOperation(_DrawOperation):
         """(factor, ε), each None or laid-out [rows, 1]; where α is not valid, NaN and 0."""
         mesh_impl = lowering.mesh_impl(self)
         shape = self.inputs[0].shape - self._dim
-        slice_shape = mesh_impl.slice_shape(shape)
-
-        def import_rows(tensor):
-            if tensor is None:
-                return None
-            spread = lambda t: tf.reshape(tf.broadcast_to(align(t, tensor.shape, shape), slice_shape), [-1, 1])  # noqa: E731
-            return mesh_impl.slicewise(spread, lowering.tensors[tensor])
-
-        factor, alpha = (import_rows(self._more[name]) for name in ("factor", "alpha"))
+        given = (self._more[name] for name in ("factor", "alpha"))
+        factor, alpha = (None if t is None else spread_rows(lowering, t, shape) for t in given)
         if alpha is None:
             return factor, None
 

@@ -392,6 +392,7 @@ def top_k_keep(x, k, axis=-1):
     return keep
 
 
+<<<<<<< HEAD
 def token_counts(rows, size):
     """[len(rows), size]: how often each token of a vocabulary stands in each row, a list of ids."""
     counts = np.zeros((len(rows), size))
@@ -416,6 +417,62 @@ def no_repeat_ngram_keep(rows, n, size):
         for token in range(size):
             kept[token] = tuple(row[len(row) - n + 1 :] + [token]) not in ngrams
     return keep
+=======
+def _log_p(x):
+    with np.errstate(divide="ignore"):
+        return np.log(softmax(np.asarray(x, dtype=np.float64)))
+
+
+def entropy(p):
+    """In nats, of each row."""
+    return -np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), -1, keepdims=True)
+
+
+def _mass_keep(order, p, mass):
+    """(keep, clear): the shortest beginning of `order` with that mass; entries not within 1e-6 of its end are clear."""
+    ordered = np.take_along_axis(p, order, -1)
+    before = np.cumsum(ordered, -1) - ordered
+    keep, clear = np.zeros((2, *p.shape), dtype=bool)
+    first = np.arange(p.shape[-1]) == 0
+    np.put_along_axis(keep, order, (before < mass) | first, -1)
+    np.put_along_axis(clear, order, (abs(before - mass) > 1e-6) | first, -1)
+    return keep, clear
+
+
+def top_p_keep(x, top_p):
+    """(keep, clear), bool of x's shape [rows, entries]; ties to the lower index. top_p: a number or [rows, 1]."""
+    x = np.asarray(x, dtype=np.float64)
+    return _mass_keep(np.argsort(-x, -1, kind="stable"), softmax(x), top_p)
+
+
+def typical_p_keep(x, typical_p):
+    """As top_p_keep, by |-log p - H|, in which float32 tells no nearer ones apart than 1e-7."""
+    log_p = _log_p(x)
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        far = abs(-log_p - entropy(p))
+    return _mass_keep(np.argsort(far.round(9), -1, kind="stable"), p, typical_p)
+
+
+def _at_least(x, least_log_p):
+    """(keep, clear) of the entries that are so likely, and the likeliest."""
+    log_p = _log_p(x)
+    likeliest = log_p == log_p.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return (log_p >= least_log_p) | likeliest, (abs(log_p - least_log_p) > 1e-6) | likeliest
+
+
+def min_p_keep(x, min_p):
+    return _at_least(x, _log_p(x).max(-1, keepdims=True) + np.log(min_p))
+
+
+def epsilon_keep(x, epsilon):
+    return _at_least(x, np.log(epsilon))
+
+
+def eta_keep(x, eta):
+    return _at_least(x, np.log(np.minimum(eta, np.sqrt(eta) * np.exp(-entropy(softmax(np.asarray(x, np.float64)))))))
+>>>>>>> masks
 
 
 # --------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import numbers
 
 import numpy as np
 
+from gpt_neo_sampling import mass
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, take, top_k
 
@@ -125,6 +126,120 @@ def _asked_too_many(k, k_max, dim):
     )
 
 
+<<<<<<< HEAD
+=======
+def top_p_mask(logits, top_p, dim=None, *, masked=None):
+    """Masks all but the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
+
+    That is the smallest set of the likeliest entries whose probabilities sum to at least top_p. Among equal entries
+    at its border those of lower index are in it; the likeliest entry always is.
+
+    Args:
+      logits: mtf.Tensor, float32, bfloat16 or float16; −inf and the lowest number have probability 0.
+      top_p: a number from 0 to 1, or a float32 tensor, scalar or [logits.shape − dim]; 1 masks nothing, 0 all but the
+        likeliest entry. Where a tensor's value is out of range the row becomes NaN, hence invalid.
+      dim: mtf.Dimension of logits; the last by default.
+      masked: a number: what the rest become; by default `mask_value(logits.dtype)`.
+
+    Returns:
+      mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN. The gradient flows through the survivors.
+
+    Raises:
+      ValueError: for a number out of range.
+    """
+    return _mask_below(logits, "top_p", top_p, dim, masked, mass.top_p_cut, neutral=1)
+
+
+def min_p_mask(logits, min_p, dim=None, *, masked=None):
+    """Masks entries less than min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+
+    Kept are those of p ≥ min_p · max p, which is x − max x ≥ log(min_p).
+
+    Args:
+      min_p: as top_p of `top_p_mask`; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
+      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+    """
+    return _mask_below(logits, "min_p", min_p, dim, masked, mass.min_p_cut, neutral=0)
+
+
+def typical_p_mask(logits, typical_p, dim=None, *, masked=None):
+    """Masks all but the locally typical entries (Meister et al. 2023, arXiv 2202.00666).
+
+    Those are the smallest set whose probabilities sum to at least typical_p, beginning with the entries whose
+    information is the nearest to the entropy H = −Σ p·log p: by |−log p − H|, rounded to float32, and among equal ones
+    by index. The likeliest entry need not be among them.
+
+    Args:
+      typical_p: as top_p of `top_p_mask`, but above 0; 1 masks nothing.
+      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+    """
+    return _mask_below(logits, "typical_p", typical_p, dim, masked, mass.typical_p_cut, neutral=1, excluded=0)
+
+
+def epsilon_mask(logits, epsilon_cutoff, dim=None, *, masked=None):
+    """Masks entries of probability below epsilon_cutoff (Hewitt et al. 2022, arXiv 2210.15191).
+
+    The likeliest entry, and those that equal it, always stay.
+
+    Args:
+      epsilon_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
+      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+    """
+    return _mask_below(logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, mass.epsilon_cut, neutral=0, excluded=1)
+
+
+def eta_mask(logits, eta_cutoff, dim=None, *, masked=None):
+    """Masks entries of a probability that is low for the row's entropy H (Hewitt et al. 2022, arXiv 2210.15191).
+
+    Kept are those of p ≥ min(η, √η · exp(−H)), where η is eta_cutoff and H = −Σ p·log p; and the likeliest entry, with
+    those that equal it.
+
+    Args:
+      eta_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
+      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+    """
+    return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, mass.eta_cut, neutral=0, excluded=1)
+
+
+def _mask_below(logits, name, option, dim, masked, find_cut, neutral, excluded=None):
+    """`option` is from 0 to 1, but not the number that is `excluded`; `neutral` masks nothing."""
+    dim = dim_of(logits, dim)
+    if isinstance(option, numbers.Real):
+        if not 0 <= option <= 1 or option == excluded:
+            but = "" if excluded is None else f", but not {excluded},"
+            raise ValueError(f"{name}={option}; a number from 0 to 1{but} is needed")
+        if option == neutral:
+            return logits
+
+    def check(option):
+        valid = tf.logical_and(option >= 0, option <= 1)
+        if excluded is not None:
+            valid = tf.logical_and(valid, tf.not_equal(option, excluded))
+        return tf.where_v2(valid, option, np.nan)
+
+    option = mtf.cwise(check, [import_rows(logits.mesh, option, tf.float32, logits.shape - dim, name)])
+    return mass.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
+
+
+def token_mask(logits, token, dim=None):
+    """Masks one entry, so that it is never drawn; outside `dim` it changes nothing.
+
+    Args:
+      logits: mtf.Tensor.
+      token: an int, or an int32 tensor, scalar or [logits.shape − dim].
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits.
+    """
+    dim = dim_of(logits, dim)
+    rows = logits.shape - dim
+    token = mtf.broadcast(import_rows(logits.mesh, token, tf.int32, rows, "token"), rows)
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    return _mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
+
+
+>>>>>>> masks
 def padding_mask(logits, size, dim=None):
     """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
 

@@ -1,0 +1,398 @@
+"""Where the likelier entries end: the thresholds of nucleus sampling and of masks like it.
+
+What is kept must not depend on layout or backend, although float32 sums do. So probabilities are summed in float64,
+where two orders differ by 1e-15. Nothing is sorted but a hundred entries or so: sums over some thousand buckets of
+entries say in which of them a cut lies.
+"""
+
+import functools
+import typing
+
+import numpy as np
+
+from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
+from gpt_neo_sampling.draws import Rows, any_of, as_list, near_sum, spread_rows
+from gpt_neo_sampling.mtf_ops import has_invalid, largest, size_of
+
+_FEW = 128  # entries of a shard that are looked at one by one
+_BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of
+_BUCKET_BITS, _BUCKET_BITS_SPLIT = 10, 5  # 2ⁿ buckets a binade; fewer where their sums travel
+_FARTHEST = 1000.0  # exp(−1000) is 0 in float64
+_EVERYTHING = np.array([[-np.inf, np.inf]], np.float32)  # ends of a Cut that keeps all
+
+
+def mask_below(logits, option, dim, find_cut, masked):
+    """Masks what lies below a cut, each row's own.
+
+    Args:
+      logits: mtf.Tensor of a floating dtype.
+      option: float32 mtf.Tensor, its dims among [logits.shape − dim]; a row where it is NaN becomes NaN.
+      dim: mtf.Dimension of logits.
+      find_cut: one of this module's functions from (Softmax, laid-out option [rows, 1]) to a Cut.
+      masked: a number: what masked entries become.
+
+    Returns:
+      mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN; one of nothing but −inf or the lowest number
+      stays as it is. The gradient flows through the survivors.
+    """
+    return _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
+
+
+class _MaskOperation(mtf.Operation):
+    def __init__(self, logits, option, dim, find_cut, masked):
+        super().__init__([logits, option], name=find_cut.__name__)
+        self._dim, self._find_cut, self._masked = dim, find_cut, masked
+        self._outputs = [mtf.Tensor(self, logits.shape, logits.dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys):
+        def survivors(dy, x, y):
+            return tf.where_v2(tf.equal(x, y), dy, tf.zeros_like(dy))
+
+        return [mtf.cwise(survivors, [grad_ys[0], self.inputs[0], self.outputs[0]]), None]
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        slicewise = mesh_impl.slicewise
+        logits, option = self.inputs
+        rows = Rows(mesh_impl, logits.shape, self._dim, whole_groups=False)
+        x = slicewise(rows.to_rows, lowering.tensors[logits])
+        option = spread_rows(lowering, option, logits.shape - self._dim)
+        softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x))
+        cut = self._find_cut(softmax, option)
+
+        def mask(x, top, option, ends, *more):
+            of_row, pcoord = more[: len(cut.of_row)], more[len(cut.of_row) :]
+            at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
+            ends = tf.where_v2(top > tf.float32.min, ends, _EVERYTHING)
+            ends = tf.where_v2(tf.is_nan(option), np.nan, ends)
+            least, last = ends[:, :1], ends[:, 1:]
+            key = cut.key(tf.cast(x, tf.float32), *of_row)
+            kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
+            fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
+            return rows.from_rows(tf.where_v2(kept, x, tf.cast(fill, x.dtype)))
+
+        y = slicewise(mask, x, softmax.top, option, cut.ends, *cut.of_row, *rows.pcoords())
+        lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+class Cut(typing.NamedTuple):
+    """Entries of a larger key are kept, and of those of the key at the cut the first ones.
+
+    ends: laid-out float32 [rows, 2], the key at the cut and the index of the last entry of that key that is kept; NaN
+      for an invalid row.
+    key: a function from x, a slice [rows, …], and those of `of_row` to float32 keys of x's shape.
+    of_row: laid-out tensors [rows, 1].
+    """
+
+    ends: typing.Any
+    key: typing.Callable = lambda x: x
+    of_row: tuple = ()
+
+
+class Softmax:
+    """What cuts need to know of the softmax of laid-out float32 rows; all but `top` is float64.
+
+    A row with NaN or +inf has a total of NaN or +inf.
+    """
+
+    def __init__(self, rows, x):
+        self.rows, self.x = rows, x
+        # At NaN the largest number: nothing in the row is above it.
+        top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
+        self.top = rows.across_shards(top, "MAX")
+
+    @functools.cached_property
+    def weights(self):
+        """exp(x − max x)."""
+        return self.rows.mesh_impl.slicewise(weights_of, self.x, self.top)
+
+    @functools.cached_property
+    def total(self):
+        """Σ weights [rows, 1]."""
+        return sum_across(self.rows, self.rows.mesh_impl.slicewise(near_sum, self.weights))
+
+    @functools.cached_property
+    def depth(self):
+        """How far below the largest entry the mean one lies, Σ p·(max x − x) [rows, 1]."""
+
+        def part(weights, x, top):
+            return near_sum(weights * tf.cast(tf.minimum(top - x, _FARTHEST), tf.float64))
+
+        slicewise = self.rows.mesh_impl.slicewise
+        depth = sum_across(self.rows, slicewise(part, self.weights, self.x, self.top))
+        return slicewise(tf.math.divide_no_nan, depth, self.total)  # 0 in a row without mass
+
+
+def _finite_top(top):
+    highest = tf.float32.max
+    return tf.where_v2(tf.is_nan(top), highest, tf.clip_by_value(top, -highest, highest))
+
+
+def weights_of(x, top):
+    return tf.exp(tf.cast(x - top, tf.float64))
+
+
+def sum_across(rows, x):
+    """Laid-out float64 numbers, none below 0 or above 2²⁴, summed over the shards of a row; NaN for what is not finite.
+
+    As multiples of 2⁻⁵⁴, in four float32 parts that up to 64 shards add without rounding: TPUs send no float64, and
+    the order of additions is a mesh's own affair.
+    """
+    slicewise = rows.mesh_impl.slicewise
+    if rows.mesh_axis is None:
+        return slicewise(lambda x: tf.where_v2(x < np.inf, x, tf.constant(np.nan, tf.float64)), x)
+
+    def split(x):
+        valid = tf.logical_and(x >= 0, x < np.inf)
+        parts, rest = [tf.where_v2(valid, 0.0, 1.0)], tf.where_v2(valid, x, tf.zeros_like(x))
+        for _ in range(4):
+            whole = tf.floor(rest)
+            parts.append(tf.cast(whole, tf.float32))
+            rest = (rest - whole) * 2.0**18
+        return tf.stack(parts)
+
+    def join(parts):
+        invalid, *parts = tf.unstack(tf.cast(parts, tf.float64))
+        total = sum(part * 2.0 ** (-18 * i) for i, part in enumerate(parts))
+        return tf.where_v2(invalid > 0, tf.constant(np.nan, tf.float64), total)
+
+    return slicewise(join, rows.across_shards(slicewise(split, x), "SUM"))
+
+
+# --- Cuts by probability ----------------------------------------------------------------
+
+
+def min_p_cut(softmax, min_p):
+    """At min_p times the largest probability."""
+    mesh_impl, rows = softmax.rows.mesh_impl, softmax.rows
+    invalid = rows.across_shards(mesh_impl.slicewise(lambda x: has_invalid(x, keepdims=True), softmax.x), "MAX")
+
+    def depth(min_p, invalid):
+        depth = -tf.log(tf.cast(min_p, tf.float64))
+        return tf.where_v2(invalid > 0, tf.constant(np.nan, tf.float64), depth)
+
+    return _cut_at_depth(softmax, mesh_impl.slicewise(depth, min_p, invalid))
+
+
+def epsilon_cut(softmax, epsilon):
+    """At probability ε."""
+
+    def depth(epsilon, total):
+        return -tf.log(tf.cast(epsilon, tf.float64)) - tf.log(total)
+
+    return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, epsilon, softmax.total))
+
+
+def eta_cut(softmax, eta):
+    """At probability min(η, √η · exp(−H))."""
+
+    def depth(eta, total, mean):
+        log_eta, log_total = tf.log(tf.cast(eta, tf.float64)), tf.log(total)
+        entropy = log_total + mean
+        return -tf.minimum(log_eta, 0.5 * log_eta - entropy) - log_total
+
+    return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, eta, softmax.total, softmax.depth))
+
+
+def _cut_at_depth(softmax, depth):
+    """So far below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
+
+    def ends(depth, top):
+        least = tf.cast(tf.cast(top, tf.float64) - tf.maximum(depth, 0.0), tf.float32)
+        least = tf.where_v2(tf.is_nan(depth), np.nan, least)  # which the maximum may have lost
+        return tf.concat([least, tf.fill(tf.shape(least), np.float32(np.inf))], -1)
+
+    return Cut(softmax.rows.mesh_impl.slicewise(ends, depth, softmax.top))
+
+
+# --- Cuts by mass -----------------------------------------------------------------------
+
+
+def top_p_cut(softmax, top_p):
+    """Behind the fewest of the likeliest entries whose mass is at least top_p."""
+    return _cut_at_mass(softmax, top_p, softmax.top)
+
+
+def typical_p_cut(softmax, typical_p):
+    """Behind the fewest entries whose mass is at least typical_p, by how far −log p is from the entropy.
+
+    −log p − H is as far from 0 as x from the mean logit, Σ p·x.
+    """
+    mesh_impl = softmax.rows.mesh_impl
+
+    def key(x, mean):
+        return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)
+
+    mean = mesh_impl.slicewise(lambda top, depth: tf.cast(top, tf.float64) - depth, softmax.top, softmax.depth)
+    largest_key = mesh_impl.slicewise(tf.zeros_like, softmax.top)
+    return _cut_at_mass(softmax, typical_p, largest_key, key, (mean,))
+
+
+def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
+    """A Cut behind the fewest entries, in descending order of their keys, whose mass is at least `mass`.
+
+    Args:
+      softmax: Softmax.
+      mass: laid-out float32 [rows, 1], a part of the total.
+      first: laid-out float32 [rows, 1], not below any key of the row, nor far above all that has mass.
+      key, of_row: as for Cut.
+    """
+    rows, mesh_impl = softmax.rows, softmax.rows.mesh_impl
+    slicewise = mesh_impl.slicewise
+    keys = slicewise(key, softmax.x, *of_row)
+    if rows.size <= _FEW:
+        total, ahead, left = softmax.total, slicewise(tf.zeros_like, softmax.total), keys
+        wanted = slicewise(_part_of, total, mass)
+    else:
+        bits = _BUCKET_BITS if rows.mesh_axis is None else _BUCKET_BITS_SPLIT
+        buckets = slicewise(functools.partial(_distance_bucket, bits=bits), keys, first)
+        sums = _bucket_sums(softmax, buckets, _BINADES << bits)
+        total = slicewise(lambda sums: tf.reduce_sum(sums, -1, keepdims=True), sums)
+        wanted = slicewise(_part_of, total, mass)
+        bucket, ahead = slicewise(_reached, sums, wanted, slicewise(tf.zeros_like, total))
+        left = slicewise(_only, keys, buckets, bucket)
+
+    def cut_among(ahead, left, found=None):
+        """Laid-out [rows, 2], where the cut lies among those `left`, behind a mass of `ahead`; −inf is not one of them."""
+        x, index = found or _few_of(rows, left, softmax.x)
+        if rows.mesh_axis is not None:
+            x, index = (mesh_impl.allconcat(t, rows.mesh_axis, 1) for t in (x, index))
+        return slicewise(choose, x, index, ahead, wanted, softmax.top, *of_row)
+
+    def choose(x, index, ahead, wanted, top, *of_row):
+        keys = tf.where_v2(index >= 0, key(x, *of_row), -np.inf)
+        keys, order = largest(keys, size_of(keys, 1))
+        x, index = (tf.gather(t, order, batch_dims=1) for t in (x, index))
+        weights = tf.where_v2(index >= 0, weights_of(x, top), tf.zeros([], tf.float64))
+        before = ahead + tf.cumsum(weights, -1, exclusive=True)
+        kept = tf.logical_and(before < wanted, index >= 0)
+        last = tf.maximum(tf.reduce_sum(tf.cast(kept, tf.int32), -1, keepdims=True) - 1, 0)
+        ends = [tf.gather(keys, last, batch_dims=1), tf.cast(tf.gather(index, last, batch_dims=1), tf.float32)]
+        return tf.concat(ends, -1)
+
+    if rows.entries <= _FEW:
+        ends = cut_among(ahead, left)
+    else:
+        found = _few_of(rows, left, softmax.x)
+        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), found[1])) > 0.5
+        ends = tf.cond(
+            crowded,
+            lambda: cut_among(*_narrow(softmax, ahead, left, wanted)).tensor_list,
+            lambda: cut_among(ahead, left, found).tensor_list,
+        )
+        ends = mesh_impl.LaidOutTensor.from_tensor_list(as_list(ends))
+
+    def finish(ends, mass, total):
+        ends = tf.where_v2(mass < 1, ends, _EVERYTHING)
+        return tf.where_v2(tf.is_nan(total), np.nan, ends)
+
+    return Cut(slicewise(finish, ends, mass, total), key, of_row)
+
+
+def _part_of(total, mass):
+    return total * tf.cast(mass, tf.float64)
+
+
+def _only(keys, buckets, bucket):
+    return tf.where_v2(tf.equal(buckets, bucket), keys, -np.inf)
+
+
+def _distance_bucket(keys, first, bits):
+    """Each key's bucket, by its distance from the first: 2**bits equal ones for each of [0, 2), [2, 6), [6, 14), [14, 30)
+    and [30, 62), one for all that are farther, or NaN.
+
+    The bits of a positive number, taken for an integer, grow as it does.
+    """
+    shift = 23 - bits
+    distance = tf.bitcast(2.0 + (first - keys), tf.uint32)
+    bucket = tf.bitcast(tf.bitwise.right_shift(distance, tf.constant(shift, tf.uint32)), tf.int32)
+    zero = int(np.float32(2.0).view(np.int32)) >> shift
+    return tf.minimum(bucket - zero, _BINADES << bits)
+
+
+def _bucket_sums(softmax, buckets, n):
+    """Laid-out float64 [rows, n + 1]: the mass in each of buckets 0 to n, over all shards."""
+    mesh_impl = softmax.rows.mesh_impl
+
+    def sums(buckets, weights):
+        n_rows = size_of(buckets, 0)
+        place = tf.reshape(buckets + tf.range(n_rows)[:, tf.newaxis] * (n + 1), [-1])
+        weights, size = tf.reshape(weights, [-1]), n_rows * (n + 1)
+        if on_cpu:
+            sums = tf.raw_ops.DenseBincount(input=place, size=size, weights=weights, binary_output=False)
+        else:
+            sums = tf.math.unsorted_segment_sum(weights, place, size)
+        return tf.reshape(sums, [n_rows, n + 1])
+
+    # The first is three times as fast as the second, and there for CPUs alone.
+    on_cpu = isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
+    on_cpu = on_cpu and not any("gpu" in device.lower() for device in mesh_impl.devices)
+    return sum_across(softmax.rows, mesh_impl.slicewise(sums, buckets, softmax.weights))
+
+
+def _reached(sums, wanted, ahead):
+    """The bucket, but for the last one, in which a mass of `wanted` is reached, and the mass ahead of it.
+
+    The last that has mass where rounding leaves none.
+    """
+    n = size_of(sums, 1) - 1
+    sums, buckets = sums[:, :n], tf.range(n)
+    before = ahead + tf.cumsum(sums, -1, exclusive=True)
+    reached = tf.where_v2(tf.logical_and(sums > 0, before + sums >= wanted), buckets, n)
+    last = tf.reduce_max(tf.where_v2(sums > 0, buckets, 0), -1, keepdims=True)
+    bucket = tf.minimum(tf.reduce_min(reached, -1, keepdims=True), last)
+    return bucket, tf.gather(before, bucket, batch_dims=1)
+
+
+def _few_of(rows, left, x):
+    """Laid-out (x, index) [rows, at most _FEW] of each shard's first ones by `left`; 0 and −1 where it has fewer."""
+
+    def of_shard(left, x, *pcoord):
+        values, entry = largest(left, min(_FEW, rows.entries))
+        found = values > -np.inf
+        x = tf.where_v2(found, tf.gather(x, entry, batch_dims=1), 0.0)
+        return x, tf.where_v2(found, tf.gather(rows.entry_numbers(*pcoord), entry), -1)
+
+    return rows.mesh_impl.slicewise(of_shard, left, x, *rows.pcoords())
+
+
+def _narrow(softmax, ahead, left, wanted):
+    """(ahead, left) with fewer than _FEW left of each row and shard.
+
+    As often as it takes, keys are put into buckets between the largest and the smallest one left. Where these
+    are equal, entries go by their index from then on, and `left` holds its negative.
+    """
+    rows, mesh_impl = softmax.rows, softmax.rows.mesh_impl
+    slicewise, like = mesh_impl.slicewise, mesh_impl.LaidOutTensor.from_tensor_list
+    n = _BINADES << _BUCKET_BITS_SPLIT
+
+    def ends(left):
+        """[2, rows, 1], to travel: the largest, and the smallest's negative."""
+        smallest = tf.reduce_max(tf.where_v2(left > -np.inf, -left, -np.inf), -1, keepdims=True)
+        return _finite_top(tf.stack([tf.reduce_max(left, -1, keepdims=True), smallest]))
+
+    def bucket_of(left, ends):
+        width = tf.maximum(ends[0] + ends[1], 1e-30)
+        return tf.cast(tf.minimum((ends[0] - left) * (n - 1) / width, n), tf.int32)
+
+    def shrink(left, ends, buckets, bucket, *pcoord):
+        at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
+        by_index = tf.where_v2(left > -np.inf, -at, -np.inf)
+        return tf.where_v2(ends[0] + ends[1] < 1e-30, by_index, _only(left, buckets, bucket))
+
+    def is_crowded(left):
+        count = tf.reduce_sum(tf.cast(left > -np.inf, tf.int32), -1)
+        return tf.reduce_max(tf.cast(count >= _FEW, tf.float32))
+
+    def body(_, ahead, left):
+        ahead, left = like(ahead), like(left)
+        row_ends = rows.across_shards(slicewise(ends, left), "MAX")
+        buckets = slicewise(bucket_of, left, row_ends)
+        bucket, ahead = slicewise(_reached, _bucket_sums(softmax, buckets, n), wanted, ahead)
+        left = slicewise(shrink, left, row_ends, buckets, bucket, *rows.pcoords())
+        return any_of(mesh_impl, slicewise(is_crowded, left)), ahead.tensor_list, left.tensor_list
+
+    start = (tf.constant(1.0), ahead.tensor_list, left.tensor_list)
+    _, ahead, left = tf.while_loop(lambda crowded, *_: crowded > 0.5, body, start)
+    return like(as_list(ahead)), like(as_list(left))
