@@ -254,7 +254,7 @@ def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
         left = slicewise(_only, keys, buckets, bucket)
 
     def cut_among(ahead, left, found=None):
-        """Laid-out [rows, 2], where the cut lies among those `left`, behind a mass of `ahead`; −inf is not one of them."""
+        """Laid-out [rows, 2], where the cut lies among those `left` (−inf is none), behind a mass of `ahead`."""
         x, index = found or _few_of(rows, left, softmax.x)
         if rows.mesh_axis is not None:
             x, index = (mesh_impl.allconcat(t, rows.mesh_axis, 1) for t in (x, index))
@@ -299,8 +299,8 @@ def _only(keys, buckets, bucket):
 
 
 def _distance_bucket(keys, first, bits):
-    """Each key's bucket, by its distance from the first: 2**bits equal ones for each of [0, 2), [2, 6), [6, 14), [14, 30)
-    and [30, 62), one for all that are farther, or NaN.
+    """Each key's bucket, by its distance from the first: 2**bits equal ones for each of [0, 2), [2, 6), [6, 14),
+    [14, 30) and [30, 62), one for all that are farther, or NaN.
 
     The bits of a positive number, taken for an integer, grow as it does.
     """

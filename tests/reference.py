@@ -392,7 +392,6 @@ def top_k_keep(x, k, axis=-1):
     return keep
 
 
-<<<<<<< HEAD
 def token_counts(rows, size):
     """[len(rows), size]: how often each token of a vocabulary stands in each row, a list of ids."""
     counts = np.zeros((len(rows), size))
@@ -417,7 +416,8 @@ def no_repeat_ngram_keep(rows, n, size):
         for token in range(size):
             kept[token] = tuple(row[len(row) - n + 1 :] + [token]) not in ngrams
     return keep
-=======
+
+
 def _log_p(x):
     with np.errstate(divide="ignore"):
         return np.log(softmax(np.asarray(x, dtype=np.float64)))
@@ -472,7 +472,6 @@ def epsilon_keep(x, epsilon):
 
 def eta_keep(x, eta):
     return _at_least(x, np.log(np.minimum(eta, np.sqrt(eta) * np.exp(-entropy(softmax(np.asarray(x, np.float64)))))))
->>>>>>> masks
 
 
 # --------------------------------------------------------------------------

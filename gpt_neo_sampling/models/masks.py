@@ -126,8 +126,6 @@ def _asked_too_many(k, k_max, dim):
     )
 
 
-<<<<<<< HEAD
-=======
 def top_p_mask(logits, top_p, dim=None, *, masked=None):
     """Masks all but the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
@@ -239,7 +237,6 @@ def token_mask(logits, token, dim=None):
     return _mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
 
 
->>>>>>> masks
 def padding_mask(logits, size, dim=None):
     """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
 
