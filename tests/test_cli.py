@@ -45,7 +45,12 @@ def test_json_of_golden_prompts(name):
     assert done.stderr == ""
     assert json.loads(done.stdout) == {
         "samples": [
-            {"prompt_tokens": row[:n].tolist(), "tokens": to_stop_token(row[n : n + 20].tolist()), "text": None}
+            {
+                "prompt_tokens": row[:n].tolist(),
+                "tokens": to_stop_token(row[n : n + 20].tolist()),
+                "text": None,
+                "finish_reason": "stop" if 1 in row[n : n + 20] else "length",
+            }
             for row, n in zip(golden["greedy_fast"], golden["lengths"])
         ]
     }
@@ -115,11 +120,11 @@ BAD = [
     (["generate"], "--prompt"),
     (["generate", "--prompt", "a", "--prompt-ids", "1"], "not allowed with"),
     (["generate", "--prompt", "a", "--temperature", "warm"], "invalid float value: 'warm'"),
-    (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0; 0 (argmax) or a finite number above 0"),
+    (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0; a finite number of at least 0 is needed"),
     (["generate", "--prompt", "a", "--temperature", "inf"], "temperature=inf"),
     (["generate", "--prompt", "a", "--top-k", "0"], "top_k=0; a whole number of at least 1"),
-    (["generate", "--prompt", "a", "--entmax", "2.5"], "entmax_alpha=2.5 is out of range: from 1"),
-    (["generate", "--prompt", "a", "--entmax", "0.5"], "entmax_alpha=0.5 is out of range: from 1"),
+    (["generate", "--prompt", "a", "--entmax", "2.5"], "entmax_alpha=2.5; a number from 1 to 2 is needed"),
+    (["generate", "--prompt", "a", "--entmax", "0.5"], "entmax_alpha=0.5; a number from 1 to 2 is needed"),
     (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
     (["generate", "--prompt", "a", "--num-samples", "-3"], "num_return_sequences=-3"),
     (["generate", "--prompt", "a", "--seed", "99999999999"], "seed=99999999999"),
