@@ -366,7 +366,9 @@ def sample_autoregressive(
     ids, length_range = resize(whole_ids, whole_length_dim, length), mtf.range(mesh, length_dim, tf.int32)
     initial_position = cwise_broadcast(lambda n: tf.maximum(n, 1), [prompt_lengths])
 
-    priority = cwise_broadcast(lambda at, n: tf.where_v2(at > n, at, 0), [length_range, initial_position], ids.shape)
+    priority = cwise_broadcast(
+        lambda at, n: tf.where_v2(at > n, at, 0), [length_range, initial_position], ids.shape
+    )
     constant_states = []
 
     def context(mode, position, **kwargs):

@@ -9,7 +9,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.masks import padding_mask
 from gpt_neo_sampling.mtf_ops import take
-from gpt_neo_sampling.program import _features, check_int
+from gpt_neo_sampling.program import check_int, features
 
 MAX_ROWS = 32  # of one pass,
 MAX_POSITIONS = 2048  # and of all its rows together: its logits are [rows, positions, vocab]
@@ -39,7 +39,7 @@ class ScoreProgram:
     def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
         """n_vocab: entries of the vocabulary's dimension, padding included."""
         mesh = mtf.Mesh(mtf.Graph(), "mesh")
-        shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+        shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
         self._ids, self._targets = (tf.placeholder(tf.int32, shape.to_integer_list) for _ in range(2))
         ids, targets = (mtf.import_tf_tensor(mesh, t, shape) for t in (self._ids, self._targets))
         with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
@@ -79,10 +79,9 @@ def score_texts(texts, run, context, start=(), stride=None):
     rows = [[*start, *text] for text in texts]
     for i, row in enumerate(rows):
         if len(row) < 2 or not texts[i]:
-            raise ValueError(f"text {i} has {len(texts[i])} tokens; at least {1 if start else 2} are needed, as the "
-                             "first is scored behind a start token alone")  # fmt: skip
+            raise ValueError(f"text {i} has {len(texts[i])} tokens; at least 2 are needed, or 1 with add_start_token")
         if stride is None and len(row) > context:
-            raise ValueError(f"text {i} has {len(row)} tokens and the context {context}; give a stride")
+            raise ValueError(f"text {i} has {len(row)} tokens, more than the context, {context}; give a stride")
     logprobs = [np.zeros(len(row)) for row in rows]
     # of like length together
     spans = sorted(((i, *w) for i, row in enumerate(rows) for w in windows(len(row), context, stride)),

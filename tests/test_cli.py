@@ -154,7 +154,7 @@ BAD = [
     (["score"], "--text"),
     (["score", "--text", "a b", "--text-ids", "1"], "not allowed with"),
     (["score", "--text", ""], "text 0 has 0 tokens"),
-    (["score", "--text", "word " * 400], "and the context 256; give a stride"),
+    (["score", "--text", "word " * 400], "more than the context, 256; give a stride"),
     (["score", "--text", "a b", "--stride", "256"], "stride=256; a whole number from 1 to 255"),
     (["score", "--text-ids", "5 x"], "--text-ids '5 x'"),
     (["score", "--file", "nowhere"], "--file nowhere"),
