@@ -15,6 +15,7 @@ from gpt_neo_sampling.models.utils import (
     top_k_mask,
 )
 from gpt_neo_sampling.sample import sample_autoregressive
+from gpt_neo_sampling.score import TextScore
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "MeshError",
     "Sample",
     "TextGenerator",
+    "TextScore",
     "biasmask_attn_weights",
     "convert_checkpoint",
     "device_mesh",

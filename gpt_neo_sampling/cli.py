@@ -47,6 +47,17 @@ def _parser():
                             "activations computed in; bfloat16 takes half the memory and rounds more "
                             "(default: %(default)s)")  # fmt: skip
 
+    def add_mesh_options(parser):
+        add = parser.add_argument_group("mesh", "where the work is done; what comes out is the same").add_argument
+        add("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
+        add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
+            "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
+        add("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
+            "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
+            "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
+        add("--cluster", metavar="host:port,host:port", help="processes started with serve "
+            "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
+
     def add_sampling_options(parser):
         """Those that say how a token is drawn, in the order of application."""
         add = parser.add_argument_group(
@@ -95,15 +106,25 @@ def _parser():
         "and the one that it was drawn with")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add_sampling_options(generate)
-    mesh = generate.add_argument_group("mesh", "where the work is done; the tokens are the same")
-    mesh.add_argument("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
-    mesh.add_argument("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
-                      "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
-    mesh.add_argument("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
-                      "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
-                      "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
-    mesh.add_argument("--cluster", metavar="host:port,host:port", help="processes started with serve "
-                      "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
+    add_mesh_options(generate)
+    score = command(
+        "score",
+        "tell how likely a model finds texts",
+        "Tell how likely a model finds texts: a line each, with its perplexity, the sum of its tokens' "
+        "log-probabilities (in nats, each given those before it) and their number.",
+    )
+    add_model_options(score)
+    add = score.add_argument
+    texts = score.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts to score")
+    texts.add_argument("--text-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
+    texts.add_argument("--file", metavar="PATH", help="a text file, scored as one text; see --stride")
+    add("--stride", type=int, metavar="N", help="read texts longer than the model's context in windows of its length "
+        "that begin N tokens apart, each token scored in the first that has it")  # fmt: skip
+    add("--add-start-token", action="store_true", help="read each text behind the model's first token, so that the "
+        "text's own first token is scored too (default: it is left out)")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object, with each token's log-probability")
+    add_mesh_options(score)
     export = command(
         "export",
         "write a model as a SavedModel",
@@ -165,12 +186,12 @@ def _convert(args):
     convert_checkpoint(args.source, args.destination, to=args.to, dtype=args.dtype, max_shard_size=args.max_shard_size)
 
 
-def _ids(text):
+def _ids(text, option="--prompt-ids"):
     words = re.split(r"[\s,]+", text.strip())
     try:
         return [int(w) for w in words if w]
     except ValueError:
-        raise ValueError(f"--prompt-ids {text!r}: whole numbers with spaces between them are needed") from None
+        raise ValueError(f"{option} {text!r}: whole numbers with spaces between them are needed") from None
 
 
 def _prompts(args):
@@ -295,6 +316,30 @@ def _prompt_text(prompt, tokenizer):
     return tokenizer.decode(prompt) if tokenizer else " ".join(map(str, prompt)) + " "
 
 
+def _score(args):
+    if args.file is not None:
+        texts = [_read_text(args.file)]
+    elif args.text is not None:
+        texts = args.text
+    else:
+        texts = [_ids(text, "--text-ids") for text in args.text_ids]
+    scores = _generator(args).score(texts, add_start_token=args.add_start_token, stride=args.stride)
+    if args.json:
+        _write(json.dumps({"scores": [dataclasses.asdict(s) for s in scores]}) + "\n")
+        return
+    for s in scores:
+        n = len(s.logprobs) - s.logprobs.count(None)
+        _write(f"perplexity {s.perplexity:.6g}  log-probability {s.sum_logprob:.6g}  tokens {n}\n")
+
+
+def _read_text(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"--file {path}: {e}") from None
+
+
 def _export(args):
     export_saved_model(
         args.output,
@@ -319,7 +364,7 @@ def main(argv=None):
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:
-        commands = {"generate": _generate, "convert": _convert, "export": _export, "serve": _serve}
+        commands = dict(generate=_generate, score=_score, export=_export, convert=_convert, serve=_serve)
         commands[args.command](args)
         return 0
     except ValueError as e:

@@ -1,5 +1,6 @@
 """Prompts in, text out: a model on disk, its graphs and its session."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -30,6 +31,7 @@ from gpt_neo_sampling.program import (
 )
 from gpt_neo_sampling.request import checked_request
 from gpt_neo_sampling.sample import INVALID
+from gpt_neo_sampling.score import ScoreKey, ScoreProgram, score_texts
 from gpt_neo_sampling.streaming import TextStream, Watcher
 
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
@@ -255,9 +257,10 @@ class TextGenerator:
         """
         request = self._request([prompt], GenerationOptions(**options))
         key = self._key(request, request.prompts, [0], 1)
-        program = self._program(key, "chain")
-        feeds = program.feeds(key, request, range(1), range(1), [0])
-        results = self.mesh.run(self._session, program.results, feeds)
+        with self._closed_if_lost():
+            program = self._program(key, "chain")
+            feeds = program.feeds(key, request, range(1), range(1), [0])
+            results = self.mesh.run(self._session, program.results, feeds)
         steps = [
             ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]])
             for name, p in zip(program.names, results)
@@ -265,6 +268,38 @@ class TextGenerator:
         if np.isnan(steps[-1].probabilities).any():
             raise InvalidDistributionError("the model's logits are not a distribution (NaN or infinite)")
         return steps
+
+    def score(self, texts, *, add_start_token=False, stride=None):
+        """How likely the model finds texts, by its own distribution: no temperature, no masks.
+
+        Args:
+          texts: what `generate` takes as prompts; none empty.
+          add_start_token: True to read each text behind the model's first token (its
+            bos_id, or else its eos_id), which scores the text's first token too. That
+            one is left out otherwise, as in transformers: nothing stands before it.
+          stride: int from 1 to the context's length − 1, for texts longer than the
+            context, start token included (None: an error). They are read in windows
+            of the context's length that begin `stride` tokens apart, and each
+            token is scored in the first that has it, behind at least context −
+            stride others once the first window is full. Smaller is slower and
+            shows the model more.
+
+        Returns:
+          a list of `TextScore`, in the order of the texts.
+
+        Raises:
+          ValueError: for a value that is out of range, or a text that is too short
+            or too long.
+          InvalidDistributionError: if the model gives logits that are NaN.
+          ClusterError: (an OSError) if a machine of the cluster is missing or lost.
+        """
+        texts = [self._ids(text) for text in _listed(texts)]
+        start = [self._first_token()] if add_start_token else []
+        scores = score_texts(texts, self._logprobs, self.params["n_ctx"], start, stride)
+        for i, score in enumerate(scores):
+            if np.isnan(score.sum_logprob):
+                raise InvalidDistributionError(f"text {i}: the model's logits are not a distribution (NaN or infinite)")
+        return scores
 
     def close(self):
         """Frees the weights and the graphs; the next `generate` makes them anew."""
@@ -276,35 +311,35 @@ class TextGenerator:
 
     def _encode_prompts(self, prompts):
         """The prompts as lists of ids, none of them empty."""
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral)):
-            prompts = [prompts]
-        if len(prompts) == 0:
-            raise ValueError("no prompts; at least one is needed")
-        return [self.encode(p) for p in prompts]
+        return [self.encode(p) for p in _listed(prompts)]
 
     def encode(self, prompt):
         """The ids of a prompt, a str or ids, never none; errors as of `generate`."""
-        if isinstance(prompt, str):
+        return self._ids(prompt) or [self._first_token()]
+
+    def _ids(self, text):
+        if isinstance(text, str):
             if self.tokenizer is None:
                 name = self.checkpoint.tokenizer_name
                 wanted = f" (its dataset's is {name}, which is not downloaded)" if name else ""
                 raise ValueError(
                     f"{self.checkpoint.folder} has no tokenizer.json, nor vocab.json and merges.txt{wanted}; "
-                    "give prompts as token ids"
+                    "give token ids"
                 )
-            ids = self.tokenizer.encode(prompt).ids
+            ids = self.tokenizer.encode(text).ids
         else:
-            ids = list(prompt)
+            ids = list(text)
         n_vocab = self.params["n_vocab"]
         for i in ids:
             if not isinstance(i, numbers.Integral) or not 0 <= i < n_vocab:
-                raise ValueError(f"prompt id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
-        if not ids:
-            first = first_token_of(self.checkpoint)
-            if first is None:
-                raise ValueError("an empty prompt, and the model names no first token (bos_id or eos_id)")
-            ids = [first]
+                raise ValueError(f"token id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
         return [int(i) for i in ids]
+
+    def _first_token(self):
+        first = first_token_of(self.checkpoint)
+        if first is None:
+            raise ValueError("the model's first token is needed, and it names none (bos_id or eos_id)")
+        return first
 
     def _request(self, prompts, options):
         return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer)
@@ -352,15 +387,12 @@ class TextGenerator:
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
             watcher = self._watcher(request, indices, rows, streamer)
         key = self._key(request, part, limits, len(numbers))
-        try:
+        with self._closed_if_lost():
             program = self._program(key, "run" if watcher is None else "watched")
             program.watcher = watcher
             feeds = program.feeds(key, request, prompts, numbers, limits)
             run = functools.partial(self.mesh.run, self._session, program.results, feeds)
             results = run() if watcher is None else watcher.run(run)
-        except ClusterError:
-            self.close()  # what the processes held is lost: the next request begins anew
-            raise
         interrupted = watcher is not None and watcher.interrupted
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
             if not interrupted or watcher.finished[row]:
@@ -368,6 +400,27 @@ class TextGenerator:
                 samples[index] = self._sample(request, index, prompt, new, logprobs)
         if interrupted:
             raise KeyboardInterrupt
+
+    def _logprobs(self, rows):
+        """Of rows of ids, the log-probabilities of all but the first of each."""
+        key = ScoreKey(
+            batch=round_up(_round_up_power(len(rows)), self.mesh.parts("batch")),
+            length=round_up(
+                _round_up_length(max(map(len, rows)), self.params["n_ctx"]), self.mesh.parts("memory_length")
+            ),
+        )
+        with self._closed_if_lost():
+            program = self._program(key, "score")
+            out = self.mesh.run(self._session, program.results, program.feeds(key, rows))
+        return [logprobs[: len(row) - 1] for logprobs, row in zip(out, rows)]
+
+    @contextlib.contextmanager
+    def _closed_if_lost(self):
+        try:
+            yield
+        except ClusterError:
+            self.close()  # what the processes held is lost: the next request begins anew
+            raise
 
     def _key(self, request, prompts, limits, n_samples):
         options, n_ctx, n_vocab = request.options, self.params["n_ctx"], self.params["n_vocab"]
@@ -414,7 +467,8 @@ class TextGenerator:
             model = self.params, self._n_vocab, self._mesh_impl, self._variable_dtype
             if first:
                 self._session = self._loaded_session(graph, add_variables(*model))
-            self._programs[key, kind] = _Program(key, kind, model)
+            program = ScoreProgram(key, *model) if kind == "score" else _Program(key, kind, model)
+            self._programs[key, kind] = program
         return self._programs[key, kind]
 
     def _loaded_session(self, graph, weights):
@@ -425,6 +479,15 @@ class TextGenerator:
             session.close()
             raise
         return session
+
+
+def _listed(texts):
+    """Texts, strings or ids each, from one or a list of them."""
+    if isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], numbers.Integral)):
+        texts = [texts]
+    if len(texts) == 0:
+        raise ValueError("no prompts or texts; at least one is needed")
+    return texts
 
 
 def _round_up_power(size):

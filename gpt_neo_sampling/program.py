@@ -76,7 +76,7 @@ def build(key, inputs, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_
       float32 ones: see `sample_autoregressive`.
     """
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
-    shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+    shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
     prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
 
     def watch(ids, position):
@@ -127,7 +127,7 @@ def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
       `chain_distributions`.
     """
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
-    shape, other_features = _features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+    shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
     ids = mtf.import_tf_tensor(mesh, inputs.ids, shape)
     position = mtf.import_tf_tensor(mesh, inputs.prompt_lengths, shape[:1])
     model_params = collections.defaultdict(lambda: None, params)
@@ -153,7 +153,7 @@ def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
     return [(name, lowering.export_to_tf_tensor(p)) for name, p in found]
 
 
-def _features(mesh, batch, length, params, n_vocab, variable_dtype):
+def features(mesh, batch, length, params, n_vocab, variable_dtype):
     """The shape of a model's inputs, and GPT-Neo's other_features."""
     sequence_dim = mtf.Dimension("sequence", length)
     memory_dim = mtf.Dimension("memory_length", length)
@@ -181,7 +181,7 @@ def add_variables(params, n_vocab, mesh_impl, variable_dtype):
     """
     with tf.Graph().as_default():  # the model itself knows what it has
         mesh = mtf.Mesh(mtf.Graph(), "mesh")
-        shape, other_features = _features(mesh, 1, 1, params, n_vocab, variable_dtype)
+        shape, other_features = features(mesh, 1, 1, params, n_vocab, variable_dtype)
         with tf.variable_scope("gpt2"):
             gpt2.model({"inputs": mtf.zeros(mesh, shape, tf.int32)}, other_features, params, mesh, variable_dtype)
         found = [(v.name, v.shape) for v in mesh.graph.all_variables]

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from gpt_neo_sampling import cli
+from gpt_neo_sampling import TextGenerator, cli
 
 GLOBAL = DATA / "gpt_neo_checkpoints" / "global"
 
@@ -114,6 +115,27 @@ def test_the_contexts_end_is_noted_on_stderr(capfd):
     assert "note: " in done.stderr and "context" in done.stderr
 
 
+def test_score(capfd, tmp_path):
+    """A line a text; with --json what TextGenerator.score gives; a file is one text."""
+    texts = ["The family of Dashwood", "had long been settled in Sussex.\r\nÉ"]
+    (tmp_path / "text.txt").write_bytes(texts[1].encode())
+    wanted = [dataclasses.asdict(s) for s in TextGenerator.from_pretrained().score(texts)]
+    status, out, err = main(capfd, "score", "--text", *texts)
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        f"perplexity {s['perplexity']:.6g}  log-probability {s['sum_logprob']:.6g}  tokens {len(s['tokens']) - 1}"
+        for s in wanted
+    ]
+    _, out, _ = main(capfd, "score", "--text", *texts, "--json")
+    assert json.loads(out) == {"scores": wanted}
+    _, out, _ = main(capfd, "score", "--file", tmp_path / "text.txt", "--stride", 9, "--json")
+    (score,) = json.loads(out)["scores"]
+    assert score["tokens"] == wanted[1]["tokens"]
+    assert score["perplexity"] == pytest.approx(wanted[1]["perplexity"], rel=1e-4)
+    _, out, _ = main(capfd, "score", "--model", GLOBAL, "--text-ids", "5 6", "7", "--add-start-token", "--json")
+    assert [s["logprobs"].count(None) for s in json.loads(out)["scores"]] == [0, 0]
+
+
 BAD = [
     ([], "COMMAND"),
     (["sing"], "invalid choice: 'sing'"),
@@ -134,6 +156,14 @@ BAD = [
     (["generate", "--prompt-ids", "5 x"], "--prompt-ids '5 x'"),
     (["generate", "--model", str(GLOBAL), "--prompt", "a"], "no tokenizer.json"),
     (["generate", "--prompt", "a", "--dtype", "float16"], "invalid choice: 'float16'"),
+    (["score"], "--text"),
+    (["score", "--text", "a b", "--text-ids", "1"], "not allowed with"),
+    (["score", "--text", ""], "text 0 has 0 tokens"),
+    (["score", "--text", "word " * 400], "more than the context, 256; give a stride"),
+    (["score", "--text", "a b", "--stride", "256"], "stride=256; a whole number from 1 to 255"),
+    (["score", "--text-ids", "5 x"], "--text-ids '5 x'"),
+    (["score", "--file", "nowhere"], "--file nowhere"),
+    (["score", "--file", str(GLOBAL / "golden.npz")], "golden.npz: 'utf-8' codec"),
 ]
 
 

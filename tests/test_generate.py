@@ -275,10 +275,10 @@ def test_bad_options_are_named(tiny, options, message):
     ("prompts", "message"),
     [
         ("text", "no tokenizer.json"),
-        ([], "no prompts"),
-        ([[127]], "prompt id 127 is outside the vocabulary; 0 to 126"),
-        ([[-1]], "prompt id -1"),
-        ([[1.5]], "prompt id 1.5"),
+        ([], "no prompts or texts"),
+        ([[127]], "token id 127 is outside the vocabulary; 0 to 126"),
+        ([[-1]], "token id -1"),
+        ([[1.5]], "token id 1.5"),
         ([[5] * 49], "at most 48"),
     ],
 )
@@ -374,5 +374,5 @@ def test_text_without_a_tokenizer_names_the_datasets(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "datasets": ["pile"]}))
     (folder / "dataset_configs").mkdir()
     (folder / "dataset_configs" / "pile.json").write_text(json.dumps({"tokenizer_path": "gpt2"}))
-    with pytest.raises(ValueError, match="its dataset's is gpt2, which is not downloaded.*give prompts as token ids"):
+    with pytest.raises(ValueError, match="its dataset's is gpt2, which is not downloaded.*give token ids"):
         TextGenerator.from_pretrained(folder).generate("text")

@@ -1,8 +1,8 @@
 """Penalties for tokens that stand in a row already, and sets of tokens: logits in, the same logits out.
 
-An entry that is masked already (−inf, or the lowest number of its dtype) stays as
-it is, and so does an invalid one (NaN, +inf). What would overflow becomes the
-largest or the lowest number.
+In all of them an entry that is masked already (−inf, or the lowest number of its
+dtype) stays as it is, and so does an invalid one (NaN, +inf). What would overflow
+becomes the largest or the lowest number.
 """
 
 import functools
@@ -127,8 +127,7 @@ def _adjust(fn, logits, *inputs):
         wide = tf.cast(x, tf.float32)
         new = fn(wide, *inputs)
         new = tf.where_v2(new < low, low, tf.where_v2(new > high, high, new))  # NaN passes
-        adjusted = tf.logical_or(tf.logical_and(wide > low, wide < np.inf), tf.is_nan(new))
-        return tf.cast(tf.where_v2(adjusted, new, wide), x.dtype)
+        return tf.cast(tf.where_v2(tf.logical_and(wide > low, wide < np.inf), new, wide), x.dtype)
 
     return cwise_broadcast(tf_fn, [logits, *inputs], logits.shape, name=fn.__name__)
 
@@ -227,8 +226,8 @@ def logit_bias(logits, bias, dim=None):
     Args:
       logits: mtf.Tensor, any float dtype; computed in float32.
       bias: an array or a tf.Tensor [dim] or [logits.shape − dim, dim], or an
-        mtf.Tensor whose dims are among those of logits. A row of a tensor that holds
-        NaN or +inf becomes invalid.
+        mtf.Tensor whose dims are among those of logits. NaN or +inf in a tensor makes
+        its row invalid.
       dim: mtf.Dimension of logits; the last by default.
 
     Returns:

@@ -1,0 +1,123 @@
+"""How likely a model finds a text: the log-probability of each token, given those before it."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models.masks import padding_mask
+from gpt_neo_sampling.mtf_ops import take
+from gpt_neo_sampling.program import check_int, features
+
+MAX_ROWS = 32  # of one pass,
+MAX_POSITIONS = 2048  # and of all its rows together: its logits are [rows, positions, vocab]
+
+
+@dataclasses.dataclass
+class TextScore:
+    """What a model makes of one text. Logarithms are natural ones."""
+
+    tokens: list  # of int
+    logprobs: list  # of float, a token each; None for a first one that nothing stands before
+    sum_logprob: float
+    perplexity: float  # exp(−mean) of the tokens that have a log-probability
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreKey:
+    """What a scoring graph is built for."""
+
+    batch: int
+    length: int
+
+
+class ScoreProgram:
+    """One scoring graph: placeholders, and the log-probabilities of the targets, float32 [batch, length]."""
+
+    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
+        """n_vocab: entries of the vocabulary's dimension, padding included."""
+        mesh = mtf.Mesh(mtf.Graph(), "mesh")
+        shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+        self._ids, self._targets = (tf.placeholder(tf.int32, shape.to_integer_list) for _ in range(2))
+        ids, targets = (mtf.import_tf_tensor(mesh, t, shape) for t in (self._ids, self._targets))
+        with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
+            logits, _, _ = gpt2.model({"inputs": ids}, other_features, params, mesh, variable_dtype)
+        vocab_dim = other_features["vocab_dim"]
+        logits = padding_mask(mtf.cast(logits, tf.float32), params["n_vocab"], vocab_dim)
+        logprobs = take(logits, targets, vocab_dim) - mtf.reduce_logsumexp(logits, vocab_dim)
+        self.results = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(logprobs)
+
+    def feeds(self, key, rows):
+        """What is fed for rows of ids; the targets are what follows each id."""
+        ids = np.zeros([key.batch, key.length + 1], np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        return {self._ids: ids[:, :-1], self._targets: ids[:, 1:]}
+
+
+def score_texts(texts, run, context, start=(), stride=None):
+    """Scores texts, several in a pass and long ones in windows.
+
+    Args:
+      texts: a list of lists of ids.
+      run: a function of a list of lists of ids, each of 2 to `context`, that gives
+        for each an array of the log-probabilities of all ids but the first.
+      context: int, most ids that the model sees at a time.
+      start: ids put before each text.
+      stride: int in [1, context), or None: see `windows`.
+
+    Returns:
+      a list of `TextScore`.
+
+    Raises:
+      ValueError: for a text with nothing to score, or too long without a stride.
+    """
+    if stride is not None:
+        check_int("stride", stride, 1, context - 1)
+    rows = [[*start, *text] for text in texts]
+    for i, row in enumerate(rows):
+        if len(row) < 2 or not texts[i]:
+            raise ValueError(f"text {i} has {len(texts[i])} tokens; at least 2 are needed, or 1 with add_start_token")
+        if stride is None and len(row) > context:
+            raise ValueError(f"text {i} has {len(row)} tokens, more than the context, {context}; give a stride")
+    logprobs = [np.zeros(len(row)) for row in rows]
+    # of like length together
+    spans = sorted(((i, *w) for i, row in enumerate(rows) for w in windows(len(row), context, stride)),
+                   key=lambda span: span[1] - span[2])  # fmt: skip
+    while spans:
+        n = _rows_of(longest=spans[0][2] - spans[0][1])
+        batch, spans = spans[:n], spans[n:]
+        for (i, begin, end, first), found in zip(batch, run([rows[i][begin:end] for i, begin, end, _ in batch])):
+            logprobs[i][first:end] = found[first - begin - 1 :]
+    return [_text_score(text, found[len(start) :], 0 if start else 1) for text, found in zip(texts, logprobs)]
+
+
+def windows(length, context, stride):
+    """The windows that a long text is read in, as users of transformers do it: (begin, end, first) of each.
+
+    They are `context` tokens long and begin `stride` apart. Each scores what no
+    window before it did, its tokens from `first` on: behind the first window these
+    have at least context − stride tokens before them.
+    """
+    first = 1
+    for begin in range(0, length, stride or length):
+        end = min(begin + context, length)
+        yield begin, end, first
+        if end == length:
+            return
+        first = end
+
+
+def _rows_of(longest):
+    """How many rows a pass takes, a power of two."""
+    return 1 << min(MAX_ROWS, max(1, MAX_POSITIONS // longest)).bit_length() - 1
+
+
+def _text_score(tokens, logprobs, n_unscored):
+    scored = logprobs[n_unscored:].tolist()
+    total = math.fsum(scored)
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(np.float64(-total / len(scored))))
+    return TextScore(list(tokens), [None] * n_unscored + scored, total, perplexity)
