@@ -183,9 +183,11 @@ class _Page:
     def token(self, text, width=_MOST_TOKEN_WIDTH):
         """A token with its spaces and ends of lines to be seen."""
         text = visible(text) if self.unicode else ascii(text)
-        while _text_width(text) > width:
-            text = text[:-2] + ("…" if self.unicode else "~")
-        return text
+        if _text_width(text) <= width:
+            return text
+        widths = itertools.accumulate(map(_text_width, text))
+        fitting = sum(1 for _ in itertools.takewhile(lambda w: w < width, widths))
+        return text[:fitting] + ("…" if self.unicode else "~")
 
     def bar(self, part, width, code):
         """`part` of a bar of `width` characters; anything above 0 is seen."""
@@ -404,7 +406,7 @@ _PLOT_STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
+    "legend.framealpha": 1.0,
 }
 
 
@@ -442,7 +444,7 @@ def _draw_curves(plane, steps, colours):
             plane.plot(len(p), p[-1], "o", color=colour, markersize=6)
             plane.plot([len(p)] * 2, [p[-1], 1e-12], ":", color=colour, linewidth=1)
     lowest = np.float64(steps[0].probabilities[steps[0].probabilities > 0]).min()
-    plane.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * size), ylim=(max(lowest, 1e-6) / 1.5, 1.3))
+    plane.set(xscale="log", yscale="log", xlim=(0.8, 2.5 * size), ylim=(max(lowest, 1e-6) / 1.5, 1.3))
     plane.set(xlabel="rank of the token in that step", title="Probability by rank; a dot: the last that can be drawn")
     plane.xaxis.set_major_formatter("{x:,.0f}")
     plane.yaxis.set_major_formatter(lambda p, _: f"{100 * p:.6f}".rstrip("0").rstrip(".") + "%")
@@ -454,15 +456,16 @@ def _draw_tokens(plane, steps, text, count):
     places = np.arange(len(ids))
     model, drawn = (100 * np.float64(step.probabilities[ids]) for step in (steps[0], steps[-1]))
     plane.barh(places - 0.2, model, 0.38, color=_MODEL_COLOUR, label=steps[0].label)
-    plane.barh(places + 0.2, drawn, 0.38, color=_DRAWN_COLOUR, label=f"drawn from: {steps[-1].label}")
+    plane.barh(places + 0.2, drawn, 0.38, color=_DRAWN_COLOUR, label="drawn from")
     for place, before, now in zip(places, model, drawn):
         plane.annotate(_percent(now / 100) if now else "cut", (max(before, now), place), (4, 0),
                        textcoords="offset points", va="center", fontsize="small",
                        color="black" if now else "#808080")  # fmt: skip
-    plane.set_yticks(places, [_drawable(visible(text(i))[:_MOST_TOKEN_WIDTH]) for i in ids])
+    plane.set_yticks(places, [_drawable(visible(text(i)))[:_MOST_TOKEN_WIDTH] for i in ids])
     plane.invert_yaxis()
     plane.margins(x=0.15, y=0.01)
     plane.grid(False, axis="y")
+    plane.locator_params(axis="x", nbins=6)
     plane.xaxis.set_major_formatter("{x:g}%")
     plane.set_title("The likeliest tokens")
     plane.legend(loc="lower right")
@@ -480,10 +483,11 @@ def _draw_sizes(support, entropy, steps, colours):
             plane.annotate(label, (value, place), (4, 0), textcoords="offset points", va="center", fontsize="small")
         plane.invert_yaxis()
         plane.grid(False, axis="y")
-    support.set(xscale="log", xlim=(0.8, 3 * len(steps[0].probabilities)), title="Tokens that can be drawn")
+    # The axis of the curves above, so that their dotted lines lead to the bars.
+    support.set(xscale="log", xlim=(0.8, 2.5 * len(steps[0].probabilities)), title="Tokens that can be drawn")
     support.set_yticks(places, [step.label for step in steps])
     support.xaxis.set_major_formatter("{x:,.0f}")
-    entropy.set(xlim=(0, 1.4 * max(entropies) or 1), title="Entropy in bits (and effective size in tokens)")
+    entropy.set(xlim=(0, 1.4 * max(entropies) or 1), title="Entropy, bits (effective size, tokens)")
     entropy.set_yticks(places, [""] * len(steps))
 
 
