@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import re
+import shutil
 import unicodedata
 import uuid
 
@@ -168,6 +170,15 @@ def table(steps, text, *, count=DEFAULT_COUNT, width=100, unicode=True, colour=F
     page = _Page(unicode, colour)
     lines = [*_step_lines(page, steps, text, width), "", *_token_lines(page, steps, text, count, width)]
     return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def terminal_style(stream):
+    """{width, unicode, colour} for a `table` that is written to a text stream."""
+    return {
+        "width": shutil.get_terminal_size((100, 24)).columns,
+        "unicode": (stream.encoding or "").lower().replace("-", "") == "utf8",
+        "colour": stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
