@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import textwrap
 import unicodedata
 import uuid
 
@@ -39,7 +40,9 @@ class ChainStep:
 
     @property
     def label(self):
-        return f"{self.name} {self.setting}".strip()
+        """As "top_p 0.9", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
+        pairs = itertools.zip_longest(self.name.split(", "), self.setting.split(", "), fillvalue="")
+        return ", ".join(" ".join(pair).strip() for pair in pairs)
 
     @property
     def support(self):
@@ -193,7 +196,10 @@ class _Page:
 
     def token(self, text, width=_MOST_TOKEN_WIDTH):
         """A token with its spaces and ends of lines to be seen."""
-        text = visible(text) if self.unicode else ascii(text)
+        return self.fit(visible(text) if self.unicode else ascii(text), width)
+
+    def fit(self, text, width):
+        """As much of a text as there is room for."""
         if _text_width(text) <= width:
             return text
         widths = itertools.accumulate(map(_text_width, text))
@@ -235,24 +241,36 @@ def _percent(p):
 
 
 def _step_lines(page, steps, text, width):
-    name_width = max(len("step"), *(len(step.label) for step in steps))
-    room = width - name_width - len("   99,999     cut   15.61 bits    effective  likeliest")
-    bar_width = min(room - 8, _MOST_BAR) if room - 8 >= _LEAST_BAR else 0
-    token_width = min(max(room - bar_width, 4) + 2, _MOST_TOKEN_WIDTH)
-    line = "{}  {:>7}  {:>6}  {:>10} {}  {:>9}  {}".format
-    bar_heading = " " * bar_width
-    yield page.bold(line("step".ljust(name_width), "tokens", "cut", "entropy", bar_heading, "effective", "likeliest"))
+    name_width = min(max(len("step"), *(len(step.label) for step in steps)), max(width - 42, 16))
+    widths = {"tokens": 7, "cut": 5, "entropy": 10, "effective": 9, "likeliest": len("99.9% ") + 6}
+
+    def room():
+        return width - name_width - sum(2 + size for size in widths.values())
+
+    for least_needed in ("effective", "cut"):
+        if room() < 0:
+            del widths[least_needed]
+    bar_width = min(room() - 2, _MOST_BAR) if room() - 2 >= _LEAST_BAR else 0
+    token_width = min(6 + max(room() - 2 - bar_width, 0), _MOST_TOKEN_WIDTH)
+
+    def line(name, bar, **cells):
+        shown = [f"{cells[name]:>{size}}" for name, size in widths.items() if name != "likeliest"]
+        if bar_width:
+            shown.insert(list(widths).index("entropy") + 1, bar)
+        return "  ".join([f"{name:<{name_width}}", *shown, cells["likeliest"]])
+
+    yield page.bold(line("step", " " * bar_width, **{name: name for name in widths}))
     most = max(step.entropy for step in steps) or 1.0
     for i, step in enumerate(steps):
         best = int(step.probabilities.argmax())
         yield line(
-            step.label.ljust(name_width),
-            f"{step.support:,}",
-            _percent(step.mass_removed(steps[i - 1])) if i else "",
-            f"{step.entropy:.2f} bits",
+            page.fit(step.label, name_width),
             page.bar(step.entropy / most, bar_width, _BAR_COLOURS[_place(i, steps)]),
-            f"{step.effective_size:,.1f}",
-            f"{_percent(step.probabilities[best]):>5} {page.token(text(best), token_width)}",
+            tokens=f"{step.support:,}",
+            cut=_percent(step.mass_removed(steps[i - 1])) if i else "",
+            entropy=f"{step.entropy:.2f} bits",
+            effective=f"{step.effective_size:,.1f}",
+            likeliest=f"{_percent(step.probabilities[best]):>5} {page.token(text(best), token_width)}",
         )
 
 
@@ -351,7 +369,8 @@ def _token_lines(page, steps, text, count, width):
         others = f"{len(rank) - len(ids):,} others"
         yield "  ".join([(" " * (id_width + 2) + others).ljust(left), *cells])
     if left_out:
-        yield page.dim("not shown, for want of room: " + ", ".join(step.label for step in left_out))
+        note = "not shown, for want of room: " + "; ".join(step.label for step in left_out)
+        yield from map(page.dim, textwrap.wrap(note, width))
 
 
 # --- the picture
