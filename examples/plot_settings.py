@@ -37,7 +37,8 @@ ADAPTING = {  # settings that leave about as many tokens on average: (option, va
     "min_p 0.1": ({"min_p": 0.1}, "#d55e00"),
     "entmax 1.3": ({"entmax_alpha": 1.3}, "#cc79a7"),
 }
-TOKENS = 160  # of sampled text, at each of which the distribution is looked at
+TOKENS = 200  # of sampled text, at each of which the distribution is looked at,
+CONTEXT = 32  # with so many ahead of it
 CHAIN = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
 
 
@@ -75,7 +76,7 @@ def draw_curve(plane, step, **style):
 def plot_adapting(generator, prompt, path):
     sample = generator.generate(prompt, max_new_tokens=TOKENS, temperature=1.0, seed=1)[0]
     ids = sample.prompt_tokens + sample.tokens
-    rows = [ids[:n] for n in range(1, len(ids))]
+    rows = [ids[max(0, n - CONTEXT) : n] for n in range(1, len(ids))]
     entropies = [generator.inspect(row)[0].entropy for row in rows]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     plane = figure.subplots()

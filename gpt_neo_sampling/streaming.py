@@ -80,7 +80,7 @@ class Watcher:
         self._drawn[row] += 1
         if token < 0:  # no distribution to draw from
             return True
-        text, is_last = None, self._drawn[row] == limit or token in stop_tokens
+        text, is_last = None, bool(self._drawn[row] == limit) or token in stop_tokens
         if stream is not None:
             text = stream.push(token, is_last)
             is_last = is_last or stream.stopped
