@@ -171,14 +171,18 @@ def chain_distributions(logits, vocab_dim, options, history=None):
     """The distribution that a token would be drawn from, if the chain ended behind each of its steps.
 
     Args:
-      logits, vocab_dim, options, history: as for `next_token`; temperatures above 0.
+      logits, vocab_dim, options, history: as for `next_token`; temperatures above
+        0, or the number 0.
 
     Returns:
       a list of pairs: the step's name, "model" for what the model gave and
-      "softmax" or "entmax" for the last; and float32 mtf.Tensor like logits.
+      "softmax", "entmax" or "argmax" for the last; and float32 mtf.Tensor like logits.
     """
     rows = logits.shape - vocab_dim
     found = _before_temperature(logits, vocab_dim, options, history)
+    if isinstance(options.temperature, numbers.Real) and options.temperature == 0:
+        likeliest = mtf.one_hot(first_argmax(found[-1][1], vocab_dim), vocab_dim, dtype=tf.float32)
+        return [(name, softmax(x, vocab_dim)) for name, x in found] + [("argmax", likeliest)]
     factor = inverse_temperature(logits.mesh, options.temperature, rows)
     steps = [("temperature", lambda x, dim: _scaled(x, factor, dim))]
     if options.top_k is not None:

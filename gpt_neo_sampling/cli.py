@@ -7,6 +7,7 @@ exit status 2, a failure on the way one line and exit status 1.
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from gpt_neo_sampling.checkpoint import MAX_SHARD_SIZE, convert_checkpoint
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import DEFAULT_TOP_K, export_saved_model
 from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, TextGenerator
+from gpt_neo_sampling.inspection import DEFAULT_COUNT, plot, plot_format, table, terminal_style, to_json, token_text
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.options import SAMPLING
 from gpt_neo_sampling.program import DTYPES
@@ -71,6 +73,7 @@ def _parser():
         add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice")
         add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
         add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn")
+        add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
         add("--min-new-tokens", type=int, metavar="N", help="no end before there are so many")
         add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
         add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
@@ -86,6 +89,18 @@ def _parser():
             metavar="ALPHA", help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
             "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
 
+    def add_mesh_options(parser):
+        group = parser.add_argument_group("mesh", "where the work is done; the tokens are the same")
+        add = group.add_argument
+        add("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
+        add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
+            "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
+        add("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
+            "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
+            "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
+        add("--cluster", metavar="host:port,host:port", help="processes started with serve "
+            "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
+
     generate = command(
         "generate", "continue prompts", "Continue prompts. The text goes to stdout, the prompts and notes to stderr."
     )
@@ -99,8 +114,6 @@ def _parser():
     add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
     add("--num-samples", "--num-return-sequences", type=int, default=1, metavar="N",
         help="continuations of each prompt (default: 1)")  # fmt: skip
-    add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none "
-        "(default: the model's own)")  # fmt: skip
     add("--stop-strings", nargs="+", metavar="TEXT", help="texts that end a continuation, which stops ahead of them")
     add("--logprobs", action="store_true", help="with --json: the log-probability of each new token, the model's own "
         "and the one that it was drawn with")  # fmt: skip
@@ -125,6 +138,23 @@ def _parser():
         "text's own first token is scored too (default: it is left out)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, with each token's log-probability")
     add_mesh_options(score)
+    inspect = command(
+        "inspect",
+        "show what each sampling option does to the next token",
+        "Show the distribution of the next token, and what each step of sampling makes of it.",
+    )
+    add_model_options(inspect)
+    add = inspect.add_argument
+    prompt = inspect.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text ahead of the token")
+    prompt.add_argument("--prompt-ids", metavar='"1 2 3"', help="the same as token ids")
+    add("--continuation", metavar="TEXT", default="", help="new text that stands behind the prompt already, for the "
+        "options that look at new tokens alone")  # fmt: skip
+    add("--show", type=int, default=DEFAULT_COUNT, metavar="N", help="tokens to show (default: %(default)s)")
+    add("--plot", metavar="FILE", help="draw it too: a file whose suffix says the format, such as .png or .svg")
+    add("--json", action="store_true", help="print one JSON object in place of the table")
+    add_sampling_options(inspect)
+    add_mesh_options(inspect)
     export = command(
         "export",
         "write a model as a SavedModel",
@@ -198,6 +228,29 @@ def _prompts(args):
     return args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
 
 
+def _inspect(args):
+    if args.show < 1:
+        raise ValueError(f"--show {args.show}: at least 1 is needed")
+    if args.plot is not None:
+        plot_format(args.plot)  # what is wrong with it is said ahead of the work
+    prompt = args.prompt if args.prompt is not None else _ids(args.prompt_ids)
+    generator = _generator(args)
+    steps = generator.inspect(prompt, args.continuation, **_sampling(args))
+    text = functools.partial(token_text, generator.tokenizer)
+    shown = _prompt_text(prompt, generator.tokenizer) + args.continuation
+    if args.plot is not None:
+        plot(steps, text, args.plot, title=f"Next token after “{shown if len(shown) < 60 else '…' + shown[-60:]}”",
+             count=args.show)  # fmt: skip
+        print(f"wrote {args.plot}", file=sys.stderr)
+    if args.json:
+        found = to_json(steps, text if generator.tokenizer else None, args.show)
+        _write(json.dumps({"prompt_tokens": generator.encode(prompt), **found}) + "\n")
+    else:
+        sys.stderr.write(shown + "\n\n")
+        sys.stderr.flush()
+        _write(table(steps, text, count=args.show, **terminal_style(sys.stdout)))
+
+
 def _sampling(args):
     """The options of `add_sampling_options`, as those of `GenerationOptions`."""
     options = {name: getattr(args, name) for name in SAMPLING}
@@ -206,6 +259,7 @@ def _sampling(args):
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         logit_bias=dict(map(_bias, args.logit_bias or ())),
         bad_words_ids=[[i] for i in args.bad_words_ids or ()],
+        eos_token_id=args.eos_token_id,
         do_sample=False if args.greedy else None,
     )
 
@@ -239,7 +293,6 @@ def _generate(args):
     generator = _generator(args)
     options = dict(
         max_new_tokens=args.max_new_tokens,
-        eos_token_id=args.eos_token_id,
         stop_strings=args.stop_strings,
         num_return_sequences=args.num_samples,
         return_logprobs=args.logprobs,
@@ -364,7 +417,14 @@ def main(argv=None):
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:
-        commands = dict(generate=_generate, score=_score, export=_export, convert=_convert, serve=_serve)
+        commands = {
+            "generate": _generate,
+            "score": _score,
+            "inspect": _inspect,
+            "export": _export,
+            "convert": _convert,
+            "serve": _serve,
+        }
         commands[args.command](args)
         return 0
     except ValueError as e:

@@ -241,25 +241,29 @@ class TextGenerator:
         """Raises what `generate` would for its arguments, without a run of the model."""
         self._request(prompts, GenerationOptions(**options))
 
-    def inspect(self, prompt, **options):
+    def inspect(self, prompt, continuation=(), **options):
         """The distribution of the token behind a prompt, and what each option makes of it.
 
         Args:
           prompt: a str or a list of token ids.
+          continuation: the same: new tokens that stand behind the prompt already,
+            for the options that look at new ones alone.
           **options: see `GenerationOptions`; those that say how a token is drawn.
 
         Returns:
           a list of `ChainStep`: the model's own distribution, then that behind each
-          step that the options ask for, the last what a token is drawn from.
+          step that the options ask for, the last what a token is drawn from
+          ("softmax", "entmax"; "argmax" for greedy decoding, all of it on one token).
 
         Raises:
           as `generate`.
         """
-        request = self._request([prompt], GenerationOptions(**options))
+        new = self.encode(continuation) if len(continuation) else []
+        request = self._request([self.encode(prompt) + new], GenerationOptions(**options))
         key = self._key(request, request.prompts, [0], 1)
         with self._closed_if_lost():
             program = self._program(key, "chain")
-            feeds = program.feeds(key, request, range(1), range(1), [0])
+            feeds = program.feeds(key, request, range(1), range(1), [len(new)])
             results = self.mesh.run(self._session, program.results, feeds)
         steps = [
             ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]])

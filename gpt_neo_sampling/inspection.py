@@ -8,8 +8,11 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import re
+import shutil
+import textwrap
 import unicodedata
 import uuid
 
@@ -37,7 +40,9 @@ class ChainStep:
 
     @property
     def label(self):
-        return f"{self.name} {self.setting}".strip()
+        """As "top_p 0.9", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
+        pairs = itertools.zip_longest(self.name.split(", "), self.setting.split(", "), fillvalue="")
+        return ", ".join(" ".join(pair).strip() for pair in pairs)
 
     @property
     def support(self):
@@ -170,6 +175,15 @@ def table(steps, text, *, count=DEFAULT_COUNT, width=100, unicode=True, colour=F
     return "".join(line.rstrip() + "\n" for line in lines)
 
 
+def terminal_style(stream):
+    """{width, unicode, colour} for a `table` that is written to a text stream."""
+    return {
+        "width": shutil.get_terminal_size((100, 24)).columns,
+        "unicode": (stream.encoding or "").lower().replace("-", "") == "utf8",
+        "colour": stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class _Page:
     """How things are written."""
@@ -182,10 +196,15 @@ class _Page:
 
     def token(self, text, width=_MOST_TOKEN_WIDTH):
         """A token with its spaces and ends of lines to be seen."""
-        text = visible(text) if self.unicode else ascii(text)
-        while _text_width(text) > width:
-            text = text[:-2] + ("…" if self.unicode else "~")
-        return text
+        return self.fit(visible(text) if self.unicode else ascii(text), width)
+
+    def fit(self, text, width):
+        """As much of a text as there is room for."""
+        if _text_width(text) <= width:
+            return text
+        widths = itertools.accumulate(map(_text_width, text))
+        fitting = sum(1 for _ in itertools.takewhile(lambda w: w < width, widths))
+        return text[:fitting] + ("…" if self.unicode else "~")
 
     def bar(self, part, width, code):
         """`part` of a bar of `width` characters; anything above 0 is seen."""
@@ -222,24 +241,36 @@ def _percent(p):
 
 
 def _step_lines(page, steps, text, width):
-    name_width = max(len("step"), *(len(step.label) for step in steps))
-    room = width - name_width - len("   99,999     cut   15.61 bits    effective  likeliest")
-    bar_width = min(room - 8, _MOST_BAR) if room - 8 >= _LEAST_BAR else 0
-    token_width = min(max(room - bar_width, 4) + 2, _MOST_TOKEN_WIDTH)
-    line = "{}  {:>7}  {:>6}  {:>10} {}  {:>9}  {}".format
-    bar_heading = " " * bar_width
-    yield page.bold(line("step".ljust(name_width), "tokens", "cut", "entropy", bar_heading, "effective", "likeliest"))
+    name_width = min(max(len("step"), *(len(step.label) for step in steps)), max(width - 42, 16))
+    widths = {"tokens": 7, "cut": 5, "entropy": 10, "effective": 9, "likeliest": len("99.9% ") + 6}
+
+    def room():
+        return width - name_width - sum(2 + size for size in widths.values())
+
+    for least_needed in ("effective", "cut"):
+        if room() < 0:
+            del widths[least_needed]
+    bar_width = min(room() - 2, _MOST_BAR) if room() - 2 >= _LEAST_BAR else 0
+    token_width = min(6 + max(room() - 2 - bar_width, 0), _MOST_TOKEN_WIDTH)
+
+    def line(name, bar, **cells):
+        shown = [f"{cells[name]:>{size}}" for name, size in widths.items() if name != "likeliest"]
+        if bar_width:
+            shown.insert(list(widths).index("entropy") + 1, bar)
+        return "  ".join([f"{name:<{name_width}}", *shown, cells["likeliest"]])
+
+    yield page.bold(line("step", " " * bar_width, **{name: name for name in widths}))
     most = max(step.entropy for step in steps) or 1.0
     for i, step in enumerate(steps):
         best = int(step.probabilities.argmax())
         yield line(
-            step.label.ljust(name_width),
-            f"{step.support:,}",
-            _percent(step.mass_removed(steps[i - 1])) if i else "",
-            f"{step.entropy:.2f} bits",
+            page.fit(step.label, name_width),
             page.bar(step.entropy / most, bar_width, _BAR_COLOURS[_place(i, steps)]),
-            f"{step.effective_size:,.1f}",
-            f"{_percent(step.probabilities[best]):>5} {page.token(text(best), token_width)}",
+            tokens=f"{step.support:,}",
+            cut=_percent(step.mass_removed(steps[i - 1])) if i else "",
+            entropy=f"{step.entropy:.2f} bits",
+            effective=f"{step.effective_size:,.1f}",
+            likeliest=f"{_percent(step.probabilities[best]):>5} {page.token(text(best), token_width)}",
         )
 
 
@@ -338,7 +369,8 @@ def _token_lines(page, steps, text, count, width):
         others = f"{len(rank) - len(ids):,} others"
         yield "  ".join([(" " * (id_width + 2) + others).ljust(left), *cells])
     if left_out:
-        yield page.dim("not shown, for want of room: " + ", ".join(step.label for step in left_out))
+        note = "not shown, for want of room: " + "; ".join(step.label for step in left_out)
+        yield from map(page.dim, textwrap.wrap(note, width))
 
 
 # --- the picture
@@ -404,7 +436,7 @@ _PLOT_STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
+    "legend.framealpha": 1.0,
 }
 
 
@@ -442,7 +474,7 @@ def _draw_curves(plane, steps, colours):
             plane.plot(len(p), p[-1], "o", color=colour, markersize=6)
             plane.plot([len(p)] * 2, [p[-1], 1e-12], ":", color=colour, linewidth=1)
     lowest = np.float64(steps[0].probabilities[steps[0].probabilities > 0]).min()
-    plane.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * size), ylim=(max(lowest, 1e-6) / 1.5, 1.3))
+    plane.set(xscale="log", yscale="log", xlim=(0.8, 2.5 * size), ylim=(max(lowest, 1e-6) / 1.5, 1.3))
     plane.set(xlabel="rank of the token in that step", title="Probability by rank; a dot: the last that can be drawn")
     plane.xaxis.set_major_formatter("{x:,.0f}")
     plane.yaxis.set_major_formatter(lambda p, _: f"{100 * p:.6f}".rstrip("0").rstrip(".") + "%")
@@ -454,15 +486,16 @@ def _draw_tokens(plane, steps, text, count):
     places = np.arange(len(ids))
     model, drawn = (100 * np.float64(step.probabilities[ids]) for step in (steps[0], steps[-1]))
     plane.barh(places - 0.2, model, 0.38, color=_MODEL_COLOUR, label=steps[0].label)
-    plane.barh(places + 0.2, drawn, 0.38, color=_DRAWN_COLOUR, label=f"drawn from: {steps[-1].label}")
+    plane.barh(places + 0.2, drawn, 0.38, color=_DRAWN_COLOUR, label="drawn from")
     for place, before, now in zip(places, model, drawn):
         plane.annotate(_percent(now / 100) if now else "cut", (max(before, now), place), (4, 0),
                        textcoords="offset points", va="center", fontsize="small",
                        color="black" if now else "#808080")  # fmt: skip
-    plane.set_yticks(places, [_drawable(visible(text(i))[:_MOST_TOKEN_WIDTH]) for i in ids])
+    plane.set_yticks(places, [_drawable(visible(text(i)))[:_MOST_TOKEN_WIDTH] for i in ids])
     plane.invert_yaxis()
     plane.margins(x=0.15, y=0.01)
     plane.grid(False, axis="y")
+    plane.locator_params(axis="x", nbins=6)
     plane.xaxis.set_major_formatter("{x:g}%")
     plane.set_title("The likeliest tokens")
     plane.legend(loc="lower right")
@@ -480,10 +513,11 @@ def _draw_sizes(support, entropy, steps, colours):
             plane.annotate(label, (value, place), (4, 0), textcoords="offset points", va="center", fontsize="small")
         plane.invert_yaxis()
         plane.grid(False, axis="y")
-    support.set(xscale="log", xlim=(0.8, 3 * len(steps[0].probabilities)), title="Tokens that can be drawn")
+    # The axis of the curves above, so that their dotted lines lead to the bars.
+    support.set(xscale="log", xlim=(0.8, 2.5 * len(steps[0].probabilities)), title="Tokens that can be drawn")
     support.set_yticks(places, [step.label for step in steps])
     support.xaxis.set_major_formatter("{x:,.0f}")
-    entropy.set(xlim=(0, 1.4 * max(entropies) or 1), title="Entropy in bits (and effective size in tokens)")
+    entropy.set(xlim=(0, 1.4 * max(entropies) or 1), title="Entropy, bits (effective size, tokens)")
     entropy.set_yticks(places, [""] * len(steps))
 
 

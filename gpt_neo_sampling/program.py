@@ -119,7 +119,7 @@ def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
 
     Args:
       key: ProgramKey, of one prompt.
-      inputs: ProgramInputs.
+      inputs: ProgramInputs; max_steps says how many of a prompt's tokens are new ones.
       params, n_vocab, mesh_impl, variable_dtype: as for `build`.
 
     Returns:
@@ -140,7 +140,7 @@ def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
         no_repeat_ngram_size=key.no_repeat_ngram_size,
         logit_bias=inputs.options.get(LOGIT_BIAS),
         stop_tokens=tuple(mtf.import_tf_tensor(mesh, t, mtf.Shape([])) for t in inputs.stop_tokens),
-        temperature=mtf.import_tf_tensor(mesh, inputs.temperature, shape[:1]),
+        temperature=0 if key.greedy else mtf.import_tf_tensor(mesh, inputs.temperature, shape[:1]),
         max_top_k=key.max_top_k,
         use_entmax="entmax_alpha" in key.steps,
         vocab_size=params["n_vocab"] if n_vocab > params["n_vocab"] else None,
@@ -148,7 +148,8 @@ def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
     )
     vocab_dim = other_features["vocab_dim"]
     logits = take(logits, position - 1, shape[1])
-    found = chain_distributions(logits, vocab_dim, options, History(ids, position, position))
+    n_new = mtf.import_tf_tensor(mesh, inputs.max_steps, shape[:1])
+    found = chain_distributions(logits, vocab_dim, options, History(ids, position, position - n_new))
     lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
     return [(name, lowering.export_to_tf_tensor(p)) for name, p in found]
 

@@ -1,0 +1,218 @@
+"""The next-token distribution step by step: its figures, its table, its picture."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import reference
+from tokenizers import Tokenizer
+
+from gpt_neo_sampling.inspection import (
+    ChainStep,
+    changing,
+    likeliest,
+    plot,
+    table,
+    to_json,
+    token_text,
+    write_whole,
+)
+from gpt_neo_sampling.program import DEMO_FOLDER
+
+V = 2048
+
+
+def chain(*more):
+    """A chain over V entries: the model, temperature 0.5, top-k 5, top-k 9 (which changes nothing), entmax."""
+    x = 2 * np.random.default_rng(5).standard_normal(V)
+    masked = np.where(reference.top_k_keep(x, 5), 2 * x, -np.inf)
+    top_5 = reference.softmax(masked)
+    return [
+        ChainStep("model", "", reference.softmax(x)),
+        ChainStep("temperature", "0.5", reference.softmax(2 * x)),
+        ChainStep("top_k", "5", top_5),
+        ChainStep("top_k", "9", top_5),
+        *more,
+        ChainStep("entmax", "1.1", reference.entmax(masked, 1.1)),
+    ]
+
+
+def name(i):
+    return f" w{i}"
+
+
+def test_sizes_of_a_step():
+    before = ChainStep("model", "", np.array([0.5, 0.25, 0.125, 0.125], np.float32))
+    after = ChainStep("top_k", "2", np.array([0.5, 0.5, 0, 0], np.float32))
+    assert (before.support, before.entropy, before.effective_size) == (4, 1.75, 2**1.75)
+    assert (after.support, after.entropy, after.effective_size) == (2, 1, 2)
+    assert after.mass_removed(before) == 0.25
+    assert before.mass_removed(before) == 0
+    certain = ChainStep("argmax", "", np.array([0, 1.0]))
+    assert (certain.support, certain.entropy, certain.effective_size) == (1, 0, 1)
+
+
+def test_likeliest_tokens_are_those_of_the_first_step_and_of_the_last():
+    model = ChainStep("model", "", np.array([0.1, 0.4, 0.3, 0.15, 0.05]))
+    drawn = ChainStep("logit_bias", "", np.array([0.4, 0.0, 0.0, 0.1, 0.5]))
+    assert likeliest([model, drawn], 3) == [4, 0, 1]
+    assert likeliest([model, drawn], 9) == [4, 0, 3, 1, 2]
+
+
+def test_steps_that_change_something():
+    steps = chain()
+    assert [step for step, _ in changing(steps)] == [steps[0], steps[1], steps[2], steps[4]]
+    _, _, (_, moved), _ = changing(steps)  # a mask moves what it cuts
+    assert moved == pytest.approx(steps[2].mass_removed(steps[1]), rel=1e-6)
+
+
+def test_json():
+    steps = chain()
+    found = json.loads(json.dumps(to_json(steps, name, count=7)))
+    assert [(s["name"], s["setting"]) for s in found["steps"]] == [(s.name, s.setting) for s in steps]
+    for i, (before, step) in enumerate(zip([steps[0], *steps], found["steps"])):
+        p = steps[i].probabilities
+        assert step["support"] == (p > 0).sum()
+        assert step["mass_removed"] == pytest.approx(before.probabilities[p == 0].sum())
+        assert step["entropy"] == pytest.approx(-sum(q * np.log2(q) for q in p if q > 0))
+        assert step["effective_size"] == pytest.approx(2 ** step["entropy"])
+        assert step["likeliest"] == p.argmax()
+        listed = sum(token["probabilities"][i] for token in found["tokens"])
+        assert listed + found["others"][i] == pytest.approx(1)
+    for place, token in enumerate(found["tokens"], 1):
+        assert token["text"] == name(token["id"])
+        assert token["rank"] == place  # none of these steps changes the order
+        assert token["probabilities"] == [float(s.probabilities[token["id"]]) for s in steps]
+    assert to_json(steps)["tokens"][0]["text"] is None
+
+
+def test_table_says_what_each_step_does():
+    steps = chain()
+    lines = table(steps, name, count=7, width=120).splitlines()
+    for step, line in zip(steps, lines[1:]):
+        assert line.startswith(step.label)
+        assert f" {step.support:,} " in line
+        assert f"{step.entropy:.2f} bits" in line
+        assert f" {step.effective_size:,.1f} " in line
+        assert line.endswith(f"·w{step.probabilities.argmax()}")
+    heading = lines[len(steps) + 2]
+    labels = ["model", "temperature 0.5", "top_k 5", "entmax 1.1"]
+    assert re.split(r" {2,}", heading.strip()) == ["rank", "token", "id", *labels]
+    rows = lines[len(steps) + 3 :]
+    order = np.argsort(-steps[0].probabilities)
+    for rank, (i, row) in enumerate(zip(order[:7], rows), 1):
+        cells = row.split()
+        assert cells[:3] == [str(rank), f"·w{i}", str(i)]
+        figures = [c for c in cells[3:] if c == "cut" or "%" in c]
+        expected = [step.probabilities[i] for step, _ in changing(steps)]
+        if rank > 5:
+            assert figures[2:] == ["cut"]  # once, where it is cut
+            figures, expected = figures[:2], expected[:2]
+        assert [float(f.rstrip("%")) for f in figures] == pytest.approx([100 * p for p in expected], rel=6e-3)
+    cells = rows[7].split()
+    assert cells[:2] == ["2,041", "others"]
+    assert float(cells[2].rstrip("%")) == pytest.approx(100 * steps[0].probabilities[order[7:]].sum(), rel=6e-3)
+    assert cells[-1] == "0"
+
+
+def test_bars_are_as_long_as_the_probabilities():
+    p = np.array([0.4, 0.2, 0.1, 0.3 - 1e-3, 1e-3])
+    lines = table([ChainStep("model", "", p)], name, width=60).splitlines()[-5:]
+    bars = [re.search(r"%\s?([█▉▊▋▌▍▎▏]*)$", line).group(1) for line in lines]
+    eighths = [8 * bar.count("█") + (0 if bar.endswith("█") or not bar else " ▏▎▍▌▋▊▉".index(bar[-1])) for bar in bars]
+    assert eighths[0] == 24 * 8
+    np.testing.assert_allclose(np.array(eighths[:4]) / eighths[0], np.sort(p)[::-1][:4] / 0.4, atol=0.5 / eighths[0])
+    assert eighths[4] == 1  # nothing that can be drawn is without a bar
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("unicode", [True, False])
+def test_table_keeps_to_its_width(width, unicode):
+    p = chain()[0].probabilities
+    more = [ChainStep(n, "0.05", np.roll(p, i)) for i, n in enumerate(("typical_p", "eta_cutoff", "min_p"), 1)]
+    text = table(chain(*more), lambda i: " \n日本語é" * (i % 6), width=width, unicode=unicode)
+    lines = text.splitlines()
+    columns = [sum(2 if c in "日本語" else 1 for c in line) for line in lines]
+    assert max(columns) <= width
+    assert text.isascii() != unicode
+    assert "\x1b" not in text
+    coloured = table(chain(*more), lambda i: " \n日本語é" * (i % 6), width=width, unicode=unicode, colour=True)
+    plain = re.sub(r"\x1b\[\d*m", "", coloured)
+    assert [line.rstrip() for line in plain.splitlines()] == lines
+
+
+def test_tokens_that_are_bytes_spaces_or_unknown():
+    tokenizer = Tokenizer.from_file(str(DEMO_FOLDER / "tokenizer.json"))
+    curly = tokenizer.encode("“").ids
+    assert len(curly) > 1  # a quotation mark in pieces
+    assert "".join(token_text(tokenizer, i) for i in curly) == r"\xe2\x80\x9c"
+    assert token_text(tokenizer, tokenizer.token_to_id("Ġknow")) == " know"
+    assert token_text(tokenizer, 0) == "<|endoftext|>"
+    assert token_text(tokenizer, 10**6) == "<1000000>"
+    assert token_text(None, 7) == "<7>"
+    texts = [" know", "\n\t", "\x1b[31m", "日本"]
+    lines = table([ChainStep("model", "", np.full(4, 0.25))], texts.__getitem__).splitlines()
+    assert [line.split()[1] for line in lines[-4:]] == ["·know", "↵⇥", r"\x1b[31m", "日本"]
+
+
+# --- the picture
+
+
+@pytest.fixture
+def pixels():
+    matplotlib = pytest.importorskip("matplotlib", reason="the picture needs matplotlib, which [test] installs")
+    from matplotlib import image
+
+    assert matplotlib.rcParams["text.parse_math"]
+    yield image.imread
+    assert matplotlib.rcParams["text.parse_math"]  # a caller's settings stay as they are
+    assert "matplotlib.pyplot" not in sys.modules or matplotlib.pyplot.get_fignums() == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_picture(pixels, tmp_path):
+    path = tmp_path / "chain.png"
+    plot(chain(), lambda i: ("$1_2", " 日本", "\n", "🙂")[i % 4], path, title="after “日 $x$”")
+    image = pixels(path)
+    assert image.shape[:2] == (800, 1100)
+    flat = image[..., :3].reshape(-1, 3)
+    assert (flat == 1).all(1).mean() > 0.5  # white paper
+    for colour in ("4d4d4d", "d55e00", "0072b2", "009e73"):  # the model, what is drawn from, the steps in between
+        rgb = np.frombuffer(bytes.fromhex(colour), np.uint8) / 255
+        assert (np.abs(flat - rgb).max(1) < 2e-3).sum() > 1000, colour
+    assert [p.name for p in tmp_path.iterdir()] == ["chain.png"]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "PDF"])
+def test_other_formats(pixels, tmp_path, suffix):
+    path = tmp_path / f"chain.{suffix}"
+    plot(chain()[:1], name, path)
+    assert path.read_bytes()[:5] == {"svg": b"<?xml", "PDF": b"%PDF-"}[suffix]
+
+
+def test_a_picture_that_cannot_be_made(pixels, tmp_path, monkeypatch):
+    for wrong in ("chain.txt", "chain"):
+        with pytest.raises(ValueError, match=r"chain.*: the suffix says the format; allowed are .*\.png"):
+            plot(chain(), name, tmp_path / wrong)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        plot(chain(), name, tmp_path / "nowhere" / "chain.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ValueError, match=r"pip install 'gpt_neo_sampling\[plot\]'"):
+        plot(chain(), name, tmp_path / "chain.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "chain.png"
+    path.write_bytes(b"old")
+
+    def write(partial):
+        partial.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, write)
+    assert [p.name for p in tmp_path.iterdir()] == ["chain.png"]
+    assert path.read_bytes() == b"old"
