@@ -1,0 +1,356 @@
+"""Prompts from a file, samples to a file, in batches: a run that may end at any moment and be started again.
+
+The order in which records are run follows from the prompts and the options alone, and a batch is written when it
+is finished. So at any moment the output is a beginning of one file that does not depend on where runs ended; a run
+that is started again reads off how far that goes. A batch that is there in part is run again as a whole:
+the same graph and the same streams give the same tokens.
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import secrets
+import stat
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import gpt_neo_sampling
+from gpt_neo_sampling.checkpoint import read_json
+from gpt_neo_sampling.generate import MAX_BATCH, OPTIONS, ROW_OPTIONS
+
+SIDECAR = ".run"  # what the name of the file beside the output has more
+PROMPT_KEYS = ("prompt", "prompt_ids")
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """A line of the prompts file, checked."""
+
+    index: int  # of its line, from 0
+    given: dict  # its "id", "prompt" and "prompt_ids", those that it has
+    prompt: list  # of token ids
+    options: dict  # of generate's, the run's own among them
+    stream: int  # of its first sample: how many samples the records before it have
+
+    @property
+    def samples(self):
+        return self.options.get("num_return_sequences", 1)
+
+
+def generate_file(generator, prompts_file, output, *, seed=None, **options):
+    """Continues the prompts of a file, and writes what comes out to another.
+
+    A prompt is a line of JSON, an object with "prompt" (a text) or "prompt_ids"
+    (a list of token ids); if wanted "id", any value, which is handed through; and
+    options of `TextGenerator.generate` by its names, which go before those given
+    here (null: as if not given at all). A line of the output is an object of
+
+      "index": the prompt's line, from 0
+      "id", "prompt", "prompt_ids": as they were given, those that were
+      "samples": a list of num_return_sequences objects, each a `Sample`
+
+    in the order of the prompts when all are there, and until then in that of the
+    batches (longest first, which makes a batch that does not fit into memory the
+    first). Lines are on disk as soon as their batch is finished.
+
+    Started again with the same arguments, after whatever end, it goes on where it
+    stopped: no line is lost, doubled or half written, and the file becomes the
+    same to the byte (with the same devices: see the README on other layouts). What
+    it was begun with is remembered in a file beside it, `output` with ".run"
+    at the end, which should be kept as long as the output is.
+
+    Args:
+      generator: a `TextGenerator`.
+      prompts_file: a path; UTF-8, a prompt a line.
+      output: a path: of a new file, an empty one, or one that an earlier run left.
+      seed: int, of all prompts that have none of their own; a prompt's first
+        stream of random numbers is the number of samples before it in the file,
+        so it draws the same in whatever batch. None for the one that the
+        run was begun with, or at its beginning for a fresh one.
+      **options: as for `generate`.
+
+    Returns:
+      (records, written, seed): ints, the lines of the file, those of them that
+      this call wrote, and the seed.
+
+    Raises:
+      ValueError: before anything is run, if a line or an option is not allowed
+        (the message names file, line, what was given and what is allowed), or the
+        output was begun with other ones or is no run's.
+      OSError: if the output cannot be written, or is being written by another
+        process.
+    """
+    generator.check_options([], seed=seed, **options)
+    output = Path(output).resolve()
+    data = _read(prompts_file)
+    if output.exists() and output.samefile(prompts_file):
+        raise ValueError(f"{output} is the file of the prompts; give another output")
+    records = _records(generator, data, prompts_file, options)
+    batches = _batches(records)
+    begun_with = {
+        "prompts": hashlib.sha256(data).hexdigest(),
+        "model": generator.checkpoint.fingerprint(),
+        "dtype": generator.dtype,
+        "version": gpt_neo_sampling.__version__,
+        "options": {name: value for name, value in options.items() if value is not None},
+    }
+    with _locked(output) as file:
+        seed = _begin(file, output, begun_with, seed)
+        done = _resume(file, output, [record.index for batch in batches for record in batch])
+        if done < len(records):
+            _run(generator, batches, seed, file, output, done)
+        _put_in_order(file, output)
+    return len(records), len(records) - done, seed
+
+
+# ------------------------------------------------------------ prompts
+
+
+def _read(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def _records(generator, data, source, options):
+    """The lines of a prompts file as _Records; `options` are the run's."""
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{source} is empty; a JSON object a line is needed, as {{\"prompt\": \"Emma\"}}")
+    records, stream = [], 0
+    for index, line in enumerate(lines):
+        try:
+            given, own = _parse(line)
+            own = {**options, **own}
+            prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
+            own["max_new_tokens"] = generator.check_options(prompt, **own)
+        except ValueError as e:
+            raise ValueError(f"{source}, line {index + 1}: {e}") from None
+        own = {name: value for name, value in own.items() if value is not None}
+        records.append(_Record(index, given, prompt, own, stream))
+        stream += records[-1].samples
+    return records
+
+
+def _parse(line):
+    """(what is handed through, options) of a line, its options as they stand there."""
+    try:
+        record = json.loads(line.decode(), parse_constant=_not_json, object_pairs_hook=_object)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e}") from None
+    except RecursionError:
+        raise ValueError("lists or objects within each other too deep") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON: {e}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{record!r}; a JSON object is needed")
+    unknown = set(record) - {*PROMPT_KEYS, "id", *OPTIONS}
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} is none of {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
+    if len(record.keys() & set(PROMPT_KEYS)) != 1:
+        raise ValueError("one of prompt and prompt_ids is needed")
+    for key, kind in (("prompt", str), ("prompt_ids", list)):
+        if key in record and not isinstance(record[key], kind):
+            raise ValueError(f"{key}={record[key]!r}; a {'text' if kind is str else 'list of token ids'} is needed")
+    given = {key: value for key, value in record.items() if key not in OPTIONS}
+    return given, {key: value for key, value in record.items() if key in OPTIONS}
+
+
+def _not_json(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _object(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"an object with a key twice: {', '.join(key for key, _ in pairs)}")
+    return record
+
+
+def _batches(records):
+    """Lists of records, each a call of generate, in the order they are run in: a function of the records alone.
+
+    Rows of a batch take as many steps, and graphs as many positions, as the longest needs, so likes stand together.
+    """
+    groups = {}
+    for record in records:
+        shared = {name: value for name, value in record.options.items() if name not in ROW_OPTIONS}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
+    batches = []
+    for group in groups.values():
+        group.sort(key=lambda r: (r.options["max_new_tokens"], len(r.prompt)), reverse=True)
+        size = max(1, MAX_BATCH // group[0].samples)
+        batches += [group[begin : begin + size] for begin in range(0, len(group), size)]
+    return batches
+
+
+# ------------------------------------------------------------ the run
+
+
+def _run(generator, batches, seed, file, output, done):
+    """Runs the batches and appends their lines to the file, but for the first `done` lines."""
+    total = sum(map(len, batches))
+    tokens, began = 0, time.monotonic()
+    with tqdm(desc=output.name, total=total, initial=done, unit="prompt", disable=None) as progress:
+        for batch in batches:
+            there = min(done, len(batch))
+            done -= there
+            if there == len(batch):
+                continue
+            samples = _generate(generator, batch, seed)
+            _append(file, b"".join(map(_line, batch[there:], samples[there:])))
+            tokens += sum(len(sample.tokens) for of_record in samples for sample in of_record)
+            progress.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+            progress.update(len(batch) - there)
+
+
+def _generate(generator, batch, seed):
+    """The samples of each record of a batch."""
+    named = {name for record in batch for name in record.options}
+    options = {name: [r.options.get(name) for r in batch] if name in ROW_OPTIONS else batch[0].options[name]
+               for name in named}  # fmt: skip
+    options["seed"] = [record.options.get("seed", seed) for record in batch]
+    samples = generator.generate([r.prompt for r in batch], stream=[r.stream for r in batch], **options)
+    each = batch[0].samples
+    return [samples[begin : begin + each] for begin in range(0, len(samples), each)]
+
+
+def _line(record, samples):
+    line = {"index": record.index, **record.given, "samples": [dataclasses.asdict(sample) for sample in samples]}
+    return json.dumps(line).encode() + b"\n"
+
+
+# --------------------------------------------------------- the output
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """The file for reading and appending, which no other process has; made if it is not there."""
+    while True:
+        try:
+            file = open(path, "a+b", buffering=0)
+        except OSError as e:
+            raise ValueError(f"{path} cannot be written: {e.strerror}") from None
+        with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is no regular file; only one can be gone on with")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{path} is being written by another process") from None
+            # a process that had the lock may just have put another file in this one's place
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+
+
+def _begin(file, output, begun_with, seed):
+    """Checks the output against what it was begun with, or begins it; returns the seed.
+
+    What it is begun with is on disk before its first line is.
+    """
+    sidecar = output.with_name(output.name + SIDECAR)
+    is_empty = os.fstat(file.fileno()).st_size == 0
+    if sidecar.exists():
+        found = read_json(sidecar)
+        differences = _differences(found, begun_with if seed is None else {**begun_with, "seed": seed})
+        if not differences:
+            return found["seed"]
+        if not is_empty:
+            raise ValueError(
+                f"{output} was begun with {', '.join(differences)}; run it with the same, or remove it to begin anew"
+            )
+    elif not is_empty:
+        raise ValueError(f"{output} is there already, without {sidecar.name} beside it; give an output that is new")
+    if seed is None:
+        seed = secrets.randbits(32)
+    _replace(sidecar, [json.dumps({**begun_with, "seed": seed}, indent=1).encode() + b"\n"])
+    return seed
+
+
+def _differences(found, wanted):
+    """What differs, in words."""
+    found, wanted = ({**d, **d["options"]} for d in (found, json.loads(json.dumps(wanted))))
+    names = [n for n in {**found, **wanted} if n not in ("options", "seed") or n in wanted and n != "options"]
+    return [
+        f"another {'prompts file' if name == 'prompts' else name}" if name in ("prompts", "model")
+        else f"{name}={found.get(name)!r} and this is {wanted.get(name)!r}"
+        for name in names if found.get(name) != wanted.get(name)
+    ]  # fmt: skip
+
+
+def _resume(file, output, order):
+    """How many lines are there; cuts off what a death left unfinished behind them."""
+    lines = list(_lines(file))
+    indices = [index for index, _, _ in lines]
+    # all of them in the order of the prompts: an earlier run has finished
+    expected = sorted(order) if len(indices) == len(order) and indices == sorted(order) else order
+    for number, (index, wanted) in enumerate(itertools.zip_longest(indices, expected[: len(indices)]), 1):
+        if index != wanted:
+            raise ValueError(
+                f"{output}, line {number}, is not what was written there (the sample of prompt {wanted}); "
+                "put it back as it was, or remove it to begin anew"
+            )
+    file.truncate(lines[-1][2] if lines else 0)
+    return len(lines)
+
+
+def _lines(file):
+    """(index of its prompt, begin, end) of each line that stands whole."""
+    begin = 0
+    with open(file.fileno(), "rb", closefd=False) as reader:
+        reader.seek(0)
+        for line in reader:
+            # Killed: a line without its end. Without power: blocks of zeros, which were never written.
+            if not line.endswith(b"\n") or b"\0" in line:
+                return
+            try:
+                index = json.loads(line)["index"]
+            except (ValueError, LookupError, TypeError):
+                index = None
+            yield index, begin, begin + len(line)
+            begin += len(line)
+
+
+def _append(file, data):
+    """Writes to the disk itself."""
+    while data:
+        data = data[file.write(data) :]
+    os.fsync(file.fileno())
+
+
+def _put_in_order(file, output):
+    """Sorts the lines by their prompts, in a file that takes the output's place."""
+    lines = list(_lines(file))
+    if lines != sorted(lines):
+        _replace(output, (os.pread(file.fileno(), end - begin, begin) for _, begin, end in sorted(lines)))
+
+
+def _replace(path, parts):
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
