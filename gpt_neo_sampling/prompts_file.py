@@ -18,6 +18,7 @@ import os
 import secrets
 import stat
 import time
+import typing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +31,14 @@ SIDECAR = ".run"  # what the name of the file beside the output has more
 PROMPT_KEYS = ("prompt", "prompt_ids")
 
 log = logging.getLogger(__name__)
+
+
+class FileRun(typing.NamedTuple):
+    """A run that is finished."""
+
+    prompts: int
+    written: int  # of their lines by this call; the others were there
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +89,7 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
       **options: as for `generate`.
 
     Returns:
-      (records, written, seed): ints, the lines of the file, those of them that
-      this call wrote, and the seed.
+      a FileRun.
 
     Raises:
       ValueError: before anything is run, if a line or an option is not allowed
@@ -110,7 +118,7 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
         if done < len(records):
             _run(generator, batches, seed, file, output, done)
         _put_in_order(file, output)
-    return len(records), len(records) - done, seed
+    return FileRun(len(records), len(records) - done, seed)
 
 
 # ------------------------------------------------------------ prompts
