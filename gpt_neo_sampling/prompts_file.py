@@ -16,7 +16,9 @@ import json
 import logging
 import os
 import secrets
+import signal
 import stat
+import threading
 import time
 import typing
 from pathlib import Path
@@ -28,6 +30,7 @@ from gpt_neo_sampling.checkpoint import read_json
 from gpt_neo_sampling.generate import MAX_BATCH, OPTIONS, ROW_OPTIONS
 
 SIDECAR = ".run"  # what the name of the file beside the output has more
+HASHED = ("prompts_file", "model")  # what it holds as a hash
 PROMPT_KEYS = ("prompt", "prompt_ids")
 
 log = logging.getLogger(__name__)
@@ -105,20 +108,26 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
         raise ValueError(f"{output} is the file of the prompts; give another output")
     records = _records(generator, data, prompts_file, options)
     batches = _batches(records)
-    begun_with = {
-        "prompts": hashlib.sha256(data).hexdigest(),
+    settings = {
+        "prompts_file": hashlib.sha256(data).hexdigest(),
         "model": generator.checkpoint.fingerprint(),
         "dtype": generator.dtype,
         "version": gpt_neo_sampling.__version__,
-        "options": {name: value for name, value in options.items() if value is not None},
+        **options,
     }
     with _locked(output) as file:
-        seed = _begin(file, output, begun_with, seed)
-        done = _resume(file, output, [record.index for batch in batches for record in batch])
-        if done < len(records):
-            _run(generator, batches, seed, file, output, done)
+        seed = _begin(file, output, settings, seed)
+        done = _resume(file, output, len(records))
+        missing = len(records) - len(done)
+        try:
+            if missing:
+                _run(generator, batches, seed, file, output, done)
+        except KeyboardInterrupt:
+            log.warning("stopped; %d of %d prompts are done, and the same command goes on with %s",
+                        len(done), len(records), output)  # fmt: skip
+            raise
         _put_in_order(file, output)
-    return FileRun(len(records), len(records) - done, seed)
+    return FileRun(len(records), missing, seed)
 
 
 # ------------------------------------------------------------ prompts
@@ -164,7 +173,7 @@ def _parse(line):
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{record!r}; a JSON object is needed")
+        raise ValueError(f"a JSON {type(record).__name__}; an object is needed")
     unknown = set(record) - {*PROMPT_KEYS, "id", *OPTIONS}
     if unknown:
         raise ValueError(f"{min(unknown)!r} is none of {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
@@ -173,6 +182,7 @@ def _parse(line):
     for key, kind in (("prompt", str), ("prompt_ids", list)):
         if key in record and not isinstance(record[key], kind):
             raise ValueError(f"{key}={record[key]!r}; a {'text' if kind is str else 'list of token ids'} is needed")
+    record.get("prompt", "").encode()  # raises for half of a surrogate pair
     given = {key: value for key, value in record.items() if key not in OPTIONS}
     return given, {key: value for key, value in record.items() if key in OPTIONS}
 
@@ -209,20 +219,44 @@ def _batches(records):
 
 
 def _run(generator, batches, seed, file, output, done):
-    """Runs the batches and appends their lines to the file, but for the first `done` lines."""
+    """Appends the lines of the records that are not in the set `done`, and adds these to it."""
     total = sum(map(len, batches))
     tokens, began = 0, time.monotonic()
-    with tqdm(desc=output.name, total=total, initial=done, unit="prompt", disable=None) as progress:
+    with tqdm(desc=output.name, total=total, initial=len(done), unit="prompt", disable=None) as progress:
         for batch in batches:
-            there = min(done, len(batch))
-            done -= there
-            if there == len(batch):
+            missing = [record.index not in done for record in batch]
+            if not any(missing):
                 continue
-            samples = _generate(generator, batch, seed)
-            _append(file, b"".join(map(_line, batch[there:], samples[there:])))
-            tokens += sum(len(sample.tokens) for of_record in samples for sample in of_record)
+            with _interrupt_held():
+                samples = _generate(generator, batch, seed)
+                _append(file, b"".join(itertools.compress(map(_line, batch, samples), missing)))
+                done.update(record.index for record in batch)
+            tokens += sum(len(sample.tokens) for sample in itertools.chain(*samples))
             progress.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
-            progress.update(len(batch) - there)
+            progress.update(sum(missing))
+
+
+@contextlib.contextmanager
+def _interrupt_held():
+    """Holds Ctrl-C back to the end of what is within, a second one not: TensorFlow's step cannot be interrupted, and
+    what it has made is worth a line."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signals = []
+
+    def hold(*signal_and_frame):
+        signals.append(signal_and_frame)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signals:
+        raise KeyboardInterrupt
 
 
 def _generate(generator, batch, seed):
@@ -265,55 +299,41 @@ def _locked(path):
                 return
 
 
-def _begin(file, output, begun_with, seed):
-    """Checks the output against what it was begun with, or begins it; returns the seed.
-
-    What it is begun with is on disk before its first line is.
-    """
+def _begin(file, output, settings, seed):
+    """Begins an output that is empty; checks one that is not against what it was begun with. Returns the seed."""
     sidecar = output.with_name(output.name + SIDECAR)
-    is_empty = os.fstat(file.fileno()).st_size == 0
-    if sidecar.exists():
-        found = read_json(sidecar)
-        differences = _differences(found, begun_with if seed is None else {**begun_with, "seed": seed})
-        if not differences:
-            return found["seed"]
-        if not is_empty:
+    found = read_json(sidecar) if sidecar.exists() else {}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = json.loads(json.dumps({**settings, "seed": found.get("seed") if seed is None else seed}))
+    if found == settings:
+        return settings["seed"]
+    if os.fstat(file.fileno()).st_size:
+        if not found:
+            raise ValueError(f"{output} is there already, without {sidecar.name} beside it; give an output that is new")
+        differing = [
+            f"another {name}" if name in HASHED else f"{name}={found.get(name)!r} (now {settings.get(name)!r})"
+            for name in {**found, **settings} if found.get(name) != settings.get(name)
+        ]  # fmt: skip
+        raise ValueError(f"{output} was begun with {', '.join(differing)}; give the same, or remove it to begin anew")
+    settings["seed"] = secrets.randbits(32) if seed is None else seed
+    # on disk before the first line is
+    _replace(sidecar, [json.dumps(settings, indent=1).encode() + b"\n"])
+    return settings["seed"]
+
+
+def _resume(file, output, total):
+    """The set of records whose lines are there; cuts off what a death left unfinished behind them."""
+    done, whole = set(), 0
+    for number, (index, _, end) in enumerate(_lines(file), 1):
+        if index in done or index not in range(total):
             raise ValueError(
-                f"{output} was begun with {', '.join(differences)}; run it with the same, or remove it to begin anew"
+                f"{output}, line {number}: {'twice the same' if index in done else 'no'} index of a prompt, 0 to "
+                f"{total - 1}; the file was changed: put it back as it was, or remove it to begin anew"
             )
-    elif not is_empty:
-        raise ValueError(f"{output} is there already, without {sidecar.name} beside it; give an output that is new")
-    if seed is None:
-        seed = secrets.randbits(32)
-    _replace(sidecar, [json.dumps({**begun_with, "seed": seed}, indent=1).encode() + b"\n"])
-    return seed
-
-
-def _differences(found, wanted):
-    """What differs, in words."""
-    found, wanted = ({**d, **d["options"]} for d in (found, json.loads(json.dumps(wanted))))
-    names = [n for n in {**found, **wanted} if n not in ("options", "seed") or n in wanted and n != "options"]
-    return [
-        f"another {'prompts file' if name == 'prompts' else name}" if name in ("prompts", "model")
-        else f"{name}={found.get(name)!r} and this is {wanted.get(name)!r}"
-        for name in names if found.get(name) != wanted.get(name)
-    ]  # fmt: skip
-
-
-def _resume(file, output, order):
-    """How many lines are there; cuts off what a death left unfinished behind them."""
-    lines = list(_lines(file))
-    indices = [index for index, _, _ in lines]
-    # all of them in the order of the prompts: an earlier run has finished
-    expected = sorted(order) if len(indices) == len(order) and indices == sorted(order) else order
-    for number, (index, wanted) in enumerate(itertools.zip_longest(indices, expected[: len(indices)]), 1):
-        if index != wanted:
-            raise ValueError(
-                f"{output}, line {number}, is not what was written there (the sample of prompt {wanted}); "
-                "put it back as it was, or remove it to begin anew"
-            )
-    file.truncate(lines[-1][2] if lines else 0)
-    return len(lines)
+        done.add(index)
+        whole = end
+    file.truncate(whole)
+    return done
 
 
 def _lines(file):
