@@ -20,11 +20,11 @@ import time
 WORDS = "Emma Elinor had been a very the of and to her sister was not Mr. Darcy with , ; it in Norland".split()
 
 
-def write_prompts(path, count, rng):
-    """Prompts of 1 to 120 words; of five, three have options of their own."""
+def write_prompts(path, count, rng, longest=120):
+    """Prompts of 1 to `longest` words; of five, three have options of their own."""
     with open(path, "w") as file:
         for i in range(count):
-            record = {"id": f"prompt-{i}", "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 120)))}
+            record = {"id": f"prompt-{i}", "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))}
             if i % 5 == 1:
                 record.update(temperature=rng.choice([0, 0.7, 1.2]), max_new_tokens=rng.randint(4, 40))
             if i % 5 == 2:
