@@ -21,6 +21,7 @@ from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Tex
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.options import SAMPLING
 from gpt_neo_sampling.program import DTYPES
+from gpt_neo_sampling.prompts_file import generate_file
 from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
 
 PROGRAM = "gpt-neo-sampling"
@@ -83,6 +84,10 @@ def _parser():
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
+    prompts.add_argument("--prompts-file", metavar="IN.jsonl", help='a prompt a line, as {"prompt": "Emma"} or '
+                         '{"prompt_ids": [1, 2, 3]}, with an "id" and options of its own if wanted')  # fmt: skip
+    add("--output", metavar="OUT.jsonl", help="where the samples of --prompts-file go, a JSON object a prompt; the "
+        "same command goes on where it was stopped")  # fmt: skip
     add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
         f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
     add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
@@ -91,7 +96,7 @@ def _parser():
     add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none "
         "(default: the model's own)")  # fmt: skip
     add("--stop-strings", nargs="+", metavar="TEXT", help="texts that end a continuation, which stops ahead of them")
-    add("--logprobs", action="store_true", help="with --json: the log-probability of each new token, the model's own "
+    add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, the model's own "
         "and the one that it was drawn with")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add_sampling_options(generate)
@@ -209,12 +214,12 @@ def _generator(args):
 
 
 def _generate(args):
-    if args.logprobs and not args.json:
-        raise ValueError("--logprobs is printed with --json alone")
-    prompts = _prompts(args)
-    seed = args.seed
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little")
+    if (args.output is None) != (args.prompts_file is None):
+        raise ValueError("--prompts-file and --output need each other")
+    if args.output is not None and args.json:
+        raise ValueError("--json is for stdout; --output is JSON without it")
+    if args.logprobs and not args.json and args.output is None:
+        raise ValueError("--logprobs is for --json and --output alone")
     generator = _generator(args)
     options = dict(
         max_new_tokens=args.max_new_tokens,
@@ -224,6 +229,13 @@ def _generate(args):
         return_logprobs=args.logprobs,
         **_sampling(args),
     )
+    if args.output is not None:
+        _generate_file(args, generator, options)
+        return
+    prompts = _prompts(args)
+    seed = args.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
     if args.seed is None and args.temperature != 0 and not args.greedy:
         generator.check(prompts, **options)  # what is wrong is said alone
         print(f"seed {seed}", file=sys.stderr)
@@ -236,6 +248,13 @@ def _generate(args):
         raise
 
 
+def _generate_file(args, generator, options):
+    done = generate_file(generator, args.prompts_file, args.output, seed=args.seed, **options)
+    if args.seed is None:
+        print(f"seed {done.seed}", file=sys.stderr)
+    print(f"{args.output}: {done.prompts} prompts, {done.written} of them done now", file=sys.stderr)
+
+
 class _JsonWriter:
     """Prints all samples at the end."""
 
@@ -246,13 +265,7 @@ class _JsonWriter:
         """Nothing; that there is a streamer makes Ctrl-C heard."""
 
     def finish(self, samples):
-        _write(json.dumps({"samples": [_as_dict(s) for s in samples if s is not None]}) + "\n")
-
-
-def _as_dict(sample):
-    """A sample, without what was not asked for."""
-    fields = dataclasses.asdict(sample)
-    return {name: value for name, value in fields.items() if value is not None or name == "text"}
+        _write(json.dumps({"samples": [s.as_dict() for s in samples if s is not None]}) + "\n")
 
 
 class _TextWriter:

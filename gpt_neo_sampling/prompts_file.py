@@ -11,15 +11,11 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
 import logging
 import os
 import secrets
-import signal
 import stat
-import threading
-import time
 import typing
 from pathlib import Path
 
@@ -27,8 +23,11 @@ from tqdm import tqdm
 
 import gpt_neo_sampling
 from gpt_neo_sampling.checkpoint import read_json
-from gpt_neo_sampling.generate import MAX_BATCH, OPTIONS, ROW_OPTIONS
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
+from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
 
+# what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
+OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
 SIDECAR = ".run"  # what the name of the file beside the output has more
 HASHED = ("prompts_file", "model")  # what it holds as a hash
 PROMPT_KEYS = ("prompt", "prompt_ids")
@@ -51,12 +50,16 @@ class _Record:
     index: int  # of its line, from 0
     given: dict  # its "id", "prompt" and "prompt_ids", those that it has
     prompt: list  # of token ids
-    options: dict  # of generate's, the run's own among them
+    options: dict  # of generate's, none of them None; what depends on the prompt or on other options, as a number
     stream: int  # of its first sample: how many samples the records before it have
 
     @property
     def samples(self):
         return self.options.get("num_return_sequences", 1)
+
+    @property
+    def most_tokens(self):
+        return self.samples * self.options["max_new_tokens"]
 
 
 def generate_file(generator, prompts_file, output, *, seed=None, **options):
@@ -101,7 +104,11 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
       OSError: if the output cannot be written, or is being written by another
         process.
     """
-    generator.check_options([], seed=seed, **options)
+    unknown = options.keys() - set(OPTIONS)
+    if unknown:
+        raise TypeError(f"no option of a file's run: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
+    options = {name: value for name, value in options.items() if value is not None}
+    generator.check([[0]], **_columns([{**options, "seed": seed}]))
     output = Path(output).resolve()
     data = _read(prompts_file)
     if output.exists() and output.samefile(prompts_file):
@@ -147,19 +154,35 @@ def _records(generator, data, source, options):
         lines.pop()
     if not lines:
         raise ValueError(f"{source} is empty; a JSON object a line is needed, as {{\"prompt\": \"Emma\"}}")
-    records, stream = [], 0
+    records, stream, cut, n_ctx = [], 0, [], generator.params["n_ctx"]
     for index, line in enumerate(lines):
         try:
             given, own = _parse(line)
-            own = {**options, **own}
+            own = {name: value for name, value in {**options, **own}.items() if value is not None}
             prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
-            own["max_new_tokens"] = generator.check_options(prompt, **own)
+            values = generator.check([prompt], **_columns([own])).values
+            # whether to sample at all is asked of a whole call, and here it is each record's
+            own.pop("do_sample", None)
+            own["temperature"] = values["temperature"].item()
+            own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
+            if own["max_new_tokens"] < values["max_new_tokens"]:
+                cut.append(index + 1)
         except ValueError as e:
             raise ValueError(f"{source}, line {index + 1}: {e}") from None
-        own = {name: value for name, value in own.items() if value is not None}
         records.append(_Record(index, given, prompt, own, stream))
         stream += records[-1].samples
+    if cut:
+        log.warning(
+            "with their new tokens %d prompts pass the context's end, that of line %d first; generation stops there, at %d",
+            len(cut), cut[0], n_ctx,
+        )  # fmt: skip
     return records
+
+
+def _columns(options):
+    """The options of several prompts as those of one call of generate. What is no row option is the same in all."""
+    names = {name for own in options for name in own}
+    return {n: [own.get(n) for own in options] if n in ROW_OPTIONS else options[0][n] for n in names}
 
 
 def _parse(line):
@@ -184,7 +207,10 @@ def _parse(line):
             raise ValueError(f"{key}={record[key]!r}; a {'text' if kind is str else 'list of token ids'} is needed")
     record.get("prompt", "").encode()  # raises for half of a surrogate pair
     given = {key: value for key, value in record.items() if key not in OPTIONS}
-    return given, {key: value for key, value in record.items() if key in OPTIONS}
+    options = {key: value for key, value in record.items() if key in OPTIONS}
+    if isinstance(options.get("logit_bias"), dict):  # JSON has no other keys than texts
+        options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in options["logit_bias"].items()}
+    return given, options
 
 
 def _not_json(constant):
@@ -221,58 +247,40 @@ def _batches(records):
 def _run(generator, batches, seed, file, output, done):
     """Appends the lines of the records that are not in the set `done`, and adds these to it."""
     total = sum(map(len, batches))
-    tokens, began = 0, time.monotonic()
-    with tqdm(desc=output.name, total=total, initial=len(done), unit="prompt", disable=None) as progress:
-        for batch in batches:
-            missing = [record.index not in done for record in batch]
-            if not any(missing):
-                continue
-            with _interrupt_held():
-                samples = _generate(generator, batch, seed)
-                _append(file, b"".join(itertools.compress(map(_line, batch, samples), missing)))
-                done.update(record.index for record in batch)
-            tokens += sum(len(sample.tokens) for sample in itertools.chain(*samples))
-            progress.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
-            progress.update(sum(missing))
+    batches = [batch for batch in batches if any(record.index not in done for record in batch)]
+    most_tokens = [sum(record.most_tokens for record in batch) for batch in batches]
+    with tqdm(desc=output.name, total=sum(most_tokens), unit=" tokens", disable=None) as progress:
+
+        def on_token(*args):
+            progress.update()
+
+        for batch, most in zip(batches, most_tokens):
+            progress.set_postfix_str(f"{len(done)} of {total} prompts")
+            begin = progress.n
+            options = _columns([{"seed": seed, **record.options, "stream": record.stream} for record in batch])
+            # on a cluster tokens are not seen before the end of the batch, nor is Ctrl-C
+            streamer = None if generator.mesh.cluster else on_token
+            try:
+                samples = generator.generate([record.prompt for record in batch], streamer=streamer, **options)
+            except Interrupted as e:
+                _write(file, batch, e.samples, done)
+                raise
+            _write(file, batch, samples, done)
+            tokens = sum(len(sample.tokens) for sample in samples)
+            progress.total += tokens - most
+            progress.update(begin + tokens - progress.n)
 
 
-@contextlib.contextmanager
-def _interrupt_held():
-    """Holds Ctrl-C back to the end of what is within, a second one not: TensorFlow's step cannot be interrupted, and
-    what it has made is worth a line."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signals = []
-
-    def hold(*signal_and_frame):
-        signals.append(signal_and_frame)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signals:
-        raise KeyboardInterrupt
-
-
-def _generate(generator, batch, seed):
-    """The samples of each record of a batch."""
-    named = {name for record in batch for name in record.options}
-    options = {name: [r.options.get(name) for r in batch] if name in ROW_OPTIONS else batch[0].options[name]
-               for name in named}  # fmt: skip
-    options["seed"] = [record.options.get("seed", seed) for record in batch]
-    samples = generator.generate([r.prompt for r in batch], stream=[r.stream for r in batch], **options)
-    each = batch[0].samples
-    return [samples[begin : begin + each] for begin in range(0, len(samples), each)]
-
-
-def _line(record, samples):
-    line = {"index": record.index, **record.given, "samples": [dataclasses.asdict(sample) for sample in samples]}
-    return json.dumps(line).encode() + b"\n"
+def _write(file, batch, samples, done):
+    """Appends lines of a batch to the file, those whose samples are all there and that are not in `done` yet."""
+    lines = []
+    for i, record in enumerate(batch):
+        own = samples[i * record.samples : (i + 1) * record.samples]
+        if record.index not in done and all(own):
+            line = {"index": record.index, **record.given, "samples": [sample.as_dict() for sample in own]}
+            lines.append(json.dumps(line).encode() + b"\n")
+            done.add(record.index)
+    _append(file, b"".join(lines))
 
 
 # --------------------------------------------------------- the output

@@ -11,6 +11,7 @@ import signal
 import sys
 import types
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
@@ -18,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import kill_and_resume
 
 from gpt_neo_sampling import Sample, TextGenerator
-from gpt_neo_sampling.generate import MAX_BATCH
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
 from gpt_neo_sampling.prompts_file import generate_file
 
 
@@ -27,31 +28,35 @@ class Death(BaseException):
 
 
 class Stub:
-    """A generator whose tokens say what was asked for, and that dies where it is told to."""
+    """A generator whose tokens say what was asked for, and that dies, or is interrupted, in the call it is told to."""
 
     dtype = "float32"
+    mesh = types.SimpleNamespace(cluster=None)
+    params = {"n_ctx": 100}
 
-    def __init__(self, dies_at_call=None):
+    def __init__(self, dies_at=None, interrupted_at=None):
         self.checkpoint = types.SimpleNamespace(fingerprint=lambda: "stub")
-        self.calls, self.dies_at_call = [], dies_at_call
+        self.calls, self.dies_at, self.interrupted_at = [], dies_at, interrupted_at
 
     def encode(self, prompt):
         return [ord(c) for c in prompt] if isinstance(prompt, str) else prompt
 
-    def check_options(self, prompt, max_new_tokens=None, **options):
-        if options.get("temperature") == -1:
-            raise ValueError("temperature=-1; 0 or more is allowed")
-        return max_new_tokens or 3
+    def check(self, prompts, max_new_tokens=(None,), **options):
+        values = {"max_new_tokens": max_new_tokens[0] or 3, "temperature": 1.0}
+        return types.SimpleNamespace(values={name: np.array([value]) for name, value in values.items()})
 
-    def generate(self, prompts, *, stream, seed, num_return_sequences=1, **options):
-        if len(self.calls) == self.dies_at_call:
+    def generate(self, prompts, *, stream, seed, max_new_tokens, streamer, num_return_sequences=1, **options):
+        if len(self.calls) == self.dies_at:
             raise Death
-        self.calls.append(prompts)
         top_k = options.get("top_k", [None] * len(prompts))
-        return [
-            Sample(prompt, [seed[i], stream[i] + n, options["max_new_tokens"][i]], str(top_k[i]))
+        samples = [
+            Sample(prompt, [seed[i], stream[i] + n, max_new_tokens[i]], str(top_k[i]))
             for i, prompt in enumerate(prompts) for n in range(num_return_sequences)
         ]  # fmt: skip
+        if len(self.calls) == self.interrupted_at:
+            raise Interrupted([None, *samples[1:-1], None])
+        self.calls.append(prompts)
+        return samples
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_every_prompt_has_its_options_its_stream_and_its_place(files):
             "index": i, "prompt_ids": given["prompt_ids"], "id": i,
             "samples": [
                 {"prompt_tokens": given["prompt_ids"], "tokens": [tokens[0], tokens[1] + j, tokens[2]],
-                 "text": str(given.get("top_k"))}
+                 "text": str(given.get("top_k")), "finish_reason": "length"}
                 for j in range(n)
             ],
         }  # fmt: skip
@@ -114,7 +119,7 @@ def test_a_death_in_any_batch(files):
     generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
     for call, lines in enumerate([0, 16, 32, 34, 66, 98]):
         with pytest.raises(Death):
-            generate_file(Stub(dies_at_call=call), source, output, seed=4)
+            generate_file(Stub(dies_at=call), source, output, seed=4)
         assert len(read(output)) == lines
         generate_file(Stub(), source, output, seed=4)
         assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
@@ -162,30 +167,22 @@ def test_a_death_between_the_last_line_and_its_place(files, monkeypatch):
 def test_a_seed_that_was_chosen_is_kept(files):
     source, output = files
     with pytest.raises(Death):
-        generate_file(Stub(dies_at_call=0), source, output)
+        generate_file(Stub(dies_at=0), source, output)
     seeds = {generate_file(Stub(), source, output).seed for _ in range(2)}
     assert len(seeds) == 1 and read(output)[0]["samples"][0]["tokens"][0] in seeds
     assert generate_file(Stub(), source, output.with_name("other")).seed not in seeds
 
 
-@pytest.mark.parametrize("presses, lines", [(1, 32), (2, 16)])
-def test_an_interrupt_keeps_the_batch_a_second_one_does_not_wait(files, caplog, presses, lines):
+@pytest.mark.parametrize("call, lines", [(0, 14), (1, 16 + 14), (3, 34 + 30)])
+def test_an_interrupt_keeps_what_is_finished(files, caplog, call, lines):
     source, output = files
-    stub = Stub()
-
-    def generate(*args, **options):
-        if len(stub.calls) == 1:
-            for _ in range(presses):
-                os.kill(os.getpid(), signal.SIGINT)
-        return Stub.generate(stub, *args, **options)
-
-    stub.generate = generate
+    generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
     with pytest.raises(KeyboardInterrupt):
-        generate_file(stub, source, output, seed=4)
+        generate_file(Stub(interrupted_at=call), source, output, seed=4)
     assert len(read(output)) == lines
     assert f"{lines} of 100 prompts are done" in caplog.text
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert generate_file(Stub(), source, output, seed=4).written == 100 - lines
+    assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
 
 
 BAD_LINES = [
