@@ -23,6 +23,7 @@ from gpt_neo_sampling.inspection import DEFAULT_COUNT, plot, plot_format, table,
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.options import SAMPLING
 from gpt_neo_sampling.program import DTYPES
+from gpt_neo_sampling.prompts_file import generate_file
 from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
 
 PROGRAM = "gpt-neo-sampling"
@@ -89,18 +90,6 @@ def _parser():
             metavar="ALPHA", help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
             "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
 
-    def add_mesh_options(parser):
-        group = parser.add_argument_group("mesh", "where the work is done; the tokens are the same")
-        add = group.add_argument
-        add("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
-        add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
-            "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
-        add("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
-            "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
-            "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
-        add("--cluster", metavar="host:port,host:port", help="processes started with serve "
-            "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
-
     generate = command(
         "generate", "continue prompts", "Continue prompts. The text goes to stdout, the prompts and notes to stderr."
     )
@@ -109,14 +98,18 @@ def _parser():
     prompts = generate.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
+    prompts.add_argument("--prompts-file", metavar="IN.jsonl", help='a prompt a line, as {"prompt": "Emma"} or '
+                         '{"prompt_ids": [1, 2, 3]}, with an "id" and options of its own if wanted')  # fmt: skip
+    add("--output", metavar="OUT.jsonl", help="where the samples of --prompts-file go, a JSON object a prompt; the "
+        "same command goes on where it was stopped")  # fmt: skip
     add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
         f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
     add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
     add("--num-samples", "--num-return-sequences", type=int, default=1, metavar="N",
         help="continuations of each prompt (default: 1)")  # fmt: skip
     add("--stop-strings", nargs="+", metavar="TEXT", help="texts that end a continuation, which stops ahead of them")
-    add("--logprobs", action="store_true", help="with --json: the log-probability of each new token, the model's own "
-        "and the one that it was drawn with")  # fmt: skip
+    add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, the model's "
+        "own and the one that it was drawn with")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add_sampling_options(generate)
     add_mesh_options(generate)
@@ -284,12 +277,12 @@ def _generator(args):
 
 
 def _generate(args):
-    if args.logprobs and not args.json:
-        raise ValueError("--logprobs is printed with --json alone")
-    prompts = _prompts(args)
-    seed = args.seed
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little")
+    if (args.output is None) != (args.prompts_file is None):
+        raise ValueError("--prompts-file and --output need each other")
+    if args.output is not None and args.json:
+        raise ValueError("--json is for stdout; --output is JSON without it")
+    if args.logprobs and not args.json and args.output is None:
+        raise ValueError("--logprobs is for --json and --output alone")
     generator = _generator(args)
     options = dict(
         max_new_tokens=args.max_new_tokens,
@@ -298,6 +291,13 @@ def _generate(args):
         return_logprobs=args.logprobs,
         **_sampling(args),
     )
+    if args.output is not None:
+        _generate_file(args, generator, options)
+        return
+    prompts = _prompts(args)
+    seed = args.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
     if args.seed is None and args.temperature != 0 and not args.greedy:
         generator.check(prompts, **options)  # what is wrong is said alone
         print(f"seed {seed}", file=sys.stderr)
@@ -310,6 +310,13 @@ def _generate(args):
         raise
 
 
+def _generate_file(args, generator, options):
+    done = generate_file(generator, args.prompts_file, args.output, seed=args.seed, **options)
+    if args.seed is None:
+        print(f"seed {done.seed}", file=sys.stderr)
+    print(f"{args.output}: {done.prompts} prompts, {done.written} of them done now", file=sys.stderr)
+
+
 class _JsonWriter:
     """Prints all samples at the end."""
 
@@ -320,13 +327,7 @@ class _JsonWriter:
         """Nothing; that there is a streamer makes Ctrl-C heard."""
 
     def finish(self, samples):
-        _write(json.dumps({"samples": [_as_dict(s) for s in samples if s is not None]}) + "\n")
-
-
-def _as_dict(sample):
-    """A sample, without what was not asked for."""
-    fields = dataclasses.asdict(sample)
-    return {name: value for name, value in fields.items() if value is not None or name == "text"}
+        _write(json.dumps({"samples": [s.as_dict() for s in samples if s is not None]}) + "\n")
 
 
 class _TextWriter:

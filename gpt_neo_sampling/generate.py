@@ -52,6 +52,10 @@ class Sample:
     logprobs: list | None = None  # of float, one a new token: natural logarithms of the model's own probabilities
     draw_logprobs: list | None = None  # and of those that the tokens were drawn with
 
+    def as_dict(self):
+        """For JSON: a dict of the fields, without what was not asked for."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None or name == "text"}
+
 
 class InvalidDistributionError(ArithmeticError):
     """The model gave logits that no token can be drawn from (NaN, say)."""
@@ -151,6 +155,7 @@ class TextGenerator:
         self.mesh.check(sizes, gpt2.TENSORS)
         vocab_parts = self.mesh.parts("vocab")
         self._variable_dtype = variable_dtype_of(dtype)
+        self.dtype = self._variable_dtype.activation_dtype.name
         self._n_vocab = self.params["n_vocab"] if vocab_parts == 1 else padded_size(self.params["n_vocab"], vocab_parts)
         self._mesh_impl = self.mesh.impl()
         self._session = None
@@ -238,8 +243,8 @@ class TextGenerator:
         return samples
 
     def check(self, prompts, **options):
-        """Raises what `generate` would for its arguments, without a run of the model."""
-        self._request(prompts, GenerationOptions(**options))
+        """The `request.Request` that `generate` would run; raises what it would for its arguments. No model is run."""
+        return self._request(prompts, GenerationOptions(**options))
 
     def inspect(self, prompt, continuation=(), **options):
         """The distribution of the token behind a prompt, and what each option makes of it.

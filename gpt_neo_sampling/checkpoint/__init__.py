@@ -17,6 +17,7 @@ from gpt_neo_sampling.checkpoint.base import (
     aligned_empty,
     check_new_folder,
     progress_bar,
+    read_json,
     staging_folder,
     variable_shapes,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "open_checkpoint",
     "progress_bar",
+    "read_json",
     "staging_folder",
     "variable_shapes",
     "write_mesh_tf_checkpoint",

@@ -1,6 +1,7 @@
 """What every format shares: the open checkpoint, its errors, its checks, its files."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ ALLOWED = (
 )
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PROGRESS_DELAY = 1.5  # seconds after which a progress bar appears
+_BLOCK, _BLOCKS = 4096, 1024  # bytes, and how many of them of a file of weights, tell it from another
 _LISTED = 5  # names that an error shows before it goes over to a count
 _ALIGNMENT = 64  # bytes; TensorFlow takes an array that is aligned so without a copy
 
@@ -114,6 +116,7 @@ class Checkpoint:
         self.tokenizer_files = pair if all(f.is_file() for f in pair) else None
         self.tokenizer_name = tokenizer_name
         self._store = store
+        self._weight_files = store.files
         self._sources = sources
         self._shapes = variable_shapes(params)
 
@@ -151,6 +154,31 @@ class Checkpoint:
         stored_name, transposed = self._sources[name]
         value = self._store.read(stored_name)
         return aligned(value.T if transposed else value, np.float32)
+
+    def fingerprint(self):
+        """What tells this model from another without reading all of it: 64 hexadecimal digits.
+
+        SHA-256 of the config, the tokenizer, and of each file of weights its size
+        and blocks of it, evenly spread, so that any tensor of more than a thousandth of the
+        file is among them. (Of a TensorFlow checkpoint, its index, which holds
+        each tensor's checksum.) Where the folder lies does not matter.
+
+        Raises:
+          CheckpointError: if a file cannot be read.
+        """
+        digest = hashlib.sha256(json.dumps(self.params, sort_keys=True).encode())
+        tokenizer = [self.tokenizer_file] if self.tokenizer_file else self.tokenizer_files or ()
+        for path in (*tokenizer, *self._weight_files):
+            try:
+                with open(path, "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    digest.update(f"{path.name} {size}\n".encode())
+                    for begin in range(0, size, max(_BLOCK, size // _BLOCKS)):
+                        file.seek(begin)
+                        digest.update(file.read(_BLOCK))
+            except OSError as e:
+                raise CheckpointError(f"{path} cannot be read: {e}") from None
+        return digest.hexdigest()
 
     def close(self):
         """Lets go of the files. What is not a weight stays readable."""

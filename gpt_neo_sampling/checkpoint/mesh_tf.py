@@ -258,7 +258,7 @@ def _newest(folder, files):
 
 
 class _TensorFlowStore:
-    """The tensors of a TensorFlow checkpoint. shapes: name -> tuple of ints."""
+    """The tensors of a TensorFlow checkpoint. shapes: name -> tuple of ints; files: what holds their checksums."""
 
     # What TensorFlow's reader raises for damaged files: some of its C++ errors
     # come out as Python's own types (a short file as an IndexError).
@@ -267,6 +267,7 @@ class _TensorFlowStore:
     def __init__(self, folder, base, files):
         self._path = folder / base
         self._link_folder = None
+        self.files = [folder / f"{base}.index"]
         shards = _data_files(self._path, base, files)
         try:
             self._prefix = str(self._without_wildcards(folder) / base)

@@ -51,12 +51,13 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """The store of a checkpoint whose tensors lie in files. shapes: name -> tuple of ints."""
+    """The store of a checkpoint whose tensors lie in files. shapes: name -> tuple of ints; files: their paths."""
 
     def __init__(self, folder, tensors):
         self._folder = folder
         self._tensors = tensors
         self.shapes = {name: t.shape for name, t in tensors.items()}
+        self.files = sorted({t.path for t in tensors.values()})
 
     def check_dtypes(self, names):
         check_dtypes(self._folder, {n: self._tensors[n].dtype for n in names})

@@ -1,0 +1,392 @@
+"""Prompts from a file, samples to a file, in batches: a run that may end at any moment and be started again.
+
+The order in which records are run follows from the prompts and the options alone, and a batch is written when it
+is finished. So at any moment the output is a beginning of one file that does not depend on where runs ended; a run
+that is started again reads off how far that goes. A batch that is there in part is run again as a whole:
+the same graph and the same streams give the same tokens.
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import stat
+import typing
+from pathlib import Path
+
+from tqdm import tqdm
+
+import gpt_neo_sampling
+from gpt_neo_sampling.checkpoint import read_json
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
+from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
+
+# what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
+OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
+SIDECAR = ".run"  # what the name of the file beside the output has more
+HASHED = ("prompts_file", "model")  # what it holds as a hash
+PROMPT_KEYS = ("prompt", "prompt_ids")
+
+log = logging.getLogger(__name__)
+
+
+class FileRun(typing.NamedTuple):
+    """A run that is finished."""
+
+    prompts: int
+    written: int  # of their lines by this call; the others were there
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """A line of the prompts file, checked."""
+
+    index: int  # of its line, from 0
+    given: dict  # its "id", "prompt" and "prompt_ids", those that it has
+    prompt: list  # of token ids
+    options: dict  # of generate's, none of them None; what depends on the prompt or on other options, as a number
+    stream: int  # of its first sample: how many samples the records before it have
+
+    @property
+    def samples(self):
+        return self.options.get("num_return_sequences", 1)
+
+    @property
+    def most_tokens(self):
+        return self.samples * self.options["max_new_tokens"]
+
+
+def generate_file(generator, prompts_file, output, *, seed=None, **options):
+    """Continues the prompts of a file, and writes what comes out to another.
+
+    A prompt is a line of JSON, an object with "prompt" (a text) or "prompt_ids"
+    (a list of token ids); if wanted "id", any value, which is handed through; and
+    options of `TextGenerator.generate` by its names, which go before those given
+    here (null: as if not given at all). A line of the output is an object of
+
+      "index": the prompt's line, from 0
+      "id", "prompt", "prompt_ids": as they were given, those that were
+      "samples": a list of num_return_sequences objects, each a `Sample`
+
+    in the order of the prompts when all are there, and until then in that of the
+    batches (longest first, which makes a batch that does not fit into memory the
+    first). Lines are on disk as soon as their batch is finished.
+
+    Started again with the same arguments, after whatever end, it goes on where it
+    stopped: no line is lost, doubled or half written, and the file becomes the
+    same to the byte (with the same devices: see the README on other layouts). What
+    it was begun with is remembered in a file beside it, `output` with ".run"
+    at the end, which should be kept as long as the output is.
+
+    Args:
+      generator: a `TextGenerator`.
+      prompts_file: a path; UTF-8, a prompt a line.
+      output: a path: of a new file, an empty one, or one that an earlier run left.
+      seed: int, of all prompts that have none of their own; a prompt's first
+        stream of random numbers is the number of samples before it in the file,
+        so it draws the same in whatever batch. None for the one that the
+        run was begun with, or at its beginning for a fresh one.
+      **options: as for `generate`.
+
+    Returns:
+      a FileRun.
+
+    Raises:
+      ValueError: before anything is run, if a line or an option is not allowed
+        (the message names file, line, what was given and what is allowed), or the
+        output was begun with other ones or is no run's.
+      OSError: if the output cannot be written, or is being written by another
+        process.
+    """
+    unknown = options.keys() - set(OPTIONS)
+    if unknown:
+        raise TypeError(f"no option of a file's run: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
+    options = {name: value for name, value in options.items() if value is not None}
+    generator.check([[0]], **_columns([{**options, "seed": seed}]))
+    output = Path(output).resolve()
+    data = _read(prompts_file)
+    if output.exists() and output.samefile(prompts_file):
+        raise ValueError(f"{output} is the file of the prompts; give another output")
+    records = _records(generator, data, prompts_file, options)
+    batches = _batches(records)
+    settings = {
+        "prompts_file": hashlib.sha256(data).hexdigest(),
+        "model": generator.checkpoint.fingerprint(),
+        "dtype": generator.dtype,
+        "version": gpt_neo_sampling.__version__,
+        **options,
+    }
+    with _locked(output) as file:
+        seed = _begin(file, output, settings, seed)
+        done = _resume(file, output, len(records))
+        missing = len(records) - len(done)
+        try:
+            if missing:
+                _run(generator, batches, seed, file, output, done)
+        except KeyboardInterrupt:
+            log.warning("stopped; %d of %d prompts are done, and the same command goes on with %s",
+                        len(done), len(records), output)  # fmt: skip
+            raise
+        _put_in_order(file, output)
+    return FileRun(len(records), missing, seed)
+
+
+# ------------------------------------------------------------ prompts
+
+
+def _read(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def _records(generator, data, source, options):
+    """The lines of a prompts file as _Records; `options` are the run's."""
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{source} is empty; a JSON object a line is needed, as {{\"prompt\": \"Emma\"}}")
+    records, stream, cut, n_ctx = [], 0, [], generator.params["n_ctx"]
+    for index, line in enumerate(lines):
+        try:
+            given, own = _parse(line)
+            own = {name: value for name, value in {**options, **own}.items() if value is not None}
+            prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
+            values = generator.check([prompt], **_columns([own])).values
+            # whether to sample at all is asked of a whole call, and here it is each record's
+            own.pop("do_sample", None)
+            own["temperature"] = values["temperature"].item()
+            own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
+            if own["max_new_tokens"] < values["max_new_tokens"]:
+                cut.append(index + 1)
+        except ValueError as e:
+            raise ValueError(f"{source}, line {index + 1}: {e}") from None
+        records.append(_Record(index, given, prompt, own, stream))
+        stream += records[-1].samples
+    if cut:
+        log.warning(
+            "with their new tokens %d prompts pass the context's end, line %d's first; generation stops there, at %d",
+            len(cut), cut[0], n_ctx,
+        )  # fmt: skip
+    return records
+
+
+def _columns(options):
+    """The options of several prompts as those of one call of generate. What is no row option is the same in all."""
+    names = {name for own in options for name in own}
+    return {n: [own.get(n) for own in options] if n in ROW_OPTIONS else options[0][n] for n in names}
+
+
+def _parse(line):
+    """(what is handed through, options) of a line, its options as they stand there."""
+    try:
+        record = json.loads(line.decode(), parse_constant=_not_json, object_pairs_hook=_object)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e}") from None
+    except RecursionError:
+        raise ValueError("lists or objects within each other too deep") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON: {e}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}; an object is needed")
+    unknown = set(record) - {*PROMPT_KEYS, "id", *OPTIONS}
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} is none of {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
+    if len(record.keys() & set(PROMPT_KEYS)) != 1:
+        raise ValueError("one of prompt and prompt_ids is needed")
+    for key, kind in (("prompt", str), ("prompt_ids", list)):
+        if key in record and not isinstance(record[key], kind):
+            raise ValueError(f"{key}={record[key]!r}; a {'text' if kind is str else 'list of token ids'} is needed")
+    record.get("prompt", "").encode()  # raises for half of a surrogate pair
+    given = {key: value for key, value in record.items() if key not in OPTIONS}
+    options = {key: value for key, value in record.items() if key in OPTIONS}
+    if isinstance(options.get("logit_bias"), dict):  # JSON has no other keys than texts
+        options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in options["logit_bias"].items()}
+    return given, options
+
+
+def _not_json(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _object(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"an object with a key twice: {', '.join(key for key, _ in pairs)}")
+    return record
+
+
+def _batches(records):
+    """Lists of records, each a call of generate, in the order they are run in: a function of the records alone.
+
+    Rows of a batch take as many steps, and graphs as many positions, as the longest needs, so likes stand together.
+    """
+    groups = {}
+    for record in records:
+        shared = {name: value for name, value in record.options.items() if name not in ROW_OPTIONS}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
+    batches = []
+    for group in groups.values():
+        group.sort(key=lambda r: (r.options["max_new_tokens"], len(r.prompt)), reverse=True)
+        size = max(1, MAX_BATCH // group[0].samples)
+        batches += [group[begin : begin + size] for begin in range(0, len(group), size)]
+    return batches
+
+
+# ------------------------------------------------------------ the run
+
+
+def _run(generator, batches, seed, file, output, done):
+    """Appends the lines of the records that are not in the set `done`, and adds these to it."""
+    total = sum(map(len, batches))
+    batches = [batch for batch in batches if any(record.index not in done for record in batch)]
+    most_tokens = [sum(record.most_tokens for record in batch) for batch in batches]
+    with tqdm(desc=output.name, total=sum(most_tokens), unit=" tokens", disable=None) as progress:
+
+        def on_token(*args):
+            progress.update()
+
+        for batch, most in zip(batches, most_tokens):
+            progress.set_postfix_str(f"{len(done)} of {total} prompts")
+            begin = progress.n
+            options = _columns([{"seed": seed, **record.options, "stream": record.stream} for record in batch])
+            # on a cluster tokens are not seen before the end of the batch, nor is Ctrl-C
+            streamer = None if generator.mesh.cluster else on_token
+            try:
+                samples = generator.generate([record.prompt for record in batch], streamer=streamer, **options)
+            except Interrupted as e:
+                _write(file, batch, e.samples, done)
+                raise
+            _write(file, batch, samples, done)
+            tokens = sum(len(sample.tokens) for sample in samples)
+            progress.total += tokens - most
+            progress.update(begin + tokens - progress.n)
+
+
+def _write(file, batch, samples, done):
+    """Appends lines of a batch to the file, those whose samples are all there and that are not in `done` yet."""
+    lines = []
+    for i, record in enumerate(batch):
+        own = samples[i * record.samples : (i + 1) * record.samples]
+        if record.index not in done and all(own):
+            line = {"index": record.index, **record.given, "samples": [sample.as_dict() for sample in own]}
+            lines.append(json.dumps(line).encode() + b"\n")
+            done.add(record.index)
+    _append(file, b"".join(lines))
+
+
+# --------------------------------------------------------- the output
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """The file for reading and appending, which no other process has; made if it is not there."""
+    while True:
+        try:
+            file = open(path, "a+b", buffering=0)
+        except OSError as e:
+            raise ValueError(f"{path} cannot be written: {e.strerror}") from None
+        with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is no regular file; only one can be gone on with")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{path} is being written by another process") from None
+            # a process that had the lock may just have put another file in this one's place
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
+
+
+def _begin(file, output, settings, seed):
+    """Begins an output that is empty; checks one that is not against what it was begun with. Returns the seed."""
+    sidecar = output.with_name(output.name + SIDECAR)
+    found = read_json(sidecar) if sidecar.exists() else {}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = json.loads(json.dumps({**settings, "seed": found.get("seed") if seed is None else seed}))
+    if found == settings:
+        return settings["seed"]
+    if os.fstat(file.fileno()).st_size:
+        if not found:
+            raise ValueError(f"{output} is there already, without {sidecar.name} beside it; give an output that is new")
+        differing = [
+            f"another {name}" if name in HASHED else f"{name}={found.get(name)!r} (now {settings.get(name)!r})"
+            for name in {**found, **settings} if found.get(name) != settings.get(name)
+        ]  # fmt: skip
+        raise ValueError(f"{output} was begun with {', '.join(differing)}; give the same, or remove it to begin anew")
+    settings["seed"] = secrets.randbits(32) if seed is None else seed
+    # on disk before the first line is
+    _replace(sidecar, [json.dumps(settings, indent=1).encode() + b"\n"])
+    return settings["seed"]
+
+
+def _resume(file, output, total):
+    """The set of records whose lines are there; cuts off what a death left unfinished behind them."""
+    done, whole = set(), 0
+    for number, (index, _, end) in enumerate(_lines(file), 1):
+        if index in done or index not in range(total):
+            raise ValueError(
+                f"{output}, line {number}: {'twice the same' if index in done else 'no'} index of a prompt, 0 to "
+                f"{total - 1}; the file was changed: put it back as it was, or remove it to begin anew"
+            )
+        done.add(index)
+        whole = end
+    file.truncate(whole)
+    return done
+
+
+def _lines(file):
+    """(index of its prompt, begin, end) of each line that stands whole."""
+    begin = 0
+    with open(file.fileno(), "rb", closefd=False) as reader:
+        reader.seek(0)
+        for line in reader:
+            # Killed: a line without its end. Without power: blocks of zeros, which were never written.
+            if not line.endswith(b"\n") or b"\0" in line:
+                return
+            try:
+                index = json.loads(line)["index"]
+            except (ValueError, LookupError, TypeError):
+                index = None
+            yield index, begin, begin + len(line)
+            begin += len(line)
+
+
+def _append(file, data):
+    """Writes to the disk itself."""
+    while data:
+        data = data[file.write(data) :]
+    os.fsync(file.fileno())
+
+
+def _put_in_order(file, output):
+    """Sorts the lines by their prompts, in a file that takes the output's place."""
+    lines = list(_lines(file))
+    if lines != sorted(lines):
+        _replace(output, (os.pread(file.fileno(), end - begin, begin) for _, begin, end in sorted(lines)))
+
+
+def _replace(path, parts):
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

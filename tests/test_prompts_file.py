@@ -1,0 +1,341 @@
+"""A file of prompts: what its lines may be, which batches it makes, and what is left when a run ends anywhere."""
+
+import fcntl
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import sys
+import types
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+
+import kill_and_resume
+
+from gpt_neo_sampling import Sample, TextGenerator
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
+from gpt_neo_sampling.prompts_file import generate_file
+
+
+class Death(BaseException):
+    """What no code of the library can catch."""
+
+
+class Stub:
+    """A generator whose tokens say what was asked for, and that dies, or is interrupted, in the call it is told to."""
+
+    dtype = "float32"
+    mesh = types.SimpleNamespace(cluster=None)
+    params = {"n_ctx": 100}
+
+    def __init__(self, dies_at=None, interrupted_at=None):
+        self.checkpoint = types.SimpleNamespace(fingerprint=lambda: "stub")
+        self.calls, self.dies_at, self.interrupted_at = [], dies_at, interrupted_at
+
+    def encode(self, prompt):
+        return [ord(c) for c in prompt] if isinstance(prompt, str) else prompt
+
+    def check(self, prompts, max_new_tokens=(None,), **options):
+        values = {"max_new_tokens": max_new_tokens[0] or 3, "temperature": 1.0}
+        return types.SimpleNamespace(values={name: np.array([value]) for name, value in values.items()})
+
+    def generate(self, prompts, *, stream, seed, max_new_tokens, streamer, num_return_sequences=1, **options):
+        if len(self.calls) == self.dies_at:
+            raise Death
+        top_k = options.get("top_k", [None] * len(prompts))
+        samples = [
+            Sample(prompt, [seed[i], stream[i] + n, max_new_tokens[i]], str(top_k[i]))
+            for i, prompt in enumerate(prompts) for n in range(num_return_sequences)
+        ]  # fmt: skip
+        if len(self.calls) == self.interrupted_at:
+            raise Interrupted([None, *samples[1:-1], None])
+        self.calls.append(prompts)
+        return samples
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A prompts file of 100 lines, of two groups and several lengths and streams; the output's path."""
+    lines = [{"prompt_ids": [7] * (1 + i * 37 % 60), "id": i} for i in range(100)]
+    for line in lines[::3]:
+        line.update(num_return_sequences=2, top_k=line["id"] + 1)
+    lines[50].update(seed=-5, max_new_tokens=9)
+    return write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_prompt_has_its_options_its_stream_and_its_place(files):
+    done = generate_file(Stub(), *files, seed=4, temperature=0.5)
+    assert done == (100, 100, 4)
+    stream = 0
+    for i, (line, given) in enumerate(zip(read(files[1]), read(files[0]))):
+        n = given.get("num_return_sequences", 1)
+        tokens = [given.get("seed", 4), stream, given.get("max_new_tokens", 3)]
+        assert line == {
+            "index": i, "prompt_ids": given["prompt_ids"], "id": i,
+            "samples": [
+                {"prompt_tokens": given["prompt_ids"], "tokens": [tokens[0], tokens[1] + j, tokens[2]],
+                 "text": str(given.get("top_k")), "finish_reason": "length"}
+                for j in range(n)
+            ],
+        }  # fmt: skip
+        stream += n
+
+
+def test_batches_are_alike_and_not_too_large(files):
+    stub = Stub()
+    generate_file(stub, *files, seed=4)
+    assert sum(map(len, stub.calls)) == 100
+    sizes = [len(call) for call in stub.calls]
+    assert sorted(sizes) == sorted([16, 16, 2, 32, 32, 2])
+    # in place of some 60 positions a row, a batch spans those of a third or half of the records in its group
+    assert all(max(map(len, call)) - min(map(len, call)) <= 32 for call in stub.calls)
+
+
+def test_more_samples_than_a_batch_has_rows(files):
+    write(files[0], *[{"prompt": "a", "num_return_sequences": MAX_BATCH + 1}] * 2)
+    stub = Stub()
+    generate_file(stub, *files, seed=1)
+    assert [len(call) for call in stub.calls] == [1, 1]
+    assert [len(line["samples"]) for line in read(files[1])] == [MAX_BATCH + 1] * 2
+
+
+def test_a_death_in_any_batch(files):
+    source, output = files
+    generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
+    for call, lines in enumerate([0, 16, 32, 34, 66, 98]):
+        with pytest.raises(Death):
+            generate_file(Stub(dies_at=call), source, output, seed=4)
+        assert len(read(output)) == lines
+        generate_file(Stub(), source, output, seed=4)
+        assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
+        output.unlink()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_output_cut_at_any_byte(tmp_path, finished):
+    """As a death in the midst of a write leaves it, or a disk that lost its power."""
+    source = write(tmp_path / "in.jsonl", *({"prompt": "a" * n, "id": n} for n in (1, 2, 3)))
+    output = tmp_path / "out.jsonl"
+    generate_file(Stub(), source, output, seed=4)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    left = whole if finished else b"".join(lines[::-1])
+    for end in range(len(left) + 1):
+        for lost in {0, min(end, 20)}:  # bytes that were never written
+            output.write_bytes(left[: end - lost] + b"\0" * lost + left[end:] if lost else left[:end])
+            generate_file(Stub(), source, output, seed=4)
+            assert output.read_bytes() == whole
+
+
+def test_a_death_between_the_last_line_and_its_place(files, monkeypatch):
+    source, output = files
+    generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
+
+    def die(old, new):
+        if new == output:
+            raise Death
+        rename(old, new)
+
+    rename = os.replace
+    with monkeypatch.context() as patched, pytest.raises(Death):
+        patched.setattr(os, "replace", die)
+        generate_file(Stub(), source, output, seed=4)
+    assert output.read_bytes() != output.with_name("undisturbed").read_bytes()
+    stub = Stub()
+    assert generate_file(stub, source, output).written == 0 and not stub.calls
+    assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
+    assert sorted(os.listdir(output.parent)) == [
+        "in.jsonl", "out.jsonl", "out.jsonl.run", "undisturbed", "undisturbed.run"
+    ]  # fmt: skip
+
+
+def test_a_seed_that_was_chosen_is_kept(files):
+    source, output = files
+    with pytest.raises(Death):
+        generate_file(Stub(dies_at=0), source, output)
+    seeds = {generate_file(Stub(), source, output).seed for _ in range(2)}
+    assert len(seeds) == 1 and read(output)[0]["samples"][0]["tokens"][0] in seeds
+    assert generate_file(Stub(), source, output.with_name("other")).seed not in seeds
+
+
+@pytest.mark.parametrize("call, lines", [(0, 14), (1, 16 + 14), (3, 34 + 30)])
+def test_an_interrupt_keeps_what_is_finished(files, caplog, call, lines):
+    source, output = files
+    generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
+    with pytest.raises(KeyboardInterrupt):
+        generate_file(Stub(interrupted_at=call), source, output, seed=4)
+    assert len(read(output)) == lines
+    assert f"{lines} of 100 prompts are done" in caplog.text
+    assert generate_file(Stub(), source, output, seed=4).written == 100 - lines
+    assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
+
+
+BAD_LINES = [
+    (b"nonsense", "not JSON: Expecting value"),
+    (b"", "not JSON"),
+    (b'{"prompt": "a"', "not JSON"),
+    (b'{"prompt": "\xff"}', "not UTF-8"),
+    (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
+    (b'["a"]', "a JSON list; an object is needed"),
+    (b'{"prompt": "a", "temprature": 1}', "'temprature' is none of prompt, prompt_ids, id, "),
+    (b'{"prompt": "a", "prompt": "b"}', "a key twice: prompt, prompt"),
+    (b'{"id": 1}', "one of prompt and prompt_ids is needed"),
+    (b'{"prompt": "a", "prompt_ids": [1]}', "one of prompt and prompt_ids is needed"),
+    (b'{"prompt": 5}', "prompt=5; a text is needed"),
+    (b'{"prompt_ids": "5"}', "prompt_ids='5'; a list of token ids is needed"),
+    (b'{"prompt": "a", "stream": 1}', "'stream' is none of"),
+    (b'{"prompt": "a\\ud800"}', "surrogates not allowed"),
+    (b"[" * 100_000, "too deep"),
+]
+BAD_REQUESTS = [
+    (b'{"prompt_ids": [1, 2048]}', "2048 is outside the vocabulary; 0 to 2047"),
+    (b'{"prompt_ids": [1, null]}', "None is outside the vocabulary"),
+    (b'{"prompt": "%s"}' % (b"word " * 400), "at most 256"),
+    (b'{"prompt": "a", "temperature": -1}', "temperature=-1"),
+    (b'{"prompt": "a", "temperature": [0.5]}', "temperature=[0.5]"),
+    (b'{"prompt": "a", "top_k": 0.5}', "top_k=0.5"),
+    (b'{"prompt": "a", "num_return_sequences": 0}', "num_return_sequences=0"),
+    (b'{"prompt": "a", "seed": 1e99}', "seed=1e+99"),
+    (b'{"prompt": "a", "entmax_alpha": 3}', "entmax_alpha=3"),
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return TextGenerator.from_pretrained()
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES + BAD_REQUESTS)
+def test_a_bad_line_is_named_before_anything_is_run(files, demo, line, message):
+    source, output = files
+    source.write_bytes(b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{source}, line 2: ") + ".*" + re.escape(message)):
+        generate_file(demo, source, output)
+    assert os.listdir(source.parent) == ["in.jsonl"]
+
+
+def test_a_byte_order_mark_windows_lines_and_no_newline_at_the_end(files):
+    files[0].write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n{"prompt": "c", "id": [null]}')
+    assert generate_file(Stub(), *files).written == 2
+    assert [(line["prompt"], line.get("id")) for line in read(files[1])] == [("a\u2028b", None), ("c", [None])]
+
+
+def test_null_is_as_if_not_given(files):
+    write(files[0], {"prompt": "a"}, {"prompt": "b", "top_k": None})
+    generate_file(Stub(), *files, top_k=5)
+    assert [line["samples"][0]["text"] for line in read(files[1])] == ["5", "None"]
+
+
+def test_what_the_output_was_not_begun_with_is_refused(files):
+    source, output = files
+    generate_file(Stub(), source, output, seed=4, top_k=5)
+    written = output.read_bytes()
+
+    def refused(message, generator=None, **options):
+        with pytest.raises(ValueError, match=message):
+            generate_file(generator or Stub(), source, output, **{"seed": 4, "top_k": 5, **options})
+        assert output.read_bytes() == written
+
+    refused(r"begun with top_k=5 \(now 6\); give the same, or remove it", top_k=6)
+    refused(r"begun with top_k=5 \(now None\)", top_k=None)
+    refused(r"begun with temperature=None \(now 1.0\)", temperature=1.0)
+    refused(r"begun with seed=4 \(now 0\)", seed=0)
+    other = Stub()
+    other.checkpoint.fingerprint = lambda: "other"
+    refused("begun with another model; give", generator=other)
+    source.write_bytes(source.read_bytes() + b'{"prompt": "a"}\n')
+    refused("begun with another prompts_file; give")
+    output.unlink()
+    assert generate_file(Stub(), source, output, seed=1).written == 101  # nothing is left to be refused
+
+
+def test_lines_that_no_run_wrote_are_refused(files):
+    source, output = files
+    generate_file(Stub(), source, output, seed=4)
+    written = output.read_bytes()
+    first = written.splitlines(keepends=True)[0]
+    for line in (first, b"\n", b"a note\n", b"[]\n", b'{"index": 100}\n', b'{"index": null}\n'):
+        output.write_bytes(written + line)
+        with pytest.raises(ValueError, match="line 101: .*the file was changed"):
+            generate_file(Stub(), source, output, seed=4)
+        assert output.read_bytes() == written + line
+
+
+def test_outputs_that_cannot_be(files):
+    source, output = files
+    with pytest.raises(ValueError, match="is the file of the prompts"):
+        generate_file(Stub(), source, source)
+    with pytest.raises(ValueError, match="nowhere.jsonl cannot be read: No such file"):
+        generate_file(Stub(), "nowhere.jsonl", output)
+    with pytest.raises(ValueError, match="cannot be written: No such file"):
+        generate_file(Stub(), source, output / "out.jsonl")
+    with pytest.raises(ValueError, match="cannot be written: Is a directory"):
+        generate_file(Stub(), source, output.parent)
+    with pytest.raises(ValueError, match="no regular file"):
+        generate_file(Stub(), source, os.devnull)
+    output.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is there already, without out.jsonl.run beside it"):
+        generate_file(Stub(), source, output)
+    assert output.read_bytes() == b"mine"
+    source.write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        generate_file(Stub(), source, output)
+
+
+def test_one_process_at_a_time(files):
+    source, output = files
+    with open(output, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="is being written by another process"):
+            generate_file(Stub(), source, output)
+    assert generate_file(Stub(), source, output).written == 100
+
+
+@pytest.mark.parametrize("room", [100, 2_000, 10_000, 20_000, 25_000])
+def test_a_full_disk(files, room):
+    """No file can grow beyond `room` bytes: what it was begun with does not fit, or lines do not."""
+    source, output = files
+    generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            generate_file(Stub(), source, output, seed=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    generate_file(Stub(), source, output, seed=4)
+    assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
+    assert not [name for name in os.listdir(output.parent) if "partial" in name]
+
+
+def test_the_command_killed_and_interrupted(tmp_path):
+    """SIGKILL within the first batches, Ctrl-C within the next: the file is that of an undisturbed run."""
+    source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "undisturbed"))
+    kill_and_resume.write_prompts(source, 80, random.Random(20261123), longest=12)
+    whole = kill_and_resume.start(source, undisturbed)
+    status, _ = kill_and_resume.end_at(kill_and_resume.start(source, output), output, 1, 0.1)
+    assert status == -signal.SIGKILL
+    there = output.stat().st_size
+    status, err = kill_and_resume.end_at(kill_and_resume.start(source, output), output, there + 1, 0.1, signal.SIGINT)
+    assert status == 130 and "Traceback" not in err
+    assert "of 80 prompts are done, and the same command goes on" in err.splitlines()[-1]
+    _, err = whole.communicate()
+    assert whole.returncode == 0 and err.endswith(f"{undisturbed}: 80 prompts, 80 of them done now\n")
+    assert len(read(output)) < 80
+    again = kill_and_resume.start(source, output)
+    assert (again.wait(), output.read_bytes()) == (0, undisturbed.read_bytes())
