@@ -65,7 +65,7 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
 
     entry = mtf.range(logits.mesh, dim, tf.int32)
     kept = cwise_broadcast(keep, [finite_logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
-    logits = _mask_out(logits, kept, masked)
+    logits = mask_out(logits, kept, masked)
     return logits + mtf.cast(_asked_too_many(k, k_max, dim), logits.dtype) if k_max < dim.size else logits
 
 
@@ -234,7 +234,7 @@ def token_mask(logits, token, dim=None):
     rows = logits.shape - dim
     token = mtf.broadcast(import_rows(logits.mesh, token, tf.int32, rows, "token"), rows)
     entry = mtf.range(logits.mesh, dim, tf.int32)
-    return _mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
+    return mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
 
 
 def padding_mask(logits, size, dim=None):
@@ -253,10 +253,11 @@ def padding_mask(logits, size, dim=None):
         return logits
     entry = mtf.range(logits.mesh, dim, tf.int32)
     kept = cwise_broadcast(lambda x, at: tf.broadcast_to(at < size, x.shape), [logits, entry], logits.shape, tf.bool)
-    return _mask_out(logits, kept)
+    return mask_out(logits, kept)
 
 
-def _mask_out(logits, kept, masked=None):
+def mask_out(logits, kept, masked=None):
+    """logits where the bool mtf.Tensor `kept`, of their shape, is true, else `masked`, by default `mask_value`."""
     low = mask_value(logits.dtype) if masked is None else masked
 
     def mask(x, kept):

@@ -11,7 +11,7 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.models.masks import _mask_out, mask_value
+from gpt_neo_sampling.models.masks import mask_out, mask_value
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, scatter_add, size_of
 
 # --- Tokens that stand in a row ---------------------------------------------------
@@ -217,7 +217,7 @@ def _mask_where(masked, logits, dim, *inputs):
         return tf.logical_or(tf.logical_not(masked(entry, *inputs)), invalid)
 
     entry = mtf.range(logits.mesh, dim, tf.int32)
-    return _mask_out(logits, cwise_broadcast(keep, [logits, entry, *inputs], logits.shape, tf.bool))
+    return mask_out(logits, cwise_broadcast(keep, [logits, entry, *inputs], logits.shape, tf.bool))
 
 
 def logit_bias(logits, bias, dim=None):
