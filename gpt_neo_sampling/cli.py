@@ -108,8 +108,8 @@ def _parser():
     add("--num-samples", "--num-return-sequences", type=int, default=1, metavar="N",
         help="continuations of each prompt (default: 1)")  # fmt: skip
     add("--stop-strings", nargs="+", metavar="TEXT", help="texts that end a continuation, which stops ahead of them")
-    add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, the model's "
-        "own and the one that it was drawn with")  # fmt: skip
+    add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
+        "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add_sampling_options(generate)
     add_mesh_options(generate)

@@ -365,23 +365,14 @@ class TextGenerator:
                 "the model's logits are not a distribution (NaN or infinite)"
             )
         text = None
-        if request.stop_strings:
+        if self.tokenizer is not None:
             stream, text = TextStream(self.tokenizer, prompt, request.stop_strings), ""
-            for at, token in enumerate(new):
-                text += stream.push(token, is_last=at + 1 == len(new))
+            for at, token in enumerate(new, 1):
+                text += stream.push(token, is_last=at == len(new))
                 if stream.stopped:
-                    new, reason = new[: at + 1], "stop"
+                    new, reason = new[:at], "stop"
                     break
-        elif self.tokenizer is not None:
-            text = self._decode(prompt, new)
         return Sample(prompt, new, text, reason, *(p[: len(new)].tolist() for p in logprobs))
-
-    def _decode(self, prompt, new):
-        if self.tokenizer is None:
-            return None
-        # Decoded behind its prompt: a character's bytes may lie on both sides.
-        before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode(prompt + new)
-        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
 
     # --- graphs
 

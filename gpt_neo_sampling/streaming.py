@@ -9,27 +9,33 @@ REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of half a character
 
 
 class TextStream:
-    """The text of one continuation, piece by piece."""
+    """The text of one continuation, piece by piece.
+
+    What a token adds is told from a few tokens before it, so that its cost does not grow with the text.
+    """
 
     def __init__(self, tokenizer, prompt, stop_strings=()):
         """prompt: a list of ids, which new tokens are decoded behind: a character's bytes may lie on both sides."""
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
-        self._ids = list(prompt[-8:])
-        self._begin, self._shown = 0, len(self._ids)  # decoded from, and up to where the text is out
+        self._ids = list(prompt[-8:])  # a few that are out, for the others to be decoded behind them
+        self._n_out = len(self._ids)
         self._held = ""  # decoded, and not shown yet: it may be the beginning of a stop string
         self.stopped = False  # a stop string has come; nothing comes behind it
 
     def push(self, token, is_last=False):
         """The text that this token completes: whole characters, and nothing of a stop string."""
         self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
-        text = self._tokenizer.decode(self._ids[self._begin :])
-        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and not is_last):
-            new = ""
-        else:
-            new = text[len(before) :]
-            self._begin, self._shown = self._shown, len(self._ids)
+        # where the prompt ends with half a character, all of that is new
+        before = self._tokenizer.decode(self._ids[: self._n_out])
+        out = before.rstrip(REPLACEMENT)
+        text = self._tokenizer.decode(self._ids)
+        new = ""
+        if len(text) > len(out) and (is_last or not text.endswith(REPLACEMENT)):
+            new = text[len(out) :]
+            if out == before:  # characters begin there
+                del self._ids[: self._n_out]
+            self._n_out = len(self._ids)
         self._held += new
         ends = [at for at in (self._held.find(s) for s in self._stop_strings) if at >= 0]
         if ends:
@@ -95,14 +101,23 @@ class Watcher:
         It runs in a thread of its own, so that Ctrl-C is heard: then all rows end, and
         `interrupted` is True. What was raised while watching is raised here.
         """
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            future = pool.submit(fn)
+        begin, future = threading.Event(), concurrent.futures.Future()
+
+        def work():
+            begin.wait()
             try:
-                result = future.result()
-            except KeyboardInterrupt:
-                self.interrupted = True
-                self._cancelled.set()
-                result = future.result()
+                future.set_result(fn())
+            except BaseException as e:
+                future.set_exception(e)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            begin.set()
+            result = future.result()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._cancelled.set()
+            result = future.result()
         if self._error is not None:
             raise self._error
         return result

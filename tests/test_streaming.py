@@ -1,0 +1,186 @@
+"""Text while it is drawn: whole characters, stop strings, one sample after the other, Ctrl-C."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling.generate import Interrupted
+from gpt_neo_sampling.streaming import TextStream, Watcher
+
+COMMAND = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate"]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return TextGenerator.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return demo.tokenizer
+
+
+def pieces(tokenizer, prompt, tokens, stop_strings=()):
+    stream, out = TextStream(tokenizer, prompt, stop_strings), []
+    for at, token in enumerate(tokens):
+        out.append(stream.push(token, is_last=at + 1 == len(tokens)))
+        if stream.stopped:
+            break
+    return out
+
+
+# --- One row's text -------------------------------------------------------------------
+
+
+CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\ufffd")
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.text(CHARACTERS, max_size=12), st.text(CHARACTERS, min_size=1, max_size=40), st.integers(0, 3))
+def test_pieces_are_whole_characters_and_add_up(tokenizer, prompt, text, cut):
+    """A prompt may end in the middle of a character: then all of it is new."""
+    ids = tokenizer.encode(prompt + text).ids
+    begin = max(0, len(tokenizer.encode(prompt).ids) - cut)
+    out = pieces(tokenizer, ids[:begin], ids[begin:])
+    assert "".join(out) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:begin]).rstrip("\ufffd")) :]
+    assert "\ufffd" not in "".join(out)
+
+
+def test_half_a_character_is_held_back(tokenizer):
+    ids = tokenizer.encode("a\U0001f600b").ids
+    out = pieces(tokenizer, [], ids)
+    assert "".join(out) == "a\U0001f600b" and "" in out and len(ids) > 3
+    assert "".join(pieces(tokenizer, [], ids[:-2])).startswith("a\ufffd")  # at the end there is no more to come
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.text("ab\n", min_size=1, max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1))
+def test_stop_strings(tokenizer, text, stop_strings):
+    out = pieces(tokenizer, [], tokenizer.encode(text).ids, stop_strings)
+    so_far = [tokenizer.decode(tokenizer.encode(text).ids[:n]) for n in range(1, len(tokenizer.encode(text).ids) + 1)]
+    first = next((t for t in so_far if any(s in t for s in stop_strings)), None)  # the row ends with this token
+    assert "".join(out) == (text if first is None else text[: min(first.find(s) for s in stop_strings if s in first)])
+    shown = ""
+    for piece in out:  # nothing was shown that a stop string takes back
+        shown += piece
+        assert text.startswith(shown)
+
+
+# --- Requests --------------------------------------------------------------------------
+
+PROMPTS = ["It was the duty of", "She was", "Mr. Darcy"]
+
+
+def test_streamed_tokens_and_text_are_the_samples(demo):
+    seen = {}
+
+    def streamer(index, token, text, is_last):
+        tokens, texts, ends = seen.setdefault(index, ([], [], []))
+        tokens.append(token), texts.append(text), ends.append(is_last)
+
+    options = dict(seed=4, max_new_tokens=[20, 3, 9], num_return_sequences=2, eos_token_id=[6, 12])
+    samples = demo.generate(PROMPTS, streamer=streamer, **options)
+    assert samples == demo.generate(PROMPTS, **options)
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    for index, sample in enumerate(samples):
+        tokens, texts, ends = seen[index]
+        assert tokens == sample.tokens and "".join(texts) == sample.text
+        assert ends == [False] * (len(tokens) - 1) + [True]
+
+
+def test_tokens_come_while_others_are_drawn(demo):
+    times = []
+    demo.generate("It was", max_new_tokens=200, seed=1, streamer=lambda *_: times.append(time.perf_counter()))
+    times.clear()
+    demo.generate("It was", max_new_tokens=200, seed=1, streamer=lambda *_: times.append(time.perf_counter()))
+    assert len(times) == 200
+    assert times[0] + 0.5 * (times[-1] - times[0]) > times[50] > times[0] + 0.05 * (times[-1] - times[0])
+
+
+def test_a_stop_string_ends_its_row(demo):
+    options = dict(seed=2, max_new_tokens=40, stop_strings=["the", ","])
+    samples = demo.generate(PROMPTS, **options)
+    plain = demo.generate(PROMPTS, seed=2, max_new_tokens=40)
+    assert any(s.finish_reason == "stop" for s in samples)
+    for sample, whole in zip(samples, plain):
+        assert whole.tokens[: len(sample.tokens)] == sample.tokens and whole.text.startswith(sample.text)
+        ends = [whole.text.find(s) for s in options["stop_strings"] if s in whole.text]
+        assert sample.text == (whole.text[: min(ends)] if ends else whole.text)
+        assert (sample.finish_reason == "stop") == bool(ends)
+    split = TextGenerator.from_pretrained(mesh_shape="x:2", layout="vocab:x", devices="cpu:0,cpu:1")
+    assert split.generate(PROMPTS, **options) == samples
+
+
+def test_what_a_streamer_raises_is_raised(demo):
+    def streamer(index, token, text, is_last):
+        raise OSError(28, "no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        demo.generate(PROMPTS, max_new_tokens=200, streamer=streamer)
+    assert demo.generate("She", max_new_tokens=2, seed=1)[0].tokens
+
+
+def test_a_watcher_that_is_interrupted_ends_all_rows():
+    watcher = Watcher([(None, 9, [])] * 2)
+
+    def run():
+        assert watcher(np.array([5, 6]), np.array([1, 1])).tolist() == [0, 0]
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        deadline = time.monotonic() + 20
+        while not watcher(np.array([5, 6]), np.array([1, 1])).all():
+            assert time.monotonic() < deadline
+        return "ended"
+
+    assert watcher.run(run) == "ended" and watcher.interrupted
+
+
+def test_ctrl_c_keeps_finished_samples(demo):
+    """The first row is done early; Ctrl-C comes with the 30th token of the second."""
+
+    def streamer(index, token, text, is_last):
+        count[index] += 1
+        if count[1] == 30:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    options = dict(seed=4, max_new_tokens=[5, 230])
+    want = demo.generate(PROMPTS[:2], **options)
+    count = np.zeros(2, int)
+    with pytest.raises(Interrupted) as e:
+        demo.generate(PROMPTS[:2], streamer=streamer, **options)
+    assert e.value.samples == [want[0], None]
+    assert count[0] == 5 and 30 <= count[1] < 230
+    assert demo.generate(PROMPTS[:2], **options) == want
+
+
+# --- The command --------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_a_terminal():
+    args = ["--prompt", "It was the duty of", "--max-new-tokens", "230", "--seed", "3"]
+    process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    first = process.stdout.read(1)  # it has begun
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    out = (first + out).decode()
+    assert process.returncode == 130 and err == b"It was the duty of"
+    assert out.endswith("\n")
+    whole = subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=300).stdout
+    assert len(out) < len(whole) and whole.startswith(out[:-1])
+
+
+def test_samples_are_printed_in_turn_as_they_come():
+    args = ["--prompt", *PROMPTS, "--num-samples", "2", "--max-new-tokens", "24", "--seed", "5"]
+    done = subprocess.run([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    shown = done.stdout.decode()
+    as_json = subprocess.run([*COMMAND, *args, "--json"], capture_output=True, text=True, timeout=300).stdout
+    texts = [s["text"] for s in json.loads(as_json)["samples"]]
+    assert shown == "".join(PROMPTS[i // 2] + text + "\n" for i, text in enumerate(texts))
