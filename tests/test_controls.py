@@ -10,7 +10,10 @@ import pytest
 import reference
 from conftest import MeshRunner
 from helpers_loop import BATCH, LENGTH, STOP, VOCAB, Bigram, bigram, follow, loops, prompts_of, weights_of
+from helpers_model import reference_config
+from scipy import stats
 
+from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mtf_ops import host_call
 
@@ -113,10 +116,12 @@ def fixed(options):
     return {"seed": 3, "stop_at_token": None, **options}
 
 
+TOGETHER = ("n-grams", "processors", "top_k, top_p", "all, softmax", "all, entmax", "greedy")  # hold every control
+
+
 @functools.cache
-def tokens(mesh_shape="", layout=""):
-    runner = MeshRunner(mesh_shape, layout)
-    return loops({name: fixed(options) for name, options in SETTINGS.items()}, Bigram(), runner=runner)(PROMPTS)
+def tokens():
+    return loops({name: fixed(options) for name, options in SETTINGS.items()}, Bigram())(PROMPTS)
 
 
 def held_against_the_simulation(out, options, against=None):
@@ -148,12 +153,11 @@ def test_the_simulation_sees_a_control_that_is_lost(name):
     assert held_against_the_simulation(tokens()[name], SETTINGS[name], without)[0]
 
 
-@pytest.mark.parametrize(
-    "mesh_shape, layout", [("x:4", "vocab:x"), ("x:2,y:2", "batch:x,vocab:y"), ("x:3", "vocab:x"), ("x:8", "batch:x")]
-)
+@pytest.mark.parametrize("mesh_shape, layout", [("x:4", "vocab:x"), ("x:2,y:2", "batch:x,vocab:y"), ("x:3", "vocab:x")])
 def test_layouts(mesh_shape, layout):
-    split = tokens(mesh_shape, layout)
-    assert {name: int((split[name] != want).sum()) for name, want in tokens().items()} == dict.fromkeys(SETTINGS, 0)
+    cases = {name: fixed(SETTINGS[name]) for name in TOGETHER}
+    split = loops(cases, Bigram(), runner=MeshRunner(mesh_shape, layout))(PROMPTS)
+    assert {name: int((split[name] != tokens()[name]).sum()) for name in cases} == dict.fromkeys(cases, 0)
 
 
 def test_a_value_for_each_row():
@@ -173,10 +177,10 @@ def test_a_value_for_each_row():
     as_tensors = {k: np.array(v, np.int32 if k in whole else np.float32) for k, v in columns.items()}
     cases = {"mixed": dict(as_tensors, max_top_k=20, sampling_use_entmax=True)}
     for row in range(BATCH):
-        cases[row] = {k: v[row] for k, v in columns.items()}
-        cases[row].update(sampling_keep_top_k=columns["sampling_keep_top_k"][row] or -1, sampling_use_entmax=True)
+        cases[str(row)] = {k: v[row] for k, v in columns.items()}
+        cases[str(row)].update(sampling_keep_top_k=columns["sampling_keep_top_k"][row] or -1, sampling_use_entmax=True)
     out = loops(cases, Bigram())(PROMPTS)
-    assert np.array_equal(out["mixed"], [out[row][row] for row in range(BATCH)])
+    assert np.array_equal(out["mixed"], [out[str(row)][row] for row in range(BATCH)])
     assert len(np.unique(out["mixed"], axis=0)) == BATCH
 
 
@@ -288,3 +292,65 @@ def test_a_criterion_of_the_users_own_ends_rows():
         row[PROMPT + int(np.argmax(row[PROMPT:] % 2 == 0)) + 1 :] = 0
     assert np.array_equal(out["mesh"], want) and np.array_equal(out["host"], want)
     assert [p.max() for p in seen] == list(range(PROMPT + 1, PROMPT + 1 + len(seen)))
+
+
+# --- What is drawn, on the whole --------------------------------------------------------
+
+DRAWN = {
+    "plain": {},
+    "temperature": dict(temperature=1.4),
+    "top_k": dict(top_k=12),
+    "top_p": dict(top_p=0.7),
+    "min_p": dict(min_p=0.05),
+    "typical_p": dict(typical_p=0.6),
+    "epsilon": dict(epsilon_cutoff=0.004),
+    "eta": dict(eta_cutoff=0.02),
+    "entmax": dict(entmax_alpha=1.3, temperature=1.2),
+    "repetition": dict(repetition_penalty=1.6),
+    "bias": dict(logit_bias={262: 3.0, 290: -2.0}, bad_words_ids=[[256], [12]]),
+    "all": dict(repetition_penalty=1.2, logit_bias={262: 2.0}, temperature=1.1, top_k=300, top_p=0.9, min_p=0.005,
+                typical_p=0.85, epsilon_cutoff=1e-3, eta_cutoff=2e-3, entmax_alpha=1.2),
+}  # fmt: skip
+DRAWS, FALSE_ALARM = 2048, 1e-4  # of each chi-square, of which there are 12
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return TextGenerator.from_pretrained()
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_bundled_models_tokens_follow_the_exact_distribution(demo, name):
+    prompt = "She had no doubt that she"
+    ids, options = demo.encode(prompt), DRAWN[name]
+    weights = {name: demo.checkpoint.read(name) for name in demo.checkpoint.names()}
+    params = demo.checkpoint.params
+    params = {"padding_id": 0, **params, "attention_types": [[params["attention_types"], 1]]}
+    p = exact(reference.gpt_neo_forward(weights, [ids], **reference_config(params))[0, -1], ids, **options)
+    samples = demo.generate(prompt, max_new_tokens=1, num_return_sequences=DRAWS, seed=8, eos_token_id=-1, **options)
+    counts = np.bincount([s.tokens[0] for s in samples], minlength=len(p))
+    assert not counts[p == 0].any()
+    often = p * DRAWS >= 5
+    expected, seen = ([*x[often], x[~often].sum()] for x in (p * DRAWS, counts))
+    if expected[-1] == 0:
+        expected, seen = expected[:-1], seen[:-1]
+    assert len(expected) > 3
+    assert stats.chisquare(seen, expected).pvalue > FALSE_ALARM
+
+
+def exact(logits, ids, repetition_penalty=1, logit_bias=(), bad_words_ids=(), temperature=None, top_k=None,
+          entmax_alpha=None, **masks):  # fmt: skip
+    """The distribution that is drawn from behind `ids`, in float64."""
+    if repetition_penalty != 1:
+        logits = reference.repetition_penalty(logits, reference.token_counts([ids], len(logits))[0], repetition_penalty)
+    for token, bias in dict(logit_bias).items():
+        logits[token] += bias
+    for (token,) in bad_words_ids:
+        logits[token] = -np.inf
+    z = (logits - logits.max()) / (temperature or (0.9 if entmax_alpha is None else 1.0))
+    if top_k is not None:
+        z = np.where(reference.top_k_keep(z, top_k), z, -np.inf)
+    for name, keep in MASKS.items():
+        if name in masks:
+            z = np.where(keep(z[np.newaxis], masks[name])[0][0], z, -np.inf)
+    return reference.softmax(z) if entmax_alpha is None else reference.entmax(z, entmax_alpha)
