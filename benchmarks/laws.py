@@ -23,7 +23,7 @@ def logits(batch, vocab):
     return np.tile(base_logits(vocab), (batch, 1))
 
 
-def law(base, *, temperature=1.0, top_k=None, alpha=None):
+def law(base, *, temperature=1.0, top_k=None, top_p=None, alpha=None):
     """float64 [vocab]: the distribution that these logits have, by the tests' reference."""
     common.use_tests()
     import reference
@@ -31,6 +31,9 @@ def law(base, *, temperature=1.0, top_k=None, alpha=None):
     scaled = np.asarray(base, np.float64) / temperature
     if top_k:
         scaled = np.where(reference.top_k_keep(scaled, top_k), scaled, -np.inf)
+    if top_p:
+        keep, _ = reference.top_p_keep(np.atleast_2d(scaled), top_p)
+        scaled = np.where(keep.reshape(scaled.shape), scaled, -np.inf)
     return reference.softmax(scaled) if alpha is None else reference.entmax(scaled, alpha, -1)
 
 

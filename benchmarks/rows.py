@@ -74,6 +74,8 @@ ROWS = [
             "mtf: nth_largest_element, where, sample_with_temperature", 2.5, TOP_K),
     sampler("topk-warpers", "temperature, top-k 40, draw / transformers' warpers + multinomial", NEXT, WARPERS, 7,
             TOP_K),
+    sampler("top-p", "top_p_mask 0.9 / transformers' TopPLogitsWarper", "ours: top_p_mask",
+            "transformers: TopPLogitsWarper", 8, {"top_p": 0.9}),
     sampler("entmax13-mtf", "entmax 1.3 / 50 bisections in mtf", ENTMAX, MTF_BISECT, 10, E13),
     sampler("entmax13-torch", "entmax 1.3 / entmax_bisect", ENTMAX, BISECT, 10, E13),
     sampler("entmax15-torch", "entmax 1.5 / entmax15(k=512)", ENTMAX, "torch: entmax15(k=512)", 1.2, E15,

@@ -12,6 +12,7 @@ from gpt_neo_sampling import entmax, sample_categorical
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
 from gpt_neo_sampling.chain import SamplingOptions, next_token
 from gpt_neo_sampling.models import utils
+from gpt_neo_sampling.models.masks import top_p_mask
 
 HALVINGS = 50
 SEED = 1
@@ -38,6 +39,10 @@ def ours_softmax_draw(logits, vocab_dim, step):
 
 def ours_draw(weights, vocab_dim, step):
     return sample_categorical(weights, vocab_dim, seed=SEED, step=step)
+
+
+def ours_top_p_mask(logits, vocab_dim, step, top_p):
+    return top_p_mask(logits, top_p, vocab_dim)
 
 
 def ours_entmax(logits, vocab_dim, step, alpha):
@@ -106,6 +111,7 @@ IN_MESH = {
     "ours: next_token": ours_next_token,
     "ours: softmax, sample_categorical": ours_softmax_draw,
     "ours: sample_categorical": ours_draw,
+    "ours: top_p_mask": ours_top_p_mask,
     "ours: entmax": ours_entmax,
     "ours: entmax, sample_categorical": ours_entmax_draw,
     "mtf: sample_with_temperature": mtf_draw,
@@ -116,7 +122,8 @@ IN_MESH = {
 }
 IN_TENSORFLOW = {"tf.random.categorical": tf_draw}
 FROM_WEIGHTS = {"ours: sample_categorical", "mtf: the seed's five lines"}
-DISTRIBUTIONS = {"ours: entmax", "mtf: 50 bisections"}
+MASKS = {"ours: top_p_mask"}  # whose distribution is the softmax of what they give
+DISTRIBUTIONS = {"ours: entmax", "mtf: 50 bisections"} | MASKS
 
 
 class Program:
@@ -126,7 +133,7 @@ class Program:
         values = laws.logits(batch, vocab)
         if name in FROM_WEIGHTS:
             values = laws.law(values)
-        self.gives_distribution = name in DISTRIBUTIONS
+        self.gives_distribution, self._is_mask = name in DISTRIBUTIONS, name in MASKS
         self._steps = 0
         with tf.Graph().as_default() as graph, quiet_logging():
             tf.set_random_seed(SEED)
@@ -155,7 +162,8 @@ class Program:
         return self._run(self._steps)
 
     def distribution(self):
-        return self._fetch(0)
+        given = self._fetch(0)
+        return laws.law(given) if self._is_mask else given
 
 
 class Decoder:

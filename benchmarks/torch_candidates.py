@@ -25,6 +25,13 @@ def warpers_draw(temperature, top_k):
     return lambda logits: softmax_draw(warpers(None, logits))
 
 
+def top_p_warper(top_p):
+    from transformers import TopPLogitsWarper
+
+    warper = TopPLogitsWarper(top_p)
+    return lambda logits: warper(None, logits)
+
+
 def bisection(alpha):
     from entmax import entmax_bisect
 
@@ -45,11 +52,13 @@ def partial_sort():
 CANDIDATES = {
     "torch: softmax, multinomial": lambda: softmax_draw,
     "transformers: warpers, softmax, multinomial": warpers_draw,
+    "transformers: TopPLogitsWarper": top_p_warper,
     "torch: entmax_bisect": bisection,
     "torch: entmax_bisect, multinomial": bisection_draw,
     "torch: entmax15(k=512)": partial_sort,
 }
-DISTRIBUTIONS = {"torch: entmax_bisect", "torch: entmax15(k=512)"}
+MASKS = {"transformers: TopPLogitsWarper"}  # whose distribution is the softmax of what they give
+DISTRIBUTIONS = {"torch: entmax_bisect", "torch: entmax15(k=512)"} | MASKS
 
 
 class Program:
@@ -58,13 +67,14 @@ class Program:
     def __init__(self, name, batch, vocab, arguments):
         values = laws.logits(batch, vocab)
         self._logits, self._function = torch.from_numpy(values), CANDIDATES[name](**arguments)
-        self.gives_distribution = name in DISTRIBUTIONS
+        self.gives_distribution, self._is_mask = name in DISTRIBUTIONS, name in MASKS
 
     def run(self):
         with torch.inference_mode():
             return self._function(self._logits).numpy()
 
-    distribution = run
+    def distribution(self):
+        return laws.law(self.run()) if self._is_mask else self.run()
 
 
 class Decoder:

@@ -12,11 +12,12 @@ import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling.draws import Rows, any_of, as_list, near_sum, spread_rows
-from gpt_neo_sampling.mtf_ops import has_invalid, largest, size_of
+from gpt_neo_sampling.mtf_ops import has_invalid, largest, pad_last, size_of
 
 _FEW = 128  # entries of a shard that are looked at one by one
 _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of
-_BUCKET_BITS, _BUCKET_BITS_SPLIT = 10, 5  # 2ⁿ buckets a binade; fewer where their sums travel
+_BUCKET_BITS, _BUCKET_BITS_SPLIT = 10, 6  # 2ⁿ buckets a binade; fewer where their sums travel
+_BLOCK = 64  # buckets in each part of a sum over them
 _FARTHEST = 1000.0  # exp(−1000) is 0 in float64
 _EVERYTHING = np.array([[-np.inf, np.inf]], np.float32)  # ends of a Cut that keeps all
 
@@ -64,13 +65,21 @@ class _MaskOperation(mtf.Operation):
         def mask(x, top, option, ends, *more):
             of_row, pcoord = more[: len(cut.of_row)], more[len(cut.of_row) :]
             at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
-            ends = tf.where_v2(top > tf.float32.min, ends, _EVERYTHING)
+            ends = tf.where_v2(top > float(x.dtype.min), ends, _EVERYTHING)
             ends = tf.where_v2(tf.is_nan(option), np.nan, ends)
             least, last = ends[:, :1], ends[:, 1:]
             key = cut.key(tf.cast(x, tf.float32), *of_row)
-            kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
-            fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
-            return rows.from_rows(tf.where_v2(kept, x, tf.cast(fill, x.dtype)))
+
+            def with_ties_and_invalid_rows():
+                kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
+                fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
+                return tf.where_v2(kept, x, tf.cast(fill, x.dtype))
+
+            def plain():
+                return tf.where_v2(key >= least, x, tf.constant(self._masked, x.dtype))
+
+            is_plain = tf.reduce_min(tf.cast(last >= np.inf, tf.float32)) > 0.5
+            return rows.from_rows(tf.cond(is_plain, plain, with_ties_and_invalid_rows))
 
         y = slicewise(mask, x, softmax.top, option, cut.ends, *cut.of_row, *rows.pcoords())
         lowering.set_tensor_lowering(self.outputs[0], y)
@@ -79,8 +88,8 @@ class _MaskOperation(mtf.Operation):
 class Cut(typing.NamedTuple):
     """Entries of a larger key are kept, and of those of the key at the cut the first ones.
 
-    ends: laid-out float32 [rows, 2], the key at the cut and the index of the last entry of that key that is kept; NaN
-      for an invalid row.
+    ends: laid-out float32 [rows, 2], the key at the cut and the index of the last entry of that key that is kept, +inf
+      where all are; NaN for an invalid row.
     key: a function from x, a slice [rows, …], and those of `of_row` to float32 keys of x's shape.
     of_row: laid-out tensors [rows, 1].
     """
@@ -93,7 +102,7 @@ class Cut(typing.NamedTuple):
 class Softmax:
     """What cuts need to know of the softmax of laid-out float32 rows; all but `top` is float64.
 
-    A row with NaN or +inf has a total of NaN or +inf.
+    A row with NaN or +inf has a total of NaN.
     """
 
     def __init__(self, rows, x):
@@ -253,34 +262,25 @@ def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
         bucket, ahead = slicewise(_reached, sums, wanted, slicewise(tf.zeros_like, total))
         left = slicewise(_only, keys, buckets, bucket)
 
-    def cut_among(ahead, left, found=None):
-        """Laid-out [rows, 2], where the cut lies among those `left` (−inf is none), behind a mass of `ahead`."""
-        x, index = found or _few_of(rows, left, softmax.x)
+    def cut_among(ahead, few, has_all_ties=True):
+        """Laid-out [rows, 2]: where the cut lies among those few, behind a mass of `ahead`."""
+        x, index = few
         if rows.mesh_axis is not None:
             x, index = (mesh_impl.allconcat(t, rows.mesh_axis, 1) for t in (x, index))
+        choose = functools.partial(_ends_among, key, has_all_ties)
         return slicewise(choose, x, index, ahead, wanted, softmax.top, *of_row)
 
-    def choose(x, index, ahead, wanted, top, *of_row):
-        keys = tf.where_v2(index >= 0, key(x, *of_row), -np.inf)
-        keys, order = largest(keys, size_of(keys, 1))
-        x, index = (tf.gather(t, order, batch_dims=1) for t in (x, index))
-        weights = tf.where_v2(index >= 0, weights_of(x, top), tf.zeros([], tf.float64))
-        before = ahead + tf.cumsum(weights, -1, exclusive=True)
-        kept = tf.logical_and(before < wanted, index >= 0)
-        last = tf.maximum(tf.reduce_sum(tf.cast(kept, tf.int32), -1, keepdims=True) - 1, 0)
-        ends = [tf.gather(keys, last, batch_dims=1), tf.cast(tf.gather(index, last, batch_dims=1), tf.float32)]
-        return tf.concat(ends, -1)
-
+    few = _few_of(rows, left, softmax.x)
     if rows.entries <= _FEW:
-        ends = cut_among(ahead, left)
+        ends = cut_among(ahead, few)
     else:
-        found = _few_of(rows, left, softmax.x)
-        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), found[1])) > 0.5
-        ends = tf.cond(
-            crowded,
-            lambda: cut_among(*_narrow(softmax, ahead, left, wanted)).tensor_list,
-            lambda: cut_among(ahead, left, found).tensor_list,
-        )
+
+        def narrowed():
+            ahead_of, fewer = _narrow(softmax, ahead, left, wanted)
+            return cut_among(ahead_of, _few_of(rows, fewer, softmax.x), has_all_ties=False).tensor_list
+
+        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), few[1])) > 0.5
+        ends = tf.cond(crowded, narrowed, lambda: cut_among(ahead, few).tensor_list)
         ends = mesh_impl.LaidOutTensor.from_tensor_list(as_list(ends))
 
     def finish(ends, mass, total):
@@ -305,26 +305,27 @@ def _distance_bucket(keys, first, bits):
     The bits of a positive number, taken for an integer, grow as it does.
     """
     shift = 23 - bits
-    distance = tf.bitcast(2.0 + (first - keys), tf.uint32)
+    distance = tf.bitcast(2.0 - (keys - first), tf.uint32)
     bucket = tf.bitcast(tf.bitwise.right_shift(distance, tf.constant(shift, tf.uint32)), tf.int32)
     zero = int(np.float32(2.0).view(np.int32)) >> shift
     return tf.minimum(bucket - zero, _BINADES << bits)
 
 
 def _bucket_sums(softmax, buckets, n):
-    """Laid-out float64 [rows, n + 1]: the mass in each of buckets 0 to n, over all shards."""
+    """Laid-out float64 [rows, n + _BLOCK]: the mass in each of buckets 0 to n, over all shards."""
     mesh_impl = softmax.rows.mesh_impl
 
     def sums(buckets, weights):
         n_rows = size_of(buckets, 0)
-        place = tf.reshape(buckets + tf.range(n_rows)[:, tf.newaxis] * (n + 1), [-1])
-        weights, size = tf.reshape(weights, [-1]), n_rows * (n + 1)
+        place = tf.reshape(buckets + np.arange(n_rows, dtype=np.int32)[:, np.newaxis] * width, [-1])
+        weights, size = tf.reshape(weights, [-1]), n_rows * width
         if on_cpu:
             sums = tf.raw_ops.DenseBincount(input=place, size=size, weights=weights, binary_output=False)
         else:
             sums = tf.math.unsorted_segment_sum(weights, place, size)
-        return tf.reshape(sums, [n_rows, n + 1])
+        return tf.reshape(sums, [n_rows, width])
 
+    width = n + _BLOCK
     # The first is three times as fast as the second, and there for CPUs alone.
     on_cpu = isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
     on_cpu = on_cpu and not any("gpu" in device.lower() for device in mesh_impl.devices)
@@ -332,17 +333,43 @@ def _bucket_sums(softmax, buckets, n):
 
 
 def _reached(sums, wanted, ahead):
-    """The bucket, but for the last one, in which a mass of `wanted` is reached, and the mass ahead of it.
+    """The bucket, but for those of the last block, in which a mass of `wanted` is reached, and the mass ahead of it."""
+    blocks = tf.reshape(sums, [size_of(sums, 0), -1, _BLOCK])
+    block, ahead = _first_reached(tf.reduce_sum(blocks, -1)[:, :-1], wanted, ahead)
+    within, ahead = _first_reached(tf.gather(blocks, block, batch_dims=1)[:, 0], wanted, ahead)
+    return block * _BLOCK + within, ahead
 
-    The last that has mass where rounding leaves none.
+
+def _first_reached(sums, wanted, ahead):
+    """(the first of [rows, n] `sums` up to which they reach what is wanted, what is ahead of it), [rows, 1].
+
+    The last that is above 0 where rounding leaves none.
     """
-    n = size_of(sums, 1) - 1
-    sums, buckets = sums[:, :n], tf.range(n)
+    at = tf.range(size_of(sums, 1))
     before = ahead + tf.cumsum(sums, -1, exclusive=True)
-    reached = tf.where_v2(tf.logical_and(sums > 0, before + sums >= wanted), buckets, n)
-    last = tf.reduce_max(tf.where_v2(sums > 0, buckets, 0), -1, keepdims=True)
-    bucket = tf.minimum(tf.reduce_min(reached, -1, keepdims=True), last)
-    return bucket, tf.gather(before, bucket, batch_dims=1)
+    last = tf.reduce_max(tf.where_v2(sums > 0, at, 0), -1, keepdims=True)
+    reached = tf.where_v2(tf.logical_and(sums > 0, before + sums >= wanted), at, last)
+    first = tf.reduce_min(reached, -1, keepdims=True)
+    return first, tf.gather(before, first, batch_dims=1)
+
+
+def _ends_among(key, has_all_ties, x, index, ahead, wanted, top, *of_row):
+    """[rows, 2], a Cut's ends, among a few entries [rows, n], where index is −1 for none.
+
+    has_all_ties: whether those that are equal to one of them are all among them.
+    """
+    keys = tf.where_v2(index >= 0, key(x, *of_row), -np.inf)
+    keys, order = largest(keys, size_of(keys, 1))
+    x, index = (tf.gather(t, order, batch_dims=1) for t in (x, index))
+    weights = tf.where_v2(index >= 0, weights_of(x, top), tf.zeros([], tf.float64))
+    before = ahead + tf.cumsum(weights, -1, exclusive=True)
+    kept = tf.logical_and(before < wanted, index >= 0)
+    n_kept = tf.maximum(tf.reduce_sum(tf.cast(kept, tf.int32), -1, keepdims=True), 1)
+    least, last = (tf.gather(t, n_kept - 1, batch_dims=1) for t in (keys, tf.cast(index, tf.float32)))
+    if has_all_ties:
+        following = tf.gather(pad_last(keys, after=1, value=-np.inf), n_kept, batch_dims=1)
+        last = tf.where_v2(following < least, np.inf, last)
+    return tf.concat([least, last], -1)
 
 
 def _few_of(rows, left, x):

@@ -15,7 +15,14 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.generate import DEMO_FOLDER
-from gpt_neo_sampling.models.masks import top_k_mask
+from gpt_neo_sampling.models.masks import (
+    epsilon_mask,
+    eta_mask,
+    min_p_mask,
+    top_k_mask,
+    top_p_mask,
+    typical_p_mask,
+)
 from gpt_neo_sampling.models.penalties import (
     logit_bias,
     no_repeat_ngram_mask,
@@ -215,6 +222,30 @@ def _penalties(mesh, good, bad, ids, values):
 
 ROWS_IDS = np.random.default_rng(8).integers(-1, 4, (BATCH, 12)).astype(np.int32) * 170
 PENALTIES = Case("penalties", _penalties, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_IDS, ROWS_ALPHAS])
+# More than a shard's entries are looked at one by one; and so many ties that the search goes on to their indices.
+WIDE = 2048
+LIKELY = {
+    "top-p": (top_p_mask, 0.9),
+    "min-p": (min_p_mask, 0.05),
+    "typical": (typical_p_mask, 0.8),
+    "epsilon": (epsilon_mask, 1e-3),
+    "eta": (eta_mask, 1e-3),
+}
+
+
+def _likely_masks(mesh, good, bad, top_ps):
+    batch, vocab = dims(batch=BATCH, vocab=WIDE)
+    good, bad = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])) for x in (good, bad))
+    top_ps = mtf.import_tf_tensor(mesh, top_ps, mtf.Shape([batch]))
+    out = {name: mask(good, value, vocab) for name, (mask, value) in LIKELY.items()}
+    out["top-p, a row's own"] = top_p_mask(bad, top_ps, vocab)
+    out["top-p, ties"] = top_p_mask(mtf.cwise(tf.round, [good]), 0.9, vocab)
+    out["typical, ties"] = typical_p_mask(mtf.cwise(tf.round, [good]), 0.9, vocab)
+    return out
+
+
+ROWS_TOP_PS = np.array([0.9, 0.5, 0.1, 0.9, 1, 0.7, 0, 0.99], np.float32)
+LIKELY_MASKS = Case("likely masks", _likely_masks, [good_scores(WIDE), bad_scores(WIDE), ROWS_TOP_PS])
 
 # --- The decode loop ----------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from helpers_cases import (
     DRAWS,
     ENTMAX,
     LENGTH,
+    LIKELY_MASKS,
     MASKS,
     MODEL,
     PENALTIES,
@@ -135,7 +136,7 @@ def test_entmax(split):
     assert_same(on_simd(ENTMAX, split), ENTMAX.single, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [MASKS, PENALTIES], ids=str)
+@pytest.mark.parametrize("case", [MASKS, LIKELY_MASKS, PENALTIES], ids=str)
 @split
 def test_masks_and_penalties(split, case):
     assert_same(on_simd(case, split), case.single)

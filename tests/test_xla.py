@@ -11,6 +11,7 @@ from helpers_cases import (
     DRAWS,
     ENTMAX,
     KS,
+    LIKELY_MASKS,
     LOWEST,
     MASKS,
     MODEL,
@@ -40,7 +41,9 @@ def on_xla(case):
 
 
 @pytest.mark.parametrize(
-    "case, atol", [(DRAWS, 0), (ENTMAX, 1e-6), (MASKS, 0), (PENALTIES, 0), (DECODED, 0), (MODEL, 0)], ids=str
+    "case, atol",
+    [(DRAWS, 0), (ENTMAX, 1e-6), (MASKS, 0), (LIKELY_MASKS, 0), (PENALTIES, 0), (DECODED, 0), (MODEL, 0)],
+    ids=str,
 )
 def test_same_with_xla_and_without(case, atol):
     assert_same(on_xla(case), case.single, atol)
@@ -69,6 +72,12 @@ def test_top_k_keeps_k_entries():
     available = (MASKS.arrays[0] > LOWEST).sum(1)
     for k in KS:
         np.testing.assert_array_equal((MASKS.single[f"top {k}"] > LOWEST).sum(1), np.minimum(k, available))
+
+
+def test_likely_masks_keep_some():
+    for name, kept in LIKELY_MASKS.single.items():
+        spread = kept[-2:] if "own" in name else kept[[0, 2, 3, 4, 5, 6]]
+        assert np.all((spread > LOWEST).any(1) & (spread == LOWEST).any(1)), name
 
 
 def test_loops_draw_end_and_meet_invalid_rows():

@@ -219,24 +219,6 @@ def _mask_below(logits, name, option, dim, masked, find_cut, neutral, excluded=N
     return mass.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
 
 
-def token_mask(logits, token, dim=None):
-    """Masks one entry, so that it is never drawn; outside `dim` it changes nothing.
-
-    Args:
-      logits: mtf.Tensor.
-      token: an int, or an int32 tensor, scalar or [logits.shape − dim].
-      dim: mtf.Dimension of logits; the last by default.
-
-    Returns:
-      mtf.Tensor like logits.
-    """
-    dim = dim_of(logits, dim)
-    rows = logits.shape - dim
-    token = mtf.broadcast(import_rows(logits.mesh, token, tf.int32, rows, "token"), rows)
-    entry = mtf.range(logits.mesh, dim, tf.int32)
-    return mask_out(logits, cwise_broadcast(tf.not_equal, [entry, token], logits.shape, tf.bool))
-
-
 def padding_mask(logits, size, dim=None):
     """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
 
