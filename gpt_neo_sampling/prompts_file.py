@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import gpt_neo_sampling
 from gpt_neo_sampling.checkpoint import read_json
-from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError
 from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
 
 # what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
@@ -103,6 +103,8 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
         output was begun with other ones or is no run's.
       OSError: if the output cannot be written, or is being written by another
         process.
+      InvalidDistributionError, ClusterError, KeyboardInterrupt: as `generate`;
+        what is finished is on disk.
     """
     unknown = options.keys() - set(OPTIONS)
     if unknown:
@@ -265,6 +267,9 @@ def _run(generator, batches, seed, file, output, done):
             except Interrupted as e:
                 _write(file, batch, e.samples, done)
                 raise
+            except InvalidDistributionError as e:
+                line = batch[e.sample // batch[0].samples].index + 1
+                raise InvalidDistributionError(f"the prompt of line {line}: {e}") from None
             _write(file, batch, samples, done)
             tokens = sum(len(sample.tokens) for sample in samples)
             progress.total += tokens - most
