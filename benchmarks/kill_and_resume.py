@@ -65,8 +65,8 @@ def main(argv=None):
         _, err = start(source, undisturbed).communicate()
         expected = undisturbed.read_bytes()
         print(f"seed {seed}; undisturbed: {time.monotonic() - began:.1f} s, {len(expected):,} bytes; {err.strip()}")
-        # behind random shares of the file; the first, and those whose share is there, at any moment of a start
-        shares = [0, *sorted(rng.uniform(0, 0.95) for _ in range(args.kills - 1))]
+        # behind a random share of each tenth; the first, and where the share is there, at any moment of a start
+        shares = [0, *((i + rng.random()) / args.kills for i in range(args.kills - 1))]
         for i, share in enumerate(shares, 1):
             began, size = time.monotonic(), share * len(expected)
             is_there = not share or output.exists() and output.stat().st_size >= size
