@@ -65,11 +65,12 @@ def main(argv=None):
         _, err = start(source, undisturbed).communicate()
         expected = undisturbed.read_bytes()
         print(f"seed {seed}; undisturbed: {time.monotonic() - began:.1f} s, {len(expected):,} bytes; {err.strip()}")
-        # the first at any moment of a start, the others behind a random share of the file
-        shares = [0, *sorted(rng.uniform(0, 0.95) for _ in range(args.kills - 1))]
+        # behind a random share of each tenth; the first, and where the share is there, at any moment of a start
+        shares = [0, *((i + rng.random()) / args.kills for i in range(args.kills - 1))]
         for i, share in enumerate(shares, 1):
-            began, delay = time.monotonic(), rng.uniform(0, 0.5 if share else 8)
-            status, err = end_at(start(source, output), output, share * len(expected), delay)
+            began, size = time.monotonic(), share * len(expected)
+            is_there = not share or output.exists() and output.stat().st_size >= size
+            status, err = end_at(start(source, output), output, size, rng.uniform(0, 8 if is_there else 0.5))
             if status != -signal.SIGKILL:
                 print(f"kill {i}: came too late; status {status}, {err.strip()}")
                 return 1

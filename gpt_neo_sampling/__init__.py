@@ -14,6 +14,7 @@ from gpt_neo_sampling.models.utils import (
     sample_categorical,
     top_k_mask,
 )
+from gpt_neo_sampling.prompts_file import generate_file
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.score import TextScore
 
@@ -34,6 +35,7 @@ __all__ = [
     "entmax",
     "entmax_cross_entropy_with_logits",
     "export_saved_model",
+    "generate_file",
     "open_checkpoint",
     "parse_inputs",
     "sample_autoregressive",

@@ -58,7 +58,11 @@ class Sample:
 
 
 class InvalidDistributionError(ArithmeticError):
-    """The model gave logits that no token can be drawn from (NaN, say)."""
+    """The model gave logits that no token can be drawn from (NaN, say). `sample`: its number in the request, if any."""
+
+    def __init__(self, message, sample=None):
+        super().__init__(message)
+        self.sample = sample
 
 
 class Interrupted(KeyboardInterrupt):
@@ -362,7 +366,8 @@ class TextGenerator:
         if INVALID in new:
             raise InvalidDistributionError(
                 f"sample {index}, step {new.index(INVALID)}: "
-                "the model's logits are not a distribution (NaN or infinite)"
+                "the model's logits are not a distribution (NaN or infinite)",
+                index,
             )
         text = None
         if self.tokenizer is not None:

@@ -9,7 +9,6 @@ the same graph and the same streams give the same tokens.
 import codecs
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 import gpt_neo_sampling
 from gpt_neo_sampling.checkpoint import read_json
-from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError
 from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
 
 # what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
@@ -103,6 +102,8 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
         output was begun with other ones or is no run's.
       OSError: if the output cannot be written, or is being written by another
         process.
+      InvalidDistributionError, ClusterError, KeyboardInterrupt: as `generate`;
+        what is finished is on disk.
     """
     unknown = options.keys() - set(OPTIONS)
     if unknown:
@@ -254,8 +255,11 @@ def _run(generator, batches, seed, file, output, done):
         def on_token(*args):
             progress.update()
 
-        for batch, most in zip(batches, most_tokens):
+        def show_done():
             progress.set_postfix_str(f"{len(done)} of {total} prompts")
+
+        show_done()
+        for batch, most in zip(batches, most_tokens):
             begin = progress.n
             options = _columns([{"seed": seed, **record.options, "stream": record.stream} for record in batch])
             # on a cluster tokens are not seen before the end of the batch, nor is Ctrl-C
@@ -265,10 +269,14 @@ def _run(generator, batches, seed, file, output, done):
             except Interrupted as e:
                 _write(file, batch, e.samples, done)
                 raise
+            except InvalidDistributionError as e:
+                line = batch[e.sample // batch[0].samples].index + 1
+                raise InvalidDistributionError(f"the prompt of line {line}: {e}") from None
             _write(file, batch, samples, done)
             tokens = sum(len(sample.tokens) for sample in samples)
             progress.total += tokens - most
             progress.update(begin + tokens - progress.n)
+            show_done()
 
 
 def _write(file, batch, samples, done):
@@ -289,6 +297,8 @@ def _write(file, batch, samples, done):
 @contextlib.contextmanager
 def _locked(path):
     """The file for reading and appending, which no other process has; made if it is not there."""
+    import fcntl  # Windows has none
+
     while True:
         try:
             file = open(path, "a+b", buffering=0)
@@ -363,9 +373,19 @@ def _lines(file):
 
 def _append(file, data):
     """Writes to the disk itself."""
-    while data:
-        data = data[file.write(data) :]
-    os.fsync(file.fileno())
+    with _named(file.name):
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _named(path):
+    """What goes wrong within, with the file's name: the system's errors of writing have none."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(f"{path} cannot be written: {e.strerror}; what is finished is kept") from None
 
 
 def _put_in_order(file, output):
@@ -379,7 +399,7 @@ def _replace(path, parts):
     """Writes a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        with _named(partial), open(partial, "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())

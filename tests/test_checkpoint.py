@@ -35,8 +35,10 @@ from helpers_checkpoint import (
 from gpt_neo_sampling.checkpoint import (
     Checkpoint,
     CheckpointError,
+    convert_checkpoint,
     open_checkpoint,
     variable_shapes,
+    write_mesh_tf_checkpoint,
 )
 from gpt_neo_sampling.models.gpt2 import expand_attention_types
 
@@ -429,3 +431,25 @@ def test_golden_folders_may_be_read_only(tmp_path):
         assert open_checkpoint(folder).read("wte").shape == (127, 32)
     finally:
         folder.chmod(0o755)
+
+
+def test_fingerprints(tmp_path):
+    """The same wherever the folder lies; another for any weight, for a tokenizer, for generation defaults."""
+    with open_checkpoint(MESH_TF / "local") as checkpoint:
+        params, weights = checkpoint.params, {name: checkpoint.read(name) for name in checkpoint.names()}
+
+    def fingerprints(name, weights):
+        write_mesh_tf_checkpoint(tmp_path / name, params, weights)
+        convert_checkpoint(tmp_path / name, tmp_path / f"{name}-hf")
+        return [open_checkpoint(tmp_path / folder).fingerprint() for folder in (name, f"{name}-hf")]
+
+    once = fingerprints("once", weights)
+    assert fingerprints("again", weights) == once
+    for name in ("wte", "ln_f/b"):
+        last = weights[name].copy()
+        last.flat[-1] += 1e-3
+        assert not set(once) & set(fingerprints(f"other-{name[:2]}", {**weights, name: last}))
+    (tmp_path / "again-hf" / "generation_config.json").write_text('{"temperature": 0.5}')
+    (tmp_path / "again" / "tokenizer.json").write_text("{}")
+    for folder, same in (("again", once[0]), ("again-hf", once[1])):
+        assert open_checkpoint(tmp_path / folder).fingerprint() != same

@@ -18,9 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import kill_and_resume
 
-from gpt_neo_sampling import Sample, TextGenerator
+from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, generate_file
 from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
-from gpt_neo_sampling.prompts_file import generate_file
 
 
 class Death(BaseException):
@@ -67,6 +66,11 @@ def files(tmp_path):
         line.update(num_return_sequences=2, top_k=line["id"] + 1)
     lines[50].update(seed=-5, max_new_tokens=9)
     return write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return TextGenerator.from_pretrained()
 
 
 def write(path, *lines):
@@ -127,8 +131,9 @@ def test_a_death_in_any_batch(files):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_an_output_cut_at_any_byte(tmp_path, finished):
+def test_an_output_cut_at_any_byte(tmp_path, monkeypatch, finished):
     """As a death in the midst of a write leaves it, or a disk that lost its power."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some thousand times
     source = write(tmp_path / "in.jsonl", *({"prompt": "a" * n, "id": n} for n in (1, 2, 3)))
     output = tmp_path / "out.jsonl"
     generate_file(Stub(), source, output, seed=4)
@@ -162,6 +167,81 @@ def test_a_death_between_the_last_line_and_its_place(files, monkeypatch):
     assert sorted(os.listdir(output.parent)) == [
         "in.jsonl", "out.jsonl", "out.jsonl.run", "undisturbed", "undisturbed.run"
     ]  # fmt: skip
+
+
+def test_lines_are_what_each_prompt_gives_alone(files, demo, monkeypatch):
+    """Also where the model says that nothing is to be sampled, which a call asks of all its prompts."""
+    requests = [
+        {},
+        {"temperature": 0.8, "seed": 5},
+        {"top_p": 0.9, "repetition_penalty": 1.2},
+        {"do_sample": False},
+        {"entmax_alpha": 1.5, "num_return_sequences": 3, "logit_bias": {"13": 5.5}, "bad_words_ids": [[7]],
+         "eos_token_id": [14, 15], "stop_strings": ["e"], "max_new_tokens": 4, "return_logprobs": True},
+    ]  # fmt: skip
+    prompts = ["Emma was " + "very " * i for i in range(len(requests))]
+    write(files[0], *({"prompt": prompt, **options} for prompt, options in zip(prompts, requests)))
+    monkeypatch.setitem(demo.checkpoint.generation_defaults, "do_sample", False)
+    generate_file(demo, *files, max_new_tokens=6, seed=4)
+    requests[4]["logit_bias"] = {13: 5.5}
+    stream = 0
+    for line, prompt, options in zip(read(files[1]), prompts, requests):
+        alone = demo.generate(prompt, **{"stream": stream, "seed": 4, "max_new_tokens": 6, **options})
+        for sample, expected in zip(line["samples"], [sample.as_dict() for sample in alone]):
+            for name in {"logprobs", "draw_logprobs"} & set(expected):  # other sizes, other last bits
+                np.testing.assert_allclose(sample.pop(name), expected.pop(name), rtol=1e-4)
+            assert sample == expected
+        stream += len(alone)
+
+
+def test_new_tokens_end_at_the_context(files, demo, caplog):
+    write(files[0], {"prompt_ids": [5]}, *({"prompt_ids": [5] * n, "max_new_tokens": 9} for n in (250, 256)))
+    generate_file(demo, *files, max_new_tokens=1, eos_token_id=-1, seed=1)
+    assert [len(line["samples"][0]["tokens"]) for line in read(files[1])] == [1, 6, 0]
+    assert "2 prompts pass the context's end, line 2's first" in caplog.text
+
+
+def test_logits_that_are_nan_are_named_by_line(files):
+    def generate(*args, **options):
+        raise InvalidDistributionError("step 3", sample=5)  # of the third of the longest that have two each
+
+    stub = Stub()
+    stub.generate = generate
+    with pytest.raises(InvalidDistributionError, match="line 43: step 3"):
+        generate_file(stub, *files)
+
+
+def test_what_is_on_disk_before_what(files, monkeypatch):
+    calls = []
+
+    def noted(name, of, fn):
+        def call(*args):
+            calls.append(f"{name} {os.path.basename(of(*args))}")
+            return fn(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    noted("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"), os.fsync)
+    noted("replace", lambda old, new: new, os.replace)
+    generate_file(Stub(), *files)
+
+    def replaced(name):
+        return [f"fsync {name}.partial", f"replace {name}", f"fsync {files[0].parent.name}"]
+
+    assert calls == [*replaced("out.jsonl.run"), *["fsync out.jsonl"] * 6, *replaced("out.jsonl")]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_bar_where_stderr_is_a_terminal(files, monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    with pytest.raises(Death):
+        generate_file(Stub(dies_at=2), *files)
+    generate_file(Stub(), *files)
+    out, err = capsys.readouterr()
+    assert out == ""
+    shown = [] if not is_terminal else ["out.jsonl: ", "32 of 100 prompts", "100%", " tokens/s", "100 of 100 prompts"]
+    assert [text for text in shown if text in err] == shown
+    assert is_terminal or err == ""
 
 
 def test_a_seed_that_was_chosen_is_kept(files):
@@ -213,11 +293,6 @@ BAD_REQUESTS = [
     (b'{"prompt": "a", "seed": 1e99}', "seed=1e+99"),
     (b'{"prompt": "a", "entmax_alpha": 3}', "entmax_alpha=3"),
 ]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return TextGenerator.from_pretrained()
 
 
 @pytest.mark.parametrize("line, message", BAD_LINES + BAD_REQUESTS)
@@ -314,7 +389,7 @@ def test_a_full_disk(files, room):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="out.jsonl.* cannot be written: File too large"):
             generate_file(Stub(), source, output, seed=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -158,7 +158,7 @@ class Checkpoint:
     def fingerprint(self):
         """What tells this model from another without reading all of it: 64 hexadecimal digits.
 
-        SHA-256 of the config, the tokenizer, and of each file of weights its size
+        SHA-256 of the config and the generation defaults, the tokenizer, and of each file of weights its size
         and blocks of it, evenly spread, so that any tensor of more than a thousandth of the
         file is among them. (Of a TensorFlow checkpoint, its index, which holds
         each tensor's checksum.) Where the folder lies does not matter.
@@ -166,7 +166,7 @@ class Checkpoint:
         Raises:
           CheckpointError: if a file cannot be read.
         """
-        digest = hashlib.sha256(json.dumps(self.params, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([self.params, self.generation_defaults], sort_keys=True).encode())
         tokenizer = [self.tokenizer_file] if self.tokenizer_file else self.tokenizer_files or ()
         for path in (*tokenizer, *self._weight_files):
             try:
