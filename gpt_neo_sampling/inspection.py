@@ -261,17 +261,21 @@ def _step_lines(page, steps, text, width):
 
     yield page.bold(line("step", " " * bar_width, **{name: name for name in widths}))
     most = max(step.entropy for step in steps) or 1.0
+    shown = [step for step, _ in changing(steps)]
     for i, step in enumerate(steps):
         best = int(step.probabilities.argmax())
-        yield line(
+        changes = step in shown
+        colour = _BAR_COLOURS[_place(shown.index(step), shown)] if changes else ""
+        cells = line(
             page.fit(step.label, name_width),
-            page.bar(step.entropy / most, bar_width, _BAR_COLOURS[_place(i, steps)]),
+            page.bar(step.entropy / most, bar_width, colour),
             tokens=f"{step.support:,}",
             cut=_percent(step.mass_removed(steps[i - 1])) if i else "",
             entropy=f"{step.entropy:.2f} bits",
             effective=f"{step.effective_size:,.1f}",
             likeliest=f"{_percent(step.probabilities[best]):>5} {page.token(text(best), token_width)}",
         )
+        yield cells if changes else page.dim(cells)
 
 
 def _place(i, steps):
