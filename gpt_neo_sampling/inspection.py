@@ -322,8 +322,12 @@ def _broken(label, width):
 
 def changing(steps):
     """The first step, and those that change something, each with the probability that it moves (1 for the first)."""
-    moved = [0.5 * np.abs(np.float64(b.probabilities) - a.probabilities).sum() for a, b in zip(steps, steps[1:])]
-    return [(step, float(m)) for step, m in zip(steps, [1.0, *moved]) if m > 1e-6]
+    found = [(steps[0], 1.0)]
+    for before, step in zip(steps, steps[1:]):
+        moved = 0.5 * float(np.abs(np.float64(step.probabilities) - before.probabilities).sum())
+        if moved > 1e-6 or step.support != before.support:
+            found.append((step, moved))
+    return found
 
 
 def _columns(steps, room):
@@ -414,10 +418,10 @@ def plot(steps, text, path, *, title="", count=DEFAULT_COUNT):
       ValueError, OSError: see `plot_format`.
     """
     file_format = plot_format(path)
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure  # no pyplot: its backend and its figures are the caller's
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_PLOT_STYLE}):
+    with style.context(["default", _PLOT_STYLE]):
         figure = Figure(figsize=(11, 8), layout="constrained")
         planes = figure.subplot_mosaic(
             [["curves", "tokens"], ["support", "entropy"]], height_ratios=[3, 0.3 + 0.17 * len(steps)],
@@ -461,7 +465,7 @@ def _drawable(text):
     """Text with escapes for what the font lacks."""
     from matplotlib import font_manager
 
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
 
 
