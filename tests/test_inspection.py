@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -157,23 +158,23 @@ def test_tokens_that_are_bytes_spaces_or_unknown():
 
 
 @pytest.fixture
-def pixels():
+def matplotlib():
     matplotlib = pytest.importorskip("matplotlib", reason="the picture needs matplotlib, which [test] installs")
-    from matplotlib import image
-
-    assert matplotlib.rcParams["text.parse_math"]
-    yield image.imread
-    assert matplotlib.rcParams["text.parse_math"]  # a caller's settings stay as they are
+    before = dict(matplotlib.rcParams)
+    yield matplotlib
+    assert dict(matplotlib.rcParams) == before  # a caller's settings stay as they are
     assert "matplotlib.pyplot" not in sys.modules or matplotlib.pyplot.get_fignums() == []
 
 
 @pytest.mark.filterwarnings("error")
-def test_picture(pixels, tmp_path):
+def test_picture(matplotlib, tmp_path):
+    from matplotlib import image
+
     path = tmp_path / "chain.png"
     plot(chain(), lambda i: ("$1_2", " 日本", "\n", "🙂")[i % 4], path, title="after “日 $x$”")
-    image = pixels(path)
-    assert image.shape[:2] == (800, 1100)
-    flat = image[..., :3].reshape(-1, 3)
+    pixels = image.imread(path)
+    assert pixels.shape[:2] == (800, 1100)
+    flat = pixels[..., :3].reshape(-1, 3)
     assert (flat == 1).all(1).mean() > 0.5  # white paper
     for colour in ("4d4d4d", "d55e00", "0072b2", "009e73"):  # the model, what is drawn from, the steps in between
         rgb = np.frombuffer(bytes.fromhex(colour), np.uint8) / 255
@@ -182,13 +183,13 @@ def test_picture(pixels, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["svg", "PDF"])
-def test_other_formats(pixels, tmp_path, suffix):
+def test_other_formats(matplotlib, tmp_path, suffix):
     path = tmp_path / f"chain.{suffix}"
     plot(chain()[:1], name, path)
     assert path.read_bytes()[:5] == {"svg": b"<?xml", "PDF": b"%PDF-"}[suffix]
 
 
-def test_a_picture_that_cannot_be_made(pixels, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_made(matplotlib, tmp_path, monkeypatch):
     for wrong in ("chain.txt", "chain"):
         with pytest.raises(ValueError, match=r"chain.*: the suffix says the format; allowed are .*\.png"):
             plot(chain(), name, tmp_path / wrong)
@@ -285,7 +286,7 @@ def test_a_split_vocabulary_gives_the_same_chain(model):
     split.close()
 
 
-def test_the_docs_show_what_the_command_prints(capfd, monkeypatch, tmp_path):
+def test_the_docs_show_what_the_command_prints(matplotlib, capfd, monkeypatch, tmp_path):
     """The first view of docs/sampling.md."""
     page = (pathlib.Path(__file__).parent.parent / "docs" / "sampling.md").read_text(encoding="utf-8")
     command, view = re.search(r"```\n\$ gpt-neo-sampling (.*?)\n(.*?)```", page, re.S).groups()
@@ -294,7 +295,7 @@ def test_the_docs_show_what_the_command_prints(capfd, monkeypatch, tmp_path):
     assert cli.main(shlex.split(command)) == 0
     captured = capfd.readouterr()
     prompt, note = captured.err.split("\n\n")
-    assert view == f"{prompt}\n\n{captured.out}{note}"
+    assert view == f"{prompt}\n\n{captured.out}{note}"  # as a terminal shows them
     assert (tmp_path / note.split()[1]).stat().st_size > 0
 
 
@@ -314,7 +315,7 @@ def test_command_prints_json(capfd):
 
 @pytest.mark.parametrize("args, message", [
     (["--show", "0"], "--show 0: at least 1 is needed"),
-    (["--plot", "chain.xyz"], "chain.xyz: the suffix says the format"),
+    (["--plot", "chain.xyz"], "plot needs the package" if find_spec("matplotlib") is None else "the suffix says"),
     (["--top-p", "2"], "top_p=2.0; a number from 0 to 1 is needed"),
     (["--greedy", "--top-k", "3"], "top_k=3 with do_sample=False"),
 ])  # fmt: skip
