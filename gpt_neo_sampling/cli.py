@@ -231,10 +231,6 @@ def _inspect(args):
     steps = generator.inspect(prompt, args.continuation, **_sampling(args))
     text = functools.partial(token_text, generator.tokenizer)
     shown = _prompt_text(prompt, generator.tokenizer) + args.continuation
-    if args.plot is not None:
-        plot(steps, text, args.plot, title=f"Next token after “{shown if len(shown) < 60 else '…' + shown[-60:]}”",
-             count=args.show)  # fmt: skip
-        print(f"wrote {args.plot}", file=sys.stderr)
     if args.json:
         found = to_json(steps, text if generator.tokenizer else None, args.show)
         _write(json.dumps({"prompt_tokens": generator.encode(prompt), **found}) + "\n")
@@ -242,6 +238,10 @@ def _inspect(args):
         sys.stderr.write(shown + "\n\n")
         sys.stderr.flush()
         _write(table(steps, text, count=args.show, **terminal_style(sys.stdout)))
+    if args.plot is not None:
+        title = f"Next token after “{shown if len(shown) < 60 else '…' + shown[-60:]}”"
+        plot(steps, text, args.plot, title=title, count=args.show)
+        print(f"wrote {args.plot}", file=sys.stderr)
 
 
 def _sampling(args):

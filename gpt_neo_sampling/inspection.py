@@ -261,17 +261,21 @@ def _step_lines(page, steps, text, width):
 
     yield page.bold(line("step", " " * bar_width, **{name: name for name in widths}))
     most = max(step.entropy for step in steps) or 1.0
+    shown = [step for step, _ in changing(steps)]
     for i, step in enumerate(steps):
         best = int(step.probabilities.argmax())
-        yield line(
+        changes = step in shown
+        colour = _BAR_COLOURS[_place(shown.index(step), shown)] if changes else ""
+        cells = line(
             page.fit(step.label, name_width),
-            page.bar(step.entropy / most, bar_width, _BAR_COLOURS[_place(i, steps)]),
+            page.bar(step.entropy / most, bar_width, colour),
             tokens=f"{step.support:,}",
             cut=_percent(step.mass_removed(steps[i - 1])) if i else "",
             entropy=f"{step.entropy:.2f} bits",
             effective=f"{step.effective_size:,.1f}",
             likeliest=f"{_percent(step.probabilities[best]):>5} {page.token(text(best), token_width)}",
         )
+        yield cells if changes else page.dim(cells)
 
 
 def _place(i, steps):
@@ -318,8 +322,12 @@ def _broken(label, width):
 
 def changing(steps):
     """The first step, and those that change something, each with the probability that it moves (1 for the first)."""
-    moved = [0.5 * np.abs(np.float64(b.probabilities) - a.probabilities).sum() for a, b in zip(steps, steps[1:])]
-    return [(step, float(m)) for step, m in zip(steps, [1.0, *moved]) if m > 1e-6]
+    found = [(steps[0], 1.0)]
+    for before, step in zip(steps, steps[1:]):
+        moved = 0.5 * float(np.abs(np.float64(step.probabilities) - before.probabilities).sum())
+        if moved > 1e-6 or step.support != before.support:
+            found.append((step, moved))
+    return found
 
 
 def _columns(steps, room):
@@ -410,10 +418,10 @@ def plot(steps, text, path, *, title="", count=DEFAULT_COUNT):
       ValueError, OSError: see `plot_format`.
     """
     file_format = plot_format(path)
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure  # no pyplot: its backend and its figures are the caller's
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_PLOT_STYLE}):
+    with style.context(["default", _PLOT_STYLE]):
         figure = Figure(figsize=(11, 8), layout="constrained")
         planes = figure.subplot_mosaic(
             [["curves", "tokens"], ["support", "entropy"]], height_ratios=[3, 0.3 + 0.17 * len(steps)],
@@ -457,7 +465,7 @@ def _drawable(text):
     """Text with escapes for what the font lacks."""
     from matplotlib import font_manager
 
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
 
 

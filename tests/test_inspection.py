@@ -1,24 +1,21 @@
 """The next-token distribution step by step: its figures, its table, its picture."""
 
 import json
+import pathlib
 import re
+import shlex
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import reference
+from conftest import DATA
+from helpers_model import checkpoint, reference_config
 from tokenizers import Tokenizer
 
-from gpt_neo_sampling.inspection import (
-    ChainStep,
-    changing,
-    likeliest,
-    plot,
-    table,
-    to_json,
-    token_text,
-    write_whole,
-)
+from gpt_neo_sampling import TextGenerator, cli
+from gpt_neo_sampling.inspection import ChainStep, changing, likeliest, plot, table, to_json, token_text, write_whole
 from gpt_neo_sampling.program import DEMO_FOLDER
 
 V = 2048
@@ -161,23 +158,23 @@ def test_tokens_that_are_bytes_spaces_or_unknown():
 
 
 @pytest.fixture
-def pixels():
+def matplotlib():
     matplotlib = pytest.importorskip("matplotlib", reason="the picture needs matplotlib, which [test] installs")
-    from matplotlib import image
-
-    assert matplotlib.rcParams["text.parse_math"]
-    yield image.imread
-    assert matplotlib.rcParams["text.parse_math"]  # a caller's settings stay as they are
+    before = dict(matplotlib.rcParams)
+    yield matplotlib
+    assert dict(matplotlib.rcParams) == before  # a caller's settings stay as they are
     assert "matplotlib.pyplot" not in sys.modules or matplotlib.pyplot.get_fignums() == []
 
 
 @pytest.mark.filterwarnings("error")
-def test_picture(pixels, tmp_path):
+def test_picture(matplotlib, tmp_path):
+    from matplotlib import image
+
     path = tmp_path / "chain.png"
     plot(chain(), lambda i: ("$1_2", " 日本", "\n", "🙂")[i % 4], path, title="after “日 $x$”")
-    image = pixels(path)
-    assert image.shape[:2] == (800, 1100)
-    flat = image[..., :3].reshape(-1, 3)
+    pixels = image.imread(path)
+    assert pixels.shape[:2] == (800, 1100)
+    flat = pixels[..., :3].reshape(-1, 3)
     assert (flat == 1).all(1).mean() > 0.5  # white paper
     for colour in ("4d4d4d", "d55e00", "0072b2", "009e73"):  # the model, what is drawn from, the steps in between
         rgb = np.frombuffer(bytes.fromhex(colour), np.uint8) / 255
@@ -186,13 +183,13 @@ def test_picture(pixels, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["svg", "PDF"])
-def test_other_formats(pixels, tmp_path, suffix):
+def test_other_formats(matplotlib, tmp_path, suffix):
     path = tmp_path / f"chain.{suffix}"
     plot(chain()[:1], name, path)
     assert path.read_bytes()[:5] == {"svg": b"<?xml", "PDF": b"%PDF-"}[suffix]
 
 
-def test_a_picture_that_cannot_be_made(pixels, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_made(matplotlib, tmp_path, monkeypatch):
     for wrong in ("chain.txt", "chain"):
         with pytest.raises(ValueError, match=r"chain.*: the suffix says the format; allowed are .*\.png"):
             plot(chain(), name, tmp_path / wrong)
@@ -216,3 +213,115 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_whole(path, write)
     assert [p.name for p in tmp_path.iterdir()] == ["chain.png"]
     assert path.read_bytes() == b"old"
+
+
+# --- of a model
+
+
+PROMPT, NEW = [5, 17, 9, 17], [3, 17, 3]
+
+
+@pytest.fixture(scope="module")
+def model():
+    generator = TextGenerator.from_pretrained(DATA / "gpt_neo_checkpoints" / "global")
+    yield generator
+    generator.close()
+
+
+def reference_logits(ids):
+    params, weights, _ = checkpoint("global")
+    return reference.gpt_neo_forward(weights, np.array([ids]), **reference_config(params))[0, -1]
+
+
+def test_chain_of_a_model_is_the_references(model):
+    steps = model.inspect(PROMPT, temperature=0.7, top_k=9, min_p=0.2, entmax_alpha=1.5)
+    x = reference_logits(PROMPT)
+    cold = x / 0.7
+    top = np.where(reference.top_k_keep(cold, 9), cold, -np.inf)
+    p = reference.softmax(top)
+    likely = np.where(p >= 0.2 * p.max(), top, -np.inf)
+    expected = {
+        "model": reference.softmax(x),
+        "temperature 0.7": reference.softmax(cold),
+        "top_k 9": p,
+        "min_p 0.2": reference.softmax(likely),
+        "entmax 1.5": reference.entmax(likely, 1.5),
+    }
+    assert [step.label for step in steps] == list(expected)
+    for step, p in zip(steps, expected.values()):
+        assert step.support == (p > 0).sum()
+        np.testing.assert_allclose(step.probabilities, p, atol=2e-6)
+    assert steps[3].support < 9
+
+
+def test_penalties_of_new_tokens_count_the_continuation_alone(model):
+    steps = model.inspect(PROMPT, NEW, temperature=1.0, presence_penalty=0.5, frequency_penalty=0.25)
+    x = reference_logits(PROMPT + NEW)
+    x[3] -= 0.5 + 2 * 0.25
+    x[17] -= 0.5 + 0.25
+    assert steps[1].label == "presence_penalty 0.5, frequency_penalty 0.25"
+    np.testing.assert_allclose(steps[1].probabilities, reference.softmax(x), atol=2e-6)
+    held, free = (model.inspect(PROMPT, new, min_new_tokens=3, eos_token_id=7)[1] for new in (NEW[:2], NEW))
+    assert held.label == "min_new_tokens 3"
+    assert held.probabilities[7] == 0 < free.probabilities[7]
+
+
+def test_greedy_decoding_takes_the_likeliest(model):
+    banned = int(reference_logits(PROMPT).argmax())
+    steps = model.inspect(PROMPT, do_sample=False, bad_words_ids=[[banned]])
+    assert [step.name for step in steps] == ["model", "logit_bias", "argmax"]
+    taken = np.flatnonzero(steps[-1].probabilities)
+    assert taken == model.generate([PROMPT], do_sample=False, bad_words_ids=[[banned]], max_new_tokens=1)[0].tokens
+    assert taken != banned
+
+
+def test_a_split_vocabulary_gives_the_same_chain(model):
+    options = dict(temperature=0.7, top_p=0.8, repetition_penalty=1.3, entmax_alpha=1.2)
+    split = TextGenerator.from_pretrained(
+        model.checkpoint.folder, mesh_shape="x:3", layout="vocab:x", devices="cpu:0,cpu:1,cpu:2"
+    )
+    for one, other in zip(model.inspect(PROMPT, **options), split.inspect(PROMPT, **options)):
+        assert one.label == other.label
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-6)
+    split.close()
+
+
+def test_the_docs_show_what_the_command_prints(matplotlib, capfd, monkeypatch, tmp_path):
+    """The first view of docs/sampling.md."""
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "sampling.md").read_text(encoding="utf-8")
+    command, view = re.search(r"```\n\$ gpt-neo-sampling (.*?)\n(.*?)```", page, re.S).groups()
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)) == 0
+    captured = capfd.readouterr()
+    prompt, note = captured.err.split("\n\n")
+    assert view == f"{prompt}\n\n{captured.out}{note}"  # as a terminal shows them
+    assert (tmp_path / note.split()[1]).stat().st_size > 0
+
+
+def test_command_prints_json(capfd):
+    folder = str(DATA / "gpt_neo_checkpoints" / "global")
+    args = ["inspect", "--model", folder, "--prompt-ids", "5 17 9 17", "--temperature", "0.5", "--show", "3", "--json"]
+    assert cli.main(args) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    found = json.loads(captured.out)
+    assert found["prompt_tokens"] == PROMPT
+    p = reference.softmax(reference_logits(PROMPT) / 0.5)
+    assert [token["id"] for token in found["tokens"]] == np.argsort(-p)[:3].tolist()
+    assert [token["probabilities"][-1] for token in found["tokens"]] == pytest.approx(-np.sort(-p)[:3], abs=1e-6)
+    assert found["tokens"][0]["text"] is None
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--show", "0"], "--show 0: at least 1 is needed"),
+    (["--plot", "chain.xyz"], "plot needs the package" if find_spec("matplotlib") is None else "the suffix says"),
+    (["--top-p", "2"], "top_p=2.0; a number from 0 to 1 is needed"),
+    (["--greedy", "--top-k", "3"], "top_k=3 with do_sample=False"),
+])  # fmt: skip
+def test_what_the_command_does_not_take(capfd, args, message):
+    assert cli.main(["inspect", "--prompt", "Emma", *args]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
