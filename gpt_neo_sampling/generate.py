@@ -1,42 +1,23 @@
 """Prompts in, text out: a model on disk, its graphs and its session."""
 
-import contextlib
 import dataclasses
-import functools
 import logging
 import numbers
 
 import numpy as np
 
-from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
 from gpt_neo_sampling.checkpoint import load_tokenizer, open_checkpoint
-from gpt_neo_sampling.cluster import ClusterError
-from gpt_neo_sampling.draws import padded_size
+from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
 from gpt_neo_sampling.inspection import ChainStep
-from gpt_neo_sampling.mesh import device_mesh, round_up
-from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
-from gpt_neo_sampling.program import (
-    DEMO_FOLDER,
-    LOGIT_BIAS,
-    NO_STOP_TOKEN,
-    ProgramInputs,
-    ProgramKey,
-    add_variables,
-    build,
-    build_chain,
-    first_token_of,
-    load_weights,
-    variable_dtype_of,
-)
+from gpt_neo_sampling.mesh import device_mesh
+from gpt_neo_sampling.options import GenerationOptions
+from gpt_neo_sampling.program import DEMO_FOLDER, first_token_of
 from gpt_neo_sampling.request import checked_request
 from gpt_neo_sampling.sample import INVALID
-from gpt_neo_sampling.score import ScoreKey, ScoreProgram, score_texts
+from gpt_neo_sampling.score import ScoreProgram, score_texts
 from gpt_neo_sampling.streaming import TextStream, Watcher
 
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
-MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
-SHORTEST = 32  # positions of the smallest graph
 
 log = logging.getLogger(__name__)
 
@@ -73,71 +54,12 @@ class Interrupted(KeyboardInterrupt):
         self.samples = samples
 
 
-class _Program:
-    """A graph for requests of one kind: placeholders, and what comes out."""
-
-    def __init__(self, key, kind, model):
-        """kind: "run", "watched" (by a `Watcher` in each run) or "chain" (see `build_chain`); model: as for `build`."""
-        _, n_vocab, *_ = model
-
-        def option(name):
-            return tf.placeholder(ROW_OPTIONS[name].dtype, [key.rows])
-
-        options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
-        if LOGIT_BIAS in key.steps:
-            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [n_vocab])
-        self.inputs = ProgramInputs(
-            ids=tf.placeholder(tf.int32, [key.batch, key.length]),
-            prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
-            max_steps=tf.placeholder(tf.int32, [key.rows]),
-            stream=option("stream"),
-            seed=option("seed"),
-            stop_tokens=[tf.placeholder(tf.int32, []) for _ in range(key.n_stop_tokens)],
-            temperature=option("temperature"),
-            options=options,
-        )
-        self.watcher = None  # of the run that is under way
-        if kind == "chain":
-            self.names, self.results = zip(*build_chain(key, self.inputs, *model))
-        else:
-            on_tokens = (lambda tokens, n_drawn: self.watcher(tokens, n_drawn)) if kind == "watched" else None
-            self.results = build(key, self.inputs, *model, on_tokens=on_tokens)
-
-    def feeds(self, key, request, prompts, numbers, limits):
-        """What is fed for samples of these numbers of these prompts, ranges both, of these limits of new tokens."""
-        to, n_vocab = self.inputs, self.inputs.options[LOGIT_BIAS].shape[0] if LOGIT_BIAS in key.steps else 0
-        filling = key.batch - len(prompts)  # rows of one token, and no step
-        ids = np.full([key.batch, key.length], request.pad_token, np.int32)
-        part = [request.prompts[p] for p in prompts]
-        for row, prompt in enumerate(part):
-            ids[row, : len(prompt)] = prompt
-
-        def for_rows(name):
-            column = request.values[name][prompts.start : prompts.stop]
-            return np.repeat(np.pad(column, (0, filling), mode="edge"), key.samples)
-
-        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
-        feeds = {
-            to.ids: ids,
-            to.prompt_lengths: [len(p) for p in part] + [1] * filling,
-            to.max_steps: np.repeat(limits + [0] * filling, key.samples),
-            to.stream: for_rows("stream") + np.tile(np.arange(numbers.start, numbers.stop, dtype=np.int32), key.batch),
-            to.seed: for_rows("seed"),
-            to.temperature: for_rows("temperature"),
-            **dict(zip(to.stop_tokens, stop_tokens)),
-            **{placeholder: for_rows(name) for name, placeholder in to.options.items() if name != LOGIT_BIAS},
-        }
-        if n_vocab:
-            feeds[to.options[LOGIT_BIAS]] = np.pad(request.logit_bias, (0, n_vocab - len(request.logit_bias)))
-        return feeds
-
-
 class TextGenerator:
     """A GPT-Neo that continues prompts.
 
     Made by `from_pretrained`. Holds one copy of the weights, and a graph for
     each size of request that it has met, rounded up to a few sizes; at most
-    `MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
+    `graphs.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
     """
 
     def __init__(self, checkpoint, tokenizer=None, mesh=None, dtype=None):
@@ -145,25 +67,15 @@ class TextGenerator:
 
         See `from_pretrained`.
         """
-        gpt2.check_params(checkpoint.params)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
-        self.params = dict(checkpoint.params, mode="predict")
+        self.mesh = device_mesh() if mesh is None else mesh
+        self._graphs = Graphs(checkpoint, self.mesh, dtype)
+        self.params, self.dtype = self._graphs.params, self._graphs.dtype
         if checkpoint.ignored_generation_options:
             options = (f"{key}={value!r}" for key, value in checkpoint.ignored_generation_options.items())
             log.warning("the model's generation_config.json asks for what is not built and is left out: %s",
                         ", ".join(options))  # fmt: skip
-        self.mesh = device_mesh() if mesh is None else mesh
-        # memory is as long as the request, rounded up, and at most n_ctx
-        sizes = dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"])
-        self.mesh.check(sizes, gpt2.TENSORS)
-        vocab_parts = self.mesh.parts("vocab")
-        self._variable_dtype = variable_dtype_of(dtype)
-        self.dtype = self._variable_dtype.activation_dtype.name
-        self._n_vocab = self.params["n_vocab"] if vocab_parts == 1 else padded_size(self.params["n_vocab"], vocab_parts)
-        self._mesh_impl = self.mesh.impl()
-        self._session = None
-        self._programs = {}
 
     @classmethod
     def from_pretrained(cls, folder=None, *, dtype=None, mesh_shape=None, layout=None, devices=None, cluster=None):
@@ -269,14 +181,10 @@ class TextGenerator:
         """
         new = self.encode(continuation) if len(continuation) else []
         request = self._request([self.encode(prompt) + new], GenerationOptions(**options))
-        key = self._key(request, request.prompts, [0], 1)
-        with self._closed_if_lost():
-            program = self._program(key, "chain")
-            feeds = program.feeds(key, request, range(1), range(1), [len(new)])
-            results = self.mesh.run(self._session, program.results, feeds)
+        key = program_key(request, request.prompts, [0], 1, self.mesh)
+        found = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
         steps = [
-            ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]])
-            for name, p in zip(program.names, results)
+            ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]]) for (_, name), p in found.items()
         ]
         if np.isnan(steps[-1].probabilities).any():
             raise InvalidDistributionError("the model's logits are not a distribution (NaN or infinite)")
@@ -316,9 +224,7 @@ class TextGenerator:
 
     def close(self):
         """Frees the weights and the graphs; the next `generate` makes them anew."""
-        if self._session is not None:
-            self._session.close()
-        self._session, self._programs = None, {}
+        self._graphs.close()
 
     # --- requests
 
@@ -379,7 +285,7 @@ class TextGenerator:
                     break
         return Sample(prompt, new, text, reason, *(p[: len(new)].tolist() for p in logprobs))
 
-    # --- graphs
+    # --- runs
 
     def _run(self, request, prompts, numbers, samples, streamer):
         """Fills in samples of these numbers of these prompts, ranges both."""
@@ -391,13 +297,12 @@ class TextGenerator:
         watcher = None
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
             watcher = self._watcher(request, indices, rows, streamer)
-        key = self._key(request, part, limits, len(numbers))
-        with self._closed_if_lost():
-            program = self._program(key, "run" if watcher is None else "watched")
-            program.watcher = watcher
-            feeds = program.feeds(key, request, prompts, numbers, limits)
-            run = functools.partial(self.mesh.run, self._session, program.results, feeds)
-            results = run() if watcher is None else watcher.run(run)
+        key = program_key(request, part, limits, len(numbers), self.mesh)
+        args = key, request, prompts, numbers, limits
+        if watcher is None:
+            results = self._graphs.run(DecodeProgram, *args)
+        else:
+            results = self._graphs.run(WatchedProgram, *args, run=watcher.run, watcher=watcher)
         interrupted = watcher is not None and watcher.interrupted
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
             if not interrupted or watcher.finished[row]:
@@ -408,45 +313,8 @@ class TextGenerator:
 
     def _logprobs(self, rows):
         """Of rows of ids, the log-probabilities of all but the first of each."""
-        key = ScoreKey(
-            batch=round_up(_round_up_power(len(rows)), self.mesh.parts("batch")),
-            length=round_up(
-                _round_up_length(max(map(len, rows)), self.params["n_ctx"]), self.mesh.parts("memory_length")
-            ),
-        )
-        with self._closed_if_lost():
-            program = self._program(key, "score")
-            out = self.mesh.run(self._session, program.results, program.feeds(key, rows))
+        out = self._graphs.run(ScoreProgram, score_key(rows, self.params["n_ctx"], self.mesh), rows)
         return [logprobs[: len(row) - 1] for logprobs, row in zip(out, rows)]
-
-    @contextlib.contextmanager
-    def _closed_if_lost(self):
-        try:
-            yield
-        except ClusterError:
-            self.close()  # what the processes held is lost: the next request begins anew
-            raise
-
-    def _key(self, request, prompts, limits, n_samples):
-        options, n_ctx, n_vocab = request.options, self.params["n_ctx"], self.params["n_vocab"]
-        prompt_length, length = (
-            round_up(_round_up_length(longest, n_ctx), self.mesh.parts("memory_length"))
-            for longest in (max(map(len, prompts)), max(len(p) + n for p, n in zip(prompts, limits)))
-        )
-        steps = request.steps if request.logit_bias is None else request.steps | {LOGIT_BIAS}
-        return ProgramKey(
-            batch=round_up(_round_up_power(len(prompts)), self.mesh.parts("batch")),
-            prompt_length=prompt_length,
-            length=length,
-            samples=n_samples,
-            greedy=request.greedy,
-            steps=steps,
-            max_top_k=_round_up_top_k(request.values["top_k"].max(), n_vocab) if "top_k" in steps else None,
-            n_stop_tokens=_round_up_power(max(1, len(request.stop_tokens))),
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            logits_processors=tuple(options.logits_processors),
-            return_logprobs=options.return_logprobs,
-        )
 
     def _watcher(self, request, indices, rows, streamer):
         def on_token(row, *args):
@@ -458,33 +326,6 @@ class TextGenerator:
         rows = [(text_of(prompt), limit, request.stop_tokens) for prompt, limit in rows]
         return Watcher(rows, None if streamer is None else on_token)
 
-    def _program(self, key, kind):
-        """The graph for a key and a kind, built in the one tf.Graph that holds the weights."""
-        if (key, kind) in self._programs:
-            return self._programs[key, kind]
-        if len(self._programs) >= MAX_PROGRAMS:
-            self.close()  # nodes cannot be taken out of a graph, only the graph dropped
-        first = self._session is None
-        if first:
-            probe_devices()
-        graph = tf.Graph() if first else self._session.graph
-        with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            model = self.params, self._n_vocab, self._mesh_impl, self._variable_dtype
-            if first:
-                self._session = self._loaded_session(graph, add_variables(*model))
-            program = ScoreProgram(key, *model) if kind == "score" else _Program(key, kind, model)
-            self._programs[key, kind] = program
-        return self._programs[key, kind]
-
-    def _loaded_session(self, graph, weights):
-        session = self.mesh.session(graph)
-        try:
-            load_weights(self.checkpoint, weights, self._mesh_impl, functools.partial(self.mesh.run, session))
-        except BaseException:
-            session.close()
-            raise
-        return session
-
 
 def _listed(texts):
     """Texts, strings or ids each, from one or a list of them."""
@@ -493,19 +334,3 @@ def _listed(texts):
     if len(texts) == 0:
         raise ValueError("no prompts or texts; at least one is needed")
     return texts
-
-
-def _round_up_power(size):
-    return 1 << (size - 1).bit_length()
-
-
-def _round_up_length(length, n_ctx):
-    """32, 48, 64, 96, 128, …: powers of two and the middles between them."""
-    size = SHORTEST
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, n_ctx)
-
-
-def _round_up_top_k(top_k, n_vocab):
-    return next(k for k in (64, 1024, n_vocab) if top_k <= k)

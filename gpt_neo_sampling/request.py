@@ -23,6 +23,8 @@ class Request:
     stop_strings: tuple
     logit_bias: np.ndarray | None  # float32 [vocab]
     pad_token: int
+    n_vocab: int  # the model's
+    n_ctx: int
 
     @property
     def greedy(self):
@@ -87,6 +89,8 @@ def checked_request(prompts, options, checkpoint, tokenizer):
         stop_strings=_stop_strings(options.stop_strings, tokenizer),
         logit_bias=_logit_bias(options, n_vocab),
         pad_token=int(pad_token),
+        n_vocab=n_vocab,
+        n_ctx=n_ctx,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import reference
 from conftest import DATA
 
-from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, open_checkpoint
+from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, graphs, open_checkpoint
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
@@ -93,7 +93,7 @@ def test_dtype(dtype, bytes_a_weight):
     golden, checkpoint = np.load(MESH_TF / "rotary" / "golden.npz"), generator.checkpoint
     prompts = [row[:n].tolist() for row, n in zip(golden["prompts"], golden["lengths"])]
     samples = generator.generate(prompts, max_new_tokens=10, do_sample=False, eos_token_id=-1)
-    variables = [v for v in generator._session.graph.get_collection("variables")]
+    variables = [v for v in generator._graphs._session.graph.get_collection("variables")]
     n_weights = sum(np.prod(checkpoint.shape(n)) for n in checkpoint.names())
     assert sum(v.dtype.size * v.shape.num_elements() for v in variables) == bytes_a_weight * n_weights
     weights = {n: checkpoint.read(n) for n in checkpoint.names()}
@@ -188,22 +188,15 @@ def test_text_is_that_of_the_new_tokens(demo):
     assert demo.tokenizer.decode(sample.prompt_tokens + sample.tokens) == prompt + sample.text
 
 
-def test_a_character_whose_bytes_lie_on_both_sides_of_the_border(demo):
-    ids = demo.tokenizer.encode("é").ids
-    assert len(ids) == 2  # two byte tokens: Austen's text has no é
-    assert demo._decode(ids[:1], ids[1:]) == demo.tokenizer.decode(ids[1:])
-    assert demo._decode(ids, demo.tokenizer.encode(" x").ids) == " x"
-
-
 def test_mixed_requests_keep_the_number_of_graphs_and_nodes_bounded(monkeypatch):
-    monkeypatch.setattr(generate, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(graphs, "MAX_PROGRAMS", 2)
     generator = TextGenerator.from_pretrained(MESH_TF / "local")
     before = generator.generate([[3, 4]], max_new_tokens=3, seed=1)
     nodes = []
     for batch, options in ((1, dict(do_sample=False)), (2, dict(top_k=5)), (1, {}), (3, {}), (1, dict(top_k=100))):
         generator.generate([[3, 4]] * batch, max_new_tokens=3, seed=1, **options)
-        assert len(generator._programs) <= 2
-        nodes.append(len(generator._session.graph.get_operations()))
+        assert len(generator._graphs._programs) <= 2
+        nodes.append(len(generator._graphs._session.graph.get_operations()))
     assert nodes[-1] < 1.5 * max(nodes[:2])
     assert generator.generate([[3, 4]], max_new_tokens=3, seed=1) == before
 
@@ -211,7 +204,7 @@ def test_mixed_requests_keep_the_number_of_graphs_and_nodes_bounded(monkeypatch)
 def test_the_same_request_builds_nothing_more(tiny):
     def size():
         tiny.generate([[4, 5, 6]], max_new_tokens=5, temperature=0.5, top_k=3, seed=1)
-        return len(tiny._session.graph.get_operations())
+        return len(tiny._graphs._session.graph.get_operations())
 
     assert size() == size()
 
@@ -262,6 +255,23 @@ def test_nan_in_the_weights_ends_with_step_and_sample(tmp_path):
         (dict(seed=1.5), "seed=1.5"),
         (dict(eos_token_id=[1, -2]), "eos_token_id=-2"),
         (dict(pad_token_id=-2), "pad_token_id=-2"),
+        (dict(top_p=1.01), "top_p=1.01; a number from 0 to 1"),
+        (dict(typical_p=0), "typical_p=0; a number above 0 to 1"),
+        (dict(min_p=True), "min_p=True; a number"),
+        (dict(repetition_penalty=0), "repetition_penalty=0; a finite number above 0"),
+        (dict(presence_penalty=float("inf")), "presence_penalty=inf; a finite number"),
+        (dict(no_repeat_ngram_size=0), "no_repeat_ngram_size=0"),
+        (dict(min_new_tokens=-1), "min_new_tokens=-1"),
+        (dict(logit_bias={127: 1}), "token id=127; a whole number from 0 to 126"),
+        (dict(logit_bias={3: float("nan")}), "logit_bias={3: nan}"),
+        (dict(logit_bias=[3]), "logit_bias=[3]; a dict"),
+        (dict(bad_words_ids=[[1, 2]]), "bad_words_ids: [1, 2]"),
+        (dict(stop_strings=["a", ""]), "stop_strings=['a', '']"),
+        (dict(stop_strings="a"), "need a tokenizer"),
+        (dict(temperature=[1, 1]), "temperature has 2 values for 1 prompts"),
+        (dict(top_p=["high"]), "top_p='high'"),
+        (dict(stream=[None]), "stream"),
+        (dict(do_sample=False, top_p=0.5), "top_p=0.5 with do_sample=False"),
     ],
 )
 def test_bad_options_are_named(tiny, options, message):
@@ -376,3 +386,60 @@ def test_text_without_a_tokenizer_names_the_datasets(tmp_path):
     (folder / "dataset_configs" / "pile.json").write_text(json.dumps({"tokenizer_path": "gpt2"}))
     with pytest.raises(ValueError, match="its dataset's is gpt2, which is not downloaded.*give token ids"):
         TextGenerator.from_pretrained(folder).generate("text")
+
+
+# --- A value for each prompt, and what came out ------------------------------------------
+
+
+def test_each_prompt_has_its_own_options_wherever_it_is_batched(tiny):
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(2, 127, n).tolist() for n in (3, 9, 1, 5, 4)]
+    options = dict(
+        temperature=[0.5, None, 0, 1.5, 1],
+        top_k=[None, 5, None, 90, 3],
+        top_p=[0.9, None, None, 0.5, None],
+        entmax_alpha=[None, None, None, 1.5, None],
+        repetition_penalty=[None, 1.5, None, None, 0.5],
+        max_new_tokens=[9, 3, 12, 1, 7],
+        min_new_tokens=[None, 3, None, None, None],
+        seed=[1, 2, 3, 4, 4],
+        stream=[7, 0, 0, 5, -2],
+    )
+    together = tiny.generate(prompts, **options)
+    for i, prompt in enumerate(prompts):
+        assert tiny.generate(prompt, **{name: column[i] for name, column in options.items()}) == together[i : i + 1]
+    assert tiny.generate(prompts[::-1], **{name: column[::-1] for name, column in options.items()}) == together[::-1]
+
+
+def test_more_samples_than_a_batch_takes(tiny):
+    n, options = generate.MAX_BATCH + 3, dict(max_new_tokens=5, seed=6, return_logprobs=True)
+    samples = tiny.generate([[5, 6], [7]], num_return_sequences=n, **options)
+    assert len({tuple(s.tokens) for s in samples}) > n
+    for i in (0, 1, n - 1, n, 2 * n - 1):
+        assert tiny.generate([[5, 6], [7]][i // n], stream=i, **options)[0].tokens == samples[i].tokens
+
+
+def test_log_probabilities_are_those_of_score(demo):
+    prompt = "It was the duty of"
+    (sample,) = demo.generate(prompt, max_new_tokens=20, seed=1, temperature=0.5, top_k=20, return_logprobs=True)
+    (score,) = demo.score([sample.prompt_tokens + sample.tokens])
+    n = len(sample.prompt_tokens)
+    np.testing.assert_allclose(sample.logprobs, score.logprobs[n:], atol=2e-5)
+    assert all(a > b - 1e-6 for a, b in zip(sample.draw_logprobs, np.array(sample.logprobs)))
+    (greedy,) = demo.generate(prompt, max_new_tokens=5, do_sample=False, return_logprobs=True)
+    assert greedy.draw_logprobs == [0.0] * 5 and demo.generate(prompt, max_new_tokens=5)[0].logprobs is None
+
+
+def test_stop_tokens_and_finish_reasons(demo):
+    prompt, options = "It was the duty of", dict(seed=1, max_new_tokens=40)
+    (whole,) = demo.generate(prompt, eos_token_id=-1, **options)
+    stops = [whole.tokens[12], whole.tokens[6]]
+    (stopped,) = demo.generate(prompt, eos_token_id=stops, **options)
+    end = min(whole.tokens.index(t) for t in stops) + 1
+    assert (stopped.tokens, stopped.finish_reason) == (whole.tokens[:end], "stop")
+    (later,) = demo.generate(prompt, eos_token_id=stops, min_new_tokens=30, **options)
+    assert len(later.tokens) >= 30 and not set(later.tokens[:30]) & set(stops)
+    (last,) = demo.generate(prompt, eos_token_id=[whole.tokens[-1]], seed=1, max_new_tokens=40)
+    assert last.finish_reason == "stop" and whole.finish_reason == "length"
+    never = [[t] for t in set(whole.tokens)]
+    assert not {t for (t,) in never} & set(demo.generate(prompt, bad_words_ids=never, **options)[0].tokens)

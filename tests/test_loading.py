@@ -26,19 +26,19 @@ SHAPE_125M = {
 
 LOAD = r"""
 import json, re, sys, time
-from gpt_neo_sampling import TextGenerator, generate
+from gpt_neo_sampling import TextGenerator, graphs
 
 def memory(key):
     return int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 
-load = generate.load_weights
+load = graphs.load_weights
 def measured(*args):
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
     before, begin = memory("VmRSS"), time.monotonic()
     load(*args)
     print(json.dumps({"seconds": time.monotonic() - begin, "peak": memory("VmHWM") - before}))
     sys.exit()
-generate.load_weights = measured
+graphs.load_weights = measured
 TextGenerator.from_pretrained(sys.argv[1], **json.loads(sys.argv[2])).generate([[1]], max_new_tokens=1)
 """
 VOCAB_SPLIT = {

@@ -1,0 +1,229 @@
+"""One copy of a model's weights in a session, and graphs of a few sizes that run on it."""
+
+import functools
+
+import numpy as np
+
+from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
+from gpt_neo_sampling.cluster import ClusterError
+from gpt_neo_sampling.draws import padded_size
+from gpt_neo_sampling.mesh import round_up
+from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.options import ROW_OPTIONS
+from gpt_neo_sampling.program import (
+    LOGIT_BIAS,
+    NO_STOP_TOKEN,
+    ProgramInputs,
+    ProgramKey,
+    add_variables,
+    build,
+    build_chain,
+    load_weights,
+    variable_dtype_of,
+)
+from gpt_neo_sampling.score import ScoreKey
+
+MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
+SHORTEST = 32  # positions of the smallest graph
+
+
+class Graphs:
+    """The session of a model on a mesh, and the graphs that were asked for, at most `MAX_PROGRAMS` of them."""
+
+    def __init__(self, checkpoint, mesh, dtype=None):
+        """Takes a `Checkpoint`, a `mesh.DeviceMesh` and a dtype as for `TextGenerator`; raises what it does."""
+        gpt2.check_params(checkpoint.params)
+        self.params = dict(checkpoint.params, mode="predict")
+        self.mesh = mesh
+        # memory is as long as the request, rounded up, and at most n_ctx
+        mesh.check(dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"]), gpt2.TENSORS)
+        variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
+        self.dtype = variable_dtype.activation_dtype.name
+        self._model = (
+            self.params,
+            n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts),
+            mesh.impl(),
+            variable_dtype,
+        )
+        self._checkpoint = checkpoint
+        self._session = None
+        self._programs = {}
+
+    def run(self, kind, key, *request, run=None, **more):
+        """What a graph gives for a request.
+
+        Args:
+          kind: one of the classes below, or `ScoreProgram`.
+          key: what the graph is built for.
+          *request, **more: what the class's `feeds` takes behind the key.
+          run: None, or a function that calls the one it is given and returns its result.
+
+        Returns:
+          what the graph's `results` are, as ndarrays.
+        """
+        try:
+            program = self._program(kind, key)
+            feeds = program.feeds(key, *request, **more)
+            run_graph = functools.partial(self.mesh.run, self._session, program.results, feeds)
+            return run_graph() if run is None else run(run_graph)
+        except ClusterError:
+            self.close()  # what the processes held is lost: the next request begins anew
+            raise
+
+    def close(self):
+        """Frees the weights and the graphs; the next run makes them anew."""
+        if self._session is not None:
+            self._session.close()
+        self._session, self._programs = None, {}
+
+    def _program(self, kind, key):
+        """The graph of a kind for a key, built in the one tf.Graph that holds the weights."""
+        if (kind, key) in self._programs:
+            return self._programs[kind, key]
+        if len(self._programs) >= MAX_PROGRAMS:
+            self.close()  # nodes cannot be taken out of a graph, only the graph dropped
+        first = self._session is None
+        if first:
+            probe_devices()
+        graph = tf.Graph() if first else self._session.graph
+        with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
+            if first:
+                self._session = self._loaded_session(graph, add_variables(*self._model))
+            self._programs[kind, key] = kind(key, *self._model)
+        return self._programs[kind, key]
+
+    def _loaded_session(self, graph, weights):
+        session = self.mesh.session(graph)
+        try:
+            load_weights(self._checkpoint, weights, self.mesh.impl(), functools.partial(self.mesh.run, session))
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+class DecodeProgram:
+    """A decode graph: tokens, and log-probabilities if the key asks for them."""
+
+    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
+        """key: ProgramKey; the rest as for `build`."""
+
+        def option(name):
+            return tf.placeholder(ROW_OPTIONS[name].dtype, [key.rows])
+
+        options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
+        if LOGIT_BIAS in key.steps:
+            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [n_vocab])
+        self._n_vocab = n_vocab
+        self._inputs = ProgramInputs(
+            ids=tf.placeholder(tf.int32, [key.batch, key.length]),
+            prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
+            max_steps=tf.placeholder(tf.int32, [key.rows]),
+            stream=option("stream"),
+            seed=option("seed"),
+            stop_tokens=[tf.placeholder(tf.int32, []) for _ in range(key.n_stop_tokens)],
+            temperature=option("temperature"),
+            options=options,
+        )
+        self.results = self._build(key, params, n_vocab, mesh_impl, variable_dtype)
+
+    def _build(self, key, *model):
+        return build(key, self._inputs, *model)
+
+    def feeds(self, key, request, prompts, numbers, limits):
+        """What is fed for samples of these numbers of these prompts of a `Request`, ranges both; limits: how many new
+        tokens each prompt may get."""
+        to, n_filling = self._inputs, key.batch - len(prompts)  # rows of one token, and no step, fill the batch
+        ids = np.full([key.batch, key.length], request.pad_token, np.int32)
+        part = [request.prompts[p] for p in prompts]
+        for row, prompt in enumerate(part):
+            ids[row, : len(prompt)] = prompt
+
+        def for_rows(name):
+            column = request.values[name][prompts.start : prompts.stop]
+            return np.repeat(np.pad(column, (0, n_filling), mode="edge"), key.samples)
+
+        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
+        feeds = {
+            to.ids: ids,
+            to.prompt_lengths: [len(p) for p in part] + [1] * n_filling,
+            to.max_steps: np.repeat(limits + [0] * n_filling, key.samples),
+            to.stream: for_rows("stream") + np.tile(np.arange(numbers.start, numbers.stop, dtype=np.int32), key.batch),
+            to.seed: for_rows("seed"),
+            to.temperature: for_rows("temperature"),
+            **dict(zip(to.stop_tokens, stop_tokens)),
+            **{placeholder: for_rows(name) for name, placeholder in to.options.items() if name != LOGIT_BIAS},
+        }
+        if LOGIT_BIAS in key.steps:
+            feeds[to.options[LOGIT_BIAS]] = np.pad(request.logit_bias, (0, self._n_vocab - len(request.logit_bias)))
+        return feeds
+
+
+class WatchedProgram(DecodeProgram):
+    """A decode graph that calls a `Watcher` after each step."""
+
+    def _build(self, key, *model):
+        self._watcher = None
+        return build(key, self._inputs, *model, on_tokens=lambda tokens, n_drawn: self._watcher(tokens, n_drawn))
+
+    def feeds(self, *args, watcher):
+        self._watcher = watcher  # of the run that comes
+        return super().feeds(*args)
+
+
+class ChainProgram(DecodeProgram):
+    """One step behind a prompt; its results are a dict, (number, name) of each step of the chain -> probabilities."""
+
+    def _build(self, key, *model):
+        return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, *model))}
+
+
+def program_key(request, prompts, limits, n_samples, mesh):
+    """The ProgramKey of the smallest graph for some prompts of a `Request`, lists of ids.
+
+    limits: how many new tokens each of them may get; n_samples: of each prompt; mesh: `mesh.DeviceMesh`.
+    """
+    n_ctx, n_vocab = request.n_ctx, request.n_vocab
+    steps = request.steps if request.logit_bias is None else request.steps | {LOGIT_BIAS}
+    return ProgramKey(
+        batch=_batch(len(prompts), mesh),
+        prompt_length=_length(max(map(len, prompts)), n_ctx, mesh),
+        length=_length(max(len(p) + n for p, n in zip(prompts, limits)), n_ctx, mesh),
+        samples=n_samples,
+        greedy=request.greedy,
+        steps=steps,
+        max_top_k=_round_up_top_k(request.values["top_k"].max(), n_vocab) if "top_k" in steps else None,
+        n_stop_tokens=_round_up_power(max(1, len(request.stop_tokens))),
+        no_repeat_ngram_size=request.options.no_repeat_ngram_size,
+        logits_processors=tuple(request.options.logits_processors),
+        return_logprobs=request.options.return_logprobs,
+    )
+
+
+def score_key(rows, n_ctx, mesh):
+    """The ScoreKey of the smallest graph for some rows of ids."""
+    return ScoreKey(_batch(len(rows), mesh), _length(max(map(len, rows)), n_ctx, mesh))
+
+
+def _batch(rows, mesh):
+    return round_up(_round_up_power(rows), mesh.parts("batch"))
+
+
+def _length(length, n_ctx, mesh):
+    return round_up(_round_up_length(length, n_ctx), mesh.parts("memory_length"))
+
+
+def _round_up_power(size):
+    return 1 << (size - 1).bit_length()
+
+
+def _round_up_length(length, n_ctx):
+    """32, 48, 64, 96, 128, …: powers of two and the middles between them."""
+    size = SHORTEST
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, n_ctx)
+
+
+def _round_up_top_k(top_k, n_vocab):
+    return next(k for k in (64, 1024, n_vocab) if top_k <= k)
