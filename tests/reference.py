@@ -446,12 +446,12 @@ def top_p_keep(x, top_p):
 
 
 def typical_p_keep(x, typical_p):
-    """As top_p_keep, by |-log p - H|, in which float32 tells no nearer ones apart than 1e-7."""
+    """As top_p_keep, by |-log p - H| in float32: what is equal there goes by index."""
     log_p = _log_p(x)
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         far = abs(-log_p - entropy(p))
-    return _mass_keep(np.argsort(far.round(9), -1, kind="stable"), p, typical_p)
+    return _mass_keep(np.argsort(far.astype(np.float32), -1, kind="stable"), p, typical_p)
 
 
 def _at_least(x, least_log_p):

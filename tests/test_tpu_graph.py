@@ -12,7 +12,7 @@ from helpers_cases import TableModel
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling.sample import sample_autoregressive
 
-CORES, BATCH, LENGTH, WORDS = 4, 4, 8, 64
+CORES, BATCH, LENGTH, WORDS = 4, 4, 8, 512
 WAITS_FOR_HOST = ("PyFunc", "PyFuncStateless", "EagerPyFunc", "Print", "PrintV2", "Assert")
 MOVES_DATA = ("AllToAll", "CollectivePermute", "XlaAllReduce", "CrossReplicaSum")
 
@@ -32,12 +32,17 @@ def assignment():
     return device_assignment.device_assignment(made_up, computation_shape=[1, 1, 1, 1], num_replicas=CORES)
 
 
-@pytest.fixture(scope="module", params=["softmax", "top-k", "entmax"])
+@pytest.fixture(scope="module", params=["softmax", "top-k", "masks by mass", "entmax"])
 def operations(request):
     """All operations under tpu.replicate, those of loop bodies and branches among them."""
     from tensorflow.python.tpu import tpu
 
-    options = {"softmax": {}, "top-k": dict(sampling_keep_top_k=5), "entmax": dict(sampling_use_entmax=True)}
+    options = {
+        "softmax": {},
+        "top-k": dict(sampling_keep_top_k=5),
+        "masks by mass": dict(top_p=0.9, min_p=0.01, typical_p=0.9, epsilon_cutoff=1e-4, eta_cutoff=1e-4),
+        "entmax": dict(sampling_use_entmax=True),
+    }
     with tf.Graph().as_default() as graph, quiet_logging():
         cores = assignment()
         impl = mtf.simd_mesh_impl.SimdMeshImpl(
