@@ -108,12 +108,12 @@ def shrink(path):
     write_whole(path, lambda partial: image.save(partial, format="png", optimize=True))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="where the pictures go")
     parser.add_argument("--model", help="what gpt-neo-sampling's --model takes")
     parser.add_argument("--prompt", default="Mr. Darcy looked")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     generator = TextGenerator.from_pretrained(args.model)
     args.folder.mkdir(parents=True, exist_ok=True)
     plot_options(generator, args.prompt, args.folder / "options.png")
@@ -123,7 +123,6 @@ def main():
         plot(generator.inspect(args.prompt, **options), lambda i: token_text(generator.tokenizer, i), path,
              title=f"Next token after “{args.prompt}”")  # fmt: skip
         shrink(path)
-        print(path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from training import Trainer, random_windows, split_text
 
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.generate import DEMO_FOLDER
+from gpt_neo_sampling.inspection import write_whole
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 
 matplotlib.use("Agg")
@@ -138,12 +139,6 @@ def smoothed(losses):
     """Means of so many in a row as SMOOTHED says, or of all."""
     n = min(SMOOTHED, len(losses))
     return np.convolve(losses, np.full(n, 1 / n), "valid")
-
-
-def write_whole(path, write):
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
 
 
 def table(figures):

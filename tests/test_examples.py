@@ -1,4 +1,4 @@
-"""examples/: the scripts that train, a few steps of them."""
+"""examples/: the scripts that train, a few steps of them, and the one that draws the docs' pictures."""
 
 import json
 import pathlib
@@ -14,8 +14,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 pytest.importorskip("matplotlib", reason="examples/train_entmax.py draws with matplotlib, which [test] installs")
 
+import plot_settings
 import train_entmax
 import training
+from PIL import Image
 
 
 @pytest.fixture
@@ -102,3 +104,19 @@ def test_train_entmax_refuses(text, tmp_path, argv, message, capsys):
         train_entmax.main([{"TEXT": str(text), "SHORT": str(short)}.get(a, a) for a in argv])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_plot_settings(tmp_path, monkeypatch):
+    """All four pictures, of few settings and a short text: PNGs of the right sizes, small, and not blank."""
+    monkeypatch.setattr(plot_settings, "TOKENS", 4)
+    monkeypatch.setattr(plot_settings, "OPTIONS", {"top_k": (5,), "entmax_alpha": (1.3,)})
+    plot_settings.main([str(tmp_path / "new"), "--prompt", "Emma"])
+    sizes = {"options": (1100, 650), "adapts": (800, 450), "chain": (1100, 800), "entmax": (1100, 800)}
+    assert {path.stem for path in (tmp_path / "new").iterdir()} == set(sizes)
+    for name, size in sizes.items():
+        path = tmp_path / "new" / f"{name}.png"
+        assert path.stat().st_size < 100_000
+        picture = Image.open(path)
+        assert picture.format == "PNG"
+        assert picture.size == size
+        assert len(picture.convert("RGB").getcolors()) > 20

@@ -15,7 +15,17 @@ from helpers_model import checkpoint, reference_config
 from tokenizers import Tokenizer
 
 from gpt_neo_sampling import TextGenerator, cli
-from gpt_neo_sampling.inspection import ChainStep, changing, likeliest, plot, table, to_json, token_text, write_whole
+from gpt_neo_sampling.inspection import (
+    ChainStep,
+    changing,
+    likeliest,
+    plot,
+    table,
+    terminal_style,
+    to_json,
+    token_text,
+    write_whole,
+)
 from gpt_neo_sampling.program import DEMO_FOLDER
 
 V = 2048
@@ -140,6 +150,20 @@ def test_table_keeps_to_its_width(width, unicode):
     assert [line.rstrip() for line in plain.splitlines()] == lines
 
 
+def test_style_is_the_terminals(monkeypatch):
+    class Stream:
+        def __init__(self, encoding, is_terminal):
+            self.encoding, self.isatty = encoding, lambda: is_terminal
+
+    monkeypatch.setenv("COLUMNS", "77")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal_style(Stream("UTF-8", True)) == {"width": 77, "unicode": True, "colour": True}
+    assert terminal_style(Stream("latin-1", False)) == {"width": 77, "unicode": False, "colour": False}
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not terminal_style(Stream("utf8", True))["colour"]
+
+
 def test_tokens_that_are_bytes_spaces_or_unknown():
     tokenizer = Tokenizer.from_file(str(DEMO_FOLDER / "tokenizer.json"))
     curly = tokenizer.encode("“").ids
@@ -171,7 +195,7 @@ def test_picture(matplotlib, tmp_path):
     from matplotlib import image
 
     path = tmp_path / "chain.png"
-    plot(chain(), lambda i: ("$1_2", " 日本", "\n", "🙂")[i % 4], path, title="after “日 $x$”")
+    plot(chain(), lambda i: ("$1_2", " 日本", "\n", "🙂")[i % 4], path, title="after “日 $_$”")
     pixels = image.imread(path)
     assert pixels.shape[:2] == (800, 1100)
     flat = pixels[..., :3].reshape(-1, 3)
