@@ -16,6 +16,7 @@ from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
     has_no_top_k,
+    mask_value,
     min_p_mask,
     padding_mask,
     top_k_candidates,
@@ -164,6 +165,10 @@ def _before_temperature(logits, dim, options, history):
         if options.logits_processors:  # which may give any number to an entry that is padding
             logits = _without_padding(logits, dim, options)
         found.append((name, logits))
+    if len(found) > 1:  # what is masked is −inf from here on, for a row without anything else to be told
+        lowest = mask_value(tf.float32)
+        logits = mtf.cwise(lambda x: tf.where_v2(x <= lowest, tf.constant(-np.inf), x), [logits])
+        found[-1] = name, logits
     return found
 
 
@@ -281,7 +286,7 @@ def _scaled(x, factor, dim):
 
 def _log_probability(x, token, dim, alpha=None, ids=None):
     """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries stand for the tokens `ids`."""
-    at = token
+    at, x = token, mtf.cwise(finite, [x])  # to travel
     if ids is not None:
         is_token = cwise_broadcast(
             lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32

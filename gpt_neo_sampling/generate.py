@@ -186,8 +186,10 @@ class TextGenerator:
         steps = [
             ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]]) for (_, name), p in found.items()
         ]
-        if np.isnan(steps[-1].probabilities).any():
-            raise InvalidDistributionError("the model's logits are not a distribution (NaN or infinite)")
+        if not steps[-1].probabilities.sum() > 0.5:  # NaN is not either
+            raise InvalidDistributionError(
+                "the logits are not a distribution: the model gave NaN or infinite ones, or every token is masked"
+            )
         return steps
 
     def score(self, texts, *, add_start_token=False, stride=None):
@@ -272,7 +274,7 @@ class TextGenerator:
         if INVALID in new:
             raise InvalidDistributionError(
                 f"sample {index}, step {new.index(INVALID)}: "
-                "the model's logits are not a distribution (NaN or infinite)",
+                "the logits are not a distribution: the model gave NaN or infinite ones, or every token is masked",
                 index,
             )
         text = None
