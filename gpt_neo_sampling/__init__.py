@@ -4,16 +4,29 @@ from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflo
 from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
 from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.export import export_saved_model
-from gpt_neo_sampling.generate import InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh import DeviceMesh, MeshError, device_mesh
 from gpt_neo_sampling.models.utils import (
     biasmask_attn_weights,
     entmax,
     entmax_cross_entropy_with_logits,
+    epsilon_mask,
+    eta_mask,
+    logit_bias,
+    min_p_mask,
+    no_repeat_ngram_mask,
     parse_inputs,
+    presence_frequency_penalty,
+    repetition_penalty,
     sample_categorical,
+    token_counts,
+    tokens_mask,
     top_k_mask,
+    top_p_mask,
+    typical_p_mask,
 )
+from gpt_neo_sampling.options import GenerationOptions
 from gpt_neo_sampling.prompts_file import generate_file
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.score import TextScore
@@ -21,9 +34,12 @@ from gpt_neo_sampling.score import TextScore
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChainStep",
     "CheckpointError",
     "ClusterError",
     "DeviceMesh",
+    "GenerationOptions",
+    "Interrupted",
     "InvalidDistributionError",
     "MeshError",
     "Sample",
@@ -34,11 +50,22 @@ __all__ = [
     "device_mesh",
     "entmax",
     "entmax_cross_entropy_with_logits",
+    "epsilon_mask",
+    "eta_mask",
     "export_saved_model",
     "generate_file",
+    "logit_bias",
+    "min_p_mask",
+    "no_repeat_ngram_mask",
     "open_checkpoint",
     "parse_inputs",
+    "presence_frequency_penalty",
+    "repetition_penalty",
     "sample_autoregressive",
     "sample_categorical",
+    "token_counts",
+    "tokens_mask",
     "top_k_mask",
+    "top_p_mask",
+    "typical_p_mask",
 ]

@@ -1,7 +1,8 @@
 """Sampling operations: mtf tensors in, mtf tensors out.
 
-`entmax` and its loss and the draw, under the names that GPT-Neo's scripts
-import. All work on any layout; none builds anything larger than its input.
+`entmax` and its loss, the draw, and the masks and penalties of the modules beside
+this one, in the place where GPT-Neo's scripts look for them. All work on any
+layout; none builds anything larger than its input.
 """
 
 import numbers
@@ -10,7 +11,22 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import Rows, chosen_of, entmax_by_chosen, grouped_draw, near_sum
-from gpt_neo_sampling.models.masks import top_k_mask
+from gpt_neo_sampling.models.masks import (
+    epsilon_mask,
+    eta_mask,
+    min_p_mask,
+    top_k_mask,
+    top_p_mask,
+    typical_p_mask,
+)
+from gpt_neo_sampling.models.penalties import (
+    logit_bias,
+    no_repeat_ngram_mask,
+    presence_frequency_penalty,
+    repetition_penalty,
+    token_counts,
+    tokens_mask,
+)
 from gpt_neo_sampling.mtf_ops import (
     align,
     counter_uniforms,
@@ -25,17 +41,27 @@ from gpt_neo_sampling.mtf_ops import (
     size_of,
 )
 
-# GPT-Neo's scripts look for all of these here.
 __all__ = [
     "biasmask_attn_weights",
     "entmax",
     "entmax_backward",
     "entmax_cross_entropy_with_logits",
     "entmax_forward",
+    "epsilon_mask",
+    "eta_mask",
+    "logit_bias",
+    "min_p_mask",
+    "no_repeat_ngram_mask",
     "parse_inputs",
+    "presence_frequency_penalty",
+    "repetition_penalty",
     "sample_categorical",
     "softmax",
+    "token_counts",
+    "tokens_mask",
     "top_k_mask",
+    "top_p_mask",
+    "typical_p_mask",
 ]
 
 DEFAULT_ALPHA = 1.3
