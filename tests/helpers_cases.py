@@ -299,12 +299,25 @@ _MIXED = {
     "sampling_use_entmax": True,
     "seed": np.array([1, -5, 2**31 - 1, 0, 77, 1, 77, 3], np.int32),
 }
+_CONTROLS = {
+    "repetition_penalty": np.array([1, 1.2, 0.7, 1, 1.5, 1, 1.1, 1], np.float32),
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.1,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": np.array([0, 3, 0, 2, 0, 0, 1, 0], np.int32),
+    "top_p": np.array([0.9, 1, 0.5, 0.95, 1, 0.8, 0, 0.99], np.float32),
+    "min_p": 0.01,
+    "typical_p": np.array([1, 0.5, 1, 0.9, 0.95, 1, 1, 0.8], np.float32),
+    "epsilon_cutoff": 1e-3,
+    "eta_cutoff": 2e-3,
+}
 LOOPS = {
     "greedy": dict(temperature=0),
     "top-k, never_end": dict(temperature=0.7, sampling_keep_top_k=5, never_end=True, seed=4),
     "entmax, slow_sampling": dict(sampling_use_entmax=True, params={"slow_sampling": True}, seed=7),
     "mixed rows": dict(_MIXED, remove_partial_sequences=True),
     "hard, mixed rows": dict(_MIXED, hard=True),
+    "controls, mixed rows": dict(_MIXED, **_CONTROLS),
 }
 
 
