@@ -162,8 +162,7 @@ def _records(generator, data, source, options):
             own = {name: value for name, value in {**options, **own}.items() if value is not None}
             prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
             values = generator.check([prompt], **_columns([own])).values
-            # whether to sample at all is asked of a whole call, and here it is each record's
-            own.pop("do_sample", None)
+            # without this an option of one prompt would have all of its batch sampled, where the model's default is greedy
             own["temperature"] = values["temperature"].item()
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
             if own["max_new_tokens"] < values["max_new_tokens"]:
