@@ -162,7 +162,7 @@ def _records(generator, data, source, options):
             own = {name: value for name, value in {**options, **own}.items() if value is not None}
             prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
             values = generator.check([prompt], **_columns([own])).values
-            # without this an option of one prompt would have all of its batch sampled, where the model's default is greedy
+            # else one prompt's option would have all of its batch sampled, where the model's default is greedy
             own["temperature"] = values["temperature"].item()
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
             if own["max_new_tokens"] < values["max_new_tokens"]:

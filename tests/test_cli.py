@@ -217,7 +217,7 @@ def test_help_names_every_option(capfd):
     status, out, _ = main(capfd, "generate", "--help")
     assert status == 0
     for option in ("--model", "--prompt", "--prompt-ids", "--max-new-tokens", "--temperature", "--top-k", "--entmax",
-                   "--seed", "--num-samples", "--json"):  # fmt: skip
+                   "--seed", "--num-samples", "--json", "--prompts-file", "--output"):  # fmt: skip
         assert option in out
 
 
