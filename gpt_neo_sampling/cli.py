@@ -17,7 +17,7 @@ import sys
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.checkpoint import MAX_SHARD_SIZE, convert_checkpoint
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
-from gpt_neo_sampling.export import DEFAULT_TOP_K, export_saved_model
+from gpt_neo_sampling.export import CONTROLS, DEFAULT_TOP_K, export_saved_model
 from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, TextGenerator
 from gpt_neo_sampling.inspection import DEFAULT_COUNT, plot, plot_format, table, terminal_style, to_json, token_text
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
@@ -161,6 +161,8 @@ def _parser():
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
     add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
+    add("--controls", nargs="+", choices=CONTROLS, default=(), metavar="NAME", help="what else requests may ask for, of "
+        f"{', '.join(CONTROLS)}; each costs time in every step")  # fmt: skip
     convert = command(
         "convert",
         "write a model in the other format",
@@ -402,6 +404,7 @@ def _export(args):
         length=args.length,
         prompt_length=args.prompt_length,
         max_top_k=args.max_top_k,
+        controls=args.controls,
         dtype=args.dtype,
     )
     print(f"wrote {args.output}", file=sys.stderr)

@@ -22,12 +22,15 @@ REQUESTS = {
     "stop": ("serving_default", dict(temperature=0.0, seed=1, eos_token_id=STOP), dict(do_sample=False)),
     "softmax": ("serving_default", dict(temperature=0.8, seed=3_000_000_000), dict(temperature=0.8)),
     "top-k": ("serving_default", dict(temperature=1.1, seed=-5, top_k=TOP_K), dict(temperature=1.1, top_k=TOP_K)),
+    "controls": ("serving_default", dict(temperature=1.3, seed=9, top_p=0.7, repetition_penalty=1.4, top_k=TOP_K),
+                 dict(temperature=1.3, top_p=0.7, repetition_penalty=1.4, top_k=TOP_K)),
     "entmax": ("entmax", dict(temperature=1.0, seed=7, entmax_alpha=1.5), dict(entmax_alpha=1.5)),
     "entmax, top-k": ("entmax", dict(temperature=1.0, seed=7, entmax_alpha=1.1, top_k=3),
                       dict(entmax_alpha=1.1, top_k=3)),
 }  # fmt: skip
 DEFAULTS = dict(seed=7)
-ALL = dict(max_new_tokens=12, top_k=0, stream=list(range(BATCH)), eos_token_id=-1)
+CONTROLS = ["top_p", "repetition_penalty"]
+ALL = dict(max_new_tokens=12, top_k=0, stream=list(range(BATCH)), eos_token_id=-1, top_p=1.0, repetition_penalty=1.0)
 MIXED = dict(
     temperature=[0.0, 0.8, 1.1, 0.8],
     seed=[1, 3_000_000_000, -5, 3_000_000_000],
@@ -63,7 +66,8 @@ def generated():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "new" / "model"
-    export_saved_model(folder, batch=BATCH, length=LENGTH, prompt_length=PROMPT_LENGTH, max_top_k=TOP_K)
+    export_saved_model(folder, batch=BATCH, length=LENGTH, prompt_length=PROMPT_LENGTH, max_top_k=TOP_K,
+                       controls=CONTROLS)  # fmt: skip
     return folder
 
 
