@@ -161,7 +161,7 @@ def _parser():
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
     add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
-    add("--controls", nargs="+", choices=CONTROLS, default=(), metavar="NAME", help="what else requests may ask for, of "
+    add("--controls", nargs="+", choices=CONTROLS, default=(), metavar="NAME", help="what else may be asked for, of "
         f"{', '.join(CONTROLS)}; each costs time in every step")  # fmt: skip
     convert = command(
         "convert",
