@@ -7,6 +7,9 @@ import numpy as np
 
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
+INT32_MAX = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 @dataclasses.dataclass(frozen=True)
 class RowOption:
@@ -14,7 +17,7 @@ class RowOption:
 
     name: str
     least: float
-    most: float = float("inf")  # as all bounds that are infinite, out of range itself
+    most: float = float("inf")
     neutral: float = None  # what changes nothing; None where every value says something
     whole: bool = False
     above_least: bool = False  # `least` itself is out of range
@@ -27,9 +30,11 @@ class RowOption:
         """Raises ValueError for a value that is no such number, or out of range."""
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise ValueError(f"{self.name}={value!r}; a number is needed")
-        below = value <= self.least if self.above_least else value < self.least
-        whole = not self.whole or isinstance(value, numbers.Integral)
-        if below or not value <= self.most or abs(value) == float("inf") or not whole:
+        fits = isinstance(value, numbers.Integral) if self.whole else abs(value) <= FLOAT32_MAX  # NaN does not
+        if fits:
+            number = value if self.whole else np.float32(value)  # as which it is used
+            fits = self.least <= number <= self.most and not (self.above_least and number == self.least)
+        if not fits:
             raise ValueError(f"{self.name}={value!r}; {self.allowed} is needed")
 
     @property
@@ -43,8 +48,6 @@ class RowOption:
         return f"{kind} {'above' if self.above_least else 'of at least'} {self.least}"
 
 
-INT32 = 2**31 - 1
-
 # By transformers' names (presence and frequency: OpenAI's), in the order of application.
 ROW_OPTIONS = {
     option.name: option
@@ -52,18 +55,18 @@ ROW_OPTIONS = {
         RowOption("repetition_penalty", 0, neutral=1, above_least=True),
         RowOption("presence_penalty", -float("inf"), neutral=0),
         RowOption("frequency_penalty", -float("inf"), neutral=0),
-        RowOption("min_new_tokens", 0, INT32, neutral=0, whole=True),
+        RowOption("min_new_tokens", 0, INT32_MAX, neutral=0, whole=True),
         RowOption("temperature", 0),
-        RowOption("top_k", 1, neutral=0, whole=True),
+        RowOption("top_k", 1, INT32_MAX, neutral=0, whole=True),
         RowOption("top_p", 0, 1, neutral=1),
         RowOption("min_p", 0, 1, neutral=0),
         RowOption("typical_p", 0, 1, neutral=1, above_least=True),
         RowOption("epsilon_cutoff", 0, 1, neutral=0),
         RowOption("eta_cutoff", 0, 1, neutral=0),
         RowOption("entmax_alpha", 1, 2, neutral=1),
-        RowOption("max_new_tokens", 1, INT32, whole=True),
+        RowOption("max_new_tokens", 1, INT32_MAX, whole=True),
         RowOption("seed", -(2**31), 2**32 - 1, whole=True),
-        RowOption("stream", -(2**31), INT32, whole=True),
+        RowOption("stream", -(2**31), INT32_MAX, whole=True),
     )
 }
 

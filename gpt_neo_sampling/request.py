@@ -6,7 +6,15 @@ import secrets
 
 import numpy as np
 
-from gpt_neo_sampling.options import ROW_OPTIONS, SAMPLING, SAMPLING_ONLY, GenerationOptions, per_prompt, resolve
+from gpt_neo_sampling.options import (
+    FLOAT32_MAX,
+    ROW_OPTIONS,
+    SAMPLING,
+    SAMPLING_ONLY,
+    GenerationOptions,
+    per_prompt,
+    resolve,
+)
 from gpt_neo_sampling.program import check_int, stop_tokens_of
 
 DEFAULT_NEW_TOKENS = 64
@@ -136,9 +144,11 @@ def _logit_bias(options, n_vocab):
         raise ValueError(f"logit_bias={options.logit_bias!r}; a dict, token id -> number, is needed")
     for token, value in (options.logit_bias or {}).items():
         check_int("logit_bias: token id", token, 0, n_vocab - 1)
-        if not isinstance(value, numbers.Real) or not value < float("inf"):
+        if not isinstance(value, numbers.Real) or not value <= FLOAT32_MAX:
             raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
         bias[token] = value
+    if not isinstance(options.bad_words_ids or [], (list, tuple)):
+        raise ValueError(f"bad_words_ids={options.bad_words_ids!r}; a list is needed, as in [[50256]]")
     for word in options.bad_words_ids or ():
         if not isinstance(word, (list, tuple)) or len(word) != 1:
             raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
