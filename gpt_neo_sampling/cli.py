@@ -252,19 +252,25 @@ def _sampling(args):
     return dict(
         options,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
-        logit_bias=dict(map(_bias, args.logit_bias or ())),
+        logit_bias=_biases(args.logit_bias or ()),
         bad_words_ids=[[i] for i in args.bad_words_ids or ()],
         eos_token_id=args.eos_token_id,
         do_sample=False if args.greedy else None,
     )
 
 
-def _bias(text):
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise ValueError(f"--logit-bias {text!r}: a token's id and a number are needed, as in 13=-2.5") from None
+def _biases(texts):
+    biases = {}
+    for text in texts:
+        token, _, value = text.partition("=")
+        try:
+            token, value = int(token), float(value)
+        except ValueError:
+            raise ValueError(f"--logit-bias {text!r}: a token's id and a number are needed, as in 13=-2.5") from None
+        if token in biases:
+            raise ValueError(f"--logit-bias has token {token} twice")
+        biases[token] = value
+    return biases
 
 
 def _generator(args):
@@ -300,8 +306,8 @@ def _generate(args):
     seed = args.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-    if args.seed is None and args.temperature != 0 and not args.greedy:
-        generator.check(prompts, **options)  # what is wrong is said alone
+    request = generator.check(prompts, seed=seed, **options)  # what is wrong is said alone
+    if args.seed is None and not request.greedy:
         print(f"seed {seed}", file=sys.stderr)
     writer = (_JsonWriter if args.json else _TextWriter)(args, generator, prompts)
     streamer = None if generator.mesh.cluster else writer.on_token
@@ -342,11 +348,13 @@ class _TextWriter:
         self._in_sample = False
 
     def on_token(self, index, token, text, is_last):
-        self._pieces[index].append((f"{token} " if text is None else text, is_last))
+        self._pieces[index].append((token if text is None else text, is_last))
         while self._pieces[self._turn]:
             self._print(*self._pieces[self._turn].pop(0))
 
     def _print(self, text, is_last):
+        if isinstance(text, int):  # a token, of a model without a tokenizer
+            text = f" {text}" if self._in_sample else str(text)
         if not self._in_sample:
             sys.stderr.write(self._prompts[self._turn])
             sys.stderr.flush()

@@ -99,6 +99,7 @@ def export_saved_model(
         prompt_length = length if prompt_length is None else prompt_length
         check_int("prompt_length", prompt_length, 1, length)
         check_int("max_top_k", max_top_k, 1, checkpoint.params["n_vocab"])
+        controls = tuple(dict.fromkeys(controls))  # each once
         for name in controls:
             if name not in CONTROLS:
                 raise ValueError(f"controls: {name!r}; allowed: {', '.join(CONTROLS)}")

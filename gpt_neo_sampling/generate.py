@@ -39,15 +39,20 @@ class Sample:
 
 
 class InvalidDistributionError(ArithmeticError):
-    """The model gave logits that no token can be drawn from (NaN, say). `sample`: its number in the request, if any."""
+    """There are logits that no token can be drawn from (NaN, say).
+
+    `sample` is the number of the first such sample of a request, if it is one of `generate`, and `samples` are the
+    others, in order, None where there are such logits.
+    """
 
     def __init__(self, message, sample=None):
         super().__init__(message)
         self.sample = sample
+        self.samples = []
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a request was watched. `samples` are those that were finished, in order, None for the others."""
+    """Ctrl-C. `samples` are those that were finished, in order, None for the others."""
 
     def __init__(self, samples):
         super().__init__()
@@ -131,9 +136,11 @@ class TextGenerator:
           TypeError: for an option that there is not.
           ValueError: for a value that is out of range; the message says what
             was given and what is allowed.
-          InvalidDistributionError: if the model gives logits that are NaN.
+          InvalidDistributionError: if the model gives logits that are NaN, or all
+            tokens are masked, in some sample; it has the others.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
-          Interrupted: (a KeyboardInterrupt) at Ctrl-C, if there is a streamer.
+          Interrupted: (a KeyboardInterrupt) at Ctrl-C: within a step if there is a
+            streamer, and else when a graph has run to its end.
         """
         request = self._request(prompts, GenerationOptions(**options))
         if streamer is not None and self.mesh.cluster is not None:
@@ -148,14 +155,18 @@ class TextGenerator:
         n_samples = request.options.num_return_sequences
         samples = [None] * (len(request.prompts) * n_samples)
         at_once = min(n_samples, MAX_BATCH)
+        faults = []
         try:
             for begin in range(0, len(request.prompts), MAX_BATCH // at_once):
                 prompts = range(begin, min(begin + MAX_BATCH // at_once, len(request.prompts)))
                 for first in range(0, n_samples, at_once):
                     part = range(first, min(first + at_once, n_samples))
-                    self._run(request, prompts, part, samples, streamer)
+                    faults += self._run(request, prompts, part, samples, streamer)
         except KeyboardInterrupt:
             raise Interrupted(samples) from None
+        if faults:
+            faults[0].samples = samples
+            raise faults[0]
         return samples
 
     def check(self, prompts, **options):
@@ -247,12 +258,16 @@ class TextGenerator:
                     f"{self.checkpoint.folder} has no tokenizer.json, nor vocab.json and merges.txt{wanted}; "
                     "give token ids"
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(f"a text is not Unicode: {e}") from None
             ids = self.tokenizer.encode(text).ids
         else:
-            ids = list(text)
+            ids = _list_of(text, "a prompt or text", "a str or a list of token ids")
         n_vocab = self.params["n_vocab"]
         for i in ids:
-            if not isinstance(i, numbers.Integral) or not 0 <= i < n_vocab:
+            if not isinstance(i, numbers.Integral) or isinstance(i, bool) or not 0 <= i < n_vocab:
                 raise ValueError(f"token id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
         return [int(i) for i in ids]
 
@@ -289,29 +304,34 @@ class TextGenerator:
 
     # --- runs
 
-    def _run(self, request, prompts, numbers, samples, streamer):
-        """Fills in samples of these numbers of these prompts, ranges both."""
+    def _run(self, request, prompts, which, samples, streamer):
+        """Fills in these samples of these prompts, ranges both; returns what is wrong with those it cannot."""
         part = [request.prompts[p] for p in prompts]
         wanted = request.values["max_new_tokens"][prompts.start : prompts.stop].tolist()
         limits = [min(n, self.params["n_ctx"] - len(p)) for p, n in zip(part, wanted)]
-        indices = [p * request.options.num_return_sequences + n for p in prompts for n in numbers]
-        rows = [(prompt, limit) for prompt, limit in zip(part, limits) for _ in numbers]
+        indices = [p * request.options.num_return_sequences + n for p in prompts for n in which]
+        rows = [(prompt, limit) for prompt, limit in zip(part, limits) for _ in which]
         watcher = None
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
             watcher = self._watcher(request, indices, rows, streamer)
-        key = program_key(request, part, limits, len(numbers), self.mesh)
-        args = key, request, prompts, numbers, limits
+        key = program_key(request, part, limits, len(which), self.mesh)
+        args = key, request, prompts, which, limits
         if watcher is None:
             results = self._graphs.run(DecodeProgram, *args)
         else:
             results = self._graphs.run(WatchedProgram, *args, run=watcher.run, watcher=watcher)
         interrupted = watcher is not None and watcher.interrupted
+        faults = []
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
             if not interrupted or watcher.finished[row]:
                 new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
-                samples[index] = self._sample(request, index, prompt, new, logprobs)
+                try:
+                    samples[index] = self._sample(request, index, prompt, new, logprobs)
+                except InvalidDistributionError as e:
+                    faults.append(e)
         if interrupted:
             raise KeyboardInterrupt
+        return faults
 
     def _logprobs(self, rows):
         """Of rows of ids, the log-probabilities of all but the first of each."""
@@ -331,8 +351,17 @@ class TextGenerator:
 
 def _listed(texts):
     """Texts, strings or ids each, from one or a list of them."""
-    if isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], numbers.Integral)):
-        texts = [texts]
-    if len(texts) == 0:
+    if isinstance(texts, str):
+        return [texts]
+    texts = _list_of(texts, "prompts or texts", "a str, a list of token ids, or a list of either")
+    if not texts:
         raise ValueError("no prompts or texts; at least one is needed")
-    return texts
+    return [texts] if isinstance(texts[0], numbers.Integral) else texts
+
+
+def _list_of(values, what, allowed):
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple, range)):
+        raise ValueError(f"{what}: {values!r}; {allowed} is needed")
+    return list(values)

@@ -130,11 +130,11 @@ class DecodeProgram:
     def _build(self, key, *model):
         return build(key, self._inputs, *model)
 
-    def feeds(self, key, request, prompts, numbers, limits):
-        """What is fed for samples of these numbers of these prompts of a `Request`, ranges both; limits: how many new
-        tokens each prompt may get."""
+    def feeds(self, key, request, prompts, which, limits):
+        """What is fed for these samples of these prompts of a `Request`, ranges both; limits: how many new tokens each
+        prompt may get."""
         to, n_filling = self._inputs, key.batch - len(prompts)  # rows of one token, and no step, fill the batch
-        ids = np.full([key.batch, key.length], request.pad_token, np.int32)
+        ids = np.zeros([key.batch, key.length], np.int32)  # behind the prompts anything
         part = [request.prompts[p] for p in prompts]
         for row, prompt in enumerate(part):
             ids[row, : len(prompt)] = prompt
@@ -148,7 +148,7 @@ class DecodeProgram:
             to.ids: ids,
             to.prompt_lengths: [len(p) for p in part] + [1] * n_filling,
             to.max_steps: np.repeat(limits + [0] * n_filling, key.samples),
-            to.stream: for_rows("stream") + np.tile(np.arange(numbers.start, numbers.stop, dtype=np.int32), key.batch),
+            to.stream: for_rows("stream") + np.tile(np.arange(which.start, which.stop, dtype=np.int32), key.batch),
             to.seed: for_rows("seed"),
             to.temperature: for_rows("temperature"),
             **dict(zip(to.stop_tokens, stop_tokens)),

@@ -21,6 +21,7 @@ class RowOption:
     neutral: float = None  # what changes nothing; None where every value says something
     whole: bool = False
     above_least: bool = False  # `least` itself is out of range
+    below_most: bool = False  # and so is `most`
 
     @property
     def dtype(self):
@@ -33,7 +34,8 @@ class RowOption:
         fits = isinstance(value, numbers.Integral) if self.whole else abs(value) <= FLOAT32_MAX  # NaN does not
         if fits:
             number = value if self.whole else np.float32(value)  # as which it is used
-            fits = self.least <= number <= self.most and not (self.above_least and number == self.least)
+            fits = self.least <= number <= self.most
+            fits = fits and not (self.above_least and number == self.least or self.below_most and number == self.most)
         if not fits:
             raise ValueError(f"{self.name}={value!r}; {self.allowed} is needed")
 
@@ -44,7 +46,8 @@ class RowOption:
             return kind
         if self.most < float("inf"):
             kind = kind.replace("finite ", "")
-            return f"{kind} {'above' if self.above_least else 'from'} {self.least} to {self.most}"
+            first = f"{'above' if self.above_least else 'from'} {self.least}"
+            return f"{kind} {first} to {'below ' if self.below_most else ''}{self.most}"
         return f"{kind} {'above' if self.above_least else 'of at least'} {self.least}"
 
 
@@ -57,12 +60,12 @@ ROW_OPTIONS = {
         RowOption("frequency_penalty", -float("inf"), neutral=0),
         RowOption("min_new_tokens", 0, INT32_MAX, neutral=0, whole=True),
         RowOption("temperature", 0),
-        RowOption("top_k", 1, INT32_MAX, neutral=0, whole=True),
+        RowOption("top_k", 0, INT32_MAX, neutral=0, whole=True),
         RowOption("top_p", 0, 1, neutral=1),
         RowOption("min_p", 0, 1, neutral=0),
         RowOption("typical_p", 0, 1, neutral=1, above_least=True),
-        RowOption("epsilon_cutoff", 0, 1, neutral=0),
-        RowOption("eta_cutoff", 0, 1, neutral=0),
+        RowOption("epsilon_cutoff", 0, 1, neutral=0, below_most=True),
+        RowOption("eta_cutoff", 0, 1, neutral=0, below_most=True),
         RowOption("entmax_alpha", 1, 2, neutral=1),
         RowOption("max_new_tokens", 1, INT32_MAX, whole=True),
         RowOption("seed", -(2**31), 2**32 - 1, whole=True),
@@ -88,14 +91,14 @@ class GenerationOptions:
         repetition_penalty    † above 1: tokens of the row, prompt included, get less likely; 1
         presence_penalty      † taken from the logits of the row's new tokens; 0
         frequency_penalty     † the same, for each time that they stand there; 0
-        no_repeat_ngram_size  int: no sequence of so many tokens comes twice; none
+        no_repeat_ngram_size  int: no sequence of so many tokens comes twice; 0, off
         logit_bias            dict, token id -> what is added to its logit; none
         bad_words_ids         list of lists of one token id each, which are never drawn; none
         min_new_tokens        † int: no stop token before there are so many new ones; 0
         do_sample             False: greedy decoding, the likeliest token each time. None: True, also where the model
-                              says otherwise and a temperature, or an option that only sampling has, is given
+                              says otherwise and a prompt has a temperature or an option that only sampling has
         temperature           † larger is more random, 0 is greedy; 0.9, with entmax_alpha 1.0
-        top_k                 † int: draw from the k likeliest tokens alone; all
+        top_k                 † int: draw from the k likeliest tokens alone; 0, all
         top_p                 † from the fewest likeliest tokens that have this probability together; 1
         min_p                 † from tokens at least this times as likely as the likeliest; 0
         typical_p             † from the fewest tokens with this probability whose information is nearest the mean; 1
@@ -108,9 +111,10 @@ class GenerationOptions:
         eos_token_id          the stop token or a list of them; −1 for none; none
         stop_strings          a str or a list: a row ends once its text holds one; the text ends ahead of it; none
         seed                  † int: the same seed, stream and prompt give the same tokens; a fresh one
-        stream                † int: what tells rows of one seed apart; samples of a prompt count on from it. From 0 on
+        stream                † int: what tells rows of one seed apart; samples of a prompt count on from it, so a list
+                              leaves room for them. From 0 on
         num_return_sequences  int: samples of each prompt, which share the pass over it; 1
-        pad_token_id          what fills the rows of a batch behind their tokens; it does not appear in what is returned
+        pad_token_id          taken for the sake of scripts: what is returned has no padding, so it changes nothing
         return_logprobs       whether samples have their `logprobs` and `draw_logprobs`; False
     """
 
@@ -180,31 +184,42 @@ def resolve(options, defaults, n_prompts):
       ValueError: for a number out of range, or options that exclude each other.
     """
     given = {name: per_prompt(name, getattr(options, name), n_prompts) for name in SAMPLING}
-    do_sample = options.do_sample
-    asks_to_sample = [n for n in ("temperature", *SAMPLING_ONLY) if any(v is not None for v in given[n])]
+    rows = [
+        _resolve_row({name: values[i] for name, values in given.items()}, options.do_sample, defaults)
+        for i in range(n_prompts)
+    ]
+    return {name: np.array([row[name] for row in rows], ROW_OPTIONS[name].dtype) for name in SAMPLING}
+
+
+def _resolve_row(given, do_sample, defaults):
+    """A prompt's numbers of SAMPLING, from those given, None for some."""
+    asks_to_sample = [n for n in ("temperature", *SAMPLING_ONLY) if given[n] not in (None, ROW_OPTIONS[n].neutral)]
     if do_sample is None:
         do_sample = bool(asks_to_sample) or defaults.get("do_sample", True)
+    elif do_sample and given["temperature"] == 0:
+        raise ValueError("do_sample=True with temperature=0, which is greedy; leave one out")
     elif not do_sample:
         for name in asks_to_sample:
-            if name != "temperature" or any(given[name]):
-                raise ValueError(
-                    f"{name}={getattr(options, name)} with do_sample=False, which is greedy; leave one out"
-                )
+            if name != "temperature" or given[name]:
+                raise ValueError(f"{name}={given[name]} with do_sample=False, which is greedy; leave one out")
 
-    def default(name, row):
+    def default(name):
         option = ROW_OPTIONS[name]
         if name == "temperature" and name not in defaults:
-            return SOFTMAX_TEMPERATURE if given["entmax_alpha"][row] is None else ENTMAX_TEMPERATURE
+            return SOFTMAX_TEMPERATURE if given["entmax_alpha"] is None else ENTMAX_TEMPERATURE
         value = defaults.get(name, option.neutral)
         if value != option.neutral:
-            option.check(value)
+            check_default(name, value)
         return value
 
-    resolved = {}
-    for name, values in given.items():
-        values = [default(name, row) if v is None else v for row, v in enumerate(values)]
-        resolved[name] = np.array(values, ROW_OPTIONS[name].dtype)
     if not do_sample:
-        for name in ("temperature", *SAMPLING_ONLY):
-            resolved[name][:] = ROW_OPTIONS[name].neutral or 0
-    return resolved
+        given = {**given, **{name: ROW_OPTIONS[name].neutral or 0 for name in ("temperature", *SAMPLING_ONLY)}}
+    return {name: default(name) if value is None else value for name, value in given.items()}
+
+
+def check_default(name, value):
+    """Raises ValueError for a value of generation_config.json that is out of range."""
+    try:
+        ROW_OPTIONS[name].check(value)
+    except ValueError as e:
+        raise ValueError(f"the model's generation_config.json: {e}") from None

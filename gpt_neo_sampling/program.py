@@ -11,6 +11,7 @@ from gpt_neo_sampling.checkpoint import CheckpointError, aligned, aligned_empty,
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.mtf_ops import host_call, take
+from gpt_neo_sampling.options import INT32_MAX
 from gpt_neo_sampling.sample import sample_autoregressive
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
@@ -262,11 +263,12 @@ def first_token_of(checkpoint):
 
 def stop_tokens_of(checkpoint, eos_token_id=None):
     """A list of ints, the stop tokens; for None the model's own. NO_STOP_TOKEN, or none at all, is none."""
-    if eos_token_id is None:
-        eos_token_id = checkpoint.generation_defaults.get("eos_token_id", NO_STOP_TOKEN)
+    most = checkpoint.params["n_vocab"] - 1
+    if eos_token_id is None:  # which a config may name beyond its vocabulary, where none is
+        eos_token_id, most = checkpoint.generation_defaults.get("eos_token_id", NO_STOP_TOKEN), INT32_MAX
     ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     for i in ids:
-        check_int("eos_token_id", i, NO_STOP_TOKEN)
+        check_int("eos_token_id", i, NO_STOP_TOKEN if len(ids) == 1 else 0, most)
     return [int(i) for i in ids if i != NO_STOP_TOKEN]
 
 

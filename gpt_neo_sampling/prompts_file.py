@@ -1,9 +1,9 @@
 """Prompts from a file, samples to a file, in batches: a run that may end at any moment and be started again.
 
 The order in which records are run follows from the prompts and the options alone, and a batch is written when it
-is finished. So at any moment the output is a beginning of one file that does not depend on where runs ended; a run
-that is started again reads off how far that goes. A batch that is there in part is run again as a whole:
-the same graph and the same streams give the same tokens.
+is finished. A run that is started again reads off the output which lines are there whole. A batch that is there in
+part is run again as a whole: the same graph and the same streams give the same tokens. At the end the lines are put
+in the order of the prompts, so the file does not depend on where runs ended.
 """
 
 import codecs
@@ -18,6 +18,7 @@ import stat
 import typing
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import gpt_neo_sampling
@@ -51,6 +52,7 @@ class _Record:
     prompt: list  # of token ids
     options: dict  # of generate's, none of them None; what depends on the prompt or on other options, as a number
     stream: int  # of its first sample: how many samples the records before it have
+    steps: list  # of sampling that it has, by name: what its graph is built of
 
     @property
     def samples(self):
@@ -105,6 +107,7 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
       InvalidDistributionError, ClusterError, KeyboardInterrupt: as `generate`;
         what is finished is on disk.
     """
+    seed, options = _plain(seed), _plain(options)
     unknown = options.keys() - set(OPTIONS)
     if unknown:
         raise TypeError(f"no option of a file's run: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
@@ -138,6 +141,15 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
     return FileRun(len(records), missing, seed)
 
 
+def _plain(value):
+    """Numbers of NumPy's as Python's, which JSON takes."""
+    if isinstance(value, dict):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
 # ------------------------------------------------------------ prompts
 
 
@@ -161,15 +173,14 @@ def _records(generator, data, source, options):
             given, own = _parse(line)
             own = {name: value for name, value in {**options, **own}.items() if value is not None}
             prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
-            values = generator.check([prompt], **_columns([own])).values
-            # else one prompt's option would have all of its batch sampled, where the model's default is greedy
-            own["temperature"] = values["temperature"].item()
+            request = generator.check([prompt], **_columns([own]))
+            values = request.values
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
             if own["max_new_tokens"] < values["max_new_tokens"]:
                 cut.append(index + 1)
         except ValueError as e:
             raise ValueError(f"{source}, line {index + 1}: {e}") from None
-        records.append(_Record(index, given, prompt, own, stream))
+        records.append(_Record(index, given, prompt, own, stream, [request.greedy, *sorted(request.steps)]))
         stream += records[-1].samples
     if cut:
         log.warning(
@@ -209,6 +220,9 @@ def _parse(line):
     given = {key: value for key, value in record.items() if key not in OPTIONS}
     options = {key: value for key, value in record.items() if key in OPTIONS}
     if isinstance(options.get("logit_bias"), dict):  # JSON has no other keys than texts
+        plain = {str(int(k)) if k.isdecimal() else k for k in options["logit_bias"]}
+        if plain != set(options["logit_bias"]):
+            raise ValueError(f"logit_bias={options['logit_bias']!r}; token ids are written without zeros before them")
         options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in options["logit_bias"].items()}
     return given, options
 
@@ -232,7 +246,8 @@ def _batches(records):
     groups = {}
     for record in records:
         shared = {name: value for name, value in record.options.items() if name not in ROW_OPTIONS}
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(record)
+        # and the same steps, so that few graphs are built, and one after the other
+        groups.setdefault(json.dumps([record.steps, shared], sort_keys=True), []).append(record)
     batches = []
     for group in groups.values():
         group.sort(key=lambda r: (r.options["max_new_tokens"], len(r.prompt)), reverse=True)
@@ -249,6 +264,7 @@ def _run(generator, batches, seed, file, output, done):
     total = sum(map(len, batches))
     batches = [batch for batch in batches if any(record.index not in done for record in batch)]
     most_tokens = [sum(record.most_tokens for record in batch) for batch in batches]
+    fault = None
     with tqdm(desc=output.name, total=sum(most_tokens), unit=" tokens", disable=None) as progress:
 
         def on_token(*args):
@@ -268,14 +284,17 @@ def _run(generator, batches, seed, file, output, done):
             except Interrupted as e:
                 _write(file, batch, e.samples, done)
                 raise
-            except InvalidDistributionError as e:
+            except InvalidDistributionError as e:  # the others go on
                 line = batch[e.sample // batch[0].samples].index + 1
-                raise InvalidDistributionError(f"the prompt of line {line}: {e}") from None
+                fault = fault or InvalidDistributionError(f"the prompt of line {line}: {e}")
+                samples = e.samples
             _write(file, batch, samples, done)
-            tokens = sum(len(sample.tokens) for sample in samples)
+            tokens = sum(len(sample.tokens) for sample in samples if sample)
             progress.total += tokens - most
             progress.update(begin + tokens - progress.n)
             show_done()
+    if fault:
+        raise fault
 
 
 def _write(file, batch, samples, done):

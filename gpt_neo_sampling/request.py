@@ -8,10 +8,12 @@ import numpy as np
 
 from gpt_neo_sampling.options import (
     FLOAT32_MAX,
+    INT32_MAX,
     ROW_OPTIONS,
     SAMPLING,
     SAMPLING_ONLY,
     GenerationOptions,
+    check_default,
     per_prompt,
     resolve,
 )
@@ -30,7 +32,6 @@ class Request:
     stop_tokens: list
     stop_strings: tuple
     logit_bias: np.ndarray | None  # float32 [vocab]
-    pad_token: int
     n_vocab: int  # the model's
     n_ctx: int
 
@@ -53,8 +54,8 @@ class Request:
         """The first prompt's values for a step of the chain, as text."""
         if step == "entmax":
             step = "entmax_alpha"
-        if step in ("no_repeat_ngram_size", "never_end"):
-            return str(getattr(self.options, step))
+        if step == "no_repeat_ngram_size":
+            return str(self.options.no_repeat_ngram_size)
         return ", ".join(f"{self.values[name][0]:g}" for name in step.split(", ") if name in self.values)
 
 
@@ -67,18 +68,24 @@ def checked_request(prompts, options, checkpoint, tokenizer):
     """
     n_vocab, n_ctx = checkpoint.params["n_vocab"], checkpoint.params["n_ctx"]
     defaults = checkpoint.generation_defaults
-    check_int("num_return_sequences", options.num_return_sequences, 1)
+    check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
+    for name, value in (("do_sample", options.do_sample), ("return_logprobs", options.return_logprobs)):
+        if not isinstance(value, (bool, np.bool_)) and not (name == "do_sample" and value is None):
+            raise ValueError(f"{name}={value!r}; True or False is needed")
     ngram_size = options.no_repeat_ngram_size
     if ngram_size is None:
-        ngram_size = defaults.get("no_repeat_ngram_size") or None  # Hugging Face's 0 is off
+        ngram_size = defaults.get("no_repeat_ngram_size")
     if ngram_size is not None:
-        check_int("no_repeat_ngram_size", ngram_size, 1)
+        check_int("no_repeat_ngram_size", ngram_size, 0)
 
     values = resolve(options, defaults, len(prompts))
     values["top_k"][values["top_k"] >= n_vocab] = 0  # all of them: no mask
     new_tokens = per_prompt("max_new_tokens", options.max_new_tokens, len(prompts))
     new_tokens = [_default_new_tokens(len(p), defaults) if n is None else n for p, n in zip(prompts, new_tokens)]
     values["max_new_tokens"] = np.array(new_tokens, np.int32)
+    for least, most in zip(values["min_new_tokens"], values["max_new_tokens"]):
+        if least > most and options.min_new_tokens is not None:
+            raise ValueError(f"min_new_tokens={least} is more than max_new_tokens={most}")
     fresh = secrets.randbits(32)
     seeds = [fresh if s is None else int(s) for s in per_prompt("seed", options.seed, len(prompts))]
     values["seed"] = np.array([s % 2**32 for s in seeds], np.uint32).view(np.int32)
@@ -87,16 +94,19 @@ def checked_request(prompts, options, checkpoint, tokenizer):
     longest = max(map(len, prompts))
     if longest > n_ctx:
         raise ValueError(f"a prompt of {longest} tokens is longer than the context; at most {n_ctx} are allowed")
-    pad_token = defaults.get("pad_token_id", 0) if options.pad_token_id is None else options.pad_token_id
-    check_int("pad_token_id", pad_token, 0)
+    if options.pad_token_id is not None:
+        check_int("pad_token_id", options.pad_token_id, 0)
     return Request(
         prompts=prompts,
-        options=dataclasses.replace(options, no_repeat_ngram_size=ngram_size),
+        options=dataclasses.replace(
+            options,
+            no_repeat_ngram_size=ngram_size or None,  # 0 is off
+            logits_processors=_processors(options.logits_processors),
+        ),
         values=values,
         stop_tokens=stop_tokens_of(checkpoint, options.eos_token_id),
         stop_strings=_stop_strings(options.stop_strings, tokenizer),
         logit_bias=_logit_bias(options, n_vocab),
-        pad_token=int(pad_token),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
     )
@@ -105,23 +115,39 @@ def checked_request(prompts, options, checkpoint, tokenizer):
 def _default_new_tokens(length, defaults):
     """For a prompt of `length` tokens."""
     if "max_new_tokens" in defaults or "max_length" not in defaults:
-        return defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        new_tokens = defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        check_default("max_new_tokens", new_tokens)
+        return new_tokens
     if length >= defaults["max_length"]:
         raise ValueError(
             f"a prompt of {length} tokens leaves nothing of max_length={defaults['max_length']}, "
             "which the model's generation_config.json gives; give max_new_tokens"
         )
+    check_default("max_new_tokens", defaults["max_length"] - length)
     return defaults["max_length"] - length
+
+
+def _processors(processors):
+    if not isinstance(processors, (list, tuple)) or not all(map(callable, processors)):
+        raise ValueError(f"logits_processors={processors!r}; a list of functions is needed")
+    try:
+        hash(tuple(processors))
+    except TypeError as e:
+        raise ValueError(f"logits_processors: {e}; graphs are kept by them") from None
+    return tuple(processors)
 
 
 def _streams(options, n_prompts):
     """int32 [prompts]: that of each one's first sample. One for all is the first prompt's, and the others follow."""
-    streams = per_prompt("stream", options.stream, n_prompts)
-    if isinstance(options.stream, (list, tuple, np.ndarray)):
-        if None in streams:
-            raise ValueError("stream: a list needs a number for each prompt, not None")
-        return np.array(streams, np.int32)
-    return np.arange(n_prompts, dtype=np.int32) * options.num_return_sequences + np.int32(options.stream or 0)
+    given = options.stream.tolist() if isinstance(options.stream, np.ndarray) else options.stream
+    streams, n_samples = per_prompt("stream", given, n_prompts), int(options.num_return_sequences)
+    if not isinstance(given, (list, tuple)):
+        streams = [(given or 0) + i * n_samples for i in range(n_prompts)]
+    elif None in streams:
+        raise ValueError("stream: a list needs a number for each prompt, not None")
+    if max(streams) + n_samples - 1 > INT32_MAX:
+        raise ValueError(f"stream {max(streams)} and {n_samples} samples pass the largest stream, {INT32_MAX}")
+    return np.array(streams, np.int32)
 
 
 def _stop_strings(stop_strings, tokenizer):
@@ -132,24 +158,29 @@ def _stop_strings(stop_strings, tokenizer):
         raise ValueError(f"stop_strings={stop_strings!r}; a text or a list of texts, none of them empty, is needed")
     if tokenizer is None:
         raise ValueError("stop_strings need a tokenizer, and the model has none; give eos_token_id")
+    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    for s in stop_strings:
+        if any(token in s for token in special):
+            raise ValueError(f"stop_strings: {s!r} holds a special token, which no text does; give eos_token_id")
     return tuple(stop_strings)
 
 
 def _logit_bias(options, n_vocab):
     """What logit_bias and bad_words_ids add to the logits; None for nothing."""
-    if not options.logit_bias and not options.bad_words_ids:
+    given, banned = options.logit_bias, options.bad_words_ids
+    if not (given is None or isinstance(given, dict)):
+        raise ValueError(f"logit_bias={given!r}; a dict, token id -> number, is needed")
+    if not (banned is None or isinstance(banned, (list, tuple))):
+        raise ValueError(f"bad_words_ids={banned!r}; a list is needed, as in [[50256]]")
+    if not given and not banned:
         return None
     bias = np.zeros(n_vocab, np.float32)
-    if not isinstance(options.logit_bias or {}, dict):
-        raise ValueError(f"logit_bias={options.logit_bias!r}; a dict, token id -> number, is needed")
-    for token, value in (options.logit_bias or {}).items():
+    for token, value in (given or {}).items():
         check_int("logit_bias: token id", token, 0, n_vocab - 1)
-        if not isinstance(value, numbers.Real) or not value <= FLOAT32_MAX:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value <= FLOAT32_MAX:
             raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
         bias[token] = value
-    if not isinstance(options.bad_words_ids or [], (list, tuple)):
-        raise ValueError(f"bad_words_ids={options.bad_words_ids!r}; a list is needed, as in [[50256]]")
-    for word in options.bad_words_ids or ():
+    for word in banned or ():
         if not isinstance(word, (list, tuple)) or len(word) != 1:
             raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
         check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)

@@ -259,7 +259,7 @@ def sample_autoregressive(
       num_return_sequences: an int n. Each prompt is continued n times, which
         share its first pass: the last of the batch's dims is n times as large in
         what is returned, where a prompt's rows stand together, and in all that
-        is one a row (but prompt_lengths).
+        is one a row (but prompt_lengths and bos_id, which are a prompt's).
       return_logprobs: whether to return log-probabilities too.
 
     Returns:
@@ -294,8 +294,6 @@ def sample_autoregressive(
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
     if isinstance(max_steps, numbers.Real) and max_steps < 0:
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
-    if never_end and stop_at_token is None:
-        raise ValueError("never_end=True masks the stop token, but stop_at_token is None")
     vocab_size = _vocab_size(params, vocab_dim)
 
     def per_row(value, dtype, name):
@@ -309,10 +307,12 @@ def sample_autoregressive(
 
     stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
     stop_tokens = tuple(per_row(t, tf.int32, "stop_at_token") for t in stop_tokens if t is not None)
+    if never_end and not stop_tokens:
+        raise ValueError(f"never_end=True masks the stop token, but stop_at_token is {stop_at_token}")
     options = SamplingOptions(
         logits_processors=tuple(logits_processors),
         no_repeat_ngram_size=no_repeat_ngram_size,
-        logit_bias=logit_bias,
+        logit_bias=_map_tensors(settle, logit_bias),
         stop_tokens=stop_tokens,
         min_new_tokens=per_row(min_new_tokens, tf.int32, "min_new_tokens"),
         never_end=never_end,

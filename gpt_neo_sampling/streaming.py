@@ -26,12 +26,13 @@ class TextStream:
     def push(self, token, is_last=False):
         """The text that this token completes: whole characters, and nothing of a stop string."""
         self._ids.append(token)
+        before, text = self._tokenizer.decode(self._ids[: self._n_out]), self._tokenizer.decode(self._ids)
         # where the prompt ends with half a character, all of that is new
-        before = self._tokenizer.decode(self._ids[: self._n_out])
-        out = before.rstrip(REPLACEMENT)
-        text = self._tokenizer.decode(self._ids)
+        out = before if text.startswith(before) else before.rstrip(REPLACEMENT)
         new = ""
-        if len(text) > len(out) and (is_last or not text.endswith(REPLACEMENT)):
+        if text == before:  # a special token
+            self._ids.pop()
+        elif len(text) > len(out) and (is_last or not text.endswith(REPLACEMENT)):
             new = text[len(out) :]
             if out == before:  # characters begin there
                 del self._ids[: self._n_out]

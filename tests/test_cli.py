@@ -144,7 +144,7 @@ BAD = [
     (["generate", "--prompt", "a", "--temperature", "warm"], "invalid float value: 'warm'"),
     (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0; a finite number of at least 0 is needed"),
     (["generate", "--prompt", "a", "--temperature", "inf"], "temperature=inf"),
-    (["generate", "--prompt", "a", "--top-k", "0"], "top_k=0; a whole number of at least 1"),
+    (["generate", "--prompt", "a", "--top-k", "-1"], "top_k=-1; a whole number from 0"),
     (["generate", "--prompt", "a", "--entmax", "2.5"], "entmax_alpha=2.5; a number from 1 to 2 is needed"),
     (["generate", "--prompt", "a", "--entmax", "0.5"], "entmax_alpha=0.5; a number from 1 to 2 is needed"),
     (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
@@ -166,6 +166,12 @@ BAD = [
     (["score", "--text", "a b", "--text-ids", "1"], "not allowed with"),
     (["score", "--text", ""], "text 0 has 0 tokens"),
     (["score", "--text", "word " * 400], "more than the context, 256; give a stride"),
+    (["generate", "--prompt-ids=-5", "--seed", "1"], "token id -5 is outside the vocabulary"),
+    (["generate", "--prompt", "a", "--eos-token-id", "9999999999"], "eos_token_id=9999999999; a whole number from -1"),
+    (["generate", "--prompt", "a\udcff"], "a text is not Unicode"),
+    (["generate", "--prompt", "a", "--num-samples", "9999999999", "--seed", "1"], "num_return_sequences=9999999999"),
+    (["generate", "--prompt", "a", "--logit-bias", "5=1", "5=2"], "--logit-bias has token 5 twice"),
+    (["generate", "--prompt", "a", "--stop-strings", "<|endoftext|>"], "holds a special token"),
     (["score", "--text", "a b", "--stride", "256"], "stride=256; a whole number from 1 to 255"),
     (["score", "--text-ids", "5 x"], "--text-ids '5 x'"),
     (["score", "--file", "nowhere"], "--file nowhere"),
@@ -183,7 +189,7 @@ def test_a_bad_value_is_one_line_and_status_2(capfd, args, message):
 
 
 def test_a_bad_value_has_no_traceback_in_a_process_of_its_own():
-    done = run("generate", "--prompt", "a", "--top-k", "0")
+    done = run("generate", "--prompt", "a", "--top-k", "-1")
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr

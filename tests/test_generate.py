@@ -245,7 +245,7 @@ def test_nan_in_the_weights_ends_with_step_and_sample(tmp_path):
         (dict(temperature=float("nan")), "temperature=nan"),
         (dict(temperature="hot"), "temperature='hot'"),
         (dict(temperature=0.5, do_sample=False), "greedy"),
-        (dict(top_k=0), "top_k=0"),
+        (dict(top_k=-1), "top_k=-1; a whole number from 0"),
         (dict(top_k=2.5), "top_k=2.5"),
         (dict(entmax_alpha=0.9), "from 1"),
         (dict(entmax_alpha=2.1), "to 2"),
@@ -263,6 +263,19 @@ def test_nan_in_the_weights_ends_with_step_and_sample(tmp_path):
         (dict(top_k=2**31), "top_k=2147483648; a whole number from 1 to 2147483647"),
         (dict(logit_bias={3: 1e39}), "logit_bias={3: 1e+39}"),
         (dict(bad_words_ids=5), "bad_words_ids=5; a list"),
+        (dict(epsilon_cutoff=1), "epsilon_cutoff=1; a number from 0 to below 1"),
+        (dict(eta_cutoff=1 - 1e-12), "to below 1"),
+        (dict(do_sample="no"), "do_sample='no'; True or False"),
+        (dict(do_sample=True, temperature=0), "do_sample=True with temperature=0"),
+        (dict(return_logprobs=1), "return_logprobs=1"),
+        (dict(stream=2**31 - 1, num_return_sequences=2), "pass the largest stream"),
+        (dict(min_new_tokens=9, max_new_tokens=5), "min_new_tokens=9 is more than max_new_tokens=5"),
+        (dict(eos_token_id=127), "eos_token_id=127; a whole number from -1 to 126"),
+        (dict(eos_token_id=[-1, 5]), "eos_token_id=-1; a whole number from 0"),
+        (dict(logits_processors=print), "a list of functions"),
+        (dict(logits_processors=[type("L", (), {"__call__": print, "__hash__": None})()]), "unhashable"),
+        (dict(logit_bias={3: True}), "logit_bias={3: True}"),
+        (dict(num_return_sequences=2**31), "num_return_sequences=2147483648"),
         (dict(repetition_penalty=0), "repetition_penalty=0; a finite number above 0"),
         (dict(presence_penalty=float("inf")), "presence_penalty=inf; a finite number"),
         (dict(no_repeat_ngram_size=0), "no_repeat_ngram_size=0"),
@@ -295,6 +308,11 @@ def test_bad_options_are_named(tiny, options, message):
         ([[-1]], "token id -1"),
         ([[1.5]], "token id 1.5"),
         ([[5] * 49], "at most 48"),
+        (b"bytes", "prompts or texts: b'bytes'; a str"),
+        ({"a": 1}, "prompts or texts: {'a': 1}"),
+        (None, "prompts or texts: None"),
+        ([None], "a prompt or text: None"),
+        ([[True]], "token id True"),
     ],
 )
 def test_bad_prompts_are_named(tiny, prompts, message):
@@ -361,6 +379,29 @@ def test_the_models_options_are_used_where_none_are_given(asking):
     model = asking(do_sample=False, temperature=0.7, max_new_tokens=12)
     assert model.generate(prompt) == greedy
     assert model.generate(prompt, seed=3, temperature=0.7, top_k=5) == drawn
+
+
+def test_the_models_options_can_be_switched_off(asking):
+    plain, prompt = asking(), [5, 17, 101]
+    model = asking(top_k=2, no_repeat_ngram_size=1, top_p=0.5, temperature=2.0)
+    off = dict(top_k=0, no_repeat_ngram_size=0, top_p=1.0, temperature=0.9)
+    options = dict(seed=3, max_new_tokens=20)
+    assert model.generate(prompt, **options) != plain.generate(prompt, **options)
+    assert model.generate(prompt, **options, **off) == plain.generate(prompt, **options)
+
+
+def test_a_prompt_that_asks_for_nothing_is_greedy_beside_one_that_samples(asking):
+    model, prompt = asking(do_sample=False, top_k=50), [5, 17, 101]
+    options = dict(seed=3, max_new_tokens=12)
+    greedy, sampled = model.generate([prompt, prompt], temperature=[None, 0.7], **options)
+    assert [greedy] == model.generate(prompt, **options)
+    assert [sampled] == model.generate(prompt, temperature=0.7, stream=1, **options)
+
+
+@pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(max_new_tokens=2**40), dict(typical_p=0), dict(top_k=-1)])
+def test_a_default_out_of_range_is_the_configs_fault(asking, bad):
+    with pytest.raises(ValueError, match=f"generation_config.json: {min(bad)}="):
+        asking(**bad).generate([5])
 
 
 def test_max_length_counts_the_prompt(asking):
@@ -434,6 +475,17 @@ def test_log_probabilities_are_those_of_score(demo):
     assert greedy.draw_logprobs == [0.0] * 5 and demo.generate(prompt, max_new_tokens=5)[0].logprobs is None
 
 
+def test_samples_beside_one_without_a_distribution(tiny):
+    """A prompt whose only tokens are masked: the others are in the error."""
+    banned, options = [[t] for t in range(127) if t != 9], dict(seed=1, max_new_tokens=3, eos_token_id=-1)
+    with pytest.raises(InvalidDistributionError, match="sample 0, step 0") as error:
+        tiny.generate([[5, 9], [5, 6]], bad_words_ids=banned, no_repeat_ngram_size=1, **options)
+    assert error.value.sample == 0 and error.value.samples == [None, None]
+    with pytest.raises(InvalidDistributionError) as error:
+        tiny.generate([[5, 9], [5, 6]], bad_words_ids=banned, no_repeat_ngram_size=1, seed=1, max_new_tokens=1)
+    assert error.value.samples[0] is None and error.value.samples[1].tokens == [9]
+
+
 def test_stop_tokens_and_finish_reasons(demo):
     prompt, options = "It was the duty of", dict(seed=1, max_new_tokens=40)
     (whole,) = demo.generate(prompt, eos_token_id=-1, **options)
@@ -447,5 +499,8 @@ def test_stop_tokens_and_finish_reasons(demo):
     assert last.finish_reason == "stop" and whole.finish_reason == "length"
     with pytest.raises(InvalidDistributionError, match="step 0: .* every token is masked"):
         demo.generate(prompt, bad_words_ids=[[t] for t in range(demo.params["n_vocab"])], **options)
+    assert demo.generate(prompt, stream=np.array(3), num_return_sequences=2, **options)[1] == (
+        demo.generate(prompt, stream=4, **options)[0]
+    )
     never = [[t] for t in set(whole.tokens)]
     assert not {t for (t,) in never} & set(demo.generate(prompt, bad_words_ids=never, **options)[0].tokens)
