@@ -101,8 +101,9 @@ def test_token_ids_and_generation_config(tmp_path):
     assert [checkpoint.params.get(k) for k in ("eos_id", "padding_id", "bos_id")] == [7, 9, None]
     assert "bos_id" not in checkpoint.params
     assert checkpoint.generation_defaults == {"eos_token_id": [7, 4], "pad_token_id": 9}
-    generation = {"eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_k": 40, "max_new_tokens": 12}
-    write_json(folder / "generation_config.json", {**generation, "pad_token_id": None, "top_p": 1.0, "_x": 1})
+    generation = {"eos_token_id": 2, "do_sample": True, "temperature": 0.7, "top_k": 40, "max_new_tokens": 12,
+                  "top_p": 1.0}  # fmt: skip
+    write_json(folder / "generation_config.json", {**generation, "pad_token_id": None, "_x": 1})
     checkpoint = open_checkpoint(folder)
     assert checkpoint.generation_defaults == {**generation, "pad_token_id": 9}
     assert checkpoint.params["eos_id"] == 7

@@ -41,8 +41,8 @@ class Stub:
         return [ord(c) for c in prompt] if isinstance(prompt, str) else prompt
 
     def check(self, prompts, max_new_tokens=(None,), **options):
-        values = {"max_new_tokens": max_new_tokens[0] or 3, "temperature": 1.0}
-        return types.SimpleNamespace(values={name: np.array([value]) for name, value in values.items()})
+        values = {"max_new_tokens": np.array([max_new_tokens[0] or 3])}
+        return types.SimpleNamespace(values=values, greedy=False, steps=frozenset())
 
     def generate(self, prompts, *, stream, seed, max_new_tokens, streamer, num_return_sequences=1, **options):
         if len(self.calls) == self.dies_at:
@@ -202,10 +202,15 @@ def test_new_tokens_end_at_the_context(files, demo, caplog):
 
 
 def test_logits_that_are_nan_are_named_by_line(files):
-    def generate(*args, **options):
-        raise InvalidDistributionError("step 3", sample=5)  # of the third of the longest that have two each
+    def generate(prompts, num_return_sequences=1, **options):
+        if faulty:
+            return Stub.generate(stub, prompts, num_return_sequences=num_return_sequences, **options)
+        faulty.append(prompts)
+        error = InvalidDistributionError("step 3", sample=5)  # of the third of the longest that have two each
+        error.samples = [None] * len(prompts) * num_return_sequences
+        raise error
 
-    stub = Stub()
+    stub, faulty = Stub(), []
     stub.generate = generate
     with pytest.raises(InvalidDistributionError, match="line 43: step 3"):
         generate_file(stub, *files)
@@ -418,3 +423,14 @@ def test_the_command_killed_and_interrupted(tmp_path):
     assert len(read(output)) < 80
     again = kill_and_resume.start(source, output)
     assert (again.wait(), output.read_bytes()) == (0, undisturbed.read_bytes())
+
+
+def test_a_prompt_without_a_distribution_leaves_the_others(tmp_path, demo):
+    """The second line's only tokens are masked: all others are written, each time that it is tried."""
+    banned = [[t] for t in range(2048) if t != 12]
+    bad = {"prompt_ids": [5, 12], "bad_words_ids": banned, "no_repeat_ngram_size": 1}
+    prompts, output = write(tmp_path / "in.jsonl", {"prompt": "Emma"}, bad, {"prompt": "She"}), tmp_path / "out.jsonl"
+    for _ in range(2):
+        with pytest.raises(InvalidDistributionError, match="the prompt of line 2: sample 0, step 0"):
+            generate_file(demo, prompts, output, seed=1, max_new_tokens=4, eos_token_id=-1)
+        assert sorted(json.loads(line)["index"] for line in output.read_text().splitlines()) == [0, 2]
