@@ -71,7 +71,7 @@ def _parser():
             "likely, the prompt's too")  # fmt: skip
         add("--presence-penalty", type=float, metavar="X", help="taken from the logits of new tokens that stand there")
         add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
-        add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice")
+        add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice; 0 is off")
         add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
         add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn")
         add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
@@ -79,7 +79,7 @@ def _parser():
         add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
         add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
             "(default: 0.9; with --entmax 1.0)")  # fmt: skip
-        add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone")
+        add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone; 0 is off")
         add("--top-p", type=float, metavar="P", help="from the fewest tokens that have probability P together")
         add("--min-p", type=float, metavar="P", help="from tokens at least P times as likely as the likeliest")
         add("--typical-p", type=float, metavar="P", help="from the fewest tokens with probability P whose information "
