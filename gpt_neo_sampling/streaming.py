@@ -30,7 +30,7 @@ class TextStream:
         # where the prompt ends with half a character, all of that is new
         out = before if text.startswith(before) else before.rstrip(REPLACEMENT)
         new = ""
-        if text == before:  # a special token
+        if text == before and not text.endswith(REPLACEMENT):  # a special token
             self._ids.pop()
         elif len(text) > len(out) and (is_last or not text.endswith(REPLACEMENT)):
             new = text[len(out) :]
