@@ -284,6 +284,8 @@ def sample_autoregressive(
 
     rows = prompt_rows
     if num_return_sequences > 1:
+        if not batch_dims:
+            raise ValueError(f"num_return_sequences={num_return_sequences}: the prompts need a batch dim")
         rows = rows.resize_dimension(batch_dims[-1].name, batch_dims[-1].size * num_return_sequences)
     vocab_dim = other_features["vocab_dim"]
     model = model or gpt2.model
