@@ -75,6 +75,16 @@ def test_stop_strings(tokenizer, text, stop_strings):
         assert text.startswith(shown)
 
 
+def test_a_prompts_own_replacement_character_is_not_new(tokenizer):
+    prompt, new = tokenizer.encode("a \ufffd").ids, tokenizer.encode(" bc").ids
+    assert "".join(pieces(tokenizer, prompt, new)) == " bc"
+
+
+def test_special_tokens_are_not_text(tokenizer):
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert "".join(pieces(tokenizer, [], [end, *tokenizer.encode("ab").ids, end, end])) == "ab"
+
+
 # --- Requests --------------------------------------------------------------------------
 
 PROMPTS = ["It was the duty of", "She was", "Mr. Darcy"]
