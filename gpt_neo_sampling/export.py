@@ -13,7 +13,7 @@ from gpt_neo_sampling.checkpoint import check_new_folder, files_beside, open_che
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
-from gpt_neo_sampling.options import ROW_OPTIONS
+from gpt_neo_sampling.options import ROW_OPTIONS, check_int
 from gpt_neo_sampling.program import (
     DEMO_FOLDER,
     NO_STOP_TOKEN,
@@ -21,7 +21,6 @@ from gpt_neo_sampling.program import (
     ProgramKey,
     add_variables,
     build,
-    check_int,
     first_token_of,
     load_weights,
     stop_tokens_of,

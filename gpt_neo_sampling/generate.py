@@ -18,6 +18,7 @@ from gpt_neo_sampling.score import ScoreProgram, score_texts
 from gpt_neo_sampling.streaming import TextStream, Watcher
 
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
+NO_DISTRIBUTION = "the logits are not a distribution: the model gave NaN or infinite ones, or every token is masked"
 
 log = logging.getLogger(__name__)
 
@@ -198,9 +199,7 @@ class TextGenerator:
             ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]]) for (_, name), p in found.items()
         ]
         if not steps[-1].probabilities.sum() > 0.5:  # NaN is not either
-            raise InvalidDistributionError(
-                "the logits are not a distribution: the model gave NaN or infinite ones, or every token is masked"
-            )
+            raise InvalidDistributionError(NO_DISTRIBUTION)
         return steps
 
     def score(self, texts, *, add_start_token=False, stride=None):
@@ -288,9 +287,7 @@ class TextGenerator:
         new = new[:end]
         if INVALID in new:
             raise InvalidDistributionError(
-                f"sample {index}, step {new.index(INVALID)}: "
-                "the logits are not a distribution: the model gave NaN or infinite ones, or every token is masked",
-                index,
+                f"sample {index}, step {new.index(INVALID)}: {NO_DISTRIBUTION}", index
             )
         text = None
         if self.tokenizer is not None:

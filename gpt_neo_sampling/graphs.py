@@ -95,7 +95,8 @@ class Graphs:
     def _loaded_session(self, graph, weights):
         session = self.mesh.session(graph)
         try:
-            load_weights(self._checkpoint, weights, self.mesh.impl(), functools.partial(self.mesh.run, session))
+            _, _, mesh_impl, _ = self._model
+            load_weights(self._checkpoint, weights, mesh_impl, functools.partial(self.mesh.run, session))
         except BaseException:
             session.close()
             raise

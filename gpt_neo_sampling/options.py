@@ -11,6 +11,15 @@ INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
+def check_int(name, value, least, most=None):
+    """Raises ValueError unless `value` is a whole number of at least `least`, and at most `most` if that is given."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value:
+        if most is None or value <= most:
+            return
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name}={value!r}; a whole number {allowed} is needed")
+
+
 @dataclasses.dataclass(frozen=True)
 class RowOption:
     """A number that each row of a batch may have its own of."""
@@ -31,24 +40,25 @@ class RowOption:
         """Raises ValueError for a value that is no such number, or out of range."""
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise ValueError(f"{self.name}={value!r}; a number is needed")
-        fits = isinstance(value, numbers.Integral) if self.whole else abs(value) <= FLOAT32_MAX  # NaN does not
+        if self.whole:
+            check_int(self.name, value, self.least, self.most)
+            return
+        fits = abs(value) <= FLOAT32_MAX  # NaN is not
         if fits:
-            number = value if self.whole else np.float32(value)  # as which it is used
+            number = np.float32(value)  # as which it is used
             fits = self.least <= number <= self.most
             fits = fits and not (self.above_least and number == self.least or self.below_most and number == self.most)
         if not fits:
-            raise ValueError(f"{self.name}={value!r}; {self.allowed} is needed")
+            raise ValueError(f"{self.name}={value!r}; {self._allowed} is needed")
 
     @property
-    def allowed(self):
-        kind = "a whole number" if self.whole else "a finite number"
+    def _allowed(self):
         if abs(self.least) == float("inf"):
-            return kind
-        if self.most < float("inf"):
-            kind = kind.replace("finite ", "")
-            first = f"{'above' if self.above_least else 'from'} {self.least}"
-            return f"{kind} {first} to {'below ' if self.below_most else ''}{self.most}"
-        return f"{kind} {'above' if self.above_least else 'of at least'} {self.least}"
+            return "a finite number"
+        if self.most == float("inf"):
+            return f"a finite number {'above' if self.above_least else 'of at least'} {self.least}"
+        first = f"{'above' if self.above_least else 'from'} {self.least}"
+        return f"a number {first} to {'below ' if self.below_most else ''}{self.most}"
 
 
 # By transformers' names (presence and frequency: OpenAI's), in the order of application.

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import numbers
 import pathlib
 
 from gpt_neo_sampling._compat import mtf, tf
@@ -11,7 +10,7 @@ from gpt_neo_sampling.checkpoint import CheckpointError, aligned, aligned_empty,
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.mtf_ops import host_call, take
-from gpt_neo_sampling.options import INT32_MAX
+from gpt_neo_sampling.options import INT32_MAX, check_int
 from gpt_neo_sampling.sample import sample_autoregressive
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
@@ -278,12 +277,3 @@ def variable_dtype_of(dtype):
     if name not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
     return mtf.VariableDType(tf.as_dtype(name))
-
-
-def check_int(name, value, least, most=None):
-    """Raises ValueError unless `value` is a whole number of at least `least`, and at most `most` if that is given."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value:
-        if most is None or value <= most:
-            return
-    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise ValueError(f"{name}={value!r}; a whole number {allowed} is needed")

@@ -14,10 +14,11 @@ from gpt_neo_sampling.options import (
     SAMPLING_ONLY,
     GenerationOptions,
     check_default,
+    check_int,
     per_prompt,
     resolve,
 )
-from gpt_neo_sampling.program import check_int, stop_tokens_of
+from gpt_neo_sampling.program import stop_tokens_of
 
 DEFAULT_NEW_TOKENS = 64
 

@@ -9,7 +9,8 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.masks import padding_mask
 from gpt_neo_sampling.mtf_ops import take
-from gpt_neo_sampling.program import check_int, features
+from gpt_neo_sampling.options import check_int
+from gpt_neo_sampling.program import features
 
 MAX_ROWS = 32  # of one pass,
 MAX_POSITIONS = 2048  # and of all its rows together: its logits are [rows, positions, vocab]
