@@ -11,7 +11,9 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import chosen_of, score_draw
+from gpt_neo_sampling.draws import score_draw
+from gpt_neo_sampling.entmax_solver import chosen_of
+from gpt_neo_sampling.largest import first_argmax
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
@@ -33,10 +35,14 @@ from gpt_neo_sampling.models.penalties import (
     tokens_mask,
 )
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, entmax, inverse_temperature, softmax
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, first_argmax, import_rows, take
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, import_rows, settle, take
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
+ROW_VALUES = (  # of SamplingOptions: those that may be tensors, scalar or one a row
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens", "temperature", "top_k", "top_p",
+    "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "entmax_alpha",
+)  # fmt: skip
 MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 
 
@@ -77,6 +83,23 @@ class SamplingOptions:
         a = self.entmax_alpha
         if self.use_entmax and isinstance(a, numbers.Real) and not 1 <= a <= 2:
             raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
+
+    def imported(self, mesh, rows):
+        """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers."""
+
+        def per_row(name, value):
+            if value is None or isinstance(value, numbers.Real):
+                return value
+            dtype = tf.int32 if name in ("stop_at_token", "min_new_tokens", "top_k") else tf.float32
+            return settle(import_rows(mesh, value, dtype, rows, name))
+
+        bias = self.logit_bias
+        return dataclasses.replace(
+            self,
+            stop_tokens=tuple(per_row("stop_at_token", t) for t in self.stop_tokens),
+            logit_bias=settle(bias) if isinstance(bias, mtf.Tensor) else bias,
+            **{name: per_row(name, getattr(self, name)) for name in ROW_VALUES},
+        )
 
 
 @dataclasses.dataclass

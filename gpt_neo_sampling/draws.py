@@ -8,175 +8,16 @@ is not enough for 50,257 entries at once.
 
 import functools
 import math
-import numbers
 
 import numpy as np
 
 from gpt_neo_sampling import exact
-from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mtf_ops import align, finite, largest, pad_last, size_of
+from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.entmax_solver import entmax_by_chosen
+from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
+from gpt_neo_sampling.rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
 
 SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
-GROUPS = 64  # a mesh axis of 2, 4 … 64 cuts none of them
-
-
-def group_size(size):
-    """Entries in each group of a dimension of `size` (the last may have fewer)."""
-    return -(-size // GROUPS)
-
-
-def padded_size(size, shards):
-    """The least size, padding included, at which each of `shards` holds whole groups."""
-    group = group_size(size)
-    return shards * group * -(-size // (group * shards))
-
-
-class Rows:
-    """How an operation along one dim sees its slices: as [rows, entries] in groups.
-
-    Sums along the dim are taken within groups first and then over them, always
-    in the same order, so they have the same bits on every layout. A layout
-    that splits the dim moves a few numbers for each group; where it cuts
-    through a group, the whole row is gathered first.
-    """
-
-    def __init__(self, mesh_impl, shape, dim, size=None, whole_groups=True):
-        """shape: mtf.Shape with `dim`; size: its entries less what is padding;
-        whole_groups: False where nothing depends on groups lying on one shard."""
-        self.mesh_impl = mesh_impl
-        self.size = size or dim.size
-        self.group = group_size(self.size)
-        self.n_groups = -(-self.size // self.group)
-        self._position = shape.dims.index(dim)
-        self._slice_shape = mesh_impl.slice_shape(shape)
-        self.entries = self._slice_shape[self._position]  # of one shard
-        self.mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
-        self.split_axis = self.mesh_axis  # that the slices are split along
-        self.gathered_axis = None
-        self.ids = None  # all entries are at hand
-        if whole_groups and self.mesh_axis is not None and self.entries % self.group:
-            self.mesh_axis, self.gathered_axis = None, self.mesh_axis
-
-    def to_rows(self, x):
-        """A slice [...] as [rows, entries]."""
-        perm = [i for i in range(x.shape.rank) if i != self._position] + [self._position]
-        return tf.reshape(tf.transpose(x, perm) if perm != sorted(perm) else x, [-1, self.entries])
-
-    def from_rows(self, x):
-        """[rows, entries] as a slice."""
-        rest = [n for i, n in enumerate(self._slice_shape) if i != self._position]
-        back = list(range(len(rest)))
-        back.insert(self._position, len(rest))
-        x = tf.reshape(x, rest + [self.entries])
-        return tf.transpose(x, back) if back != sorted(back) else x
-
-    def gather(self, x):
-        """Laid-out finite rows, whole where the layout cuts through groups."""
-        if self.gathered_axis is None:
-            return x
-        return self.mesh_impl.allconcat(x, self.gathered_axis, 1)
-
-    def grouped(self, x, fill=0.0):
-        """A slice's [..., entries] as [..., groups, group]; `fill` stands where there is no entry."""
-        x = pad_last(x, after=-size_of(x, -1) % self.group, value=fill)
-        return tf.reshape(x, x.shape.as_list()[:-1] + [-1, self.group])
-
-    def in_groups(self, x, fill=0.0):
-        """Laid-out [rows, entries] as [rows, groups of the shard, places of a group]."""
-        return self.mesh_impl.slicewise(lambda x: self.grouped(x, fill), x)
-
-    def across_groups(self, x):
-        """Laid-out [a, rows, groups of the shard] as [a, rows, all groups]."""
-        if self.mesh_axis is not None:
-            x = self.mesh_impl.allconcat(x, self.mesh_axis, 2)
-        # shards may hold groups of nothing but padding
-        return self.mesh_impl.slicewise(lambda x: x[..., : self.n_groups], x)
-
-    def choose_within(self, group, choose, weights, *more):
-        """Chooses entries in groups that are chosen already.
-
-        Args:
-          group: laid-out int32 [rows, samples]; −1 for none.
-          choose: a function from slices of weights, of the groups to choose in, counted
-            within the shard, and of `more`, to [int32 [rows, samples], the place in
-            the group], and whatever else of that shape.
-          weights: laid-out [rows, groups of the shard, places].
-
-        Returns:
-          laid-out [rows, samples]: the index along the dim, −1 where the group is; and
-          what else `choose` gave, 0 where another shard holds the group.
-        """
-
-        def on_shard(group, weights, *args):
-            args = list(args)
-            pcoord = args.pop() if self.mesh_axis is not None else None
-            ids = args.pop() if self.ids is not None else None
-            local, first_entry, held = group, 0, group >= 0
-            if pcoord is not None:
-                n_groups = size_of(weights, 1)
-                local, first_entry = group - pcoord * n_groups, pcoord * self.entries
-                held = tf.logical_and(held, tf.logical_and(local >= 0, local < n_groups))
-            place, *rest = choose(weights, tf.where_v2(held, local, 0), *args)
-            if ids is None:
-                index = group * self.group + place
-            else:
-                index = tf.gather(ids, place, batch_dims=1) + first_entry
-            return tf.where_v2(held, index + 1, 0), *(tf.where_v2(held, r, tf.zeros_like(r)) for r in rest)
-
-        args = [weights, *more] + ([] if self.ids is None else [self.ids])
-        if self.mesh_axis is not None:
-            args.append(self.mesh_impl.laid_out_pcoord(self.mesh_axis))
-        index, *rest = self.mesh_impl.slicewise(on_shard, group, *args)
-        return self.mesh_impl.slicewise(lambda i: i - 1, self.across_shards(index, "SUM")), *rest
-
-    def across_shards(self, x, reduction):
-        if self.mesh_axis is not None:
-            x = self.mesh_impl.allreduce(x, [self.mesh_axis], reduction)
-        return x
-
-    def pcoords(self):
-        """The arguments, one or none, that tell a slice which shard it is."""
-        return [] if self.mesh_axis is None else [self.mesh_impl.laid_out_pcoord(self.mesh_axis)]
-
-    def entry_numbers(self, pcoord=0):
-        """int32 [entries]: those of a shard, counted along the dim."""
-        return tf.range(self.entries) + pcoord * self.entries
-
-
-class ChosenRows(Rows):
-    """Rows of which some entries alone are at hand, the others being of no weight.
-
-    Their groups are those of the whole rows, and so are draws from them.
-    """
-
-    def __init__(self, mesh_impl, size, ids, mesh_axis=None, entries=None):
-        """size: the entries of a whole row; ids: laid-out int32 [rows, chosen], ascending: which ones of them are at
-        hand, or of its `entries` on this shard where `mesh_axis` splits them."""
-        self.mesh_impl = mesh_impl
-        self.size = size
-        self.group = group_size(size)
-        self.n_groups = -(-size // self.group)
-        self.entries = entries or size
-        self.mesh_axis = self.split_axis = mesh_axis
-        self.gathered_axis = None
-        self.ids = ids
-
-    def in_groups(self, x, fill=0.0):
-        """Each entry has a place in every group, which holds `fill` in all but its own."""
-        groups = tf.range(-(-self.entries // self.group))[:, tf.newaxis]
-
-        def spread(x, ids):
-            return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], fill)
-
-        return self.mesh_impl.slicewise(spread, x, self.ids)
-
-
-def spread_rows(lowering, x, shape):
-    """An mtf.Tensor whose dims are among those of `shape`, which are the rows', as laid-out [rows, 1]."""
-    mesh_impl = lowering.mesh_impl(x)
-    slice_shape = mesh_impl.slice_shape(shape)
-    spread = lambda t: tf.reshape(tf.broadcast_to(align(t, x.shape, shape), slice_shape), [-1, 1])  # noqa: E731
-    return mesh_impl.slicewise(spread, lowering.tensors[x])
 
 
 def _fold_sum(x):
@@ -191,21 +32,6 @@ def _fold_sum(x):
         upper = pad_last(x[..., half:], after=size % 2)
         x, size = x[..., :half] + upper, half
     return x
-
-
-def near_sum(x):
-    """Sum over the last axis, keeping it, in an order that is the backend's in part.
-
-    Its error does not grow with the axis, as reduce_sum's may: XLA adds one after
-    the other on CPUs, which is off by 3e-5 for 50,257 equal entries.
-    """
-    size = size_of(x, -1)
-    part = next((n for n in range(math.isqrt(size), 3, -1) if size % n == 0), None)
-    if part is None:
-        part = min(16, size)
-        x = pad_last(x, after=-size % part)
-    parts = tf.reshape(x, x.shape.as_list()[:-1] + [part, -1])
-    return tf.reduce_sum(tf.reduce_sum(parts, -1), -1, keepdims=True)
 
 
 def _near_cdf(weights):
@@ -401,12 +227,6 @@ def _draw_near_first(rows, weights, uniforms):
     return mesh_impl.LaidOutTensor.from_tensor_list(drawn)
 
 
-def any_of(mesh_impl, flags):
-    """The largest of laid-out float32 flags, over the whole mesh: a scalar tf.Tensor."""
-    flags = mesh_impl.allreduce(mesh_impl.slicewise(tf.reduce_max, flags), list(range(mesh_impl.ndims)), "MAX")
-    return flags.tensor_list[0]
-
-
 def _unless(doubt, drawn, draw_again):
     """A list of tensors: `drawn`, or what `draw_again` returns where `doubt` is 1.0."""
     return as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
@@ -441,9 +261,8 @@ def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None, s
     return _GroupedDrawOperation(weights, group_uniform, entry_uniform, dim, samples_dim, size).outputs[0]
 
 
-class _DrawOperation(mtf.Operation):
+class _DrawOperation(MeshOperation):
     def __init__(self, inputs, dim, samples_dim, size, name):
-        super().__init__(inputs, name=name)
         x, group_uniform, entry_uniform = inputs[:3]
         rows = x.shape - dim
         shape = rows if samples_dim is None else rows + samples_dim
@@ -452,15 +271,10 @@ class _DrawOperation(mtf.Operation):
                 raise ValueError(f"{name}: uniforms of shape {u.shape} where {shape} is needed")
         if size is not None and not 1 <= size <= dim.size:
             raise ValueError(f"{name}: size={size} of {dim}; from 1 to {dim.size} is needed")
+        super().__init__(inputs, [(shape, tf.int32)], name)
         self._dim = dim
         self._samples_dim = samples_dim
         self._size = size
-        self._outputs = [mtf.Tensor(self, shape, tf.int32)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
 
     def _rows(self, mesh_impl):
         rows = Rows(mesh_impl, self.inputs[0].shape, self._dim, self._size)
@@ -495,141 +309,6 @@ class _GroupedDrawOperation(_DrawOperation):
             drawn = _draw(rows, w, *uniforms)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, out_shape), drawn))
-
-
-# --- entmax -----------------------------------------------------------------------
-
-
-def chosen_of(alpha):
-    """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
-    return 64 if isinstance(alpha, numbers.Real) and alpha >= 1.45 else 256
-
-
-def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, of_all):
-    """What becomes of entmax, which as a rule few entries count in.
-
-    It is solved for the n_chosen largest entries of each shard; and again for all
-    where the last of them is in the support of some row, as others may be then.
-
-    Args:
-      rows: Rows.
-      x: laid-out float32 [rows, entries].
-      scores_of: a function from x, or some of its entries, to scores less the
-        largest one of their row, NaN throughout an invalid one; it keeps their order.
-      epsilon, n_iter: as for `solve_entmax`.
-      of_chosen: a function from laid-out ids [rows, chosen], p and its slope to a
-        list of tensors.
-      of_all: a function from p and its slope, for all of x, to such a list.
-
-    Returns:
-      a list of tensors.
-    """
-    mesh_impl = rows.mesh_impl
-
-    def solve_all():
-        return of_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
-
-    if x.slice_shape[1] < 8 * n_chosen:
-        return solve_all()
-    values, ids = mesh_impl.slicewise(lambda x: largest(x, n_chosen), x)
-    z = scores_of(values)
-    start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
-    p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
-    too_few = any_of(mesh_impl, mesh_impl.slicewise(lambda p: tf.cast(p[:, -1:] > 0, tf.float32), p)) > 0.5
-    return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
-
-
-def as_list(x):
-    """What tf.cond gives: it takes a list of one out of it."""
-    return list(x) if isinstance(x, (list, tuple)) else [x]
-
-
-def _least_delta(z, epsilon):
-    """A δ that entmax's is not below, [rows, 1]: m weights of at least [1 + ε(zₘ − δ)]₊^(1/ε) sum to no more than 1.
-
-    z: float32 [rows, n], scores in descending order. (0, for which this is true too, in a row with NaN.)
-    """
-    log_m = tf.log(tf.range(1.0, size_of(z, 1) + 1.0))
-    gain = tf.where_v2(epsilon > 0, -tf.math.expm1(-epsilon * log_m) / epsilon, log_m)
-    return tf.maximum(finite(tf.reduce_max(z + gain, -1, keepdims=True)), 0.0)
-
-
-def solve_entmax(rows, z, epsilon, n_iter, start=None):
-    """α-entmax of laid-out rows, by Newton's method.
-
-    With y = z − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y) at ε = 0,
-    and δ is sought: Σp = 1 at the root, more to its left. (Σp)^ε as a function
-    of δ is convex, so no step passes the root, but by rounding.
-
-    Args:
-      rows: Rows.
-      z: laid-out float32 [rows, entries], scores less the largest one of their
-        row; a row that holds NaN comes out as NaN.
-      epsilon: laid-out float32 [rows, 1].
-      n_iter: int, the most steps.
-      start: None or laid-out like epsilon: a δ that is not above the one sought.
-
-    Returns:
-      (p, slope), laid-out like z: p sums to 1 along its rows; slope is by how much
-      each entry of it moves with y, at the most: ∂p/∂y, and at the edge of the
-      support what it rises to.
-    """
-    mesh_impl = rows.mesh_impl
-    slicewise = mesh_impl.slicewise
-
-    def evaluate(z, eps, delta):
-        """p, ∂p/∂y and 1 + εy, and [2, rows, 1] with Σp and Σ∂p/∂y, over this shard."""
-        y = z - delta
-        base = 1.0 + eps * y
-        inside = tf.logical_or(base > 0, tf.equal(eps, 0.0))
-        log_p = tf.where_v2(eps > 0, tf.log1p(eps * y) / eps, y)
-        # XLA may compute εy + 1 more than once, rounded once here and twice there. So no
-        # entry at the edge may depend on equal answers, and p/base must not get large.
-        p = tf.where_v2(tf.is_nan(y), y, tf.exp(tf.where_v2(inside, log_p, -np.inf)))
-        slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / tf.maximum(base, 2.0**-24), p)
-        return p, slope, base, tf.stack([near_sum(p), near_sum(slope)])
-
-    def newton_step(sums, eps, last):
-        total, slope = sums[0], sums[1]
-        log_total = tf.log(total)
-        gain = tf.where_v2(eps > 0, -tf.math.expm1(-eps * log_total) / eps, log_total)
-        # Back it goes where rounding made the last step too long, and not all the way
-        # to where that began: past the edge of many ties it would, for ever.
-        return tf.maximum(gain * total / slope, -0.5 * tf.abs(last))
-
-    every_axis = list(range(mesh_impl.ndims))
-    like = mesh_impl.LaidOutTensor.from_tensor_list
-
-    def body(i, _, step, delta):
-        delta = like(delta)
-        *_, sums = slicewise(evaluate, z, epsilon, delta)
-        step = slicewise(newton_step, rows.across_shards(sums, "SUM"), epsilon, like(step))
-        delta = slicewise(tf.add, delta, step)
-
-        # NaN is not greater: an invalid row never keeps the loop going.
-        def moving(step, delta):
-            return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * (1.0 + tf.abs(delta)), tf.float32))
-
-        going = mesh_impl.allreduce(slicewise(moving, step, delta), every_axis, "MAX")
-        return i + 1, going.tensor_list, step.tensor_list, delta.tensor_list
-
-    delta = start or slicewise(tf.zeros_like, epsilon)
-    step = slicewise(tf.ones_like, epsilon)
-    going = slicewise(lambda d: tf.ones([], tf.float32), delta)
-    *_, delta = tf.while_loop(
-        lambda i, going, *_: tf.logical_and(i < n_iter, going[0] > 0),
-        body,
-        (tf.constant(0), going.tensor_list, step.tensor_list, delta.tensor_list),
-    )
-
-    def normalise(p, slope, base, sums, eps):
-        near_edge = 1e-6
-        at_edge = tf.exp((1.0 / tf.maximum(eps, 2.0**-23) - 1.0) * np.log(2 * near_edge))
-        slope = tf.where_v2(tf.abs(base) < near_edge, at_edge, slope)
-        return p / sums[0], slope / sums[0]
-
-    *entries, sums = slicewise(evaluate, z, epsilon, like(delta))
-    return slicewise(normalise, *entries, rows.across_shards(sums, "SUM"), epsilon)
 
 
 # --- Draws from scores --------------------------------------------------------------
@@ -684,14 +363,13 @@ def score_draw(
 
 class _ScoreDrawOperation(_DrawOperation):
     def __init__(self, scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, only, n_chosen):
-        super().__init__([scores, group_uniform, entry_uniform], dim, None, None if ids else size, "score_draw")
         if scores.dtype != tf.float32:
             raise ValueError(f"score_draw: scores of dtype {scores.dtype.name}; float32 is needed")
         self._n_chosen = n_chosen
         self._of = size  # what the ids are entries of
         self._more = {"factor": factor, "alpha": alpha, "ids": ids, "only": only}
-        self._inputs += [t for t in self._more.values() if t is not None]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        inputs = [scores, group_uniform, entry_uniform, *(t for t in self._more.values() if t is not None)]
+        super().__init__(inputs, dim, None, None if ids else size, "score_draw")
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)

@@ -6,7 +6,6 @@ import numpy as np
 
 from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
 from gpt_neo_sampling.cluster import ClusterError
-from gpt_neo_sampling.draws import padded_size
 from gpt_neo_sampling.mesh import round_up
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.options import ROW_OPTIONS
@@ -21,6 +20,7 @@ from gpt_neo_sampling.program import (
     load_weights,
     variable_dtype_of,
 )
+from gpt_neo_sampling.rows import padded_size
 from gpt_neo_sampling.score import ScoreKey
 
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again

@@ -12,7 +12,7 @@ activation functions), is computed in float32 and cast back.
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
-from gpt_neo_sampling.mtf_ops import align, reshaped
+from gpt_neo_sampling.mtf_ops import MeshOperation, align, reshaped
 
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
@@ -82,24 +82,18 @@ def attend(q, k, v, bias, memory_dim, name="attend"):
     return _AttendOperation(q, k, v, bias, memory_dim, name).outputs[0]
 
 
-class _AttendOperation(mtf.Operation):
+class _AttendOperation(MeshOperation):
     def __init__(self, q, k, v, bias, memory_dim, name):
-        super().__init__([q, k, v, bias], name=name)
         *batch, memory, depth = k.shape.dims
         queries = q.shape.dims[len(batch) : -1]
         if q.shape.dims != batch + queries + [depth] or len(queries) > 1 or memory != memory_dim or v.shape != k.shape:
             raise ValueError(
                 f"attend: q {q.shape}, k {k.shape}, v {v.shape} and memory {memory_dim} do not go together"
             )
+        super().__init__([q, k, v, bias], [(q.shape, q.dtype)], name)
         self._memory_dim = memory_dim
         self._scores_shape = mtf.Shape(batch + queries + [memory])
         self._one_query = not queries
-        self._outputs = [mtf.Tensor(self, q.shape, q.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
@@ -146,14 +140,12 @@ def layer_norm(x, scale, offset, epsilon, name="layer_norm"):
     return _LayerNormOperation(x, scale, offset, epsilon, name).outputs[0]
 
 
-class _LayerNormOperation(mtf.Operation):
+class _LayerNormOperation(MeshOperation):
     """One operation: a decode step has dozens, each of ten small tensor ops."""
 
     def __init__(self, x, scale, offset, epsilon, name):
-        super().__init__([x, scale, offset], name=name)
+        super().__init__([x, scale, offset], [(x.shape, x.dtype)], name)
         self._epsilon = epsilon
-        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys):
         dy, x, scale = (mtf.cast(t, tf.float32) for t in (*grad_ys, *self.inputs[:2]))
@@ -224,14 +216,10 @@ def rotate(x, table, name="rotate"):
     return _RotateOperation(x, table, False, name).outputs[0]
 
 
-class _RotateOperation(mtf.Operation):
+class _RotateOperation(MeshOperation):
     def __init__(self, x, table, back, name):
-        super().__init__([x, table], name=name)
+        super().__init__([x, table], [(x.shape, x.dtype)], name, unsplittable=[x.shape[-1].name])
         self._back = back
-        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_splittable_and_unsplittable_dims(
-            "splittable", [x.shape[-1].name]
-        )
 
     def gradient(self, grad_ys):
         table = self.inputs[1]

@@ -11,8 +11,9 @@ import typing
 import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
-from gpt_neo_sampling.draws import Rows, any_of, as_list, near_sum, spread_rows
-from gpt_neo_sampling.mtf_ops import has_invalid, largest, pad_last, size_of
+from gpt_neo_sampling.largest import has_invalid, largest
+from gpt_neo_sampling.mtf_ops import MeshOperation, pad_last, size_of
+from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum, spread_rows
 
 _FEW = 128  # entries of a shard that are looked at one by one
 _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of
@@ -39,12 +40,10 @@ def mask_below(logits, option, dim, find_cut, masked):
     return _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
 
 
-class _MaskOperation(mtf.Operation):
+class _MaskOperation(MeshOperation):
     def __init__(self, logits, option, dim, find_cut, masked):
-        super().__init__([logits, option], name=find_cut.__name__)
+        super().__init__([logits, option], [(logits.shape, logits.dtype)], find_cut.__name__)
         self._dim, self._find_cut, self._masked = dim, find_cut, masked
-        self._outputs = [mtf.Tensor(self, logits.shape, logits.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys):
         def survivors(dy, x, y):

@@ -12,6 +12,29 @@ import numpy as np
 from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
 
 
+class MeshOperation(mtf.Operation):
+    """An operation all of whose dims a layout may split, or all but some; one without a `gradient` has none."""
+
+    def __init__(self, inputs, outputs, name, mesh=None, unsplittable=()):
+        """
+        Args:
+          inputs: a list of mtf.Tensors.
+          outputs: a list of (mtf.Shape, tf.DType).
+          name: str.
+          mesh: mtf.Mesh, needed where there are no inputs.
+          unsplittable: names of dims.
+        """
+        super().__init__(inputs, mesh=mesh, name=name)
+        self._outputs = [mtf.Tensor(self, mtf.Shape(shape), dtype) for shape, dtype in outputs]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_splittable_and_unsplittable_dims(
+            "splittable", unsplittable
+        )
+
+    @property
+    def has_gradient(self):
+        return type(self).gradient is not mtf.Operation.gradient and super().has_gradient
+
+
 def align(x, shape, target):
     """Transposes and reshapes a slice so that it broadcasts against `target`.
 
@@ -41,6 +64,19 @@ def reshaped(x, shape):
 def size_of(x, axis):
     """An int, also where v2 behaviour is disabled and shapes hold objects."""
     return x.shape.as_list()[axis]
+
+
+def finite(x):
+    """x with ±inf as the largest and the lowest finite number, NaN as 0."""
+    return tf.where_v2(tf.is_nan(x), tf.zeros_like(x), tf.clip_by_value(x, x.dtype.min, x.dtype.max))
+
+
+def pad_last(x, before=0, after=0, value=0.0):
+    """x with so many entries more along its last axis."""
+    if not before and not after:
+        return x
+    padding = [[0, 0]] * (x.shape.rank - 1) + [[before, after]]
+    return tf.pad(x, padding, constant_values=tf.constant(value, x.dtype))
 
 
 def dim_of(x, dim=None):
@@ -201,12 +237,10 @@ def _transpose(x, shape, dims):
     return x if perm == list(range(len(perm))) else tf.transpose(x, perm)
 
 
-class _TakeOperation(mtf.Operation):
+class _TakeOperation(MeshOperation):
     def __init__(self, x, indices, dim, name):
-        super().__init__([x, indices], name=name)
         self._lookup = _Lookup(x.shape, indices.shape, dim)
-        self._outputs = [mtf.Tensor(self, self._lookup.output, x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        super().__init__([x, indices], [(self._lookup.output, x.dtype)], name)
 
     def gradient(self, grad_ys):
         x, indices = self.inputs
@@ -241,14 +275,12 @@ class _TakeOperation(mtf.Operation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-class _ScatterAddOperation(mtf.Operation):
+class _ScatterAddOperation(MeshOperation):
     """Adds rows of dy to the entries that they were, or would be, looked up from."""
 
     def __init__(self, dy, indices, lookup):
-        super().__init__([dy, indices], name="scatter_add")
+        super().__init__([dy, indices], [(lookup.x_shape, dy.dtype)], "scatter_add")
         self._lookup = lookup
-        self._outputs = [mtf.Tensor(self, lookup.x_shape, dy.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys):
         # Linear in dy: its gradient is the look-up itself.
@@ -303,23 +335,17 @@ def write_at(x, value, position, dim, *, may_overwrite=False, name="write_at"):
     return _WriteOperation(x, value, position, dim, may_overwrite, name).outputs[0]
 
 
-class _WriteOperation(mtf.Operation):
+class _WriteOperation(MeshOperation):
     def __init__(self, x, value, position, dim, may_overwrite, name):
-        super().__init__([x, value, position], name=name)
         rest = [d for d in x.shape.dims if d != dim]
         for what, t in (("value", value), ("position", position)):
             if dim not in x.shape.dims or any(d not in rest for d in t.shape.dims):
                 raise ValueError(
                     f"write_at: {what} {t.shape} along {dim} of {x.shape}; its dims must be among the rest"
                 )
+        super().__init__([x, value, position], [(x.shape, x.dtype)], name)
         self._dim = dim
         self._may_overwrite = may_overwrite
-        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
@@ -375,18 +401,11 @@ def resize(x, dim, size, name="resize"):
     return x if size == dim.size else _ResizeOperation(x, dim, size, name).outputs[0]
 
 
-class _ResizeOperation(mtf.Operation):
+class _ResizeOperation(MeshOperation):
     def __init__(self, x, dim, size, name):
-        super().__init__([x], name=name)
+        super().__init__([x], [(x.shape.resize_dimension(dim.name, size), x.dtype)], name)
         self._axis = x.shape.dims.index(dim)
-        new_dim = mtf.Dimension(dim.name, size)
-        self._outputs = [mtf.Tensor(self, x.shape.resize_dimension(dim.name, size), x.dtype)]
-        self._dims = dim, new_dim
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
+        self._dims = dim, mtf.Dimension(dim.name, size)
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
@@ -424,16 +443,10 @@ def repeat(x, dim, times, name="repeat"):
     return _RepeatOperation(x, dim, times, name).outputs[0] if dim in x.shape.dims else x
 
 
-class _RepeatOperation(mtf.Operation):
+class _RepeatOperation(MeshOperation):
     def __init__(self, x, dim, times, name):
-        super().__init__([x], name=name)
+        super().__init__([x], [(x.shape.resize_dimension(dim.name, dim.size * times), x.dtype)], name)
         self._axis, self._times = x.shape.dims.index(dim), times
-        self._outputs = [mtf.Tensor(self, x.shape.resize_dimension(dim.name, dim.size * times), x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
 
     def lower(self, lowering):
         repeat = functools.partial(tf.repeat, repeats=self._times, axis=self._axis)
@@ -460,16 +473,10 @@ def host_call(fn, xs, name="host_call"):
     return _HostCallOperation(fn, xs, name).outputs[0]
 
 
-class _HostCallOperation(mtf.Operation):
+class _HostCallOperation(MeshOperation):
     def __init__(self, fn, xs, name):
-        super().__init__(xs, name=name)
+        super().__init__(xs, [(xs[0].shape, tf.float32)], name)
         self._fn = fn
-        self._outputs = [mtf.Tensor(self, xs[0].shape, tf.float32)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
 
     def lower(self, lowering):
         mesh_impl = lowering.mesh_impl(self)
@@ -527,328 +534,3 @@ def row_index(mesh, rows):
         )
         stride *= d.size
     return index
-
-
-# --- Random numbers -----------------------------------------------------------
-
-
-def threefry_2x32(key, counter):
-    """Threefry-2x32 with 20 rounds, in integer tensor ops alone.
-
-    Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2,
-    3". The bits depend on the arguments and on nothing else: not on backend,
-    device, layout or TensorFlow version.
-
-    Args:
-      key: a pair of uint32 tf.Tensors.
-      counter: a pair of uint32 tf.Tensors, broadcastable with the key.
-
-    Returns:
-      a pair of uint32 tf.Tensors.
-    """
-
-    def rotate(x, bits):
-        return tf.bitwise.bitwise_or(
-            tf.bitwise.left_shift(x, tf.constant(bits, tf.uint32)),
-            tf.bitwise.right_shift(x, tf.constant(32 - bits, tf.uint32)),
-        )
-
-    xor = tf.bitwise.bitwise_xor
-    keys = [key[0], key[1], xor(xor(key[0], key[1]), tf.constant(0x1BD11BDA, tf.uint32))]
-    x0, x1 = counter[0] + keys[0], counter[1] + keys[1]
-    for i in range(5):
-        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
-            x0 += x1
-            x1 = xor(rotate(x1, bits), x0)
-        x0 += keys[(i + 1) % 3]
-        x1 += keys[(i + 2) % 3] + tf.constant(i + 1, tf.uint32)
-    return x0, x1
-
-
-def counter_uniforms(seed, stream, step, sample=None):
-    """Two independent uniforms for each draw, a function of its coordinates.
-
-    Threefry-2x32 with key (seed, stream) and counter (step, sample); the upper
-    24 bits of each output word make one float.
-
-    Args:
-      seed: int32 mtf.Tensor.
-      stream: int32 mtf.Tensor.
-      step: int32 mtf.Tensor.
-      sample: int32 mtf.Tensor, or None for draw 0.
-      The shapes are broadcast together, dims in the order of their appearance
-      in `stream`, `seed`, `step`, `sample`.
-
-    Returns:
-      a pair of float32 mtf.Tensors, in [0, 1).
-    """
-    xs = [stream, seed, step] + ([] if sample is None else [sample])
-    dims = []
-    for x in xs:
-        dims += [d for d in x.shape.dims if d not in dims]
-    shape = mtf.Shape(dims)
-    shapes = [x.shape for x in xs]
-
-    def tf_fn(*slices):
-        words = [tf.bitcast(align(s, old, shape), tf.uint32) for s, old in zip(slices, shapes)]
-        stream, seed, step = words[:3]
-        sample = words[3] if len(words) == 4 else tf.zeros_like(step)
-        return tuple(
-            tf.cast(tf.bitwise.right_shift(w, tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24
-            for w in threefry_2x32((seed, stream), (step, sample))
-        )
-
-    return mtf.slicewise(
-        tf_fn,
-        xs,
-        output_shape=[shape, shape],
-        output_dtype=[tf.float32, tf.float32],
-        splittable_dims=shape.dims,
-        grad_function=0,
-        name="counter_uniforms",
-    )
-
-
-def import_seed(mesh, seed, rows=()):
-    """A seed as an int32 mtf tensor.
-
-    Args:
-      mesh: mtf.Mesh.
-      seed: an int in [−2³¹, 2³²) (its low 32 bits count); an int32 tensor,
-        scalar or one a row; or None for a fresh one at each execution.
-      rows: mtf.Shape, the dims of the request.
-
-    Returns:
-      int32 mtf.Tensor, the same on every processor.
-
-    Raises:
-      ValueError: for an int outside the range, or a wrong shape.
-    """
-    if seed is None:
-        return _FreshSeedOperation(mesh).outputs[0]
-    if isinstance(seed, (int, np.integer)):
-        if not -(2**31) <= seed < 2**32:
-            raise ValueError(f"seed={seed} is out of range: from -2**31 to 2**32 - 1")
-        seed = np.array(int(seed) % 2**32, np.uint32).view(np.int32)
-    return import_rows(mesh, seed, tf.int32, rows, "seed")
-
-
-class _FreshSeedOperation(mtf.Operation):
-    """A random int32, drawn anew each time it runs (in a loop: each time round)."""
-
-    def __init__(self, mesh):
-        super().__init__([], mesh=mesh, name="fresh_seed")
-        self._outputs = [mtf.Tensor(self, mtf.Shape([]), tf.int32)]
-
-    def lower(self, lowering):
-        mesh_impl = lowering.mesh_impl(self)
-
-        # Processor 0's bits for everyone. As halves: some meshes add in float32.
-        def draw(pnum):
-            halves = tf.random.uniform([2], maxval=2**16, dtype=tf.int32)
-            return tf.where_v2(tf.equal(pnum, 0), tf.cast(halves, tf.float32), 0.0)
-
-        halves = mesh_impl.allreduce(
-            mesh_impl.slicewise(draw, mesh_impl.laid_out_pnum()), list(range(mesh_impl.ndims)), "SUM"
-        )
-        join = lambda h: tf.cast(h[0], tf.int32) * 2**16 + tf.cast(h[1], tf.int32)  # noqa: E731
-        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(join, halves))
-
-
-# --- Largest entries ------------------------------------------------------------
-
-
-def finite(x):
-    """x with ±inf as the largest and the lowest finite number, NaN as 0."""
-    return tf.where_v2(tf.is_nan(x), tf.zeros_like(x), tf.clip_by_value(x, x.dtype.min, x.dtype.max))
-
-
-def has_invalid(x, axis=-1, keepdims=False):
-    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, in passes that only read.
-
-    By the sum, as XLA's maximum loses a NaN on CPUs. (−inf beside so many and so
-    large entries that their sum overflows, above 1e33, counts as NaN too.)
-    """
-    top, total = tf.reduce_max(x, axis, keepdims), tf.reduce_sum(tf.cast(x, tf.float32), axis, keepdims)
-    return tf.where_v2(tf.logical_or(tf.is_nan(total), top >= np.inf), 1.0, 0.0)
-
-
-def first_argmax(x, dim):
-    """Index of the largest entry along `dim`, the first of equal ones.
-
-    Args:
-      x: mtf.Tensor of a floating dtype.
-      dim: mtf.Dimension of x.
-
-    Returns:
-      int32 mtf.Tensor [x.shape − dim]; −1 for a row that holds NaN or +inf, or
-      nothing but −inf.
-    """
-    return _FirstArgmaxOperation(x, dim).outputs[0]
-
-
-class _FirstArgmaxOperation(mtf.Operation):
-    def __init__(self, x, dim):
-        super().__init__([x], name="first_argmax")
-        self._dim = dim
-        self._outputs = [mtf.Tensor(self, x.shape - dim, tf.int32)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self):
-        return False
-
-    def lower(self, lowering):
-        mesh_impl = lowering.mesh_impl(self)
-        (x,) = self.inputs
-        axis = x.shape.dims.index(self._dim)
-        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
-        shards = 1 if mesh_axis is None else mesh_impl.shape[mesh_axis].size
-        local_size = self._dim.size // shards
-
-        def local(x, pcoord=0):
-            """[rows, 1, 4]: the shard's largest, its global index, whether it is wrong, whether it is right.
-
-            Finite, as some meshes' collectives multiply by 0 and 1.
-            """
-            x = tf.cast(x, tf.float32)
-            top, wrong = tf.reduce_max(x, axis), has_invalid(x, axis)
-            right = tf.where_v2(top > -np.inf, 1.0, 0.0)
-            index = tf.argmax(x, axis, output_type=tf.int32) + pcoord * local_size
-            # indices are exact in float32: a dimension has fewer than 2²⁴ entries
-            found = [finite(top), index, wrong, right]
-            return tf.expand_dims(tf.stack([tf.cast(f, tf.float32) for f in found], -1), -2)
-
-        def choose(found):
-            best = tf.argmax(found[..., 0], -1, output_type=tf.int32)
-            index = tf.gather(found[..., 1], best, batch_dims=found.shape.rank - 2)
-            valid = tf.logical_and(tf.reduce_max(found[..., 2], -1) < 0.5, tf.reduce_max(found[..., 3], -1) > 0.5)
-            return tf.where_v2(valid, tf.cast(index, tf.int32), -1)
-
-        if mesh_axis is None:
-            found = mesh_impl.slicewise(local, lowering.tensors[x])
-        else:
-            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
-            found = mesh_impl.allconcat(found, mesh_axis, x.shape.ndims - 1)
-        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
-
-
-def chunk_size(size):
-    """Into chunks of how many entries `size` is taken: a divisor where there is one, to spare a padded copy."""
-    return next((n for n in range(48, 15, -1) if size % n == 0), 32)
-
-
-def largest(x, k):
-    """The k largest entries of each row and their indices, in order.
-
-    In two stages: the k largest lie in those k contiguous chunks whose own
-    largest entries are the k largest of all chunks' (of equal ones the first),
-    so only these are sorted entry by entry.
-
-    Args:
-      x: a tf.Tensor [rows, n] of a floating dtype.
-      k: int, at most n.
-
-    Returns:
-      (values, indices) [rows, k], of x's dtype and int32. Among equal entries the
-      lower index comes first; −0.0 counts as 0.0. A row with NaN or +inf has NaN
-      for all its values.
-    """
-
-    def sortable(x):  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
-        return tf.where_v2(tf.abs(x) > 0, x, tf.zeros_like(x))
-
-    def top_k_of(x, k):
-        if k == 1:  # TPUs are slow at top_k
-            return tf.argmax(x, -1, output_type=tf.int32)[:, tf.newaxis]
-        return tf.math.top_k(x, k)[1]
-
-    size = size_of(x, 1)
-    chunk = chunk_size(size)
-    n_chunks = -(-size // chunk)
-    if n_chunks <= 2 * k:
-        candidates = x
-        indices = at = top_k_of(sortable(x), k)
-    else:
-        chunks = tf.reshape(pad_last(x, after=n_chunks * chunk - size, value=-np.inf), [-1, n_chunks, chunk])
-        chosen = top_k_of(sortable(tf.reduce_max(chunks, -1)), k)
-        chosen = -tf.math.top_k(-chosen, k)[0]  # ascending: of equal entries, the lower index stays the first
-        candidates = tf.reshape(tf.gather(chunks, chosen, batch_dims=1), [-1, k * chunk])
-        at = top_k_of(sortable(candidates), k)
-        indices = tf.gather(chosen, at // chunk, batch_dims=1) * chunk + at % chunk
-    values = tf.gather(candidates, at, batch_dims=1)
-    return tf.where_v2(has_invalid(x, keepdims=True) > 0, tf.constant(np.nan, x.dtype), values), indices
-
-
-def scatter_rows(values, indices, size):
-    """[rows, size] with values [rows, n] at their indices, no two of a row equal, and 0 elsewhere."""
-    n_rows, n = values.shape.as_list()
-    at = tf.reshape(indices + tf.range(n_rows)[:, tf.newaxis] * size, [-1, 1])
-    return tf.reshape(tf.scatter_nd(at, tf.reshape(values, [-1]), [n_rows * size]), [n_rows, size])
-
-
-def pad_last(x, before=0, after=0, value=0.0):
-    """x with so many entries more along its last axis."""
-    if not before and not after:
-        return x
-    padding = [[0, 0]] * (x.shape.rank - 1) + [[before, after]]
-    return tf.pad(x, padding, constant_values=tf.constant(value, x.dtype))
-
-
-def top_k(x, dim, k_dim):
-    """The k_dim.size largest entries along `dim` and their indices, in order.
-
-    Among equal entries the lower index comes first, on any layout. A layout
-    that splits `dim` moves k candidates a row and shard. (mtf's own `top_k`
-    goes another, wrong way for k of 2 to 4 on rows that hold masked values;
-    this is the operation under it, with `largest` in each shard.)
-
-    Args:
-      x: mtf.Tensor of a floating dtype.
-      dim: mtf.Dimension of x.
-      k_dim: mtf.Dimension, no larger than `dim`.
-
-    Returns:
-      (values, indices): mtf.Tensors [x.shape − dim + k_dim], x.dtype and int32.
-      −inf counts as the lowest finite number; a row that holds NaN or +inf has NaN
-      for all its values.
-    """
-    return tuple(_TopKOperation(x, dim, k_dim).outputs)
-
-
-class _TopKOperation(mtf.ops.TopKOperation):
-    def lower(self, lowering):
-        mesh_impl = lowering.mesh_impl(self)
-        (x,) = self.inputs
-        k = self._k_dim.size
-        axis = x.shape.dims.index(self._reduced_dim)
-        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
-        rest = mesh_impl.slice_shape(x.shape - self._reduced_dim)
-
-        def local(x, pcoord=None):
-            x = tf.transpose(x, [i for i in range(x.shape.rank) if i != axis] + [axis])
-            size = size_of(x, -1)
-            values, indices = largest(tf.reshape(x, [-1, size]), min(k, size))
-            if pcoord is None:
-                return values, indices
-            # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
-            indices += pcoord * size
-            indices = tf.where_v2(values < x.dtype.min, -2 - indices, tf.where_v2(tf.is_nan(values), -1, indices))
-            return finite(values), indices
-
-        def choose(values, indices):
-            invalid = tf.reduce_max(tf.cast(tf.equal(indices, -1), tf.int32), -1, keepdims=True) > 0
-            values, at = tf.math.top_k(values, k)
-            indices = tf.gather(indices, at, batch_dims=1)
-            values = tf.where_v2(indices < -1, tf.constant(-np.inf, x.dtype), values)
-            values = tf.where_v2(invalid, tf.constant(np.nan, x.dtype), values)
-            return values, tf.maximum(indices, -2 - indices)
-
-        if mesh_axis is None:
-            found = mesh_impl.slicewise(local, lowering.tensors[x])
-        else:
-            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
-            found = mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
-        for output, value in zip(self.outputs, found):
-            shaped = mesh_impl.slicewise(lambda v: tf.reshape(v, rest + [k]), value)
-            lowering.set_tensor_lowering(output, shaped)

@@ -11,108 +11,13 @@ import numbers
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE, History, SamplingOptions, next_token
+from gpt_neo_sampling.decoder import Decoder, cut_memory, map_tensors
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
-from gpt_neo_sampling.mtf_ops import (
-    cwise_broadcast,
-    import_rows,
-    import_seed,
-    repeat,
-    resize,
-    row_index,
-    settle,
-    take,
-)
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
+from gpt_neo_sampling.uniforms import import_seed
 
 INVALID = -1  # the token of a row whose distribution is not one
-
-
-@dataclasses.dataclass
-class DecodeContext:
-    """What a model is told in a decode loop, and where it leaves its states.
-
-    The attributes are those of mesh-tensorflow's own context class, so models
-    written for that one work with this.
-    """
-
-    mesh: mtf.Mesh
-    batch_dims: list  # of mtf.Dimension
-    length_dim: mtf.Dimension
-    variable_dtype: mtf.VariableDType
-    mode: str  # "first_part": all positions at once; "incremental": one token a row
-    # Incremental: int32 [batch], the position about to be written; the model
-    # reads the token before it. First part: int32 [length].
-    position: mtf.Tensor
-    position_is_default: bool = False
-    states: list = None  # incremental: what the previous step recorded
-    new_states: list = None  # what this one records
-    initial_position: mtf.Tensor = None  # int32 [batch], the prompts' lengths
-    inputs: mtf.Tensor = None  # int32 [batch, length]
-    sequence_id: mtf.Tensor = None
-    subsequence_id: mtf.Tensor = None
-    read_priority: mtf.Tensor = None
-    write_priority: mtf.Tensor = None
-    encoder_output: mtf.Tensor = None
-    encoder_sequence_id: mtf.Tensor = None
-    encoder_inputs: mtf.Tensor = None
-    encoder_layer_outputs: list = None
-    constant_states: list = None  # recorded in the first part, read in every step
-    shared_params: dict = None
-    losses: list = None
-    layer_outputs: list = dataclasses.field(default_factory=list)
-    model: object = None
-    beam_dim: mtf.Dimension = None
-    num_microbatches: int = 1
-    layer_index: int = 0
-    next_constant_state: int = 0
-    cache: dict = dataclasses.field(default_factory=dict)
-    input_embeddings: mtf.Tensor = None
-    may_overwrite_states: bool = False  # incremental: `states` are nobody else's to read
-
-    def __post_init__(self):
-        self.shared_params = self.shared_params or {}
-
-    @property
-    def train(self):
-        return False
-
-    @property
-    def activation_dtype(self):
-        return self.variable_dtype.activation_dtype
-
-    @property
-    def encoder_length_dim(self):
-        (dim,) = [d for d in self.encoder_output.shape.dims if d.name == "memory_length"]
-        return dim
-
-    @property
-    def nonpadding(self):
-        if self.sequence_id is None or (isinstance(self.sequence_id, int) and self.sequence_id == 1):
-            return self.sequence_id
-        return mtf.cast(mtf.not_equal(self.sequence_id, 0), self.activation_dtype)
-
-    def get_position(self):
-        if self.position_is_default:
-            return mtf.range(self.mesh, self.length_dim, tf.int32)
-        return self.position
-
-    def get_states(self, n):
-        """The next n of the states that the previous step recorded."""
-        begin = len(self.new_states)
-        return self.states[begin : begin + n]
-
-    def record_new_states(self, new_states):
-        """Adds tensors that the next step is to find; their shapes must not change."""
-        self.new_states.extend(new_states)
-
-    def record_constant_state(self, s):
-        """First part: keeps a value that every step is to find unchanged."""
-        self.constant_states.append(s)
-
-    def get_constant_state(self):
-        """The next of the constant states, in the order of their recording."""
-        self.next_constant_state += 1
-        return self.constant_states[self.next_constant_state - 1]
 
 
 @dataclasses.dataclass
@@ -278,188 +183,109 @@ def sample_autoregressive(
     length = _length("max_length", max_length, whole_length_dim.size)
     prompt_length = _length("max_prompt_length", max_prompt_length, length)
     length_dim = mtf.Dimension(whole_length_dim.name, length)
-    prompt_rows = mtf.Shape(batch_dims)
-    if not isinstance(num_return_sequences, numbers.Integral) or num_return_sequences < 1:
-        raise ValueError(f"num_return_sequences={num_return_sequences}; a whole number of at least 1 is needed")
-
-    rows = prompt_rows
-    if num_return_sequences > 1:
-        if not batch_dims:
-            raise ValueError(f"num_return_sequences={num_return_sequences}: the prompts need a batch dim")
-        rows = rows.resize_dimension(batch_dims[-1].name, batch_dims[-1].size * num_return_sequences)
-    vocab_dim = other_features["vocab_dim"]
-    model = model or gpt2.model
-    params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
-    padding_id = params.get("padding_id") or 0
-    slow = bool(params.get("slow_sampling"))
+    rows = _repeated_rows(batch_dims, num_return_sequences)
     if temperature is None:
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
     if isinstance(max_steps, numbers.Real) and max_steps < 0:
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
-    vocab_size = _vocab_size(params, vocab_dim)
-
-    def per_row(value, dtype, name):
-        """Imported once, outside the loop; numbers stay numbers."""
-        if value is None or isinstance(value, numbers.Real):
-            return value
-        return settle(import_rows(mesh, value, dtype, rows, name))
-
-    def real(**values):
-        return {name: per_row(value, tf.float32, name) for name, value in values.items()}
-
     stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
-    stop_tokens = tuple(per_row(t, tf.int32, "stop_at_token") for t in stop_tokens if t is not None)
+    stop_tokens = tuple(t for t in stop_tokens if t is not None)
     if never_end and not stop_tokens:
         raise ValueError(f"never_end=True masks the stop token, but stop_at_token is {stop_at_token}")
+
+    params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
+    padding_id = params.get("padding_id") or 0
+    vocab_dim = other_features["vocab_dim"]
+    vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
         logits_processors=tuple(logits_processors),
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
-        logit_bias=_map_tensors(settle, logit_bias),
+        logit_bias=logit_bias,
         stop_tokens=stop_tokens,
-        min_new_tokens=per_row(min_new_tokens, tf.int32, "min_new_tokens"),
+        min_new_tokens=min_new_tokens,
         never_end=never_end,
-        top_k=per_row(_top_k_option(sampling_keep_top_k, vocab_size or vocab_dim.size), tf.int32, "top_k"),
+        temperature=temperature,
+        top_k=_top_k_option(sampling_keep_top_k, vocab_size or vocab_dim.size),
         max_top_k=max_top_k,
+        top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        epsilon_cutoff=epsilon_cutoff,
+        eta_cutoff=eta_cutoff,
         use_entmax=bool(sampling_use_entmax),
+        entmax_alpha=entmax_alpha,
         vocab_size=vocab_size,
-        **real(
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            temperature=temperature,
-            top_p=top_p,
-            min_p=min_p,
-            typical_p=typical_p,
-            epsilon_cutoff=epsilon_cutoff,
-            eta_cutoff=eta_cutoff,
-            entmax_alpha=entmax_alpha,
-        ),
     )
     options.check()
-    max_steps = per_row(max_steps, tf.int32, "max_steps")
+    # all that is imported or computed here is so once, and not in every step
+    options = options.imported(mesh, rows)
     seed = settle(import_seed(mesh, seed, rows))
-    stream = row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream")
-    stream = settle(stream)
-    other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs, shared_params = (
-        _map_tensors(settle, x)
-        for x in (
-            other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs, shared_params
-        )
-    )  # fmt: skip
+    stream = settle(row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream"))
+    if max_steps is not None:
+        max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
-    other_features = _cut_memory(other_features, whole_length_dim, length)
-
-    # The prompts, and only they: what stands behind them becomes padding.
     if not has_partial_sequences:
         prompt_lengths = 0
-    elif prompt_lengths is None:
-        is_token = mtf.not_equal(partial_sequences, padding_id)
-        prompt_lengths = mtf.reduce_sum(mtf.to_int32(is_token), reduced_dim=whole_length_dim)
-    prompt_lengths = import_rows(mesh, prompt_lengths, tf.int32, prompt_rows, "prompt_lengths")
-    prompt_lengths = mtf.broadcast(prompt_lengths, prompt_rows)
-    bos = import_rows(mesh, bos_id, tf.int32, prompt_rows, "bos_id")
-
-    def clean(ids, at, length, bos):
-        ids = tf.where_v2(at < length, ids, padding_id)
-        return tf.where_v2(tf.logical_and(tf.equal(length, 0), tf.equal(at, 0)), bos, ids)
-
-    whole_range = mtf.range(mesh, whole_length_dim, tf.int32)
-    whole_ids = cwise_broadcast(clean, [partial_sequences, whole_range, prompt_lengths, bos])
-    ids, length_range = resize(whole_ids, whole_length_dim, length), mtf.range(mesh, length_dim, tf.int32)
-    initial_position = cwise_broadcast(lambda n: tf.maximum(n, 1), [prompt_lengths])
-
-    priority = cwise_broadcast(
-        lambda at, n: tf.where_v2(at > n, at, 0), [length_range, initial_position], ids.shape
+    whole_ids, initial_position = _prompts(partial_sequences, prompt_lengths, padding_id, bos_id)
+    ids = resize(whole_ids, whole_length_dim, length)
+    decoder = Decoder(
+        model or gpt2.model,
+        params,
+        cut_memory(other_features, whole_length_dim, length),
+        variable_dtype,
+        length_dim,
+        initial_position,
+        shared_params,
+        encoder={
+            "encoder_output": encoder_output,
+            "encoder_sequence_id": encoder_sequence_id,
+            "encoder_inputs": encoder_inputs,
+            "encoder_layer_outputs": encoder_layer_outputs,
+        },
     )
-    constant_states = []
-
-    def context(mode, position, **kwargs):
-        return DecodeContext(
-            mesh=mesh,
-            batch_dims=initial_position.shape.dims,
-            variable_dtype=variable_dtype,
-            mode=mode,
-            position=position,
-            new_states=[],
-            initial_position=initial_position,
-            encoder_output=encoder_output,
-            encoder_sequence_id=encoder_sequence_id,
-            encoder_inputs=encoder_inputs,
-            encoder_layer_outputs=encoder_layer_outputs,
-            constant_states=constant_states,
-            shared_params=shared_params,
-            **kwargs,
+    states = decoder.first_pass(ids, prompt_length)
+    if num_return_sequences > 1:
+        decoder.repeat(batch_dims[-1], num_return_sequences)
+        whole_ids, ids, initial_position, states = map_tensors(
+            functools.partial(repeat, dim=batch_dims[-1], times=num_return_sequences),
+            (whole_ids, ids, initial_position, states),
         )
 
-    def call_model(ids, ctx):
-        with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
-            logits, _, _ = model({"inputs": ids}, other_features, params, mesh, variable_dtype, context=ctx)
-        return logits
-
-    initial_states = []
-    if not slow:
-        prompt_dim = mtf.Dimension(length_dim.name, prompt_length)
-        prompts, prompt_priority = (resize(x, length_dim, prompt_length) for x in (ids, priority))
-        first_part = context(
-            "first_part",
-            mtf.range(mesh, prompt_dim, tf.int32),
-            length_dim=prompt_dim,
-            position_is_default=True,
-            inputs=prompts,
-            read_priority=prompt_priority,
-            write_priority=prompt_priority,
-        )
-        call_model(prompts, first_part)
-        initial_states = first_part.new_states
-        constant_states[:] = _map_tensors(settle, constant_states)
-    if num_return_sequences > 1:  # what was one a prompt is one a row from here on
-        for_each_row = functools.partial(repeat, dim=batch_dims[-1], times=num_return_sequences)
-        whole_ids, ids, initial_position, priority, initial_states, constant_states[:] = _map_tensors(
-            for_each_row, (whole_ids, ids, initial_position, priority, initial_states, constant_states)
-        )
-        other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs = _map_tensors(
-            for_each_row, (other_features, encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs)
-        )
+    n_logprobs = 2 if return_logprobs else 0
+    length_range = mtf.range(mesh, length_dim, tf.int32)
 
     def is_over(position):
         """Whether a row that is to write at `position` has no token left to write."""
 
         def tf_fn(position, initial, *limit):
-            over = position >= length_dim.size
+            over = position >= length
             return tf.logical_or(over, position - initial >= limit[0]) if limit else over
 
-        limit = [] if max_steps is None else [import_rows(mesh, max_steps, tf.int32, rows, "max_steps")]
+        limit = [] if max_steps is None else [max_steps]
         return cwise_broadcast(tf_fn, [position, initial_position, *limit], rows, tf.bool)
 
-    n_logprobs = 2 if return_logprobs else 0
+    def ends_row(token, ids, position):
+        """Whether a row is done with the token that was drawn, which stands ahead of `position`."""
+        ended = cwise_broadcast(lambda token: tf.equal(token, INVALID), [token], output_dtype=tf.bool)
+        for stop_token in options.stop_tokens:
+            ended = mtf.logical_or(ended, mtf.equal(token, stop_token))
+        if stopping_criteria is not None:
+            ended = mtf.logical_or(ended, mtf.greater(stopping_criteria(ids, position), 0))
+        return mtf.logical_or(ended, is_over(position))
+
+    def write(old, at, position, done, new):
+        return tf.where_v2(tf.logical_and(tf.equal(at, position), tf.logical_not(done)), new, old)
 
     def body(*tensors):
         loop = _LoopState.of(tensors, n_logprobs)
-        if slow:
-            logits = take(call_model(loop.ids, None), loop.position - 1, length_dim)
-            states = []
-        else:
-            ctx = context(
-                "incremental",
-                loop.position,
-                length_dim=length_dim,
-                write_priority=priority,
-                states=loop.states,
-                may_overwrite_states=True,
-                inputs=loop.ids,
-                read_priority=take(priority, loop.position, length_dim),
-            )
-            logits = call_model(loop.ids, ctx)
-            logits = mtf.reshape(logits, rows + vocab_dim)  # without its sequence dim of 1
-            states = ctx.new_states
+        logits, states = decoder.step(loop.ids, loop.position, loop.states)
         history = History(loop.ids, loop.position, initial_position)
         step = loop.position - initial_position
         drawn = next_token(logits, vocab_dim, options, seed, stream, step, history, return_logprobs)
         token, *logprobs = drawn if return_logprobs else [drawn]
-
-        def write(old, at, position, done, new):
-            return tf.where_v2(tf.logical_and(tf.equal(at, position), tf.logical_not(done)), new, old)
-
         ids, *logprobs = [
             cwise_broadcast(write, [old, length_range, loop.position, loop.done, new], loop.ids.shape, old.dtype)
             for old, new in zip([loop.ids, *loop.logprobs], [token, *logprobs])
@@ -467,12 +293,7 @@ def sample_autoregressive(
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [loop.position, loop.done]
         )
-        ended = cwise_broadcast(lambda token: tf.equal(token, INVALID), [token], output_dtype=tf.bool)
-        for stop_token in stop_tokens:
-            ended = mtf.logical_or(ended, mtf.equal(token, stop_token))
-        if stopping_criteria is not None:
-            ended = mtf.logical_or(ended, mtf.greater(stopping_criteria(ids, position), 0))
-        done = mtf.logical_or(mtf.logical_or(loop.done, ended), is_over(position))
+        done = mtf.logical_or(loop.done, ends_row(token, ids, position))
         return _LoopState(position, ids, done, logprobs, states).tensors()
 
     done = is_over(initial_position)
@@ -484,22 +305,60 @@ def sample_autoregressive(
         ids = cwise_broadcast(refuse, [ids, length_range, initial_position], ids.shape)
         done = cwise_broadcast(lambda d, n: tf.logical_or(d, n > prompt_length), [done, initial_position])
     logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(n_logprobs)]
-    start = _LoopState(initial_position, ids, done, logprobs, initial_states)
+    start = _LoopState(initial_position, ids, done, logprobs, states)
     outputs = mtf.while_loop(
         lambda position, ids, done, *_: mtf.logical_not(mtf.reduce_all(done)), body, start.tensors()
     )
     end = _LoopState.of(outputs, n_logprobs)
-    ids, logprobs = end.ids, end.logprobs
-    if length < whole_length_dim.size:
-        ids, *logprobs = (resize(x, length_dim, whole_length_dim.size) for x in (ids, *logprobs))
-        ids = cwise_broadcast(
-            lambda ids, whole, at: tf.where_v2(at < length, ids, whole), [ids, whole_ids, whole_range]
-        )
+    logprobs = [resize(x, length_dim, whole_length_dim.size) for x in end.logprobs]
+    results = [_whole(end.ids, whole_ids, length_dim), *logprobs]
     if remove_partial_sequences:
-        ids, *logprobs = (
-            _shift_left(x, initial_position, fill) for x, fill in zip((ids, *logprobs), (padding_id, 0.0, 0.0))
-        )
-    return (ids, *logprobs) if return_logprobs else ids
+        results = [_shift_left(x, initial_position, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
+    return tuple(results) if return_logprobs else results[0]
+
+
+def _repeated_rows(batch_dims, times):
+    """mtf.Shape of the rows, so many for each prompt."""
+    if not isinstance(times, numbers.Integral) or times < 1:
+        raise ValueError(f"num_return_sequences={times}; a whole number of at least 1 is needed")
+    if times == 1:
+        return mtf.Shape(batch_dims)
+    if not batch_dims:
+        raise ValueError(f"num_return_sequences={times}: the prompts need a batch dim")
+    *rest, last = batch_dims
+    return mtf.Shape([*rest, mtf.Dimension(last.name, last.size * times)])
+
+
+def _prompts(ids, lengths, padding_id, bos_id):
+    """(ids, lengths): the prompts, and only they, with padding behind them; one that is empty becomes bos_id.
+
+    ids: int32 mtf.Tensor [batch…, length]; lengths: a number, or an int32 tensor [batch…], or None: see
+    `sample_autoregressive`.
+    """
+    *batch_dims, length_dim = ids.shape.dims
+    rows = mtf.Shape(batch_dims)
+    if lengths is None:
+        lengths = mtf.reduce_sum(mtf.to_int32(mtf.not_equal(ids, padding_id)), reduced_dim=length_dim)
+    lengths = mtf.broadcast(import_rows(ids.mesh, lengths, tf.int32, rows, "prompt_lengths"), rows)
+    bos = import_rows(ids.mesh, bos_id, tf.int32, rows, "bos_id")
+
+    def clean(ids, at, length, bos):
+        ids = tf.where_v2(at < length, ids, padding_id)
+        return tf.where_v2(tf.logical_and(tf.equal(length, 0), tf.equal(at, 0)), bos, ids)
+
+    ids = cwise_broadcast(clean, [ids, mtf.range(ids.mesh, length_dim, tf.int32), lengths, bos])
+    return ids, cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths])
+
+
+def _whole(ids, whole_ids, length_dim):
+    """ids [rows, length_dim], and behind them what stands there in whole_ids, of a longer dim of that name."""
+    whole_dim = whole_ids.shape[-1]
+    if whole_dim == length_dim:
+        return ids
+    return cwise_broadcast(
+        lambda ids, whole, at: tf.where_v2(at < length_dim.size, ids, whole),
+        [resize(ids, length_dim, whole_dim.size), whole_ids, mtf.range(ids.mesh, whole_dim, tf.int32)],
+    )
 
 
 def _length(name, value, limit):
@@ -508,30 +367,6 @@ def _length(name, value, limit):
     if not isinstance(value, numbers.Integral) or not 1 <= value <= limit:
         raise ValueError(f"{name}={value!r}; a whole number from 1 to {limit} is needed")
     return int(value)
-
-
-def _cut_memory(other_features, length_dim, length):
-    """GPT-Neo's features for a memory of that length at most."""
-    memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
-    if memory_dim is None or memory_dim.size <= length:
-        return other_features
-    other_features = {**other_features, "memory_length_dim": mtf.Dimension(memory_dim.name, length)}
-    if bias is not None:
-        for d in (memory_dim, length_dim):
-            bias = resize(bias, d, length) if d in bias.shape.dims else bias
-        other_features["attn_bias"] = settle(bias)
-    return other_features
-
-
-def _map_tensors(fn, x):
-    """Every tensor in nested dicts, lists and tuples through a function; the rest stays as it is."""
-    if isinstance(x, mtf.Tensor):
-        return fn(x)
-    if isinstance(x, dict):
-        return {k: _map_tensors(fn, v) for k, v in x.items()}
-    if type(x) in (list, tuple):  # not mtf.Dimension, which is a tuple too
-        return type(x)(_map_tensors(fn, v) for v in x)
-    return x
 
 
 def _vocab_size(params, vocab_dim):

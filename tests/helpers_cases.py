@@ -32,8 +32,9 @@ from gpt_neo_sampling.models.penalties import (
     tokens_mask,
 )
 from gpt_neo_sampling.models.utils import entmax, sample_categorical
-from gpt_neo_sampling.mtf_ops import counter_uniforms, take, threefry_2x32
+from gpt_neo_sampling.mtf_ops import take
 from gpt_neo_sampling.sample import sample_autoregressive
+from gpt_neo_sampling.uniforms import counter_uniforms, threefry_2x32
 
 BATCH = 8
 LOWEST = np.finfo(np.float32).min

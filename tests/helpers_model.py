@@ -6,9 +6,9 @@ import numpy as np
 from conftest import DATA, DEVICES, MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
+from gpt_neo_sampling.decoder import DecodeContext
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
-from gpt_neo_sampling.sample import DecodeContext
 
 FLOAT32 = mtf.VariableDType(tf.float32)
 

@@ -20,7 +20,8 @@ from test_utils import chi_square_p
 
 from gpt_neo_sampling import draws, exact
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, tensorflow, tf
-from gpt_neo_sampling.draws import GROUPS, Rows, group_size, grouped_draw, padded_size, score_draw
+from gpt_neo_sampling.draws import grouped_draw, score_draw
+from gpt_neo_sampling.rows import GROUPS, Rows, group_size, padded_size
 
 FALSE_ALARM = 1e-6
 GPT2_VOCAB = 50257

@@ -9,20 +9,9 @@ import reference
 from conftest import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
-from gpt_neo_sampling.mtf_ops import (
-    counter_uniforms,
-    cwise_broadcast,
-    import_rows,
-    import_seed,
-    largest,
-    row_index,
-    scatter_add,
-    settle,
-    take,
-    threefry_2x32,
-    top_k,
-    write_at,
-)
+from gpt_neo_sampling.largest import largest, top_k
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, row_index, scatter_add, settle, take, write_at
+from gpt_neo_sampling.uniforms import counter_uniforms, import_seed, threefry_2x32
 
 B, T, E, V = dims(batch=4, time=2, embd=6, vocab=16)
 FULL = MeshRunner("x:2,y:2,z:2", "batch:x,vocab:y,embd:z")

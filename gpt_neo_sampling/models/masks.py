@@ -6,7 +6,8 @@ import numpy as np
 
 from gpt_neo_sampling import mass
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, take, top_k
+from gpt_neo_sampling.largest import top_k
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, take
 
 
 def mask_value(dtype):

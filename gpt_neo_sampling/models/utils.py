@@ -10,7 +10,9 @@ import numbers
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import Rows, chosen_of, entmax_by_chosen, grouped_draw, near_sum
+from gpt_neo_sampling.draws import grouped_draw
+from gpt_neo_sampling.entmax_solver import chosen_of, entmax_by_chosen
+from gpt_neo_sampling.largest import has_invalid, scatter_rows
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
@@ -28,18 +30,17 @@ from gpt_neo_sampling.models.penalties import (
     tokens_mask,
 )
 from gpt_neo_sampling.mtf_ops import (
+    MeshOperation,
     align,
-    counter_uniforms,
     cwise_broadcast,
     dim_of,
     finite,
-    has_invalid,
     import_rows,
-    import_seed,
     row_index,
-    scatter_rows,
     size_of,
 )
+from gpt_neo_sampling.rows import Rows, near_sum
+from gpt_neo_sampling.uniforms import counter_uniforms, import_seed
 
 __all__ = [
     "biasmask_attn_weights",
@@ -262,16 +263,14 @@ def entmax_backward(
     return [mtf.cast(s * (dy - mean), x.dtype)]
 
 
-class _EntmaxOperation(mtf.Operation):
+class _EntmaxOperation(MeshOperation):
     """An operation with its own gradient: mtf's custom_gradient fails when recomputed."""
 
     def __init__(self, x, alpha, dim, n_iter, n_chosen):
-        super().__init__([x, alpha], name="entmax")
+        super().__init__([x, alpha], [(x.shape, x.dtype)], "entmax")
         self._n_chosen = n_chosen
         self._dim = dim
         self._n_iter = int(n_iter)
-        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys):
         x, alpha = self.inputs
@@ -312,12 +311,10 @@ class _EntmaxOperation(mtf.Operation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-class _SoftmaxOperation(mtf.Operation):
+class _SoftmaxOperation(MeshOperation):
     def __init__(self, x, dim):
-        super().__init__([x], name="softmax")
+        super().__init__([x], [(x.shape, x.dtype)], "softmax")
         self._dim = dim
-        self._outputs = [mtf.Tensor(self, x.shape, x.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys):
         return entmax_backward(self.inputs, [], [], self.outputs, grad_ys, 1, self._dim)

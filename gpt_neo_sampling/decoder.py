@@ -1,0 +1,231 @@
+"""The model's side of a decode loop: what it is told in each call, and the states that it keeps between them."""
+
+import dataclasses
+import functools
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mtf_ops import cwise_broadcast, repeat, resize, settle, take
+
+
+@dataclasses.dataclass
+class DecodeContext:
+    """What a model is told in a decode loop, and where it leaves its states.
+
+    The attributes are those of mesh-tensorflow's own context class, so models
+    written for that one work with this.
+    """
+
+    mesh: mtf.Mesh
+    batch_dims: list  # of mtf.Dimension
+    length_dim: mtf.Dimension
+    variable_dtype: mtf.VariableDType
+    mode: str  # "first_part": all positions at once; "incremental": one token a row
+    # Incremental: int32 [batch], the position about to be written; the model
+    # reads the token before it. First part: int32 [length].
+    position: mtf.Tensor
+    position_is_default: bool = False
+    states: list = None  # incremental: what the previous step recorded
+    new_states: list = None  # what this one records
+    initial_position: mtf.Tensor = None  # int32 [batch], the prompts' lengths
+    inputs: mtf.Tensor = None  # int32 [batch, length]
+    sequence_id: mtf.Tensor = None
+    subsequence_id: mtf.Tensor = None
+    read_priority: mtf.Tensor = None
+    write_priority: mtf.Tensor = None
+    encoder_output: mtf.Tensor = None
+    encoder_sequence_id: mtf.Tensor = None
+    encoder_inputs: mtf.Tensor = None
+    encoder_layer_outputs: list = None
+    constant_states: list = None  # recorded in the first part, read in every step
+    shared_params: dict = None
+    losses: list = None
+    layer_outputs: list = dataclasses.field(default_factory=list)
+    model: object = None
+    beam_dim: mtf.Dimension = None
+    num_microbatches: int = 1
+    layer_index: int = 0
+    next_constant_state: int = 0
+    cache: dict = dataclasses.field(default_factory=dict)
+    input_embeddings: mtf.Tensor = None
+    may_overwrite_states: bool = False  # incremental: `states` are nobody else's to read
+
+    def __post_init__(self):
+        self.shared_params = self.shared_params or {}
+
+    @property
+    def train(self):
+        return False
+
+    @property
+    def activation_dtype(self):
+        return self.variable_dtype.activation_dtype
+
+    @property
+    def encoder_length_dim(self):
+        (dim,) = [d for d in self.encoder_output.shape.dims if d.name == "memory_length"]
+        return dim
+
+    @property
+    def nonpadding(self):
+        if self.sequence_id is None or (isinstance(self.sequence_id, int) and self.sequence_id == 1):
+            return self.sequence_id
+        return mtf.cast(mtf.not_equal(self.sequence_id, 0), self.activation_dtype)
+
+    def get_position(self):
+        if self.position_is_default:
+            return mtf.range(self.mesh, self.length_dim, tf.int32)
+        return self.position
+
+    def get_states(self, n):
+        """The next n of the states that the previous step recorded."""
+        begin = len(self.new_states)
+        return self.states[begin : begin + n]
+
+    def record_new_states(self, new_states):
+        """Adds tensors that the next step is to find; their shapes must not change."""
+        self.new_states.extend(new_states)
+
+    def record_constant_state(self, s):
+        """First part: keeps a value that every step is to find unchanged."""
+        self.constant_states.append(s)
+
+    def get_constant_state(self):
+        """The next of the constant states, in the order of their recording."""
+        self.next_constant_state += 1
+        return self.constant_states[self.next_constant_state - 1]
+
+
+class Decoder:
+    """A model that reads prompts at once and then a token a row and step.
+
+    With "slow_sampling" in its params it keeps no states, and reads all of the ids in every step.
+    """
+
+    def __init__(
+        self, model, params, other_features, variable_dtype, length_dim, initial_position, shared_params, encoder
+    ):
+        """
+        Args:
+          model, params, other_features, variable_dtype, shared_params: as for `sample_autoregressive`.
+          length_dim: mtf.Dimension of the ids that the model is called with.
+          initial_position: int32 mtf.Tensor [batch], the prompts' lengths, at least 1.
+          encoder: a dict, an encoder's outputs and inputs by their names in DecodeContext.
+        """
+        self._model, self._params, self._variable_dtype = model, params, variable_dtype
+        self._length_dim, self._initial_position = length_dim, initial_position
+        self._slow = bool(params.get("slow_sampling"))
+        self._other_features, self._shared_params, self._encoder = (
+            map_tensors(settle, x) for x in (other_features, shared_params, encoder)
+        )
+        self._constant_states = []
+        mesh, rows = initial_position.mesh, initial_position.shape
+        # GPT-Neo's: what stands at a new position may be read from there on
+        self._priority = cwise_broadcast(
+            lambda at, n: tf.where_v2(at > n, at, 0),
+            [mtf.range(mesh, length_dim, tf.int32), initial_position],
+            rows + length_dim,
+        )
+
+    def _call(self, ids, context=None):
+        """The logits, [rows, length, vocab]."""
+        with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
+            logits, _, _ = self._model(
+                {"inputs": ids}, self._other_features, self._params, ids.mesh, self._variable_dtype, context=context
+            )
+        return logits
+
+    def _context(self, mode, position, inputs, **kwargs):
+        return DecodeContext(
+            mesh=inputs.mesh,
+            batch_dims=self._initial_position.shape.dims,
+            variable_dtype=self._variable_dtype,
+            mode=mode,
+            position=position,
+            new_states=[],
+            initial_position=self._initial_position,
+            inputs=inputs,
+            constant_states=self._constant_states,
+            shared_params=self._shared_params,
+            **self._encoder,
+            **kwargs,
+        )
+
+    def first_pass(self, ids, prompt_length):
+        """The states behind the prompts, of which none is longer than prompt_length."""
+        if self._slow:
+            return []
+        prompt_dim = mtf.Dimension(self._length_dim.name, prompt_length)
+        prompts, priority = (resize(x, self._length_dim, prompt_length) for x in (ids, self._priority))
+        context = self._context(
+            "first_part",
+            mtf.range(ids.mesh, prompt_dim, tf.int32),
+            prompts,
+            length_dim=prompt_dim,
+            position_is_default=True,
+            read_priority=priority,
+            write_priority=priority,
+        )
+        self._call(prompts, context)
+        self._constant_states = map_tensors(settle, self._constant_states)
+        return context.new_states
+
+    def repeat(self, dim, times):
+        """From here on there are so many rows for each along `dim`."""
+        for_each_row = functools.partial(repeat, dim=dim, times=times)
+        self._initial_position, self._priority, self._constant_states, self._other_features, self._encoder = (
+            map_tensors(for_each_row, x)
+            for x in (
+                self._initial_position, self._priority, self._constant_states, self._other_features, self._encoder
+            )
+        )  # fmt: skip
+
+    def step(self, ids, position, states):
+        """The logits of the token at `position`, and the states behind the one before it.
+
+        Args:
+          ids: int32 mtf.Tensor [rows, length].
+          position: int32 mtf.Tensor [rows].
+          states: what the first pass or the last step gave.
+
+        Returns:
+          (logits, states): mtf.Tensor [rows, vocab], and a list of mtf.Tensors.
+        """
+        if self._slow:
+            return take(self._call(ids), position - 1, self._length_dim), []
+        context = self._context(
+            "incremental",
+            position,
+            ids,
+            length_dim=self._length_dim,
+            write_priority=self._priority,
+            read_priority=take(self._priority, position, self._length_dim),
+            states=states,
+            may_overwrite_states=True,
+        )
+        logits = self._call(ids, context)
+        vocab_dim = self._other_features["vocab_dim"]
+        return mtf.reshape(logits, position.shape + vocab_dim), context.new_states  # without its sequence dim of 1
+
+
+def cut_memory(other_features, length_dim, length):
+    """GPT-Neo's features for a memory of that length at most."""
+    memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
+    if memory_dim is None or memory_dim.size <= length:
+        return other_features
+    other_features = {**other_features, "memory_length_dim": mtf.Dimension(memory_dim.name, length)}
+    if bias is not None:
+        for d in (memory_dim, length_dim):
+            bias = resize(bias, d, length) if d in bias.shape.dims else bias
+        other_features["attn_bias"] = settle(bias)
+    return other_features
+
+
+def map_tensors(fn, x):
+    """Every tensor in nested dicts, lists and tuples through a function; the rest stays as it is."""
+    if isinstance(x, mtf.Tensor):
+        return fn(x)
+    if isinstance(x, dict):
+        return {k: map_tensors(fn, v) for k, v in x.items()}
+    if type(x) in (list, tuple):  # not mtf.Dimension, which is a tuple too
+        return type(x)(map_tensors(fn, v) for v in x)
+    return x

@@ -1,0 +1,183 @@
+"""The largest entries of a row, and which they are: the same on every backend and layout, ties among them."""
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
+
+
+def has_invalid(x, axis=-1, keepdims=False):
+    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, in passes that only read.
+
+    By the sum, as XLA's maximum loses a NaN on CPUs. (−inf beside so many and so
+    large entries that their sum overflows, above 1e33, counts as NaN too.)
+    """
+    top, total = tf.reduce_max(x, axis, keepdims), tf.reduce_sum(tf.cast(x, tf.float32), axis, keepdims)
+    return tf.where_v2(tf.logical_or(tf.is_nan(total), top >= np.inf), 1.0, 0.0)
+
+
+def first_argmax(x, dim):
+    """Index of the largest entry along `dim`, the first of equal ones.
+
+    Args:
+      x: mtf.Tensor of a floating dtype.
+      dim: mtf.Dimension of x.
+
+    Returns:
+      int32 mtf.Tensor [x.shape − dim]; −1 for a row that holds NaN or +inf, or
+      nothing but −inf.
+    """
+    return _FirstArgmaxOperation(x, dim).outputs[0]
+
+
+class _FirstArgmaxOperation(MeshOperation):
+    def __init__(self, x, dim):
+        super().__init__([x], [(x.shape - dim, tf.int32)], "first_argmax")
+        self._dim = dim
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        (x,) = self.inputs
+        axis = x.shape.dims.index(self._dim)
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        shards = 1 if mesh_axis is None else mesh_impl.shape[mesh_axis].size
+        local_size = self._dim.size // shards
+
+        def local(x, pcoord=0):
+            """[rows, 1, 4]: the shard's largest, its global index, whether it is wrong, whether it is right.
+
+            Finite, as some meshes' collectives multiply by 0 and 1.
+            """
+            x = tf.cast(x, tf.float32)
+            top, wrong = tf.reduce_max(x, axis), has_invalid(x, axis)
+            right = tf.where_v2(top > -np.inf, 1.0, 0.0)
+            index = tf.argmax(x, axis, output_type=tf.int32) + pcoord * local_size
+            # indices are exact in float32: a dimension has fewer than 2²⁴ entries
+            found = [finite(top), index, wrong, right]
+            return tf.expand_dims(tf.stack([tf.cast(f, tf.float32) for f in found], -1), -2)
+
+        def choose(found):
+            best = tf.argmax(found[..., 0], -1, output_type=tf.int32)
+            index = tf.gather(found[..., 1], best, batch_dims=found.shape.rank - 2)
+            valid = tf.logical_and(tf.reduce_max(found[..., 2], -1) < 0.5, tf.reduce_max(found[..., 3], -1) > 0.5)
+            return tf.where_v2(valid, tf.cast(index, tf.int32), -1)
+
+        if mesh_axis is None:
+            found = mesh_impl.slicewise(local, lowering.tensors[x])
+        else:
+            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
+            found = mesh_impl.allconcat(found, mesh_axis, x.shape.ndims - 1)
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
+
+
+def chunk_size(size):
+    """Into chunks of how many entries `size` is taken: a divisor where there is one, to spare a padded copy."""
+    return next((n for n in range(48, 15, -1) if size % n == 0), 32)
+
+
+def largest(x, k):
+    """The k largest entries of each row and their indices, in order.
+
+    In two stages: the k largest lie in those k contiguous chunks whose own
+    largest entries are the k largest of all chunks' (of equal ones the first),
+    so only these are sorted entry by entry.
+
+    Args:
+      x: a tf.Tensor [rows, n] of a floating dtype.
+      k: int, at most n.
+
+    Returns:
+      (values, indices) [rows, k], of x's dtype and int32. Among equal entries the
+      lower index comes first; −0.0 counts as 0.0. A row with NaN or +inf has NaN
+      for all its values.
+    """
+
+    def sortable(x):  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
+        return tf.where_v2(tf.abs(x) > 0, x, tf.zeros_like(x))
+
+    def top_k_of(x, k):
+        if k == 1:  # TPUs are slow at top_k
+            return tf.argmax(x, -1, output_type=tf.int32)[:, tf.newaxis]
+        return tf.math.top_k(x, k)[1]
+
+    size = size_of(x, 1)
+    chunk = chunk_size(size)
+    n_chunks = -(-size // chunk)
+    if n_chunks <= 2 * k:
+        candidates = x
+        indices = at = top_k_of(sortable(x), k)
+    else:
+        chunks = tf.reshape(pad_last(x, after=n_chunks * chunk - size, value=-np.inf), [-1, n_chunks, chunk])
+        chosen = top_k_of(sortable(tf.reduce_max(chunks, -1)), k)
+        chosen = -tf.math.top_k(-chosen, k)[0]  # ascending: of equal entries, the lower index stays the first
+        candidates = tf.reshape(tf.gather(chunks, chosen, batch_dims=1), [-1, k * chunk])
+        at = top_k_of(sortable(candidates), k)
+        indices = tf.gather(chosen, at // chunk, batch_dims=1) * chunk + at % chunk
+    values = tf.gather(candidates, at, batch_dims=1)
+    return tf.where_v2(has_invalid(x, keepdims=True) > 0, tf.constant(np.nan, x.dtype), values), indices
+
+
+def scatter_rows(values, indices, size):
+    """[rows, size] with values [rows, n] at their indices, no two of a row equal, and 0 elsewhere."""
+    n_rows, n = values.shape.as_list()
+    at = tf.reshape(indices + tf.range(n_rows)[:, tf.newaxis] * size, [-1, 1])
+    return tf.reshape(tf.scatter_nd(at, tf.reshape(values, [-1]), [n_rows * size]), [n_rows, size])
+
+
+def top_k(x, dim, k_dim):
+    """The k_dim.size largest entries along `dim` and their indices, in order.
+
+    Among equal entries the lower index comes first, on any layout. A layout
+    that splits `dim` moves k candidates a row and shard. (mtf's own `top_k`
+    goes another, wrong way for k of 2 to 4 on rows that hold masked values;
+    this is the operation under it, with `largest` in each shard.)
+
+    Args:
+      x: mtf.Tensor of a floating dtype.
+      dim: mtf.Dimension of x.
+      k_dim: mtf.Dimension, no larger than `dim`.
+
+    Returns:
+      (values, indices): mtf.Tensors [x.shape − dim + k_dim], x.dtype and int32.
+      −inf counts as the lowest finite number; a row that holds NaN or +inf has NaN
+      for all its values.
+    """
+    return tuple(_TopKOperation(x, dim, k_dim).outputs)
+
+
+class _TopKOperation(mtf.ops.TopKOperation):
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+        (x,) = self.inputs
+        k = self._k_dim.size
+        axis = x.shape.dims.index(self._reduced_dim)
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
+        rest = mesh_impl.slice_shape(x.shape - self._reduced_dim)
+
+        def local(x, pcoord=None):
+            x = tf.transpose(x, [i for i in range(x.shape.rank) if i != axis] + [axis])
+            size = size_of(x, -1)
+            values, indices = largest(tf.reshape(x, [-1, size]), min(k, size))
+            if pcoord is None:
+                return values, indices
+            # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
+            indices += pcoord * size
+            indices = tf.where_v2(values < x.dtype.min, -2 - indices, tf.where_v2(tf.is_nan(values), -1, indices))
+            return finite(values), indices
+
+        def choose(values, indices):
+            invalid = tf.reduce_max(tf.cast(tf.equal(indices, -1), tf.int32), -1, keepdims=True) > 0
+            values, at = tf.math.top_k(values, k)
+            indices = tf.gather(indices, at, batch_dims=1)
+            values = tf.where_v2(indices < -1, tf.constant(-np.inf, x.dtype), values)
+            values = tf.where_v2(invalid, tf.constant(np.nan, x.dtype), values)
+            return values, tf.maximum(indices, -2 - indices)
+
+        if mesh_axis is None:
+            found = mesh_impl.slicewise(local, lowering.tensors[x])
+        else:
+            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
+            found = mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
+        for output, value in zip(self.outputs, found):
+            shaped = mesh_impl.slicewise(lambda v: tf.reshape(v, rest + [k]), value)
+            lowering.set_tensor_lowering(output, shaped)

@@ -1,0 +1,128 @@
+"""Random numbers that are a function of their coordinates, on every backend and layout."""
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mtf_ops import MeshOperation, align, import_rows
+
+
+def threefry_2x32(key, counter):
+    """Threefry-2x32 with 20 rounds, in integer tensor ops alone.
+
+    Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2,
+    3". The bits depend on the arguments and on nothing else: not on backend,
+    device, layout or TensorFlow version.
+
+    Args:
+      key: a pair of uint32 tf.Tensors.
+      counter: a pair of uint32 tf.Tensors, broadcastable with the key.
+
+    Returns:
+      a pair of uint32 tf.Tensors.
+    """
+
+    def rotate(x, bits):
+        return tf.bitwise.bitwise_or(
+            tf.bitwise.left_shift(x, tf.constant(bits, tf.uint32)),
+            tf.bitwise.right_shift(x, tf.constant(32 - bits, tf.uint32)),
+        )
+
+    xor = tf.bitwise.bitwise_xor
+    keys = [key[0], key[1], xor(xor(key[0], key[1]), tf.constant(0x1BD11BDA, tf.uint32))]
+    x0, x1 = counter[0] + keys[0], counter[1] + keys[1]
+    for i in range(5):
+        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x0 += x1
+            x1 = xor(rotate(x1, bits), x0)
+        x0 += keys[(i + 1) % 3]
+        x1 += keys[(i + 2) % 3] + tf.constant(i + 1, tf.uint32)
+    return x0, x1
+
+
+def counter_uniforms(seed, stream, step, sample=None):
+    """Two independent uniforms for each draw, a function of its coordinates.
+
+    Threefry-2x32 with key (seed, stream) and counter (step, sample); the upper
+    24 bits of each output word make one float.
+
+    Args:
+      seed: int32 mtf.Tensor.
+      stream: int32 mtf.Tensor.
+      step: int32 mtf.Tensor.
+      sample: int32 mtf.Tensor, or None for draw 0.
+      The shapes are broadcast together, dims in the order of their appearance
+      in `stream`, `seed`, `step`, `sample`.
+
+    Returns:
+      a pair of float32 mtf.Tensors, in [0, 1).
+    """
+    xs = [stream, seed, step] + ([] if sample is None else [sample])
+    dims = []
+    for x in xs:
+        dims += [d for d in x.shape.dims if d not in dims]
+    shape = mtf.Shape(dims)
+    shapes = [x.shape for x in xs]
+
+    def tf_fn(*slices):
+        words = [tf.bitcast(align(s, old, shape), tf.uint32) for s, old in zip(slices, shapes)]
+        stream, seed, step = words[:3]
+        sample = words[3] if len(words) == 4 else tf.zeros_like(step)
+        return tuple(
+            tf.cast(tf.bitwise.right_shift(w, tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24
+            for w in threefry_2x32((seed, stream), (step, sample))
+        )
+
+    return mtf.slicewise(
+        tf_fn,
+        xs,
+        output_shape=[shape, shape],
+        output_dtype=[tf.float32, tf.float32],
+        splittable_dims=shape.dims,
+        grad_function=0,
+        name="counter_uniforms",
+    )
+
+
+def import_seed(mesh, seed, rows=()):
+    """A seed as an int32 mtf tensor.
+
+    Args:
+      mesh: mtf.Mesh.
+      seed: an int in [−2³¹, 2³²) (its low 32 bits count); an int32 tensor,
+        scalar or one a row; or None for a fresh one at each execution.
+      rows: mtf.Shape, the dims of the request.
+
+    Returns:
+      int32 mtf.Tensor, the same on every processor.
+
+    Raises:
+      ValueError: for an int outside the range, or a wrong shape.
+    """
+    if seed is None:
+        return _FreshSeedOperation(mesh).outputs[0]
+    if isinstance(seed, (int, np.integer)):
+        if not -(2**31) <= seed < 2**32:
+            raise ValueError(f"seed={seed} is out of range: from -2**31 to 2**32 - 1")
+        seed = np.array(int(seed) % 2**32, np.uint32).view(np.int32)
+    return import_rows(mesh, seed, tf.int32, rows, "seed")
+
+
+class _FreshSeedOperation(MeshOperation):
+    """A random int32, drawn anew each time it runs (in a loop: each time round)."""
+
+    def __init__(self, mesh):
+        super().__init__([], [([], tf.int32)], "fresh_seed", mesh=mesh)
+
+    def lower(self, lowering):
+        mesh_impl = lowering.mesh_impl(self)
+
+        # Processor 0's bits for everyone. As halves: some meshes add in float32.
+        def draw(pnum):
+            halves = tf.random.uniform([2], maxval=2**16, dtype=tf.int32)
+            return tf.where_v2(tf.equal(pnum, 0), tf.cast(halves, tf.float32), 0.0)
+
+        halves = mesh_impl.allreduce(
+            mesh_impl.slicewise(draw, mesh_impl.laid_out_pnum()), list(range(mesh_impl.ndims)), "SUM"
+        )
+        join = lambda h: tf.cast(h[0], tf.int32) * 2**16 + tf.cast(h[1], tf.int32)  # noqa: E731
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(join, halves))
