@@ -311,9 +311,7 @@ def _log_probability(x, token, dim, alpha=None, ids=None):
     """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries stand for the tokens `ids`."""
     at, x = token, mtf.cwise(finite, [x])  # to travel
     if ids is not None:
-        is_token = cwise_broadcast(
-            lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32
-        )
+        is_token = cwise_broadcast(lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32)
         at = first_argmax(is_token, dim)
     if alpha is None:
         log_p = take(x, at, dim) - mtf.reduce_logsumexp(x, dim)

@@ -8,11 +8,13 @@ is not enough for 50,257 entries at once.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gpt_neo_sampling import exact
-from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.entmax_solver import entmax_by_chosen
 from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
 from gpt_neo_sampling.rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
@@ -20,7 +22,7 @@ from gpt_neo_sampling.rows import ChosenRows, Rows, any_of, as_list, near_sum, s
 SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
 
 
-def _fold_sum(x):
+def _fold_sum(x: tf.Tensor) -> tf.Tensor:
     """Sum over the last axis, keeping it: halves are added until one is left.
 
     Unlike reduce_sum, whose order of additions is the backend's affair (even of
@@ -34,7 +36,7 @@ def _fold_sum(x):
     return x
 
 
-def _near_cdf(weights):
+def _near_cdf(weights: tf.Tensor) -> tf.Tensor:
     """Cumulative sums over the last axis, as near as `near_sum`; the last of them may be repeated."""
     size = size_of(weights, -1)
     if size <= 16:
@@ -45,7 +47,7 @@ def _near_cdf(weights):
     return tf.reshape(before + within, shape + [-1])
 
 
-def _scan(x, combine):
+def _scan(x: tf.Tensor, combine: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tf.Tensor:
     """Inclusive prefix scan over the last axis of values ≥ 0, in log₂ steps."""
     shift, size = 1, size_of(x, -1)
     while shift < size:
@@ -54,7 +56,7 @@ def _scan(x, combine):
     return x
 
 
-def _sums_and_last(weights):
+def _sums_and_last(weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(sums, last) of weights [..., n], none below 0.
 
     sums [..., n] are those up to each entry of weight above 0, and 0 at the others:
@@ -67,7 +69,7 @@ def _sums_and_last(weights):
     return sums, last
 
 
-def _search(weights, which, u):
+def _search(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
     """Draws from chosen ones of several weight vectors, by inverse CDF, with sums in a fixed order.
 
     Args:
@@ -98,7 +100,9 @@ def _search(weights, which, u):
     return tf.minimum(low, tf.gather(tf.reshape(last, [-1]), vector))
 
 
-def _search_near(weights, which, u, margin):
+def _search_near(
+    weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor, margin: float | tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """`_search` of one sample a row, with sums in whatever order is fast.
 
     Args:
@@ -118,7 +122,7 @@ def _search_near(weights, which, u, margin):
     return tf.minimum(entry, size_of(weights, -1) - 1), tf.cast(doubt, tf.float32)
 
 
-def _draw(rows, weights, group_uniform, entry_uniform):
+def _draw(rows: Rows, weights: LaidOut, uniforms: Sequence[LaidOut]) -> LaidOut:
     """Both levels of a draw, at the level of laid-out tensors, with sums in a fixed order.
 
     They are of weights scaled by powers of two, so that none of float32 over- or
@@ -128,14 +132,15 @@ def _draw(rows, weights, group_uniform, entry_uniform):
       rows: Rows.
       weights: laid-out float32 [rows, entries]; one below 0, +inf or NaN makes a
         row invalid.
-      group_uniform, entry_uniform: laid-out float32 [rows, samples] in [0, 1).
+      uniforms: a pair, for the group and for the entry, laid-out float32 [rows, samples] in [0, 1).
 
     Returns:
       laid-out int32 [rows, samples], −1 for an invalid row or one without mass.
     """
     slicewise = rows.mesh_impl.slicewise
+    group_uniform, entry_uniform = uniforms
 
-    def sum_groups(w):
+    def sum_groups(w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """w scaled; and [2, rows, groups], to travel: what each adds up to, and the
         exponent taken out of it, biased, 255 for an invalid one."""
         least, most = tf.reduce_min(w, -1, keepdims=True), tf.reduce_max(w, -1, keepdims=True)
@@ -148,7 +153,7 @@ def _draw(rows, weights, group_uniform, entry_uniform):
         total = tf.where_v2(exponent < 255, total, 0.0)  # finite, to travel
         return w, tf.stack([total[..., 0], tf.cast(exponent[..., 0], tf.float32)])
 
-    def choose_group(sums, u):
+    def choose_group(sums: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
         exponent = tf.cast(sums[1], tf.int32)
         largest = tf.reduce_max(exponent, -1, keepdims=True)
         relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
@@ -163,7 +168,14 @@ def _draw(rows, weights, group_uniform, entry_uniform):
     return drawn
 
 
-def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None, checked=True):
+def _draw_near(
+    rows: Rows,
+    weights: LaidOut,
+    uniforms: Sequence[LaidOut],
+    margin: float,
+    slope: LaidOut | None = None,
+    checked: bool = True,
+) -> tuple[LaidOut, LaidOut]:
     """`_draw` of one sample a row, with sums in whatever order is fast.
 
     Args:
@@ -180,8 +192,9 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None, 
       across.
     """
     slicewise = rows.mesh_impl.slicewise
+    group_uniform, entry_uniform = uniforms
 
-    def sum_groups(*weights):
+    def sum_groups(*weights: tf.Tensor) -> tf.Tensor:
         """[1 or 2, rows, groups], to travel: what the weights add up to, −1 for an invalid group; and what they may
         be wrong by."""
         sums = [near_sum(w)[..., 0] for w in weights]
@@ -190,7 +203,7 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None, 
             valid = tf.logical_and(valid, tf.reduce_min(weights[0], -1) >= 0)
         return tf.stack([tf.where_v2(valid, s, -1.0) for s in sums])
 
-    def choose_group(sums, u):
+    def choose_group(sums: tf.Tensor, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         row_margin = margin if slope is None else margin * tf.reduce_sum(sums[1], -1, keepdims=True)
         group, doubt = _search_near(tf.maximum(sums[0], 0.0)[:, tf.newaxis], tf.zeros_like(u, tf.int32), u, row_margin)
         least, most = tf.reduce_min(sums[0], -1, keepdims=True), tf.reduce_max(sums[0], -1, keepdims=True)
@@ -200,7 +213,9 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None, 
             doubt = tf.where_v2(tf.logical_and(least >= 0, _is_moderate(most)), doubt, 1.0)
         return tf.where_v2(valid, group, -1), doubt
 
-    def choose_entry(weights, group, u, *sums):
+    def choose_entry(
+        weights: tf.Tensor, group: tf.Tensor, u: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         return _search_near(weights, group, u, margin * sums[0][1] if sums else margin)
 
     sums = slicewise(sum_groups, *([weights] if slope is None else [weights, slope]))
@@ -210,29 +225,36 @@ def _draw_near(rows, weights, group_uniform, entry_uniform, margin, slope=None, 
     return drawn, slicewise(tf.maximum, group_doubt, entry_doubt)
 
 
-def _is_moderate(total):
+def _is_moderate(total: tf.Tensor) -> tf.Tensor:
     """Whether a row's sums are far from float32's limits."""
     return tf.logical_and(total > 2.0**-100, total < 2.0**100)
 
 
-def _draw_near_first(rows, weights, uniforms):
+def _draw_near_first(rows: Rows, weights: LaidOut, uniforms: Sequence[LaidOut]) -> LaidOut:
     """`_draw` of one sample a row: its result, in half the time where no draw is in doubt."""
     mesh_impl = rows.mesh_impl
-    drawn, doubt = _draw_near(rows, rows.in_groups(weights), *uniforms, SUM_MARGIN, checked=False)
+    drawn, doubt = _draw_near(rows, rows.in_groups(weights), uniforms, SUM_MARGIN, checked=False)
 
-    def draw_again():
-        return _draw(rows, weights, *uniforms).tensor_list
+    def draw_again() -> list[tf.Tensor]:
+        return _draw(rows, weights, uniforms).tensor_list
 
     drawn = _unless(any_of(mesh_impl, doubt), drawn.tensor_list, draw_again)
     return mesh_impl.LaidOutTensor.from_tensor_list(drawn)
 
 
-def _unless(doubt, drawn, draw_again):
+def _unless(doubt: tf.Tensor, drawn: Sequence[tf.Tensor], draw_again: Callable[[], list[tf.Tensor]]) -> list[tf.Tensor]:
     """A list of tensors: `drawn`, or what `draw_again` returns where `doubt` is 1.0."""
     return as_list(tf.cond(doubt > 0.5, draw_again, lambda: [tf.identity(d) for d in drawn]))
 
 
-def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None, size=None):
+def grouped_draw(
+    weights: mtf.Tensor,
+    group_uniform: mtf.Tensor,
+    entry_uniform: mtf.Tensor,
+    dim: mtf.Dimension,
+    samples_dim: mtf.Dimension | None = None,
+    size: int | None = None,
+) -> mtf.Tensor:
     """Draws indices along `dim` in proportion to `weights`, in two levels.
 
     What is drawn is what sums in one fixed order, of weights scaled by powers of
@@ -262,7 +284,14 @@ def grouped_draw(weights, group_uniform, entry_uniform, dim, samples_dim=None, s
 
 
 class _DrawOperation(MeshOperation):
-    def __init__(self, inputs, dim, samples_dim, size, name):
+    def __init__(
+        self,
+        inputs: list[mtf.Tensor],
+        dim: mtf.Dimension,
+        samples_dim: mtf.Dimension | None,
+        size: int | None,
+        name: str,
+    ) -> None:
         x, group_uniform, entry_uniform = inputs[:3]
         rows = x.shape - dim
         shape = rows if samples_dim is None else rows + samples_dim
@@ -276,7 +305,7 @@ class _DrawOperation(MeshOperation):
         self._samples_dim = samples_dim
         self._size = size
 
-    def _rows(self, mesh_impl):
+    def _rows(self, mesh_impl: mtf.MeshImpl) -> Rows:
         rows = Rows(mesh_impl, self.inputs[0].shape, self._dim, self._size)
         if rows.mesh_axis is not None:
             for d in self.outputs[0].shape.dims:
@@ -290,10 +319,18 @@ class _DrawOperation(MeshOperation):
 
 
 class _GroupedDrawOperation(_DrawOperation):
-    def __init__(self, weights, group_uniform, entry_uniform, dim, samples_dim, size):
+    def __init__(
+        self,
+        weights: mtf.Tensor,
+        group_uniform: mtf.Tensor,
+        entry_uniform: mtf.Tensor,
+        dim: mtf.Dimension,
+        samples_dim: mtf.Dimension | None,
+        size: int | None,
+    ) -> None:
         super().__init__([weights, group_uniform, entry_uniform], dim, samples_dim, size, "grouped_draw")
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         rows = self._rows(mesh_impl)
         weights, *uniforms = (lowering.tensors[t] for t in self.inputs)
@@ -306,7 +343,7 @@ class _GroupedDrawOperation(_DrawOperation):
         if self._samples_dim is None:
             drawn = _draw_near_first(rows, w, uniforms)
         else:
-            drawn = _draw(rows, w, *uniforms)
+            drawn = _draw(rows, w, uniforms)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, out_shape), drawn))
 
@@ -320,8 +357,18 @@ SOFTMAX_MARGIN, ENTMAX_MARGIN = 1e-6, 4e-6
 
 
 def score_draw(
-    scores, group_uniform, entry_uniform, dim, alpha=None, size=None, *, factor=None, ids=None, only=None, n_chosen=256
-):
+    scores: mtf.Tensor,
+    group_uniform: mtf.Tensor,
+    entry_uniform: mtf.Tensor,
+    dim: mtf.Dimension,
+    alpha: mtf.Tensor | None = None,
+    size: int | None = None,
+    *,
+    factor: mtf.Tensor | None = None,
+    ids: mtf.Tensor | None = None,
+    only: mtf.Tensor | None = None,
+    n_chosen: int = 256,
+) -> mtf.Tensor:
     """Draws an index along `dim` from softmax or entmax of `scores`, times `factor`.
 
     Equal scores and uniforms give the same index on every layout, backend and
@@ -362,16 +409,28 @@ def score_draw(
 
 
 class _ScoreDrawOperation(_DrawOperation):
-    def __init__(self, scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, only, n_chosen):
+    def __init__(
+        self,
+        scores: mtf.Tensor,
+        group_uniform: mtf.Tensor,
+        entry_uniform: mtf.Tensor,
+        dim: mtf.Dimension,
+        alpha: mtf.Tensor | None,
+        size: int | None,
+        factor: mtf.Tensor | None,
+        ids: mtf.Tensor | None,
+        only: mtf.Tensor | None,
+        n_chosen: int,
+    ) -> None:
         if scores.dtype != tf.float32:
             raise ValueError(f"score_draw: scores of dtype {scores.dtype.name}; float32 is needed")
         self._n_chosen = n_chosen
-        self._of = size  # what the ids are entries of
+        self._of = dim.size if size is None else size  # what the ids are entries of
         self._more = {"factor": factor, "alpha": alpha, "ids": ids, "only": only}
         inputs = [scores, group_uniform, entry_uniform, *(t for t in self._more.values() if t is not None)]
         super().__init__(inputs, dim, None, None if ids else size, "score_draw")
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         like = mesh_impl.LaidOutTensor.from_tensor_list
@@ -385,7 +444,7 @@ class _ScoreDrawOperation(_DrawOperation):
         shape = mesh_impl.slice_shape(self.outputs[0].shape)
         lowering.set_tensor_lowering(self.outputs[0], slicewise(lambda d: tf.reshape(d, shape), like(drawn)))
 
-    def _draw_rows(self, lowering):
+    def _draw_rows(self, lowering: mtf.Lowering) -> list[tf.Tensor]:
         """A list of the slices of what is drawn, each [rows, 1]."""
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
@@ -402,10 +461,10 @@ class _ScoreDrawOperation(_DrawOperation):
         if rows.split_axis is not None:
             top = mesh_impl.allreduce(top, [rows.split_axis], "MAX")
 
-        def scores_of(x):
+        def scores_of(x: LaidOut) -> LaidOut:
             """Taken from the largest, no factor overflows. An invalid score becomes NaN or +inf."""
 
-            def scale(x, top, *factor):
+            def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
                 per_row = [-1] + [1] * (x.shape.rank - 1)
                 z = x - tf.reshape(top, per_row)
                 return z * tf.reshape(factor[0], per_row) if factor else z
@@ -416,15 +475,15 @@ class _ScoreDrawOperation(_DrawOperation):
             lowest = tf.float32.min
             x = slicewise(lambda z: tf.where_v2(z <= 0, tf.maximum(z, lowest), 1.0), scores_of(x))
             x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
-            scores_of = lambda z: z  # noqa: E731
+            top, factor = slicewise(tf.zeros_like, top), None
 
-        def draw_by_entmax(rows, *weights_and_slope):
+        def draw_by_entmax(rows: Rows, *weights_and_slope: LaidOut) -> list[tf.Tensor]:
             """[*slices of what is drawn, whether any is in doubt]"""
             weights, *slope = map(rows.in_groups, weights_and_slope)
-            drawn, doubt = _draw_near(rows, weights, *uniforms, ENTMAX_MARGIN, *slope)
+            drawn, doubt = _draw_near(rows, weights, uniforms, ENTMAX_MARGIN, *slope)
             return [*drawn.tensor_list, any_of(mesh_impl, doubt)]
 
-        def draw_chosen(ids, p, slope):
+        def draw_chosen(ids: LaidOut, p: LaidOut, slope: LaidOut) -> list[tf.Tensor]:
             p, ids, slope = slicewise(_by_id, p, ids, slope)
             chosen = ChosenRows(mesh_impl, rows.size, ids, rows.mesh_axis, x.slice_shape[1])
             return draw_by_entmax(chosen, p, slope)
@@ -432,24 +491,24 @@ class _ScoreDrawOperation(_DrawOperation):
         if epsilon is None:
             # grouped first: all that follows is done in place
             weights = slicewise(tf.exp, scores_of(rows.in_groups(x, -np.inf)))
-            drawn, doubt = _draw_near(rows, weights, *uniforms, SOFTMAX_MARGIN)
+            drawn, doubt = _draw_near(rows, weights, uniforms, SOFTMAX_MARGIN)
             drawn, doubt = drawn.tensor_list, any_of(mesh_impl, doubt)
         else:
             draw_all = functools.partial(draw_by_entmax, rows)
             *drawn, doubt = entmax_by_chosen(rows, x, self._n_chosen, scores_of, epsilon, 50, draw_chosen, draw_all)
 
-        def draw_again():
+        def draw_again() -> list[tf.Tensor]:
             z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
             if epsilon is None:
                 weights = slicewise(exact.softmax_weights, z)
             else:
                 weights = exact.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
             weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _draw(rows, weights, *uniforms).tensor_list
+            return _draw(rows, weights, uniforms).tensor_list
 
         return _unless(doubt, drawn, draw_again)
 
-    def _factor_and_epsilon(self, lowering):
+    def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; where α is not valid, NaN and 0."""
         mesh_impl = lowering.mesh_impl(self)
         shape = self.inputs[0].shape - self._dim
@@ -458,15 +517,15 @@ class _ScoreDrawOperation(_DrawOperation):
         if alpha is None:
             return factor, None
 
-        def split(alpha, *factor):
+        def split(alpha: tf.Tensor, *factor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             valid = tf.logical_and(alpha >= 1, alpha <= 2)
             return tf.where_v2(valid, factor[0] if factor else 1.0, np.nan), tf.where_v2(valid, alpha - 1.0, 0.0)
 
         return mesh_impl.slicewise(split, alpha, *([] if factor is None else [factor]))
 
 
-def _by_id(x, ids, *more):
+def _by_id(x: tf.Tensor, ids: tf.Tensor, *more: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """(x, ids, …), all [rows, n], in ascending order of their ids."""
     ids, order = tf.math.top_k(-ids, size_of(ids, 1))
-    x, *more = (tf.gather(t, order, batch_dims=1) for t in (x, *more))
-    return x, -ids, *more
+    x, *rest = (tf.gather(t, order, batch_dims=1) for t in (x, *more))
+    return x, -ids, *rest

@@ -1,21 +1,32 @@
 """The solver of entmax, for rows on a mesh."""
 
 import numbers
+from collections.abc import Callable
 
 import numpy as np
 
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._types import LaidOut, RowValue
 from gpt_neo_sampling.largest import largest
 from gpt_neo_sampling.mtf_ops import finite, size_of
-from gpt_neo_sampling.rows import any_of, as_list, near_sum
+from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum
 
 
-def chosen_of(alpha):
+def chosen_of(alpha: RowValue) -> int:
     """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
-    return 64 if isinstance(alpha, numbers.Real) and alpha >= 1.45 else 256
+    return 64 if isinstance(alpha, numbers.Real) and float(alpha) >= 1.45 else 256
 
 
-def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, of_all):
+def entmax_by_chosen(
+    rows: Rows,
+    x: LaidOut,
+    n_chosen: int,
+    scores_of: Callable[[LaidOut], LaidOut],
+    epsilon: LaidOut,
+    n_iter: int,
+    of_chosen: Callable[[LaidOut, LaidOut, LaidOut], list[tf.Tensor]],
+    of_all: Callable[[LaidOut, LaidOut], list[tf.Tensor]],
+) -> list[tf.Tensor]:
     """What becomes of entmax, which as a rule few entries count in.
 
     It is solved for the n_chosen largest entries of each shard; and again for all
@@ -36,7 +47,7 @@ def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, o
     """
     mesh_impl = rows.mesh_impl
 
-    def solve_all():
+    def solve_all() -> list[tf.Tensor]:
         return of_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
 
     if x.slice_shape[1] < 8 * n_chosen:
@@ -49,7 +60,7 @@ def entmax_by_chosen(rows, x, n_chosen, scores_of, epsilon, n_iter, of_chosen, o
     return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
 
 
-def _least_delta(z, epsilon):
+def _least_delta(z: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
     """A δ that entmax's is not below, [rows, 1]: m weights of at least [1 + ε(zₘ − δ)]₊^(1/ε) sum to no more than 1.
 
     z: float32 [rows, n], scores in descending order. (0, for which this is true too, in a row with NaN.)
@@ -59,7 +70,9 @@ def _least_delta(z, epsilon):
     return tf.maximum(finite(tf.reduce_max(z + gain, -1, keepdims=True)), 0.0)
 
 
-def solve_entmax(rows, z, epsilon, n_iter, start=None):
+def solve_entmax(
+    rows: Rows, z: LaidOut, epsilon: LaidOut, n_iter: int, start: LaidOut | None = None
+) -> tuple[LaidOut, LaidOut]:
     """α-entmax of laid-out rows, by Newton's method.
 
     With y = z − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y) at ε = 0,
@@ -82,7 +95,7 @@ def solve_entmax(rows, z, epsilon, n_iter, start=None):
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
 
-    def evaluate(z, eps, delta):
+    def evaluate(z: tf.Tensor, eps: tf.Tensor, delta: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """p, ∂p/∂y and 1 + εy, and [2, rows, 1] with Σp and Σ∂p/∂y, over this shard."""
         y = z - delta
         base = 1.0 + eps * y
@@ -94,7 +107,7 @@ def solve_entmax(rows, z, epsilon, n_iter, start=None):
         slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / tf.maximum(base, 2.0**-24), p)
         return p, slope, base, tf.stack([near_sum(p), near_sum(slope)])
 
-    def newton_step(sums, eps, last):
+    def newton_step(sums: tf.Tensor, eps: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
         total, slope = sums[0], sums[1]
         log_total = tf.log(total)
         gain = tf.where_v2(eps > 0, -tf.math.expm1(-eps * log_total) / eps, log_total)
@@ -105,14 +118,16 @@ def solve_entmax(rows, z, epsilon, n_iter, start=None):
     every_axis = list(range(mesh_impl.ndims))
     like = mesh_impl.LaidOutTensor.from_tensor_list
 
-    def body(i, _, step, delta):
-        delta = like(delta)
+    def body(
+        i: tf.Tensor, _: list[tf.Tensor], *slices: list[tf.Tensor]
+    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        step, delta = map(like, slices)
         *_, sums = slicewise(evaluate, z, epsilon, delta)
-        step = slicewise(newton_step, rows.across_shards(sums, "SUM"), epsilon, like(step))
+        step = slicewise(newton_step, rows.across_shards(sums, "SUM"), epsilon, step)
         delta = slicewise(tf.add, delta, step)
 
         # NaN is not greater: an invalid row never keeps the loop going.
-        def moving(step, delta):
+        def moving(step: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
             return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * (1.0 + tf.abs(delta)), tf.float32))
 
         going = mesh_impl.allreduce(slicewise(moving, step, delta), every_axis, "MAX")
@@ -127,7 +142,9 @@ def solve_entmax(rows, z, epsilon, n_iter, start=None):
         (tf.constant(0), going.tensor_list, step.tensor_list, delta.tensor_list),
     )
 
-    def normalise(p, slope, base, sums, eps):
+    def normalise(
+        p: tf.Tensor, slope: tf.Tensor, base: tf.Tensor, sums: tf.Tensor, eps: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         near_edge = 1e-6
         at_edge = tf.exp((1.0 / tf.maximum(eps, 2.0**-23) - 1.0) * np.log(2 * near_edge))
         slope = tf.where_v2(tf.abs(base) < near_edge, at_edge, slope)

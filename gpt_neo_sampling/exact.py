@@ -11,8 +11,10 @@ negative or reaches 2⁶³ in any step whose result is used.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
-from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import LaidOut
 
 _ONE = 1 << 30
 _FARTHEST = 127.0  # how far below the largest score a weight is taken for 0
@@ -24,19 +26,19 @@ _EXP2[-1] += 2 * _ONE - sum(_EXP2)  # 2¹ is 2: a score of 0 weighs just 1
 _LOG2 = [round(2 / math.log(2) / (2 * k + 1) * _ONE) for k in range(10)]
 
 
-def _int(value):
+def _int(value: int) -> tf.Tensor:
     return tf.constant(value, tf.int64)
 
 
-def _shift_right(x, bits):
+def _shift_right(x: tf.Tensor, bits: int | tf.Tensor) -> tf.Tensor:
     return tf.bitwise.right_shift(x, _int(bits) if isinstance(bits, int) else bits)
 
 
-def _shift_left(x, bits):
+def _shift_left(x: tf.Tensor, bits: int | tf.Tensor) -> tf.Tensor:
     return tf.bitwise.left_shift(x, _int(bits) if isinstance(bits, int) else bits)
 
 
-def _polynomial(coefficients, x):
+def _polynomial(coefficients: Sequence[int], x: tf.Tensor) -> tf.Tensor:
     """Σ coefficients[k]·xᵏ, all Q30."""
     result = tf.fill(tf.shape(x), _int(coefficients[-1]))
     for c in reversed(coefficients[:-1]):
@@ -44,26 +46,26 @@ def _polynomial(coefficients, x):
     return result
 
 
-def _exp2_parts(t):
+def _exp2_parts(t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(m, i) with 2⁻ᵗ = m·2⁻ⁱ⁻¹, t Q30: m Q30 in (1, 2], i whole."""
     fraction = tf.bitwise.bitwise_and(t, _int(_ONE - 1))
     return _polynomial(_EXP2, _int(_ONE) - fraction), _shift_right(t, 30)
 
 
-def _to_float32(t):
+def _to_float32(t: tf.Tensor) -> tf.Tensor:
     """2⁻ᵗ as float32, t Q30; 0 below the normal numbers."""
     m, i = _exp2_parts(t)
     bits = _shift_left(126 - tf.minimum(i, 126), 23) + _shift_right(m, 7) - _int(1 << 23)
     return tf.where_v2(i < 126, tf.bitcast(tf.cast(bits, tf.int32), tf.float32), 0.0)
 
 
-def _to_q40(t):
+def _to_q40(t: tf.Tensor) -> tf.Tensor:
     """2⁻ᵗ as Q40, t Q30."""
     m, i = _exp2_parts(t)
     return _shift_right(_shift_left(m, 9), tf.minimum(i, 62))
 
 
-def _entmax_exponent(y, eps):
+def _entmax_exponent(y: tf.Tensor, eps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(t, inside): [1 − εy]₊^(1/ε) is 2⁻ᵗ inside the support; y and ε Q24, y ≥ 0, t Q30.
 
     With x = εy below 1/2, −log₂(1 − x) is s·P(s²), s = x/(2 − x), and out of s
@@ -89,13 +91,13 @@ def _entmax_exponent(y, eps):
     return tf.where_v2(near, t_near, t_far), inside
 
 
-def _distance(z):
+def _distance(z: tf.Tensor) -> tf.Tensor:
     """−z as Q24, of float32 z ≤ 0 (what is not, NaN too, counts as 0)."""
     far = tf.where_v2(z <= 0, tf.minimum(-z, _FARTHEST), 0.0)
     return tf.cast(far * 2.0**24, tf.int64)  # a power of two: no rounding
 
 
-def softmax_weights(z):
+def softmax_weights(z: tf.Tensor) -> tf.Tensor:
     """exp(z).
 
     Args:
@@ -108,11 +110,13 @@ def softmax_weights(z):
     return _to_float32(_softmax_exponent(_distance(z)))
 
 
-def _softmax_exponent(distance):
+def _softmax_exponent(distance: tf.Tensor) -> tf.Tensor:
     return _shift_right(distance * _int(_LOG2_E), 24)
 
 
-def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
+def entmax_weights(
+    mesh_impl: mtf.MeshImpl, z: LaidOut, epsilon: LaidOut, sum_over_shards: Callable[[LaidOut], LaidOut]
+) -> LaidOut:
     """The α-entmax of scores, but for a factor near 1: [1 + ε(z − δ)]₊^(1/ε).
 
     δ is the largest multiple of 2⁻²⁴ at which the weights still sum to more
@@ -134,7 +138,7 @@ def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
     # exact: α is in [1, 2], so ε is a multiple of 2⁻²³
     eps = slicewise(lambda e: tf.cast(e * 2.0**24, tf.int64), epsilon)
 
-    def total(distance, eps, delta):
+    def total(distance: tf.Tensor, eps: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
         """[2, rows, 1]: halves of Σ weights, which float32 adds without rounding (over 64 shards at most)."""
         t, inside = _entmax_exponent(distance + delta, eps)
         total = tf.reduce_sum(tf.where_v2(inside, _to_q40(t), _int(0)), -1, keepdims=True)
@@ -142,15 +146,15 @@ def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
         halves = [_shift_right(total, 18), tf.bitwise.bitwise_and(total, _int((1 << 18) - 1))]
         return tf.cast(tf.stack(halves), tf.float32)
 
-    def add(sums, delta, step):
+    def add(sums: tf.Tensor, delta: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         """delta + step where the weights there still sum to more than 1."""
         sums = tf.cast(sums, tf.int64)
         return tf.where_v2(_shift_left(sums[0], 18) + sums[1] > _int(1 << 40), delta + step, delta)
 
     like = mesh_impl.LaidOutTensor.from_tensor_list
 
-    def find_delta(distance):
-        def body(bit, delta):
+    def find_delta(distance: LaidOut) -> list[tf.Tensor]:
+        def body(bit: tf.Tensor, delta: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
             delta, step = like(delta), _shift_left(_int(1), bit)
             trial = slicewise(lambda d, step: d + step, delta, step)
             sums = sum_over_shards(slicewise(total, distance, eps, trial))
@@ -164,7 +168,7 @@ def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
     else:  # as a rule, few entries are near enough to count
         nearest = slicewise(lambda z: _distance(tf.math.top_k(z, _CANDIDATES)[0]), z)
 
-        def may_count(nearest, eps):
+        def may_count(nearest: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
             near = tf.logical_or(_int(1 << 48) - eps * nearest[:, -1:] > 0, tf.equal(eps, _int(0)))
             return tf.reduce_max(tf.cast(near, tf.float32))
 
@@ -173,7 +177,7 @@ def entmax_weights(mesh_impl, z, epsilon, sum_over_shards):
         delta = tf.cond(too_few, lambda: find_delta(distance), lambda: find_delta(nearest))
         delta = delta if isinstance(delta, (list, tuple)) else [delta]
 
-    def weights(distance, eps, delta):
+    def weights(distance: tf.Tensor, eps: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
         t, inside = _entmax_exponent(distance + delta, eps)
         return tf.where_v2(inside, _to_float32(t), 0.0)
 

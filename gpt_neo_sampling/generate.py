@@ -286,9 +286,7 @@ class TextGenerator:
         reason = "length" if end is None else "stop"
         new = new[:end]
         if INVALID in new:
-            raise InvalidDistributionError(
-                f"sample {index}, step {new.index(INVALID)}: {NO_DISTRIBUTION}", index
-            )
+            raise InvalidDistributionError(f"sample {index}, step {new.index(INVALID)}: {NO_DISTRIBUTION}", index)
         text = None
         if self.tokenizer is not None:
             stream, text = TextStream(self.tokenizer, prompt, request.stop_strings), ""

@@ -6,7 +6,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
 
 
-def has_invalid(x, axis=-1, keepdims=False):
+def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False) -> tf.Tensor:
     """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, in passes that only read.
 
     By the sum, as XLA's maximum loses a NaN on CPUs. (−inf beside so many and so
@@ -16,7 +16,7 @@ def has_invalid(x, axis=-1, keepdims=False):
     return tf.where_v2(tf.logical_or(tf.is_nan(total), top >= np.inf), 1.0, 0.0)
 
 
-def first_argmax(x, dim):
+def first_argmax(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
     """Index of the largest entry along `dim`, the first of equal ones.
 
     Args:
@@ -31,11 +31,11 @@ def first_argmax(x, dim):
 
 
 class _FirstArgmaxOperation(MeshOperation):
-    def __init__(self, x, dim):
+    def __init__(self, x: mtf.Tensor, dim: mtf.Dimension) -> None:
         super().__init__([x], [(x.shape - dim, tf.int32)], "first_argmax")
         self._dim = dim
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         (x,) = self.inputs
         axis = x.shape.dims.index(self._dim)
@@ -43,7 +43,7 @@ class _FirstArgmaxOperation(MeshOperation):
         shards = 1 if mesh_axis is None else mesh_impl.shape[mesh_axis].size
         local_size = self._dim.size // shards
 
-        def local(x, pcoord=0):
+        def local(x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             """[rows, 1, 4]: the shard's largest, its global index, whether it is wrong, whether it is right.
 
             Finite, as some meshes' collectives multiply by 0 and 1.
@@ -56,7 +56,7 @@ class _FirstArgmaxOperation(MeshOperation):
             found = [finite(top), index, wrong, right]
             return tf.expand_dims(tf.stack([tf.cast(f, tf.float32) for f in found], -1), -2)
 
-        def choose(found):
+        def choose(found: tf.Tensor) -> tf.Tensor:
             best = tf.argmax(found[..., 0], -1, output_type=tf.int32)
             index = tf.gather(found[..., 1], best, batch_dims=found.shape.rank - 2)
             valid = tf.logical_and(tf.reduce_max(found[..., 2], -1) < 0.5, tf.reduce_max(found[..., 3], -1) > 0.5)
@@ -70,12 +70,12 @@ class _FirstArgmaxOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
 
 
-def chunk_size(size):
+def chunk_size(size: int) -> int:
     """Into chunks of how many entries `size` is taken: a divisor where there is one, to spare a padded copy."""
     return next((n for n in range(48, 15, -1) if size % n == 0), 32)
 
 
-def largest(x, k):
+def largest(x: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     """The k largest entries of each row and their indices, in order.
 
     In two stages: the k largest lie in those k contiguous chunks whose own
@@ -92,10 +92,12 @@ def largest(x, k):
       for all its values.
     """
 
-    def sortable(x):  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
+    def sortable(
+        x: tf.Tensor,
+    ) -> tf.Tensor:  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
         return tf.where_v2(tf.abs(x) > 0, x, tf.zeros_like(x))
 
-    def top_k_of(x, k):
+    def top_k_of(x: tf.Tensor, k: int) -> tf.Tensor:
         if k == 1:  # TPUs are slow at top_k
             return tf.argmax(x, -1, output_type=tf.int32)[:, tf.newaxis]
         return tf.math.top_k(x, k)[1]
@@ -117,14 +119,14 @@ def largest(x, k):
     return tf.where_v2(has_invalid(x, keepdims=True) > 0, tf.constant(np.nan, x.dtype), values), indices
 
 
-def scatter_rows(values, indices, size):
+def scatter_rows(values: tf.Tensor, indices: tf.Tensor, size: int) -> tf.Tensor:
     """[rows, size] with values [rows, n] at their indices, no two of a row equal, and 0 elsewhere."""
     n_rows, n = values.shape.as_list()
     at = tf.reshape(indices + tf.range(n_rows)[:, tf.newaxis] * size, [-1, 1])
     return tf.reshape(tf.scatter_nd(at, tf.reshape(values, [-1]), [n_rows * size]), [n_rows, size])
 
 
-def top_k(x, dim, k_dim):
+def top_k(x: mtf.Tensor, dim: mtf.Dimension, k_dim: mtf.Dimension) -> tuple[mtf.Tensor, mtf.Tensor]:
     """The k_dim.size largest entries along `dim` and their indices, in order.
 
     Among equal entries the lower index comes first, on any layout. A layout
@@ -146,7 +148,7 @@ def top_k(x, dim, k_dim):
 
 
 class _TopKOperation(mtf.ops.TopKOperation):
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         (x,) = self.inputs
         k = self._k_dim.size
@@ -154,7 +156,7 @@ class _TopKOperation(mtf.ops.TopKOperation):
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
         rest = mesh_impl.slice_shape(x.shape - self._reduced_dim)
 
-        def local(x, pcoord=None):
+        def local(x: tf.Tensor, pcoord: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
             x = tf.transpose(x, [i for i in range(x.shape.rank) if i != axis] + [axis])
             size = size_of(x, -1)
             values, indices = largest(tf.reshape(x, [-1, size]), min(k, size))
@@ -165,7 +167,7 @@ class _TopKOperation(mtf.ops.TopKOperation):
             indices = tf.where_v2(values < x.dtype.min, -2 - indices, tf.where_v2(tf.is_nan(values), -1, indices))
             return finite(values), indices
 
-        def choose(values, indices):
+        def choose(values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             invalid = tf.reduce_max(tf.cast(tf.equal(indices, -1), tf.int32), -1, keepdims=True) > 0
             values, at = tf.math.top_k(values, k)
             indices = tf.gather(indices, at, batch_dims=1)

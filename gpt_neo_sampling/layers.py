@@ -12,12 +12,13 @@ activation functions), is computed in float32 and cast back.
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
+from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mtf_ops import MeshOperation, align, reshaped
 
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
 
-def matmul(x, w, name="matmul"):
+def matmul(x: mtf.Tensor, w: mtf.Tensor, name: str = "matmul") -> mtf.Tensor:
     """x · w, over the one dim that they share.
 
     What `mtf.einsum` computes, as a matrix product: on CPUs that reads the weights
@@ -36,7 +37,7 @@ def matmul(x, w, name="matmul"):
 class _MatmulOperation(mtf.ops.EinsumOperation):
     """An einsum, its gradient among it, apart from how it is lowered."""
 
-    def __init__(self, x, w, name):
+    def __init__(self, x: mtf.Tensor, w: mtf.Tensor, name: str) -> None:
         *lead, in_dim = x.shape.dims
         if in_dim not in (w.shape.dims[:1] + w.shape.dims[-1:]) or any(d in w.shape.dims for d in lead):
             raise ValueError(f"matmul: {x.shape} by {w.shape}; [..., in] by [in, out…] or [out…, in] is needed")
@@ -45,7 +46,7 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
         self._in_last = w.shape.dims[0] != in_dim
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         out_shape = mesh_impl.slice_shape(self.outputs[0].shape)
         rows = int(np.prod(out_shape[: len(self._lead)]))
@@ -53,7 +54,7 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 
         depth = mesh_impl.slice_shape(mtf.Shape([self._in_dim]))[0]
 
-        def product(x, w):
+        def product(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
             # Which of TensorFlow's CPU kernels is faster was measured: docs/architecture.md
             batch = [] if rows == 1 else [1]
             x = reshaped(x, batch + [rows, depth])
@@ -67,7 +68,9 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def attend(q, k, v, bias, memory_dim, name="attend"):
+def attend(
+    q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, bias: mtf.Tensor, memory_dim: mtf.Dimension, name: str = "attend"
+) -> mtf.Tensor:
     """Σ softmax(q·k + bias)·v: attention of some queries to a memory.
 
     Args:
@@ -83,7 +86,9 @@ def attend(q, k, v, bias, memory_dim, name="attend"):
 
 
 class _AttendOperation(MeshOperation):
-    def __init__(self, q, k, v, bias, memory_dim, name):
+    def __init__(
+        self, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, bias: mtf.Tensor, memory_dim: mtf.Dimension, name: str
+    ) -> None:
         *batch, memory, depth = k.shape.dims
         queries = q.shape.dims[len(batch) : -1]
         if q.shape.dims != batch + queries + [depth] or len(queries) > 1 or memory != memory_dim or v.shape != k.shape:
@@ -95,22 +100,22 @@ class _AttendOperation(MeshOperation):
         self._scores_shape = mtf.Shape(batch + queries + [memory])
         self._one_query = not queries
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         q, k, v, bias = (lowering.tensors[t] for t in self.inputs)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._memory_dim)
 
-        def scores(q, k, bias):
+        def scores(q: tf.Tensor, k: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
             q = tf.expand_dims(q, -2) if self._one_query else q
             bias = _float32(align(bias, self.inputs[3].shape, self._scores_shape))
             return _float32(tf.matmul(q, k, transpose_b=True)) + (tf.expand_dims(bias, -2) if self._one_query else bias)
 
-        def weighted(weights, v):
+        def weighted(weights: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
             y = tf.matmul(tf.cast(weights, v.dtype), v)
             return tf.squeeze(y, -2) if self._one_query else y
 
-        def over_shards(x, reduction):
+        def over_shards(x: LaidOut, reduction: str) -> LaidOut:
             return x if mesh_axis is None else mesh_impl.allreduce(x, [mesh_axis], reduction)
 
         # by hand: TensorFlow's softmax takes 60 µs for a few rows
@@ -124,7 +129,9 @@ class _AttendOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def layer_norm(x, scale, offset, epsilon, name="layer_norm"):
+def layer_norm(
+    x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor, epsilon: float, name: str = "layer_norm"
+) -> mtf.Tensor:
     """(x − mean) / √(variance + ε) · scale + offset along the last dim.
 
     Ba, Kiros, Hinton 2016, "Layer Normalization", arXiv 1607.06450.
@@ -143,11 +150,11 @@ def layer_norm(x, scale, offset, epsilon, name="layer_norm"):
 class _LayerNormOperation(MeshOperation):
     """One operation: a decode step has dozens, each of ten small tensor ops."""
 
-    def __init__(self, x, scale, offset, epsilon, name):
+    def __init__(self, x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor, epsilon: float, name: str) -> None:
         super().__init__([x, scale, offset], [(x.shape, x.dtype)], name)
         self._epsilon = epsilon
 
-    def gradient(self, grad_ys):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         dy, x, scale = (mtf.cast(t, tf.float32) for t in (*grad_ys, *self.inputs[:2]))
         dim = x.shape[-1]
         centred = x - mtf.reduce_mean(x, reduced_dim=dim)
@@ -159,14 +166,14 @@ class _LayerNormOperation(MeshOperation):
         grads = dx, mtf.reduce_sum(dy * normal, output_shape=[dim]), mtf.reduce_sum(dy, output_shape=[dim])
         return [mtf.cast(g, t.dtype) for g, t in zip(grads, self.inputs)]
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         x, scale, offset = (slicewise(_float32, lowering.tensors[t]) for t in self.inputs)
         dim, dtype = self.inputs[0].shape[-1], self.inputs[0].dtype
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
 
-        def mean(x):
+        def mean(x: LaidOut) -> LaidOut:
             if mesh_axis is None:
                 return slicewise(lambda x: tf.reduce_mean(x, -1, keepdims=True), x)
             total = mesh_impl.allreduce(slicewise(lambda x: tf.reduce_sum(x, -1, keepdims=True), x), [mesh_axis], "SUM")
@@ -183,7 +190,7 @@ class _LayerNormOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def rotary_table(mesh, position_dim, depth_dim):
+def rotary_table(mesh: mtf.Mesh, position_dim: mtf.Dimension, depth_dim: mtf.Dimension) -> mtf.Tensor:
     """What `rotate` turns by: for each position, the cosines of its angles and then the sines.
 
     Args:
@@ -200,7 +207,7 @@ def rotary_table(mesh, position_dim, depth_dim):
     return mtf.import_tf_tensor(mesh, tf.constant(table), mtf.Shape([position_dim, depth_dim]))
 
 
-def rotate(x, table, name="rotate"):
+def rotate(x: mtf.Tensor, table: mtf.Tensor, name: str = "rotate") -> mtf.Tensor:
     """Turns each pair (xⱼ, xⱼ₊ₙ), n half the last dim, by position · 10000^(−j/n).
 
     Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position
@@ -217,19 +224,19 @@ def rotate(x, table, name="rotate"):
 
 
 class _RotateOperation(MeshOperation):
-    def __init__(self, x, table, back, name):
+    def __init__(self, x: mtf.Tensor, table: mtf.Tensor, back: bool, name: str) -> None:
         super().__init__([x, table], [(x.shape, x.dtype)], name, unsplittable=[x.shape[-1].name])
         self._back = back
 
-    def gradient(self, grad_ys):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         table = self.inputs[1]
         # mtf's recompute_grad wants a gradient for every floating input
         return [_RotateOperation(grad_ys[0], table, not self._back, "rotate_back").outputs[0], mtf.zeros_like(table)]
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         x, table = self.inputs
 
-        def turn(values, angles):
+        def turn(values: tf.Tensor, angles: tf.Tensor) -> tf.Tensor:
             first, second = tf.split(_float32(values), 2, -1)
             cos, sin = tf.split(align(angles, table.shape, x.shape), 2, -1)
             sin = -sin if self._back else sin
@@ -239,7 +246,7 @@ class _RotateOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def _gelu(x):
+def _gelu(x: tf.Tensor) -> tf.Tensor:
     """The tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415), ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
 
     Which is x·sigmoid of twice the argument of tanh.
@@ -266,7 +273,7 @@ ACTIVATIONS = {
 }
 
 
-def activate(x, activation):
+def activate(x: mtf.Tensor, activation: str) -> mtf.Tensor:
     """An activation function, entry by entry.
 
     Args:
@@ -277,18 +284,18 @@ def activate(x, activation):
       mtf.Tensor like x.
     """
 
-    def value(x):
+    def value(x: tf.Tensor) -> tf.Tensor:
         return tf.cast(ACTIVATIONS[activation](_float32(x)), x.dtype)
 
-    def slope(x):
+    def slope(x: tf.Tensor) -> tf.Tensor:
         return tf.gradients(value(x), x)[0]
 
     # mtf's own gradient of a slice-wise function cannot take an unfinished sum
-    def gradient(op, dy):
+    def gradient(op: mtf.Operation, dy: mtf.Tensor) -> list[mtf.Tensor]:
         return [mtf.cwise(slope, op.inputs, name=f"{activation}_slope") * dy]
 
     return mtf.cwise(value, [x], grad_function=gradient, name=activation)
 
 
-def _float32(x):
+def _float32(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, tf.float32)

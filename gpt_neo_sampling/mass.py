@@ -7,10 +7,12 @@ entries say in which of them a cut lies.
 
 import functools
 import typing
+from collections.abc import Callable
 
 import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
+from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.largest import has_invalid, largest
 from gpt_neo_sampling.mtf_ops import MeshOperation, pad_last, size_of
 from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum, spread_rows
@@ -23,7 +25,9 @@ _FARTHEST = 1000.0  # exp(−1000) is 0 in float64
 _EVERYTHING = np.array([[-np.inf, np.inf]], np.float32)  # ends of a Cut that keeps all
 
 
-def mask_below(logits, option, dim, find_cut, masked):
+def mask_below(
+    logits: mtf.Tensor, option: mtf.Tensor, dim: mtf.Dimension, find_cut: "FindCut", masked: float
+) -> mtf.Tensor:
     """Masks what lies below a cut, each row's own.
 
     Args:
@@ -41,17 +45,19 @@ def mask_below(logits, option, dim, find_cut, masked):
 
 
 class _MaskOperation(MeshOperation):
-    def __init__(self, logits, option, dim, find_cut, masked):
+    def __init__(
+        self, logits: mtf.Tensor, option: mtf.Tensor, dim: mtf.Dimension, find_cut: "FindCut", masked: float
+    ) -> None:
         super().__init__([logits, option], [(logits.shape, logits.dtype)], find_cut.__name__)
         self._dim, self._find_cut, self._masked = dim, find_cut, masked
 
-    def gradient(self, grad_ys):
-        def survivors(dy, x, y):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
+        def survivors(dy: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
             return tf.where_v2(tf.equal(x, y), dy, tf.zeros_like(dy))
 
         return [mtf.cwise(survivors, [grad_ys[0], self.inputs[0], self.outputs[0]]), None]
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         logits, option = self.inputs
@@ -61,7 +67,7 @@ class _MaskOperation(MeshOperation):
         softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x))
         cut = self._find_cut(softmax, option)
 
-        def mask(x, top, option, ends, *more):
+        def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *more: tf.Tensor) -> tf.Tensor:
             of_row, pcoord = more[: len(cut.of_row)], more[len(cut.of_row) :]
             at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
             ends = tf.where_v2(top > float(x.dtype.min), ends, _EVERYTHING)
@@ -69,12 +75,12 @@ class _MaskOperation(MeshOperation):
             least, last = ends[:, :1], ends[:, 1:]
             key = cut.key(tf.cast(x, tf.float32), *of_row)
 
-            def with_ties_and_invalid_rows():
+            def with_ties_and_invalid_rows() -> tf.Tensor:
                 kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
                 fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
                 return tf.where_v2(kept, x, tf.cast(fill, x.dtype))
 
-            def plain():
+            def plain() -> tf.Tensor:
                 return tf.where_v2(key >= least, x, tf.constant(self._masked, x.dtype))
 
             is_plain = tf.reduce_min(tf.cast(last >= np.inf, tf.float32)) > 0.5
@@ -104,27 +110,27 @@ class Softmax:
     A row with NaN or +inf has a total of NaN.
     """
 
-    def __init__(self, rows, x):
+    def __init__(self, rows: Rows, x: LaidOut) -> None:
         self.rows, self.x = rows, x
         # At NaN the largest number: nothing in the row is above it.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
         self.top = rows.across_shards(top, "MAX")
 
     @functools.cached_property
-    def weights(self):
+    def weights(self) -> LaidOut:
         """exp(x − max x)."""
         return self.rows.mesh_impl.slicewise(weights_of, self.x, self.top)
 
     @functools.cached_property
-    def total(self):
+    def total(self) -> LaidOut:
         """Σ weights [rows, 1]."""
         return sum_across(self.rows, self.rows.mesh_impl.slicewise(near_sum, self.weights))
 
     @functools.cached_property
-    def depth(self):
+    def depth(self) -> LaidOut:
         """How far below the largest entry the mean one lies, Σ p·(max x − x) [rows, 1]."""
 
-        def part(weights, x, top):
+        def part(weights: tf.Tensor, x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
             return near_sum(weights * tf.cast(tf.minimum(top - x, _FARTHEST), tf.float64))
 
         slicewise = self.rows.mesh_impl.slicewise
@@ -132,16 +138,19 @@ class Softmax:
         return slicewise(tf.math.divide_no_nan, depth, self.total)  # 0 in a row without mass
 
 
-def _finite_top(top):
+FindCut = Callable[[Softmax, LaidOut], Cut]  # of an option, [rows, 1]
+
+
+def _finite_top(top: tf.Tensor) -> tf.Tensor:
     highest = tf.float32.max
     return tf.where_v2(tf.is_nan(top), highest, tf.clip_by_value(top, -highest, highest))
 
 
-def weights_of(x, top):
+def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
     return tf.exp(tf.cast(x - top, tf.float64))
 
 
-def sum_across(rows, x):
+def sum_across(rows: Rows, x: LaidOut) -> LaidOut:
     """Laid-out float64 numbers, none below 0 or above 2²⁴, summed over the shards of a row; NaN for what is not finite.
 
     As multiples of 2⁻⁵⁴, in four float32 parts that up to 64 shards add without rounding: TPUs send no float64, and
@@ -151,7 +160,7 @@ def sum_across(rows, x):
     if rows.mesh_axis is None:
         return slicewise(lambda x: tf.where_v2(x < np.inf, x, tf.constant(np.nan, tf.float64)), x)
 
-    def split(x):
+    def split(x: tf.Tensor) -> tf.Tensor:
         valid = tf.logical_and(x >= 0, x < np.inf)
         parts, rest = [tf.where_v2(valid, 0.0, 1.0)], tf.where_v2(valid, x, tf.zeros_like(x))
         for _ in range(4):
@@ -160,7 +169,7 @@ def sum_across(rows, x):
             rest = (rest - whole) * 2.0**18
         return tf.stack(parts)
 
-    def join(parts):
+    def join(parts: tf.Tensor) -> tf.Tensor:
         invalid, *parts = tf.unstack(tf.cast(parts, tf.float64))
         total = sum(part * 2.0 ** (-18 * i) for i, part in enumerate(parts))
         return tf.where_v2(invalid > 0, tf.constant(np.nan, tf.float64), total)
@@ -171,31 +180,31 @@ def sum_across(rows, x):
 # --- Cuts by probability ----------------------------------------------------------------
 
 
-def min_p_cut(softmax, min_p):
+def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
     """At min_p times the largest probability."""
     mesh_impl, rows = softmax.rows.mesh_impl, softmax.rows
     invalid = rows.across_shards(mesh_impl.slicewise(lambda x: has_invalid(x, keepdims=True), softmax.x), "MAX")
 
-    def depth(min_p, invalid):
+    def depth(min_p: tf.Tensor, invalid: tf.Tensor) -> tf.Tensor:
         depth = -tf.log(tf.cast(min_p, tf.float64))
         return tf.where_v2(invalid > 0, tf.constant(np.nan, tf.float64), depth)
 
     return _cut_at_depth(softmax, mesh_impl.slicewise(depth, min_p, invalid))
 
 
-def epsilon_cut(softmax, epsilon):
+def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
     """At probability ε."""
 
-    def depth(epsilon, total):
+    def depth(epsilon: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
         return -tf.log(tf.cast(epsilon, tf.float64)) - tf.log(total)
 
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, epsilon, softmax.total))
 
 
-def eta_cut(softmax, eta):
+def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
     """At probability min(η, √η · exp(−H))."""
 
-    def depth(eta, total, mean):
+    def depth(eta: tf.Tensor, total: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         log_eta, log_total = tf.log(tf.cast(eta, tf.float64)), tf.log(total)
         entropy = log_total + mean
         return -tf.minimum(log_eta, 0.5 * log_eta - entropy) - log_total
@@ -203,10 +212,10 @@ def eta_cut(softmax, eta):
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, eta, softmax.total, softmax.depth))
 
 
-def _cut_at_depth(softmax, depth):
+def _cut_at_depth(softmax: Softmax, depth: LaidOut) -> Cut:
     """So far below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
 
-    def ends(depth, top):
+    def ends(depth: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
         least = tf.cast(tf.cast(top, tf.float64) - tf.maximum(depth, 0.0), tf.float32)
         least = tf.where_v2(tf.is_nan(depth), np.nan, least)  # which the maximum may have lost
         return tf.concat([least, tf.fill(tf.shape(least), np.float32(np.inf))], -1)
@@ -217,19 +226,19 @@ def _cut_at_depth(softmax, depth):
 # --- Cuts by mass -----------------------------------------------------------------------
 
 
-def top_p_cut(softmax, top_p):
+def top_p_cut(softmax: Softmax, top_p: LaidOut) -> Cut:
     """Behind the fewest of the likeliest entries whose mass is at least top_p."""
     return _cut_at_mass(softmax, top_p, softmax.top)
 
 
-def typical_p_cut(softmax, typical_p):
+def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:
     """Behind the fewest entries whose mass is at least typical_p, by how far −log p is from the entropy.
 
     −log p − H is as far from 0 as x from the mean logit, Σ p·x.
     """
     mesh_impl = softmax.rows.mesh_impl
 
-    def key(x, mean):
+    def key(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)
 
     mean = mesh_impl.slicewise(lambda top, depth: tf.cast(top, tf.float64) - depth, softmax.top, softmax.depth)
@@ -237,7 +246,13 @@ def typical_p_cut(softmax, typical_p):
     return _cut_at_mass(softmax, typical_p, largest_key, key, (mean,))
 
 
-def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
+def _cut_at_mass(
+    softmax: Softmax,
+    mass: LaidOut,
+    first: LaidOut,
+    key: Callable[..., tf.Tensor] = lambda x: x,
+    of_row: tuple[LaidOut, ...] = (),
+) -> Cut:
     """A Cut behind the fewest entries, in descending order of their keys, whose mass is at least `mass`.
 
     Args:
@@ -261,7 +276,7 @@ def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
         bucket, ahead = slicewise(_reached, sums, wanted, slicewise(tf.zeros_like, total))
         left = slicewise(_only, keys, buckets, bucket)
 
-    def cut_among(ahead, few, has_all_ties=True):
+    def cut_among(ahead: LaidOut, few: tuple[LaidOut, LaidOut], has_all_ties: bool = True) -> LaidOut:
         """Laid-out [rows, 2]: where the cut lies among those few, behind a mass of `ahead`."""
         x, index = few
         if rows.mesh_axis is not None:
@@ -274,7 +289,7 @@ def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
         ends = cut_among(ahead, few)
     else:
 
-        def narrowed():
+        def narrowed() -> list[tf.Tensor]:
             ahead_of, fewer = _narrow(softmax, ahead, left, wanted)
             return cut_among(ahead_of, _few_of(rows, fewer, softmax.x), has_all_ties=False).tensor_list
 
@@ -282,22 +297,22 @@ def _cut_at_mass(softmax, mass, first, key=lambda x: x, of_row=()):
         ends = tf.cond(crowded, narrowed, lambda: cut_among(ahead, few).tensor_list)
         ends = mesh_impl.LaidOutTensor.from_tensor_list(as_list(ends))
 
-    def finish(ends, mass, total):
+    def finish(ends: tf.Tensor, mass: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
         ends = tf.where_v2(mass < 1, ends, _EVERYTHING)
         return tf.where_v2(tf.is_nan(total), np.nan, ends)
 
     return Cut(slicewise(finish, ends, mass, total), key, of_row)
 
 
-def _part_of(total, mass):
+def _part_of(total: tf.Tensor, mass: tf.Tensor) -> tf.Tensor:
     return total * tf.cast(mass, tf.float64)
 
 
-def _only(keys, buckets, bucket):
+def _only(keys: tf.Tensor, buckets: tf.Tensor, bucket: tf.Tensor) -> tf.Tensor:
     return tf.where_v2(tf.equal(buckets, bucket), keys, -np.inf)
 
 
-def _distance_bucket(keys, first, bits):
+def _distance_bucket(keys: tf.Tensor, first: tf.Tensor, bits: int) -> tf.Tensor:
     """Each key's bucket, by its distance from the first: 2**bits equal ones for each of [0, 2), [2, 6), [6, 14),
     [14, 30) and [30, 62), one for all that are farther, or NaN.
 
@@ -310,11 +325,11 @@ def _distance_bucket(keys, first, bits):
     return tf.minimum(bucket - zero, _BINADES << bits)
 
 
-def _bucket_sums(softmax, buckets, n):
+def _bucket_sums(softmax: Softmax, buckets: LaidOut, n: int) -> LaidOut:
     """Laid-out float64 [rows, n + _BLOCK]: the mass in each of buckets 0 to n, over all shards."""
     mesh_impl = softmax.rows.mesh_impl
 
-    def sums(buckets, weights):
+    def sums(buckets: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         n_rows = size_of(buckets, 0)
         place = tf.reshape(buckets + np.arange(n_rows, dtype=np.int32)[:, np.newaxis] * width, [-1])
         weights, size = tf.reshape(weights, [-1]), n_rows * width
@@ -331,7 +346,7 @@ def _bucket_sums(softmax, buckets, n):
     return sum_across(softmax.rows, mesh_impl.slicewise(sums, buckets, softmax.weights))
 
 
-def _reached(sums, wanted, ahead):
+def _reached(sums: tf.Tensor, wanted: tf.Tensor, ahead: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The bucket, but for those of the last block, in which a mass of `wanted` is reached, and the mass ahead of it."""
     blocks = tf.reshape(sums, [size_of(sums, 0), -1, _BLOCK])
     block, ahead = _first_reached(tf.reduce_sum(blocks, -1)[:, :-1], wanted, ahead)
@@ -339,7 +354,7 @@ def _reached(sums, wanted, ahead):
     return block * _BLOCK + within, ahead
 
 
-def _first_reached(sums, wanted, ahead):
+def _first_reached(sums: tf.Tensor, wanted: tf.Tensor, ahead: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(the first of [rows, n] `sums` up to which they reach what is wanted, what is ahead of it), [rows, 1].
 
     The last that is above 0 where rounding leaves none.
@@ -352,7 +367,16 @@ def _first_reached(sums, wanted, ahead):
     return first, tf.gather(before, first, batch_dims=1)
 
 
-def _ends_among(key, has_all_ties, x, index, ahead, wanted, top, *of_row):
+def _ends_among(
+    key: Callable[..., tf.Tensor],
+    has_all_ties: bool,
+    x: tf.Tensor,
+    index: tf.Tensor,
+    ahead: tf.Tensor,
+    wanted: tf.Tensor,
+    top: tf.Tensor,
+    *of_row: tf.Tensor,
+) -> tf.Tensor:
     """[rows, 2], a Cut's ends, among a few entries [rows, n], where index is −1 for none.
 
     has_all_ties: whether those that are equal to one of them are all among them.
@@ -371,10 +395,10 @@ def _ends_among(key, has_all_ties, x, index, ahead, wanted, top, *of_row):
     return tf.concat([least, last], -1)
 
 
-def _few_of(rows, left, x):
+def _few_of(rows: Rows, left: LaidOut, x: LaidOut) -> tuple[LaidOut, LaidOut]:
     """Laid-out (x, index) [rows, at most _FEW] of each shard's first ones by `left`; 0 and −1 where it has fewer."""
 
-    def of_shard(left, x, *pcoord):
+    def of_shard(left: tf.Tensor, x: tf.Tensor, *pcoord: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         values, entry = largest(left, min(_FEW, rows.entries))
         found = values > -np.inf
         x = tf.where_v2(found, tf.gather(x, entry, batch_dims=1), 0.0)
@@ -383,7 +407,7 @@ def _few_of(rows, left, x):
     return rows.mesh_impl.slicewise(of_shard, left, x, *rows.pcoords())
 
 
-def _narrow(softmax, ahead, left, wanted):
+def _narrow(softmax: Softmax, ahead: LaidOut, left: LaidOut, wanted: LaidOut) -> tuple[LaidOut, LaidOut]:
     """(ahead, left) with fewer than _FEW left of each row and shard.
 
     As often as it takes, keys are put into buckets between the largest and the smallest one left. Where these
@@ -393,26 +417,28 @@ def _narrow(softmax, ahead, left, wanted):
     slicewise, like = mesh_impl.slicewise, mesh_impl.LaidOutTensor.from_tensor_list
     n = _BINADES << _BUCKET_BITS_SPLIT
 
-    def ends(left):
+    def ends(left: tf.Tensor) -> tf.Tensor:
         """[2, rows, 1], to travel: the largest, and the smallest's negative."""
         smallest = tf.reduce_max(tf.where_v2(left > -np.inf, -left, -np.inf), -1, keepdims=True)
         return _finite_top(tf.stack([tf.reduce_max(left, -1, keepdims=True), smallest]))
 
-    def bucket_of(left, ends):
+    def bucket_of(left: tf.Tensor, ends: tf.Tensor) -> tf.Tensor:
         width = tf.maximum(ends[0] + ends[1], 1e-30)
         return tf.cast(tf.minimum((ends[0] - left) * (n - 1) / width, n), tf.int32)
 
-    def shrink(left, ends, buckets, bucket, *pcoord):
+    def shrink(
+        left: tf.Tensor, ends: tf.Tensor, buckets: tf.Tensor, bucket: tf.Tensor, *pcoord: tf.Tensor
+    ) -> tf.Tensor:
         at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
         by_index = tf.where_v2(left > -np.inf, -at, -np.inf)
         return tf.where_v2(ends[0] + ends[1] < 1e-30, by_index, _only(left, buckets, bucket))
 
-    def is_crowded(left):
+    def is_crowded(left: tf.Tensor) -> tf.Tensor:
         count = tf.reduce_sum(tf.cast(left > -np.inf, tf.int32), -1)
         return tf.reduce_max(tf.cast(count >= _FEW, tf.float32))
 
-    def body(_, ahead, left):
-        ahead, left = like(ahead), like(left)
+    def body(_: tf.Tensor, *slices: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
+        ahead, left = map(like, slices)
         row_ends = rows.across_shards(slicewise(ends, left), "MAX")
         buckets = slicewise(bucket_of, left, row_ends)
         bucket, ahead = slicewise(_reached, _bucket_sums(softmax, buckets, n), wanted, ahead)

@@ -6,16 +6,25 @@ of. They know nothing of sampling or of the model.
 """
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
+from gpt_neo_sampling._types import RowValue, ShapeLike
 
 
 class MeshOperation(mtf.Operation):
     """An operation all of whose dims a layout may split, or all but some; one without a `gradient` has none."""
 
-    def __init__(self, inputs, outputs, name, mesh=None, unsplittable=()):
+    def __init__(
+        self,
+        inputs: Sequence[mtf.Tensor],
+        outputs: Sequence[tuple[ShapeLike, tf.DType]],
+        name: str,
+        mesh: mtf.Mesh | None = None,
+        unsplittable: Iterable[str] = (),
+    ) -> None:
         """
         Args:
           inputs: a list of mtf.Tensors.
@@ -31,11 +40,11 @@ class MeshOperation(mtf.Operation):
         )
 
     @property
-    def has_gradient(self):
+    def has_gradient(self) -> bool:
         return type(self).gradient is not mtf.Operation.gradient and super().has_gradient
 
 
-def align(x, shape, target):
+def align(x: tf.Tensor, shape: mtf.Shape, target: mtf.Shape) -> tf.Tensor:
     """Transposes and reshapes a slice so that it broadcasts against `target`.
 
     Args:
@@ -56,22 +65,22 @@ def align(x, shape, target):
     return x
 
 
-def reshaped(x, shape):
+def reshaped(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     """x in that shape, without an operation where it has it already."""
     return x if x.shape.as_list() == list(shape) else tf.reshape(x, shape)
 
 
-def size_of(x, axis):
+def size_of(x: tf.Tensor, axis: int) -> int:
     """An int, also where v2 behaviour is disabled and shapes hold objects."""
     return x.shape.as_list()[axis]
 
 
-def finite(x):
+def finite(x: tf.Tensor) -> tf.Tensor:
     """x with ±inf as the largest and the lowest finite number, NaN as 0."""
     return tf.where_v2(tf.is_nan(x), tf.zeros_like(x), tf.clip_by_value(x, x.dtype.min, x.dtype.max))
 
 
-def pad_last(x, before=0, after=0, value=0.0):
+def pad_last(x: tf.Tensor, before: int = 0, after: int | tf.Tensor = 0, value: float = 0.0) -> tf.Tensor:
     """x with so many entries more along its last axis."""
     if not before and not after:
         return x
@@ -79,7 +88,7 @@ def pad_last(x, before=0, after=0, value=0.0):
     return tf.pad(x, padding, constant_values=tf.constant(value, x.dtype))
 
 
-def dim_of(x, dim=None):
+def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimension:
     """The mtf.Dimension of x that is meant: the last where `dim` is None; a ValueError where x lacks it."""
     if dim is None:
         if not x.shape.dims:
@@ -91,7 +100,13 @@ def dim_of(x, dim=None):
     return dim
 
 
-def cwise_broadcast(fn, xs, output_shape=None, output_dtype=None, name="cwise_broadcast"):
+def cwise_broadcast(
+    fn: Callable[..., tf.Tensor],
+    xs: Sequence[mtf.Tensor],
+    output_shape: ShapeLike | None = None,
+    output_dtype: tf.DType | None = None,
+    name: str = "cwise_broadcast",
+) -> mtf.Tensor:
     """Applies a component-wise TensorFlow function to mtf tensors that broadcast.
 
     Args:
@@ -112,7 +127,7 @@ def cwise_broadcast(fn, xs, output_shape=None, output_dtype=None, name="cwise_br
     output_shape = mtf.Shape(output_shape)
     shapes = [x.shape for x in xs]
 
-    def aligned_fn(*slices):
+    def aligned_fn(*slices: tf.Tensor) -> tf.Tensor:
         return fn(*[align(s, shape, output_shape) for s, shape in zip(slices, shapes)])
 
     return mtf.slicewise(
@@ -126,7 +141,7 @@ def cwise_broadcast(fn, xs, output_shape=None, output_dtype=None, name="cwise_br
     )
 
 
-def settle(x):
+def settle(x: mtf.Tensor) -> mtf.Tensor:
     """The same tensor, with any all-reduce that mtf has put off carried out.
 
     mtf's `while_loop` carries a loop variable before its reduction and cannot
@@ -139,7 +154,7 @@ def settle(x):
 # --- Look-ups ---------------------------------------------------------------
 
 
-def take(x, indices, dim, name="take"):
+def take(x: mtf.Tensor, indices: mtf.Tensor, dim: mtf.Dimension, name: str = "take") -> mtf.Tensor:
     """Looks up entries of `x` along `dim`; an index outside it gives zeros.
 
     What `mtf.gather` computes, as a look-up on the shard that holds the entry
@@ -170,7 +185,7 @@ def take(x, indices, dim, name="take"):
     return _TakeOperation(x, indices, dim, name).outputs[0]
 
 
-def scatter_add(values, indices, shape, dim):
+def scatter_add(values: mtf.Tensor, indices: mtf.Tensor, shape: ShapeLike, dim: mtf.Dimension) -> mtf.Tensor:
     """Adds values up at the entries that their indices name: what `take` reads, this writes.
 
     Args:
@@ -201,7 +216,7 @@ def scatter_add(values, indices, shape, dim):
 class _Lookup:
     """The dims of one look-up, sorted by the part they play."""
 
-    def __init__(self, x_shape, indices_shape, dim):
+    def __init__(self, x_shape: mtf.Shape, indices_shape: mtf.Shape, dim: mtf.Dimension) -> None:
         self.dim = dim
         self.x_shape = x_shape
         self.indices_shape = indices_shape
@@ -211,7 +226,7 @@ class _Lookup:
         self.output = mtf.Shape(self.shared + self.others + self.rest)
         self.table = mtf.Shape(self.shared + [dim] + self.rest)
 
-    def mesh_axis(self, mesh_impl):
+    def mesh_axis(self, mesh_impl: mtf.MeshImpl) -> int | None:
         """The mesh axis that `dim` is split along, or None."""
         axis = mesh_impl.tensor_dimension_to_mesh_axis(self.dim)
         if axis is not None:
@@ -223,7 +238,7 @@ class _Lookup:
                     )
         return axis
 
-    def local_indices(self, indices, size, pcoord):
+    def local_indices(self, indices: tf.Tensor, size: int, pcoord: tf.Tensor | None) -> tf.Tensor:
         """Indices within the shard, [shared, others]; -1 for those outside it."""
         indices = _transpose(tf.cast(indices, tf.int32), self.indices_shape, self.shared + self.others)
         if pcoord is not None:
@@ -232,28 +247,28 @@ class _Lookup:
         return tf.where_v2(inside, indices, -1)
 
 
-def _transpose(x, shape, dims):
+def _transpose(x: tf.Tensor, shape: mtf.Shape, dims: Sequence[mtf.Dimension]) -> tf.Tensor:
     perm = [shape.dims.index(d) for d in dims]
     return x if perm == list(range(len(perm))) else tf.transpose(x, perm)
 
 
 class _TakeOperation(MeshOperation):
-    def __init__(self, x, indices, dim, name):
+    def __init__(self, x: mtf.Tensor, indices: mtf.Tensor, dim: mtf.Dimension, name: str) -> None:
         self._lookup = _Lookup(x.shape, indices.shape, dim)
         super().__init__([x, indices], [(self._lookup.output, x.dtype)], name)
 
-    def gradient(self, grad_ys):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         x, indices = self.inputs
         if not x.dtype.is_floating:
             return [None, None]
         return [_ScatterAddOperation(grad_ys[0], indices, self._lookup).outputs[0], None]
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         lookup = self._lookup
         axis = lookup.mesh_axis(mesh_impl)
 
-        def tf_fn(x, indices, pcoord=None):
+        def tf_fn(x: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
             # a gather from a resource variable would make every read of it a copy
             x = tf.convert_to_tensor(x)
             batch_dims = at = len(lookup.shared)
@@ -278,15 +293,15 @@ class _TakeOperation(MeshOperation):
 class _ScatterAddOperation(MeshOperation):
     """Adds rows of dy to the entries that they were, or would be, looked up from."""
 
-    def __init__(self, dy, indices, lookup):
+    def __init__(self, dy: mtf.Tensor, indices: mtf.Tensor, lookup: _Lookup) -> None:
         super().__init__([dy, indices], [(lookup.x_shape, dy.dtype)], "scatter_add")
         self._lookup = lookup
 
-    def gradient(self, grad_ys):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         # Linear in dy: its gradient is the look-up itself.
         return [_TakeOperation(grad_ys[0], self.inputs[1], self._lookup.dim, "take").outputs[0], None]
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         lookup = self._lookup
         axis = lookup.mesh_axis(mesh_impl)
@@ -294,7 +309,7 @@ class _ScatterAddOperation(MeshOperation):
         n_shared = len(lookup.shared)
         rows, size = int(np.prod(table_shape[:n_shared])), table_shape[n_shared]
 
-        def tf_fn(dy, indices, pcoord=None):
+        def tf_fn(dy: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
             local = tf.reshape(lookup.local_indices(indices, size, pcoord), [rows, -1])
             first = tf.expand_dims(tf.range(rows) * size, 1)
             segments = tf.where_v2(local >= 0, local + first, -1)  # -1 is dropped
@@ -314,7 +329,15 @@ class _ScatterAddOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def write_at(x, value, position, dim, *, may_overwrite=False, name="write_at"):
+def write_at(
+    x: mtf.Tensor,
+    value: mtf.Tensor,
+    position: mtf.Tensor,
+    dim: mtf.Dimension,
+    *,
+    may_overwrite: bool = False,
+    name: str = "write_at",
+) -> mtf.Tensor:
     """`x` with `value` written at index `position` along `dim`.
 
     Args:
@@ -336,7 +359,9 @@ def write_at(x, value, position, dim, *, may_overwrite=False, name="write_at"):
 
 
 class _WriteOperation(MeshOperation):
-    def __init__(self, x, value, position, dim, may_overwrite, name):
+    def __init__(
+        self, x: mtf.Tensor, value: mtf.Tensor, position: mtf.Tensor, dim: mtf.Dimension, may_overwrite: bool, name: str
+    ) -> None:
         rest = [d for d in x.shape.dims if d != dim]
         for what, t in (("value", value), ("position", position)):
             if dim not in x.shape.dims or any(d not in rest for d in t.shape.dims):
@@ -347,7 +372,7 @@ class _WriteOperation(MeshOperation):
         self._dim = dim
         self._may_overwrite = may_overwrite
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         x, value, position = self.inputs
         shape, axis = x.shape, x.shape.dims.index(self._dim)
@@ -355,12 +380,14 @@ class _WriteOperation(MeshOperation):
         size, lead, rest = slice_shape[axis], slice_shape[:axis], slice_shape[axis + 1 :]
         columns = mtf.Shape(shape.dims[:axis])  # position may have no dim behind `dim`, to write whole rows
 
-        def select(old, new, position, pcoord=0):
+        def select(old: tf.Tensor, new: tf.Tensor, position: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             at = tf.reshape(tf.range(size) + pcoord * size, [size] + [1] * len(rest))
             here = tf.equal(at, align(position, self.inputs[2].shape, shape))
             return tf.where_v2(here, align(new, value.shape, shape), old)
 
-        def overwrite(old, new, position, pcoord=None):
+        def overwrite(
+            old: tf.Tensor, new: tf.Tensor, position: tf.Tensor, pcoord: tf.Tensor | None = None
+        ) -> tf.Tensor:
             """By rows of what stands behind `dim`."""
             count = int(np.prod(lead))
             position = align(position, self.inputs[2].shape, columns)
@@ -386,7 +413,7 @@ class _WriteOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def resize(x, dim, size, name="resize"):
+def resize(x: mtf.Tensor, dim: mtf.Dimension, size: int, name: str = "resize") -> mtf.Tensor:
     """The first `size` entries along `dim`, with zeros where it has fewer.
 
     Args:
@@ -402,19 +429,19 @@ def resize(x, dim, size, name="resize"):
 
 
 class _ResizeOperation(MeshOperation):
-    def __init__(self, x, dim, size, name):
+    def __init__(self, x: mtf.Tensor, dim: mtf.Dimension, size: int, name: str) -> None:
         super().__init__([x], [(x.shape.resize_dimension(dim.name, size), x.dtype)], name)
         self._axis = x.shape.dims.index(dim)
         self._dims = dim, mtf.Dimension(dim.name, size)
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         (dim, new_dim), axis = self._dims, self._axis
         x = lowering.tensors[self.inputs[0]].to_laid_out_tensor()
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
         part = mesh_impl.slice_shape(self.outputs[0].shape)[axis]
 
-        def cut_or_fill(x, pcoord=0):
+        def cut_or_fill(x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             missing = new_dim.size - dim.size
             if missing > 0:
                 x = tf.pad(x, [[0, missing if i == axis else 0] for i in range(x.shape.rank)])
@@ -429,7 +456,7 @@ class _ResizeOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def repeat(x, dim, times, name="repeat"):
+def repeat(x: mtf.Tensor, dim: mtf.Dimension, times: int, name: str = "repeat") -> mtf.Tensor:
     """Each entry along `dim` so many times, one behind the other.
 
     Args:
@@ -444,18 +471,18 @@ def repeat(x, dim, times, name="repeat"):
 
 
 class _RepeatOperation(MeshOperation):
-    def __init__(self, x, dim, times, name):
+    def __init__(self, x: mtf.Tensor, dim: mtf.Dimension, times: int, name: str) -> None:
         super().__init__([x], [(x.shape.resize_dimension(dim.name, dim.size * times), x.dtype)], name)
         self._axis, self._times = x.shape.dims.index(dim), times
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         repeat = functools.partial(tf.repeat, repeats=self._times, axis=self._axis)
         # a processor that holds some of the entries holds what becomes of them
         y = lowering.mesh_impl(self).slicewise(repeat, lowering.tensors[self.inputs[0]].to_laid_out_tensor())
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def host_call(fn, xs, name="host_call"):
+def host_call(fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str = "host_call") -> mtf.Tensor:
     """Calls a Python function with the values of tensors, each time that the graph runs (in a loop: each time round).
 
     Args:
@@ -474,11 +501,11 @@ def host_call(fn, xs, name="host_call"):
 
 
 class _HostCallOperation(MeshOperation):
-    def __init__(self, fn, xs, name):
+    def __init__(self, fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str) -> None:
         super().__init__(xs, [(xs[0].shape, tf.float32)], name)
         self._fn = fn
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         if not isinstance(mesh_impl, PlacementMeshImpl):
             raise ValueError(f"{self.name}: a mesh of CPUs or GPUs is needed, not a {type(mesh_impl).__name__}")
@@ -493,7 +520,7 @@ class _HostCallOperation(MeshOperation):
 # --- Values that come as Python numbers or as tensors -------------------------
 
 
-def import_rows(mesh, value, dtype, rows, name):
+def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLike, name: str) -> mtf.Tensor:
     """An option as an mtf tensor: one value for all rows, or one a row.
 
     Args:
@@ -524,7 +551,7 @@ def import_rows(mesh, value, dtype, rows, name):
     return mtf.import_tf_tensor(mesh, value, rows)
 
 
-def row_index(mesh, rows):
+def row_index(mesh: mtf.Mesh, rows: ShapeLike) -> mtf.Tensor:
     """int32 [rows]: each row's index in the request, counted in row-major order."""
     rows = mtf.Shape(rows)
     index, stride = mtf.zeros(mesh, rows, tf.int32), 1

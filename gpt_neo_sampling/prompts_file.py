@@ -166,7 +166,7 @@ def _records(generator, data, source, options):
     if not lines[-1]:
         lines.pop()
     if not lines:
-        raise ValueError(f"{source} is empty; a JSON object a line is needed, as {{\"prompt\": \"Emma\"}}")
+        raise ValueError(f'{source} is empty; a JSON object a line is needed, as {{"prompt": "Emma"}}')
     records, stream, cut, n_ctx = [], 0, [], generator.params["n_ctx"]
     for index, line in enumerate(lines):
         try:

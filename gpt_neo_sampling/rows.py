@@ -1,19 +1,21 @@
 """How an operation along one dim sees its slices: as rows, in groups of entries that every layout has alike."""
 
 import math
+from collections.abc import Callable, Sequence
 
-from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mtf_ops import align, pad_last, size_of
 
 GROUPS = 64  # a mesh axis of 2, 4 … 64 cuts none of them
 
 
-def group_size(size):
+def group_size(size: int) -> int:
     """Entries in each group of a dimension of `size` (the last may have fewer)."""
     return -(-size // GROUPS)
 
 
-def padded_size(size, shards):
+def padded_size(size: int, shards: int) -> int:
     """The least size, padding included, at which each of `shards` holds whole groups."""
     group = group_size(size)
     return shards * group * -(-size // (group * shards))
@@ -28,7 +30,14 @@ class Rows:
     through a group, the whole row is gathered first.
     """
 
-    def __init__(self, mesh_impl, shape, dim, size=None, whole_groups=True):
+    def __init__(
+        self,
+        mesh_impl: mtf.MeshImpl,
+        shape: mtf.Shape,
+        dim: mtf.Dimension,
+        size: int | None = None,
+        whole_groups: bool = True,
+    ) -> None:
         """shape: mtf.Shape with `dim`; size: its entries less what is padding;
         whole_groups: False where nothing depends on groups lying on one shard."""
         self.mesh_impl = mesh_impl
@@ -45,12 +54,12 @@ class Rows:
         if whole_groups and self.mesh_axis is not None and self.entries % self.group:
             self.mesh_axis, self.gathered_axis = None, self.mesh_axis
 
-    def to_rows(self, x):
+    def to_rows(self, x: tf.Tensor) -> tf.Tensor:
         """A slice [...] as [rows, entries]."""
         perm = [i for i in range(x.shape.rank) if i != self._position] + [self._position]
         return tf.reshape(tf.transpose(x, perm) if perm != sorted(perm) else x, [-1, self.entries])
 
-    def from_rows(self, x):
+    def from_rows(self, x: tf.Tensor) -> tf.Tensor:
         """[rows, entries] as a slice."""
         rest = [n for i, n in enumerate(self._slice_shape) if i != self._position]
         back = list(range(len(rest)))
@@ -58,29 +67,31 @@ class Rows:
         x = tf.reshape(x, rest + [self.entries])
         return tf.transpose(x, back) if back != sorted(back) else x
 
-    def gather(self, x):
+    def gather(self, x: LaidOut) -> LaidOut:
         """Laid-out finite rows, whole where the layout cuts through groups."""
         if self.gathered_axis is None:
             return x
         return self.mesh_impl.allconcat(x, self.gathered_axis, 1)
 
-    def grouped(self, x, fill=0.0):
+    def grouped(self, x: tf.Tensor, fill: float = 0.0) -> tf.Tensor:
         """A slice's [..., entries] as [..., groups, group]; `fill` stands where there is no entry."""
         x = pad_last(x, after=-size_of(x, -1) % self.group, value=fill)
         return tf.reshape(x, x.shape.as_list()[:-1] + [-1, self.group])
 
-    def in_groups(self, x, fill=0.0):
+    def in_groups(self, x: LaidOut, fill: float = 0.0) -> LaidOut:
         """Laid-out [rows, entries] as [rows, groups of the shard, places of a group]."""
         return self.mesh_impl.slicewise(lambda x: self.grouped(x, fill), x)
 
-    def across_groups(self, x):
+    def across_groups(self, x: LaidOut) -> LaidOut:
         """Laid-out [a, rows, groups of the shard] as [a, rows, all groups]."""
         if self.mesh_axis is not None:
             x = self.mesh_impl.allconcat(x, self.mesh_axis, 2)
         # shards may hold groups of nothing but padding
         return self.mesh_impl.slicewise(lambda x: x[..., : self.n_groups], x)
 
-    def choose_within(self, group, choose, weights, *more):
+    def choose_within(
+        self, group: LaidOut, choose: Callable[..., Sequence[tf.Tensor]], weights: LaidOut, *more: LaidOut
+    ) -> tuple[LaidOut, ...]:
         """Chooses entries in groups that are chosen already.
 
         Args:
@@ -95,8 +106,8 @@ class Rows:
           what else `choose` gave, 0 where another shard holds the group.
         """
 
-        def on_shard(group, weights, *args):
-            args = list(args)
+        def on_shard(group: tf.Tensor, weights: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            args = list(others)
             pcoord = args.pop() if self.mesh_axis is not None else None
             ids = args.pop() if self.ids is not None else None
             local, first_entry, held = group, 0, group >= 0
@@ -117,16 +128,16 @@ class Rows:
         index, *rest = self.mesh_impl.slicewise(on_shard, group, *args)
         return self.mesh_impl.slicewise(lambda i: i - 1, self.across_shards(index, "SUM")), *rest
 
-    def across_shards(self, x, reduction):
+    def across_shards(self, x: LaidOut, reduction: str) -> LaidOut:
         if self.mesh_axis is not None:
             x = self.mesh_impl.allreduce(x, [self.mesh_axis], reduction)
         return x
 
-    def pcoords(self):
+    def pcoords(self) -> list[LaidOut]:
         """The arguments, one or none, that tell a slice which shard it is."""
         return [] if self.mesh_axis is None else [self.mesh_impl.laid_out_pcoord(self.mesh_axis)]
 
-    def entry_numbers(self, pcoord=0):
+    def entry_numbers(self, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
         """int32 [entries]: those of a shard, counted along the dim."""
         return tf.range(self.entries) + pcoord * self.entries
 
@@ -137,7 +148,9 @@ class ChosenRows(Rows):
     Their groups are those of the whole rows, and so are draws from them.
     """
 
-    def __init__(self, mesh_impl, size, ids, mesh_axis=None, entries=None):
+    def __init__(
+        self, mesh_impl: mtf.MeshImpl, size: int, ids: LaidOut, mesh_axis: int | None = None, entries: int | None = None
+    ) -> None:
         """size: the entries of a whole row; ids: laid-out int32 [rows, chosen], ascending: which ones of them are at
         hand, or of its `entries` on this shard where `mesh_axis` splits them."""
         self.mesh_impl = mesh_impl
@@ -149,17 +162,17 @@ class ChosenRows(Rows):
         self.gathered_axis = None
         self.ids = ids
 
-    def in_groups(self, x, fill=0.0):
+    def in_groups(self, x: LaidOut, fill: float = 0.0) -> LaidOut:
         """Each entry has a place in every group, which holds `fill` in all but its own."""
         groups = tf.range(-(-self.entries // self.group))[:, tf.newaxis]
 
-        def spread(x, ids):
+        def spread(x: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
             return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], fill)
 
         return self.mesh_impl.slicewise(spread, x, self.ids)
 
 
-def spread_rows(lowering, x, shape):
+def spread_rows(lowering: mtf.Lowering, x: mtf.Tensor, shape: mtf.Shape) -> LaidOut:
     """An mtf.Tensor whose dims are among those of `shape`, which are the rows', as laid-out [rows, 1]."""
     mesh_impl = lowering.mesh_impl(x)
     slice_shape = mesh_impl.slice_shape(shape)
@@ -167,7 +180,7 @@ def spread_rows(lowering, x, shape):
     return mesh_impl.slicewise(spread, lowering.tensors[x])
 
 
-def near_sum(x):
+def near_sum(x: tf.Tensor) -> tf.Tensor:
     """Sum over the last axis, keeping it, in an order that is the backend's in part.
 
     Its error does not grow with the axis, as reduce_sum's may: XLA adds one after
@@ -182,12 +195,12 @@ def near_sum(x):
     return tf.reduce_sum(tf.reduce_sum(parts, -1), -1, keepdims=True)
 
 
-def any_of(mesh_impl, flags):
+def any_of(mesh_impl: mtf.MeshImpl, flags: LaidOut) -> tf.Tensor:
     """The largest of laid-out float32 flags, over the whole mesh: a scalar tf.Tensor."""
     flags = mesh_impl.allreduce(mesh_impl.slicewise(tf.reduce_max, flags), list(range(mesh_impl.ndims)), "MAX")
     return flags.tensor_list[0]
 
 
-def as_list(x):
+def as_list(x: tf.Tensor | Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """What tf.cond gives: it takes a list of one out of it."""
     return list(x) if isinstance(x, (list, tuple)) else [x]

@@ -3,10 +3,13 @@
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import RowValue, ShapeLike
 from gpt_neo_sampling.mtf_ops import MeshOperation, align, import_rows
 
 
-def threefry_2x32(key, counter):
+def threefry_2x32(
+    key: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Threefry-2x32 with 20 rounds, in integer tensor ops alone.
 
     Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2,
@@ -21,7 +24,7 @@ def threefry_2x32(key, counter):
       a pair of uint32 tf.Tensors.
     """
 
-    def rotate(x, bits):
+    def rotate(x: tf.Tensor, bits: int) -> tf.Tensor:
         return tf.bitwise.bitwise_or(
             tf.bitwise.left_shift(x, tf.constant(bits, tf.uint32)),
             tf.bitwise.right_shift(x, tf.constant(32 - bits, tf.uint32)),
@@ -39,7 +42,9 @@ def threefry_2x32(key, counter):
     return x0, x1
 
 
-def counter_uniforms(seed, stream, step, sample=None):
+def counter_uniforms(
+    seed: mtf.Tensor, stream: mtf.Tensor, step: mtf.Tensor, sample: mtf.Tensor | None = None
+) -> tuple[mtf.Tensor, mtf.Tensor]:
     """Two independent uniforms for each draw, a function of its coordinates.
 
     Threefry-2x32 with key (seed, stream) and counter (step, sample); the upper
@@ -63,7 +68,7 @@ def counter_uniforms(seed, stream, step, sample=None):
     shape = mtf.Shape(dims)
     shapes = [x.shape for x in xs]
 
-    def tf_fn(*slices):
+    def tf_fn(*slices: tf.Tensor) -> tuple[tf.Tensor, ...]:
         words = [tf.bitcast(align(s, old, shape), tf.uint32) for s, old in zip(slices, shapes)]
         stream, seed, step = words[:3]
         sample = words[3] if len(words) == 4 else tf.zeros_like(step)
@@ -83,7 +88,7 @@ def counter_uniforms(seed, stream, step, sample=None):
     )
 
 
-def import_seed(mesh, seed, rows=()):
+def import_seed(mesh: mtf.Mesh, seed: RowValue | None, rows: ShapeLike = ()) -> mtf.Tensor:
     """A seed as an int32 mtf tensor.
 
     Args:
@@ -110,14 +115,14 @@ def import_seed(mesh, seed, rows=()):
 class _FreshSeedOperation(MeshOperation):
     """A random int32, drawn anew each time it runs (in a loop: each time round)."""
 
-    def __init__(self, mesh):
+    def __init__(self, mesh: mtf.Mesh) -> None:
         super().__init__([], [([], tf.int32)], "fresh_seed", mesh=mesh)
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
 
         # Processor 0's bits for everyone. As halves: some meshes add in float32.
-        def draw(pnum):
+        def draw(pnum: tf.Tensor) -> tf.Tensor:
             halves = tf.random.uniform([2], maxval=2**16, dtype=tf.int32)
             return tf.where_v2(tf.equal(pnum, 0), tf.cast(halves, tf.float32), 0.0)
 
