@@ -1,6 +1,7 @@
 # make demo    prints a continuation that the bundled model samples
 # make test    runs the whole test suite
 # make test-compat  runs it, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12 and mesh-tensorflow 0.1.18
+# make check   looks the code over: ruff (rules and format) and mypy (types)
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
 # Each sets up what it needs in .venv, test-compat in .venv-compat, bench in .venv-bench, with python3 and pip alone.
 
@@ -11,12 +12,17 @@ COMPAT_VENV := $(VENV)-compat
 BENCH_VENV := $(VENV)-bench
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo test test-compat bench clean
+.PHONY: demo check test test-compat bench clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.installed
 	@$(BIN)/gpt-neo-sampling generate --prompt "$(PROMPT)" --temperature 0.7 --top-k 40 --max-new-tokens 96
+
+check: $(VENV)/check.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 test: $(VENV)/test.installed
 test-compat: $(COMPAT_VENV)/compat.installed

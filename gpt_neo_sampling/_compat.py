@@ -10,12 +10,13 @@ import os
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
 @contextlib.contextmanager
-def quiet_stderr():
+def quiet_stderr() -> Iterator[None]:
     """Keeps TensorFlow's C++ start-up lines off file descriptor 2.
 
     They are written below Python, some before any log level is read. What was
@@ -41,7 +42,7 @@ def quiet_stderr():
             os.close(saved)
 
 
-def _import_tensorflow():
+def _import_tensorflow() -> types.ModuleType:
     if "tensorflow" in sys.modules:  # its chatter, if any, is history
         import tensorflow
 
@@ -60,7 +61,7 @@ def _import_tensorflow():
 
 
 @contextlib.contextmanager
-def _names_that_mtf_imports():
+def _names_that_mtf_imports() -> Iterator[None]:
     """Puts back, for the time of one import, what mesh-tensorflow looks for.
 
     `tensorflow.compat.v1.estimator` is gone since TensorFlow 2.16, and
@@ -72,10 +73,10 @@ def _names_that_mtf_imports():
 
     added = []
     if not hasattr(tf1, "estimator"):
-        estimator = types.ModuleType("estimator")
-        estimator.SessionRunHook = tf1.train.SessionRunHook
-        estimator.CheckpointSaverListener = basic_session_run_hooks.CheckpointSaverListener
-        tf1.estimator = estimator
+        tf1.estimator = types.SimpleNamespace(
+            SessionRunHook=tf1.train.SessionRunHook,
+            CheckpointSaverListener=basic_session_run_hooks.CheckpointSaverListener,
+        )
         added.append((tf1, "estimator"))
     if not hasattr(ops, "register_tensor_conversion_function"):
         from tensorflow.python.framework import tensor_conversion_registry as registry
@@ -89,21 +90,19 @@ def _names_that_mtf_imports():
             delattr(module, name)
 
 
-def _import_mesh_tensorflow():
+def _import_mesh_tensorflow() -> None:
     if "mesh_tensorflow" in sys.modules:
-        import mesh_tensorflow
-
-        return mesh_tensorflow
+        return
     if importlib.util.find_spec("mesh_tensorflow") is None:
         raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow")
     with _names_that_mtf_imports():
-        import mesh_tensorflow
-    return mesh_tensorflow
+        import mesh_tensorflow  # noqa: F401
 
 
 tensorflow = _import_tensorflow()
-mtf = _import_mesh_tensorflow()
+_import_mesh_tensorflow()
 
+import mesh_tensorflow as mtf  # noqa: E402
 import tensorflow.compat.v1 as tf  # noqa: E402
 from tensorflow.python.framework.func_graph import FuncGraph  # noqa: E402
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph  # noqa: E402
@@ -113,7 +112,7 @@ LazyAllreduceSum = mtf.ops.LazyAllreduceSum
 PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
 
 
-def is_in_function():
+def is_in_function() -> bool:
     """Whether the graph that is being built is a tf.function's, or lies in one."""
     graph = tf.get_default_graph()
     while isinstance(graph, FuncGraph):
@@ -124,7 +123,7 @@ def is_in_function():
 
 
 @contextlib.contextmanager
-def quiet_logging():
+def quiet_logging() -> Iterator[None]:
     """Holds back TensorFlow's Python warnings (deprecations that mtf causes)."""
     logger = tf.get_logger()
     level = logger.level
@@ -135,7 +134,7 @@ def quiet_logging():
         logger.setLevel(level)
 
 
-def probe_devices():
+def probe_devices() -> None:
     """Has TensorFlow look for its devices, which it does once and not in silence."""
     with quiet_stderr():
         tensorflow.config.list_physical_devices()

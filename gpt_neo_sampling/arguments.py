@@ -1,6 +1,7 @@
 """What the command `gpt-neo-sampling` takes."""
 
 import argparse
+from typing import NoReturn
 
 from gpt_neo_sampling.checkpoint import MAX_SHARD_SIZE
 from gpt_neo_sampling.export import CONTROLS, DEFAULT_TOP_K
@@ -13,20 +14,20 @@ PROGRAM = "gpt-neo-sampling"
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """One line; argparse would print its usage before it."""
         self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     """The argparse.ArgumentParser of the command and its subcommands."""
     top = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, help, description):
+    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=description, allow_abbrev=False)
 
-    def add_model_options(parser):
+    def add_model_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--model", metavar="PATH", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging "
                             "Face GPT-Neo, or GPT-Neo's JSON config (default: the small model that comes with the "
                             "package)")  # fmt: skip
@@ -34,7 +35,7 @@ def parser():
                             "activations computed in; bfloat16 takes half the memory and rounds more "
                             "(default: %(default)s)")  # fmt: skip
 
-    def add_mesh_options(parser):
+    def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument_group("mesh", "where the work is done; what comes out is the same").add_argument
         add("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
         add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
@@ -45,7 +46,7 @@ def parser():
         add("--cluster", metavar="host:port,host:port", help="processes started with serve "
             "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
 
-    def add_sampling_options(parser):
+    def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         """Those that say how a token is drawn, in the order of application."""
         add = parser.add_argument_group(
             "sampling", "in the order of application; each defaults to the model's own, and else changes nothing "

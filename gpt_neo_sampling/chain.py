@@ -6,11 +6,13 @@ temperature, the masks from top-k to eta, softmax or entmax, the draw.
 
 import dataclasses
 import functools
-import numbers
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import LogitsProcessor, RowValue, Tensor, is_number, is_whole
 from gpt_neo_sampling.draws import score_draw
 from gpt_neo_sampling.entmax_solver import chosen_of
 from gpt_neo_sampling.largest import first_argmax
@@ -46,6 +48,9 @@ ROW_VALUES = (  # of SamplingOptions: those that may be tensors, scalar or one a
 MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 
 
+Step = Callable[[mtf.Tensor, mtf.Dimension], mtf.Tensor]  # (logits, dim) to logits
+
+
 @dataclasses.dataclass
 class SamplingOptions:
     """How a token is drawn from its logits, the steps in the order of application.
@@ -54,41 +59,41 @@ class SamplingOptions:
     nothing else is said; None leaves the step out.
     """
 
-    logits_processors: tuple = ()  # the user's own: functions of (logits, ids, position) that give logits
-    repetition_penalty: object = None  # of all tokens of the row; 1 changes nothing
-    presence_penalty: object = None  # of the row's new tokens; 0 changes nothing
-    frequency_penalty: object = None  # likewise
-    no_repeat_ngram_size: int = None
-    logit_bias: object = None  # a tensor or array [vocab] or [rows, vocab]; −inf is never drawn
-    stop_tokens: tuple = ()  # ids, each a value
-    min_new_tokens: object = None  # no stop token before there are so many
+    logits_processors: tuple[LogitsProcessor, ...] = ()  # the user's own
+    repetition_penalty: RowValue | None = None  # of all tokens of the row; 1 changes nothing
+    presence_penalty: RowValue | None = None  # of the row's new tokens; 0 changes nothing
+    frequency_penalty: RowValue | None = None  # likewise
+    no_repeat_ngram_size: int | None = None
+    logit_bias: Tensor | None = None  # a tensor or array [vocab] or [rows, vocab]; −inf is never drawn
+    stop_tokens: tuple[RowValue, ...] = ()  # ids, each a value
+    min_new_tokens: RowValue | None = None  # no stop token before there are so many
     never_end: bool = False  # no stop token at all
-    temperature: object = SOFTMAX_TEMPERATURE  # above 0; 0 is argmax
-    top_k: object = None
-    max_top_k: int = None  # needed where top_k is a tensor
-    top_p: object = None
-    min_p: object = None
-    typical_p: object = None
-    epsilon_cutoff: object = None
-    eta_cutoff: object = None
+    temperature: RowValue = SOFTMAX_TEMPERATURE  # above 0; 0 is argmax
+    top_k: RowValue | None = None
+    max_top_k: int | None = None  # needed where top_k is a tensor
+    top_p: RowValue | None = None
+    min_p: RowValue | None = None
+    typical_p: RowValue | None = None
+    epsilon_cutoff: RowValue | None = None
+    eta_cutoff: RowValue | None = None
     use_entmax: bool = False
-    entmax_alpha: object = DEFAULT_ALPHA
-    vocab_size: int = None  # where the vocabulary is padded: ids from here on are never drawn
+    entmax_alpha: RowValue = DEFAULT_ALPHA
+    vocab_size: int | None = None  # where the vocabulary is padded: ids from here on are never drawn
 
-    def check(self):
+    def check(self) -> None:
         """Raises ValueError for a number that is out of range and that no step checks itself."""
         t = self.temperature
-        if isinstance(t, numbers.Real) and not 0 <= t < float("inf"):
+        if is_number(t) and not 0 <= t < float("inf"):
             raise ValueError(f"temperature={t}; 0 (argmax) or a finite number above 0 is needed")
         a = self.entmax_alpha
-        if self.use_entmax and isinstance(a, numbers.Real) and not 1 <= a <= 2:
+        if self.use_entmax and is_number(a) and not 1 <= a <= 2:
             raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
 
-    def imported(self, mesh, rows):
+    def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
         """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers."""
 
-        def per_row(name, value):
-            if value is None or isinstance(value, numbers.Real):
+        def per_row(name: str, value: Any) -> Any:
+            if value is None or is_number(value):
                 return value
             dtype = tf.int32 if name in ("stop_at_token", "min_new_tokens", "top_k") else tf.float32
             return settle(import_rows(mesh, value, dtype, rows, name))
@@ -111,7 +116,7 @@ class History:
     begin: mtf.Tensor  # int32 [rows]; where the first new one went
 
 
-def token_steps(options, history):
+def token_steps(options: SamplingOptions, history: History | None) -> list[tuple[str, Step]]:
     """The steps ahead of the temperature, which hold for greedy decoding too.
 
     Args:
@@ -121,23 +126,24 @@ def token_steps(options, history):
     Returns:
       a list of pairs, the step's name and a function of (logits, dim).
     """
-    o, h = options, history
+    o = options
+    h = cast(History, history)  # not None where a step looks at it
 
-    def user_step(processor):
+    def user_step(processor: LogitsProcessor) -> tuple[str, Step]:
         name = getattr(processor, "__name__", type(processor).__name__)
         return name, lambda x, dim: processor(x, h.ids, h.position)
 
-    def penalise_repetition(x, dim):
+    def penalise_repetition(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
         return repetition_penalty(x, token_counts(h.ids, dim, end=h.position), o.repetition_penalty, dim)
 
-    def penalise_new_tokens(x, dim):
+    def penalise_new_tokens(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
         counts = token_counts(h.ids, dim, begin=h.begin, end=h.position)
         return presence_frequency_penalty(x, counts, o.presence_penalty or 0.0, o.frequency_penalty or 0.0, dim)
 
-    def mask_ngrams(x, dim):
-        return no_repeat_ngram_mask(x, h.ids, h.position, o.no_repeat_ngram_size, dim)
+    def mask_ngrams(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
+        return no_repeat_ngram_mask(x, h.ids, h.position, cast(int, o.no_repeat_ngram_size), dim)
 
-    def hold_on(x, dim):
+    def hold_on(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
         least = import_rows(x.mesh, o.min_new_tokens, tf.int32, x.shape - dim, "min_new_tokens")
         too_early = cwise_broadcast(
             lambda at, begin, n: tf.cast(at - begin < n, tf.float32), [h.position, h.begin, least], None, tf.float32
@@ -159,7 +165,7 @@ def token_steps(options, history):
     return [user_step(p) for p in o.logits_processors] + [(name, step) for name, is_on, step in table if is_on]
 
 
-def mask_steps(options):
+def mask_steps(options: SamplingOptions) -> list[tuple[str, Step]]:
     """The masks behind top-k, as pairs like those of `token_steps`."""
     table = [
         ("top_p", top_p_mask),
@@ -169,17 +175,19 @@ def mask_steps(options):
         ("eta_cutoff", eta_mask),
     ]
 
-    def step(mask, value):
+    def step(mask: Callable[..., mtf.Tensor], value: RowValue) -> Step:
         return lambda x, dim: mask(x, value, dim)
 
     return [(name, step(mask, getattr(options, name))) for name, mask in table if getattr(options, name) is not None]
 
 
-def _without_padding(logits, dim, options):
+def _without_padding(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions) -> mtf.Tensor:
     return logits if options.vocab_size is None else padding_mask(logits, options.vocab_size, dim)
 
 
-def _before_temperature(logits, dim, options, history):
+def _before_temperature(
+    logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History | None
+) -> list[tuple[str, mtf.Tensor]]:
     """Pairs of a step's name and the logits behind it, the first the model's own."""
     logits = _without_padding(mtf.cast(logits, tf.float32), dim, options)
     found = [("model", logits)]
@@ -195,7 +203,9 @@ def _before_temperature(logits, dim, options, history):
     return found
 
 
-def chain_distributions(logits, vocab_dim, options, history=None):
+def chain_distributions(
+    logits: mtf.Tensor, vocab_dim: mtf.Dimension, options: SamplingOptions, history: History | None = None
+) -> list[tuple[str, mtf.Tensor]]:
     """The distribution that a token would be drawn from, if the chain ended behind each of its steps.
 
     Args:
@@ -208,11 +218,11 @@ def chain_distributions(logits, vocab_dim, options, history=None):
     """
     rows = logits.shape - vocab_dim
     found = _before_temperature(logits, vocab_dim, options, history)
-    if isinstance(options.temperature, numbers.Real) and options.temperature == 0:
+    if is_number(options.temperature) and options.temperature == 0:
         likeliest = mtf.one_hot(first_argmax(found[-1][1], vocab_dim), vocab_dim, dtype=tf.float32)
         return [(name, softmax(x, vocab_dim)) for name, x in found] + [("argmax", likeliest)]
     factor = inverse_temperature(logits.mesh, options.temperature, rows)
-    steps = [("temperature", lambda x, dim: _scaled(x, factor, dim))]
+    steps: list[tuple[str, Step]] = [("temperature", lambda x, dim: _scaled(x, factor, dim))]
     if options.top_k is not None:
         mask = functools.partial(top_k_mask, k=options.top_k, max_top_k=options.max_top_k)
         steps.append(("top_k", lambda x, dim: mask(x, dim=dim)))
@@ -226,7 +236,16 @@ def chain_distributions(logits, vocab_dim, options, history=None):
     return [*found, ("softmax", found[-1][1])]
 
 
-def next_token(logits, vocab_dim, options, seed, stream, step, history=None, return_logprobs=False):
+def next_token(
+    logits: mtf.Tensor,
+    vocab_dim: mtf.Dimension,
+    options: SamplingOptions,
+    seed: RowValue,
+    stream: RowValue,
+    step: RowValue,
+    history: History | None = None,
+    return_logprobs: bool = False,
+) -> mtf.Tensor | tuple[mtf.Tensor, ...]:
     """Draws one token a row: all that `options` say, then the draw.
 
     Args:
@@ -249,7 +268,7 @@ def next_token(logits, vocab_dim, options, seed, stream, step, history=None, ret
     rows, mesh = logits.shape - vocab_dim, logits.mesh
     steps = _before_temperature(logits, vocab_dim, options, history)
     raw, logits = steps[0][1], steps[-1][1]
-    fixed = isinstance(options.temperature, numbers.Real)
+    fixed = is_number(options.temperature)
     if fixed and options.temperature == 0:
         drawn = [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)]
     else:
@@ -265,7 +284,13 @@ def next_token(logits, vocab_dim, options, seed, stream, step, history=None, ret
     return token, _log_probability(raw, token, vocab_dim), _nan_without(token, draw_logprob)
 
 
-def _draw(logits, dim, options, uniforms, return_logprob):
+def _draw(
+    logits: mtf.Tensor,
+    dim: mtf.Dimension,
+    options: SamplingOptions,
+    uniforms: tuple[mtf.Tensor, mtf.Tensor],
+    return_logprob: bool,
+) -> list[mtf.Tensor]:
     """[token, and its log-probability if that is wanted], for temperatures above 0."""
     rows, mesh = logits.shape - dim, logits.mesh
     factor = inverse_temperature(mesh, options.temperature, rows)
@@ -273,7 +298,9 @@ def _draw(logits, dim, options, uniforms, return_logprob):
     masks = mask_steps(options)
     size, n_chosen = options.vocab_size or dim.size, chosen_of(options.entmax_alpha)
 
-    def draw(x, dim, ids=None, only=None):
+    def draw(
+        x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, only: mtf.Tensor | None = None
+    ) -> list[mtf.Tensor]:
         scale = factor
         if factor is not None and (masks or return_logprob):
             x, scale = _scaled(x, factor, dim), None
@@ -285,21 +312,21 @@ def _draw(logits, dim, options, uniforms, return_logprob):
     k, max_k = options.top_k, options.max_top_k
     if k is None:
         return draw(logits, dim)
-    is_number = isinstance(k, numbers.Integral)
-    if (k if is_number else max_k or 0) > MOST_CANDIDATES or (masks and not is_number):
+    most = k if is_whole(k) else max_k or 0
+    if most > MOST_CANDIDATES or (masks and not is_whole(k)):
         return draw(top_k_mask(logits, k, dim, max_top_k=max_k, masked=-np.inf), dim)
     candidates = top_k_candidates(logits, k, dim, max_top_k=max_k)
     if candidates is None:
         return draw(logits, dim)
     values, ids = candidates
     drawn = draw(values, values.shape[-1], ids)
-    if is_number:
+    if is_whole(k):
         return drawn
     no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), dim), rows)
     return _select(no_mask, draw(logits, dim, only=no_mask), drawn)  # rows without a mask draw from all
 
 
-def _scaled(x, factor, dim):
+def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf.Tensor:
     """x, taken from its largest, times a `factor` of `inverse_temperature`."""
     top = mtf.reduce_max(mtf.cwise(finite, [x]), reduced_dim=dim)
     if factor is None:
@@ -307,7 +334,9 @@ def _scaled(x, factor, dim):
     return cwise_broadcast(lambda x, top, factor: (x - top) * factor, [x, top, factor], x.shape)
 
 
-def _log_probability(x, token, dim, alpha=None, ids=None):
+def _log_probability(
+    x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, alpha: mtf.Tensor | None = None, ids: mtf.Tensor | None = None
+) -> mtf.Tensor:
     """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries stand for the tokens `ids`."""
     at, x = token, mtf.cwise(finite, [x])  # to travel
     if ids is not None:
@@ -320,11 +349,11 @@ def _log_probability(x, token, dim, alpha=None, ids=None):
     return _nan_without(token, log_p)
 
 
-def _nan_without(token, value):
+def _nan_without(token: mtf.Tensor, value: mtf.Tensor) -> mtf.Tensor:
     return cwise_broadcast(lambda t, v: tf.where_v2(t < 0, np.nan, v), [token, value], token.shape, tf.float32)
 
 
-def _select(flag, yes, no):
+def _select(flag: mtf.Tensor, yes: list[mtf.Tensor], no: list[mtf.Tensor]) -> list[mtf.Tensor]:
     """Of two lists of tensors [rows], those of `yes` where `flag` is 1.0."""
     return [
         cwise_broadcast(lambda f, y, n: tf.where_v2(f > 0, y, n), [flag, y, n], flag.shape, y.dtype)

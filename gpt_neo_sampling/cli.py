@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. A bad value is one line and
 exit status 2, a failure on the way one line and exit status 1.
 """
 
+import argparse
 import collections
 import dataclasses
 import functools
@@ -12,19 +13,22 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._types import Prompt, Tokenizer
 from gpt_neo_sampling.arguments import PROGRAM, parser
 from gpt_neo_sampling.checkpoint import convert_checkpoint
-from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
+from gpt_neo_sampling.cluster import Cluster, cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import export_saved_model
-from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, TextGenerator
+from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.inspection import plot, plot_format, table, terminal_style, to_json, token_text
 from gpt_neo_sampling.options import SAMPLING
 from gpt_neo_sampling.prompts_file import generate_file
 
 
-def _cluster(args, task=None):
+def _cluster(args: argparse.Namespace, task: str | None = None) -> Cluster | None:
     if args.cluster is not None:
         return parse_cluster(args.cluster, task)
     cluster = cluster_from_environment()
@@ -33,7 +37,7 @@ def _cluster(args, task=None):
     return cluster
 
 
-def _serve(args):
+def _serve(args: argparse.Namespace) -> None:
     cluster = _cluster(args, args.task)
     if cluster is None:
         raise ValueError("serve needs a cluster: --cluster host:port,host:port, or TF_CONFIG")
@@ -45,11 +49,11 @@ def _serve(args):
     serve(cluster, args.cpus, started=lambda: print(note, file=sys.stderr, flush=True))
 
 
-def _convert(args):
+def _convert(args: argparse.Namespace) -> None:
     convert_checkpoint(args.source, args.destination, to=args.to, dtype=args.dtype, max_shard_size=args.max_shard_size)
 
 
-def _ids(text, option="--prompt-ids"):
+def _ids(text: str, option: str = "--prompt-ids") -> list[int]:
     words = re.split(r"[\s,]+", text.strip())
     try:
         return [int(w) for w in words if w]
@@ -57,11 +61,11 @@ def _ids(text, option="--prompt-ids"):
         raise ValueError(f"{option} {text!r}: whole numbers with spaces between them are needed") from None
 
 
-def _prompts(args):
+def _prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     return args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
 
 
-def _inspect(args):
+def _inspect(args: argparse.Namespace) -> None:
     if args.show < 1:
         raise ValueError(f"--show {args.show}: at least 1 is needed")
     if args.plot is not None:
@@ -84,7 +88,7 @@ def _inspect(args):
         print(f"wrote {args.plot}", file=sys.stderr)
 
 
-def _sampling(args):
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_sampling_options`, as those of `GenerationOptions`."""
     options = {name: getattr(args, name) for name in SAMPLING}
     return dict(
@@ -97,12 +101,12 @@ def _sampling(args):
     )
 
 
-def _biases(texts):
-    biases = {}
+def _biases(texts: Sequence[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
     for text in texts:
-        token, _, value = text.partition("=")
+        left, _, right = text.partition("=")
         try:
-            token, value = int(token), float(value)
+            token, value = int(left), float(right)
         except ValueError:
             raise ValueError(f"--logit-bias {text!r}: a token's id and a number are needed, as in 13=-2.5") from None
         if token in biases:
@@ -111,7 +115,7 @@ def _biases(texts):
     return biases
 
 
-def _generator(args):
+def _generator(args: argparse.Namespace) -> TextGenerator:
     return TextGenerator.from_pretrained(
         args.model,
         dtype=args.dtype,
@@ -122,7 +126,7 @@ def _generator(args):
     )
 
 
-def _generate(args):
+def _generate(args: argparse.Namespace) -> None:
     if (args.output is None) != (args.prompts_file is None):
         raise ValueError("--prompts-file and --output need each other")
     if args.output is not None and args.json:
@@ -156,7 +160,7 @@ def _generate(args):
         raise
 
 
-def _generate_file(args, generator, options):
+def _generate_file(args: argparse.Namespace, generator: TextGenerator, options: dict[str, Any]) -> None:
     done = generate_file(generator, args.prompts_file, args.output, seed=args.seed, **options)
     if args.seed is None:
         print(f"seed {done.seed}", file=sys.stderr)
@@ -166,31 +170,33 @@ def _generate_file(args, generator, options):
 class _JsonWriter:
     """Prints all samples at the end."""
 
-    def __init__(self, args, generator, prompts):
+    def __init__(self, args: argparse.Namespace, generator: TextGenerator, prompts: Sequence[Prompt]) -> None:
         del args, generator, prompts
 
-    def on_token(self, *args):
+    def on_token(self, *args: object) -> None:
         """Nothing; that there is a streamer makes Ctrl-C heard."""
 
-    def finish(self, samples):
+    def finish(self, samples: Sequence[Sample | None]) -> None:
         _write(json.dumps({"samples": [s.as_dict() for s in samples if s is not None]}) + "\n")
 
 
 class _TextWriter:
     """Prints samples in turn, each as its tokens come. In a terminal a prompt stands right before its continuation."""
 
-    def __init__(self, args, generator, prompts):
+    def __init__(self, args: argparse.Namespace, generator: TextGenerator, prompts: Sequence[Prompt]) -> None:
         self._prompts = [_prompt_text(p, generator.tokenizer) for p in prompts for _ in range(args.num_samples)]
-        self._pieces = collections.defaultdict(list)  # of samples whose turn has not come
+        self._pieces: dict[int, list[tuple[int | str, bool]]] = collections.defaultdict(
+            list
+        )  # of samples whose turn has not come
         self._turn = 0
         self._in_sample = False
 
-    def on_token(self, index, token, text, is_last):
+    def on_token(self, index: int, token: int, text: str | None, is_last: bool) -> None:
         self._pieces[index].append((token if text is None else text, is_last))
         while self._pieces[self._turn]:
             self._print(*self._pieces[self._turn].pop(0))
 
-    def _print(self, text, is_last):
+    def _print(self, text: int | str, is_last: bool) -> None:
         if isinstance(text, int):  # a token, of a model without a tokenizer
             text = f" {text}" if self._in_sample else str(text)
         if not self._in_sample:
@@ -200,7 +206,7 @@ class _TextWriter:
         self._in_sample = not is_last
         self._turn += is_last
 
-    def finish(self, samples):
+    def finish(self, samples: Sequence[Sample | None]) -> None:
         """Prints what is not printed yet, of samples that are None nothing more."""
         if self._in_sample:
             self._print("", is_last=True)
@@ -212,15 +218,15 @@ class _TextWriter:
                 self._print(" ".join(map(str, sample.tokens)) if sample.text is None else sample.text, is_last=True)
 
 
-def _prompt_text(prompt, tokenizer):
+def _prompt_text(prompt: Prompt, tokenizer: Tokenizer | None) -> str:
     if isinstance(prompt, str):
         return prompt
-    return tokenizer.decode(prompt) if tokenizer else " ".join(map(str, prompt)) + " "
+    return tokenizer.decode(list(prompt)) if tokenizer else " ".join(map(str, prompt)) + " "
 
 
-def _score(args):
+def _score(args: argparse.Namespace) -> None:
     if args.file is not None:
-        texts = [_read_text(args.file)]
+        texts: Sequence[Prompt] = [_read_text(args.file)]
     elif args.text is not None:
         texts = args.text
     else:
@@ -234,7 +240,7 @@ def _score(args):
         _write(f"perplexity {s.perplexity:.6g}  log-probability {s.sum_logprob:.6g}  tokens {n}\n")
 
 
-def _read_text(path):
+def _read_text(path: str) -> str:
     try:
         with open(path, "rb") as file:
             return file.read().decode("utf-8")
@@ -242,7 +248,7 @@ def _read_text(path):
         raise ValueError(f"--file {path}: {e}") from None
 
 
-def _export(args):
+def _export(args: argparse.Namespace) -> None:
     export_saved_model(
         args.output,
         args.model,
@@ -256,12 +262,12 @@ def _export(args):
     print(f"wrote {args.output}", file=sys.stderr)
 
 
-def _write(text):
+def _write(text: str) -> None:
     sys.stdout.buffer.write(text.encode("utf-8", "replace"))
     sys.stdout.flush()
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
@@ -278,17 +284,15 @@ def main(argv=None):
         commands[args.command](args)
         return 0
     except ValueError as e:
-        status = 2
-        message = e
+        status, message = 2, str(e)
     except (InvalidDistributionError, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader has gone: nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        status = 1
-        message = e
+        status, message = 1, str(e)
     except KeyboardInterrupt:
         return 130
-    print(f"{PROGRAM}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

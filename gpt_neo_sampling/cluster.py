@@ -19,6 +19,8 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from gpt_neo_sampling._compat import quiet_stderr, tf
 
@@ -37,15 +39,15 @@ class ClusterError(OSError):
 class Cluster:
     """The processes of a cluster. Made by `parse_cluster` or `cluster_from_environment`."""
 
-    jobs: dict  # job's name -> its addresses, "host:port", a task each
+    jobs: dict[str, list[str]]  # job's name -> its addresses, "host:port", a task each
     task: str | None = None  # what this process is, such as "worker:0"; None for a client from outside
 
     @property
-    def addresses(self):
+    def addresses(self) -> dict[str, str]:
         """{"worker:0": "host:port", …}, in order."""
         return {f"{job}:{i}": address for job, tasks in self.jobs.items() for i, address in enumerate(tasks)}
 
-    def checked(self, what="cluster"):
+    def checked(self, what: str = "cluster") -> "Cluster":
         """Itself; raises ValueError for addresses or a task that cannot be."""
         addresses = list(self.addresses.values())
         if not addresses:
@@ -61,15 +63,15 @@ class Cluster:
         return self
 
     @property
-    def master(self):
+    def master(self) -> str:
         """The address of the process that sessions are held with."""
         return self.addresses[self.task] if self.task else next(iter(self.addresses.values()))
 
-    def first_cpus(self):
+    def first_cpus(self) -> tuple[str, ...]:
         """The first CPU of each process, by TensorFlow's names."""
         return tuple(_device_prefix(task) + "/device:CPU:0" for task in self.addresses)
 
-    def session(self, graph, devices):
+    def session(self, graph: tf.Graph | None, devices: Sequence[str]) -> tf.Session:
         """A tf.Session on the cluster, once every process has answered.
 
         Raises:
@@ -102,7 +104,7 @@ class Cluster:
             raise
         return session
 
-    def run(self, session, fetches, feed=None):
+    def run(self, session: tf.Session, fetches: Any, feed: dict[Any, Any] | None = None) -> Any:
         """session.run, with an eye on the cluster.
 
         Raises:
@@ -110,7 +112,7 @@ class Cluster:
         """
         return self._watched(lambda: session.run(fetches, feed))
 
-    def _wait_for_all(self):
+    def _wait_for_all(self) -> None:
         end = time.monotonic() + CONNECT_SECONDS
         missing = list(self.addresses)
         while missing := self.gone(missing):
@@ -121,19 +123,19 @@ class Cluster:
                 )
             time.sleep(0.2)
 
-    def gone(self, tasks=None):
+    def gone(self, tasks: Iterable[str] | None = None) -> list[str]:
         """Which tasks, of all or of some, accept no connection."""
         addresses = self.addresses
         return [t for t in (addresses if tasks is None else tasks) if not _answers(addresses[t])]
 
-    def _named(self, tasks):
+    def _named(self, tasks: Iterable[str]) -> str:
         return ", ".join(f"{t} at {self.addresses[t]}" for t in tasks)
 
-    def _watched(self, call, seconds=None):
+    def _watched(self, call: Callable[[], Any], seconds: float | None = None) -> Any:
         """call() on a thread of its own, for as long as the cluster is whole."""
-        results = queue.SimpleQueue()
+        results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-        def target():
+        def target() -> None:
             try:
                 results.put((call(), None))
             except BaseException as e:
@@ -141,7 +143,7 @@ class Cluster:
 
         _start(target)
         end = None if seconds is None else time.monotonic() + seconds
-        suspects = {}
+        suspects: dict[str, int] = {}
         while True:
             try:
                 result, error = results.get(timeout=WATCH_SECONDS)
@@ -175,19 +177,19 @@ class _Session(tf.Session):
     minutes, and do so too when the session is collected or the program ends.
     """
 
-    def __init__(self, cluster, graph, config):
+    def __init__(self, cluster: Cluster, graph: tf.Graph | None, config: tf.ConfigProto) -> None:
         self._cluster, self.ended = cluster, False
         super().__init__("grpc://" + cluster.master, graph=graph, config=config)
         _open_sessions.add(self)
         _start_background()
 
-    def close(self):
+    def close(self) -> None:
         if self.ended:
             return
         self.ended = True
         closed = threading.Event()
 
-        def end():  # holds the session, which so is not freed before
+        def end() -> None:  # holds the session, which so is not freed before
             self.close_now()
             closed.set()
 
@@ -195,43 +197,44 @@ class _Session(tf.Session):
         if not self._cluster.gone():
             closed.wait(CLOSE_SECONDS)
 
-    def close_now(self):
+    def close_now(self) -> None:
         with contextlib.suppress(tf.errors.OpError):  # such as for a session that is no more
             super().close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self.ended:
             super().__del__()
         else:
             self.ended = True
             _background.put(self._close_and_free)
 
-    def _close_and_free(self):
+    def _close_and_free(self) -> None:
         self.close_now()
         super().__del__()
 
 
-def _start(target):
+def _start(target: Callable[[], object]) -> None:
     """Runs target() on a thread that the program's end waits for, a while: cut off in TensorFlow 2.12, it aborts."""
     thread = threading.Thread(target=target, daemon=True)
     _threads.add(thread)
     thread.start()
 
 
-_threads = weakref.WeakSet()  # those of _start
-_open_sessions = weakref.WeakSet()
-_background = queue.SimpleQueue()  # of functions; a thread of one's own may not be started while garbage is collected
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of _start
+_open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+# A thread of one's own may not be started while garbage is collected.
+_background: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
 
 @functools.cache
-def _start_background():
+def _start_background() -> None:
     """Starts a thread for sessions that nobody has closed, also those left at the program's end."""
 
-    def work():
+    def work() -> None:
         while True:
             _background.get()()
 
-    def at_exit():  # newer Pythons start no thread here
+    def at_exit() -> None:  # newer Pythons start no thread here
         done = threading.Event()
         for session in list(_open_sessions):
             if not session.ended:
@@ -247,7 +250,7 @@ def _start_background():
     atexit.register(at_exit)
 
 
-def parse_cluster(text, task=None):
+def parse_cluster(text: str, task: str | None = None) -> Cluster:
     """A cluster from "host:port,host:port", its tasks being worker:0, worker:1 …
 
     Raises:
@@ -257,7 +260,7 @@ def parse_cluster(text, task=None):
     return Cluster({"worker": addresses}, task).checked(f"cluster {text!r}")
 
 
-def cluster_from_environment():
+def cluster_from_environment() -> Cluster | None:
     """The cluster of the environment variable TF_CONFIG, or None without one.
 
     `{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}`;
@@ -284,7 +287,7 @@ def cluster_from_environment():
     return Cluster(jobs, task).checked("TF_CONFIG") if jobs else None
 
 
-def serve(cluster, cpus=1, started=None):
+def serve(cluster: Cluster, cpus: int = 1, started: Callable[[], object] | None = None) -> None:
     """Serves this process's devices to the cluster, until a signal ends it.
 
     Args:
@@ -305,10 +308,12 @@ def serve(cluster, cpus=1, started=None):
         pass
 
 
-_servers = {}  # TensorFlow cannot end a server: one for each address and process
+_servers: dict[str, tf.train.Server] = {}  # TensorFlow cannot end a server: one for each address and process
 
 
-def _local_server(cluster, cpus=1):
+def _local_server(cluster: Cluster, cpus: int = 1) -> None:
+    if cluster.task is None:
+        raise ValueError(f"a task is needed to serve, one of {', '.join(cluster.addresses)}")
     address = cluster.addresses[cluster.task]
     if address in _servers:
         return
@@ -327,7 +332,7 @@ def _local_server(cluster, cpus=1):
     raise ClusterError(f"{cluster.task} cannot serve at {address}: {reason}")
 
 
-def _answers(address):
+def _answers(address: str) -> bool:
     host, port = address.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
@@ -336,18 +341,21 @@ def _answers(address):
         return False
 
 
-def _reason(error):
+def _reason(error: Exception) -> str:
     """The line of TensorFlow's message that says something."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
 
 
-def _device_prefix(task):
+def _device_prefix(task: str) -> str:
     job, index = task.rsplit(":", 1)
     return f"/job:{job}/replica:0/task:{index}"
 
 
-def short_name(device):
+def short_name(device: str) -> str:
     """A TensorFlow device as users name it: worker:1/cpu:0."""
-    job, kind, number = re.fullmatch(r"(?:/job:(.*))?/device:(\w+):(\d+)", device).groups()
+    match = re.fullmatch(r"(?:/job:(.*))?/device:(\w+):(\d+)", device)
+    if match is None:
+        return device
+    job, kind, number = match.groups()
     return f"{job.replace('/replica:0/task', '')}/{kind.lower()}:{number}" if job else f"{kind.lower()}:{number}"

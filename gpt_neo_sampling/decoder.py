@@ -2,9 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, repeat, resize, settle, take
+
+Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `models.gpt2.model`
 
 
 @dataclasses.dataclass
@@ -16,7 +21,7 @@ class DecodeContext:
     """
 
     mesh: mtf.Mesh
-    batch_dims: list  # of mtf.Dimension
+    batch_dims: list[mtf.Dimension]
     length_dim: mtf.Dimension
     variable_dtype: mtf.VariableDType
     mode: str  # "first_part": all positions at once; "incremental": one token a row
@@ -24,72 +29,73 @@ class DecodeContext:
     # reads the token before it. First part: int32 [length].
     position: mtf.Tensor
     position_is_default: bool = False
-    states: list = None  # incremental: what the previous step recorded
-    new_states: list = None  # what this one records
-    initial_position: mtf.Tensor = None  # int32 [batch], the prompts' lengths
-    inputs: mtf.Tensor = None  # int32 [batch, length]
-    sequence_id: mtf.Tensor = None
-    subsequence_id: mtf.Tensor = None
-    read_priority: mtf.Tensor = None
-    write_priority: mtf.Tensor = None
-    encoder_output: mtf.Tensor = None
-    encoder_sequence_id: mtf.Tensor = None
-    encoder_inputs: mtf.Tensor = None
-    encoder_layer_outputs: list = None
-    constant_states: list = None  # recorded in the first part, read in every step
-    shared_params: dict = None
-    losses: list = None
-    layer_outputs: list = dataclasses.field(default_factory=list)
-    model: object = None
-    beam_dim: mtf.Dimension = None
+    # Lists of mtf.Tensor, where they are not None:
+    states: Any = None  # incremental: what the previous step recorded
+    new_states: Any = None  # what this one records
+    initial_position: mtf.Tensor | None = None  # int32 [batch], the prompts' lengths
+    inputs: mtf.Tensor | None = None  # int32 [batch, length]
+    sequence_id: mtf.Tensor | None = None
+    subsequence_id: mtf.Tensor | None = None
+    read_priority: mtf.Tensor | None = None
+    write_priority: mtf.Tensor | None = None
+    encoder_output: Any = None  # mtf.Tensor
+    encoder_sequence_id: mtf.Tensor | None = None
+    encoder_inputs: mtf.Tensor | None = None
+    encoder_layer_outputs: list[mtf.Tensor] | None = None
+    constant_states: Any = None  # list of mtf.Tensor; recorded in the first part, read in every step
+    shared_params: dict[str, Any] | None = None
+    losses: list[mtf.Tensor] | None = None
+    layer_outputs: list[mtf.Tensor] = dataclasses.field(default_factory=list)
+    model: Any = None
+    beam_dim: mtf.Dimension | None = None
     num_microbatches: int = 1
     layer_index: int = 0
     next_constant_state: int = 0
-    cache: dict = dataclasses.field(default_factory=dict)
-    input_embeddings: mtf.Tensor = None
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    input_embeddings: mtf.Tensor | None = None
     may_overwrite_states: bool = False  # incremental: `states` are nobody else's to read
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.shared_params = self.shared_params or {}
 
     @property
-    def train(self):
+    def train(self) -> bool:
         return False
 
     @property
-    def activation_dtype(self):
+    def activation_dtype(self) -> tf.DType:
         return self.variable_dtype.activation_dtype
 
     @property
-    def encoder_length_dim(self):
+    def encoder_length_dim(self) -> mtf.Dimension:
         (dim,) = [d for d in self.encoder_output.shape.dims if d.name == "memory_length"]
         return dim
 
     @property
-    def nonpadding(self):
+    def nonpadding(self) -> mtf.Tensor | None:
         if self.sequence_id is None or (isinstance(self.sequence_id, int) and self.sequence_id == 1):
             return self.sequence_id
         return mtf.cast(mtf.not_equal(self.sequence_id, 0), self.activation_dtype)
 
-    def get_position(self):
+    def get_position(self) -> mtf.Tensor:
         if self.position_is_default:
             return mtf.range(self.mesh, self.length_dim, tf.int32)
         return self.position
 
-    def get_states(self, n):
+    def get_states(self, n: int) -> list[mtf.Tensor]:
         """The next n of the states that the previous step recorded."""
         begin = len(self.new_states)
         return self.states[begin : begin + n]
 
-    def record_new_states(self, new_states):
+    def record_new_states(self, new_states: Iterable[mtf.Tensor]) -> None:
         """Adds tensors that the next step is to find; their shapes must not change."""
         self.new_states.extend(new_states)
 
-    def record_constant_state(self, s):
+    def record_constant_state(self, s: mtf.Tensor) -> None:
         """First part: keeps a value that every step is to find unchanged."""
         self.constant_states.append(s)
 
-    def get_constant_state(self):
+    def get_constant_state(self) -> mtf.Tensor:
         """The next of the constant states, in the order of their recording."""
         self.next_constant_state += 1
         return self.constant_states[self.next_constant_state - 1]
@@ -102,8 +108,16 @@ class Decoder:
     """
 
     def __init__(
-        self, model, params, other_features, variable_dtype, length_dim, initial_position, shared_params, encoder
-    ):
+        self,
+        model: Model,
+        params: Params,
+        other_features: dict[str, Any],
+        variable_dtype: mtf.VariableDType,
+        length_dim: mtf.Dimension,
+        initial_position: mtf.Tensor,
+        shared_params: Any,
+        encoder: dict[str, Any],
+    ) -> None:
         """
         Args:
           model, params, other_features, variable_dtype, shared_params: as for `sample_autoregressive`.
@@ -117,7 +131,7 @@ class Decoder:
         self._other_features, self._shared_params, self._encoder = (
             map_tensors(settle, x) for x in (other_features, shared_params, encoder)
         )
-        self._constant_states = []
+        self._constant_states: list[mtf.Tensor] = []
         mesh, rows = initial_position.mesh, initial_position.shape
         # GPT-Neo's: what stands at a new position may be read from there on
         self._priority = cwise_broadcast(
@@ -126,7 +140,7 @@ class Decoder:
             rows + length_dim,
         )
 
-    def _call(self, ids, context=None):
+    def _call(self, ids: mtf.Tensor, context: DecodeContext | None = None) -> mtf.Tensor:
         """The logits, [rows, length, vocab]."""
         with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
             logits, _, _ = self._model(
@@ -134,7 +148,7 @@ class Decoder:
             )
         return logits
 
-    def _context(self, mode, position, inputs, **kwargs):
+    def _context(self, mode: str, position: mtf.Tensor, inputs: mtf.Tensor, **kwargs: Any) -> DecodeContext:
         return DecodeContext(
             mesh=inputs.mesh,
             batch_dims=self._initial_position.shape.dims,
@@ -150,7 +164,7 @@ class Decoder:
             **kwargs,
         )
 
-    def first_pass(self, ids, prompt_length):
+    def first_pass(self, ids: mtf.Tensor, prompt_length: int) -> list[mtf.Tensor]:
         """The states behind the prompts, of which none is longer than prompt_length."""
         if self._slow:
             return []
@@ -169,7 +183,7 @@ class Decoder:
         self._constant_states = map_tensors(settle, self._constant_states)
         return context.new_states
 
-    def repeat(self, dim, times):
+    def repeat(self, dim: mtf.Dimension, times: int) -> None:
         """From here on there are so many rows for each along `dim`."""
         for_each_row = functools.partial(repeat, dim=dim, times=times)
         self._initial_position, self._priority, self._constant_states, self._other_features, self._encoder = (
@@ -179,7 +193,9 @@ class Decoder:
             )
         )  # fmt: skip
 
-    def step(self, ids, position, states):
+    def step(
+        self, ids: mtf.Tensor, position: mtf.Tensor, states: list[mtf.Tensor]
+    ) -> tuple[mtf.Tensor, list[mtf.Tensor]]:
         """The logits of the token at `position`, and the states behind the one before it.
 
         Args:
@@ -207,7 +223,7 @@ class Decoder:
         return mtf.reshape(logits, position.shape + vocab_dim), context.new_states  # without its sequence dim of 1
 
 
-def cut_memory(other_features, length_dim, length):
+def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length: int) -> dict[str, Any]:
     """GPT-Neo's features for a memory of that length at most."""
     memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
     if memory_dim is None or memory_dim.size <= length:
@@ -220,7 +236,7 @@ def cut_memory(other_features, length_dim, length):
     return other_features
 
 
-def map_tensors(fn, x):
+def map_tensors(fn: Callable[[mtf.Tensor], mtf.Tensor], x: Any) -> Any:
     """Every tensor in nested dicts, lists and tuples through a function; the rest stays as it is."""
     if isinstance(x, mtf.Tensor):
         return fn(x)

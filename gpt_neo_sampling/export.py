@@ -4,12 +4,16 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling._types import DType, StrPath
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
-from gpt_neo_sampling.checkpoint import check_new_folder, files_beside, open_checkpoint, staging_folder
+from gpt_neo_sampling.checkpoint import Checkpoint, check_new_folder, files_beside, open_checkpoint, staging_folder
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
@@ -17,6 +21,7 @@ from gpt_neo_sampling.options import ROW_OPTIONS, check_int
 from gpt_neo_sampling.program import (
     DEMO_FOLDER,
     NO_STOP_TOKEN,
+    ModelArguments,
     ProgramInputs,
     ProgramKey,
     add_variables,
@@ -40,8 +45,16 @@ CONTROLS = tuple(
 
 
 def export_saved_model(
-    folder, model=None, *, batch, length, prompt_length=None, max_top_k=DEFAULT_TOP_K, controls=(), dtype=None
-):
+    folder: StrPath,
+    model: StrPath | None = None,
+    *,
+    batch: int,
+    length: int,
+    prompt_length: int | None = None,
+    max_top_k: int = DEFAULT_TOP_K,
+    controls: Sequence[str] = (),
+    dtype: DType | None = None,
+) -> None:
     """Writes a model as a SavedModel, which `tf.saved_model.load` and TensorFlow's servers run.
 
     It has two signatures, "serving_default" (softmax) and "entmax". Numbers
@@ -109,7 +122,13 @@ def export_saved_model(
             os.replace(staging, folder)
 
 
-def _write(folder, checkpoint, sizes, controls, variable_dtype):
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    sizes: dict[str, Any],
+    controls: Sequence[str],
+    variable_dtype: mtf.VariableDType,
+) -> None:
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict")
@@ -130,7 +149,7 @@ def _write(folder, checkpoint, sizes, controls, variable_dtype):
             builder.save()
 
 
-def _signature(key, checkpoint, model):
+def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -> Any:
     """A decode graph with its inputs and outputs, as a SignatureDef."""
     inputs = {
         "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
@@ -140,11 +159,11 @@ def _signature(key, checkpoint, model):
     # a function made of a loaded graph does not check them itself
     prompts, prompt_lengths = (tf.ensure_shape(inputs[n], inputs[n].shape) for n in ("prompts", "prompt_lengths"))
 
-    def option(name, default, dtype=tf.int32):
+    def option(name: str, default: Any, dtype: Any = tf.int32) -> tf.Tensor:
         inputs[name] = tf.placeholder_with_default(tf.constant(default, dtype), None, name)
         return per_row(inputs[name])
 
-    def per_row(value):
+    def per_row(value: tf.Tensor) -> tf.Tensor:
         return tf.broadcast_to(value, [key.batch])
 
     first = first_token_of(checkpoint)
@@ -179,7 +198,9 @@ def _signature(key, checkpoint, model):
     return tf.saved_model.predict_signature_def(inputs, outputs)
 
 
-def _prompts(prompts, prompt_lengths, key, n_vocab, shortest):
+def _prompts(
+    prompts: tf.Tensor, prompt_lengths: tf.Tensor, key: ProgramKey, n_vocab: int, shortest: int
+) -> tuple[tf.Tensor, tf.Tensor]:
     """The prompts as int32 [batch, length], and bool [batch], whether one cannot be continued."""
     width = tf.minimum(tf.shape(prompts)[1], key.length)
     ids = tf.pad(prompts[:, :width], [[0, 0], [0, key.length - width]])
@@ -191,7 +212,7 @@ def _prompts(prompts, prompt_lengths, key, n_vocab, shortest):
     return ids, tf.logical_or(wrong, wrong_length)
 
 
-def _lengths(tokens, begin, max_steps, stop_tokens):
+def _lengths(tokens: tf.Tensor, begin: tf.Tensor, max_steps: tf.Tensor, stop_tokens: Sequence[tf.Tensor]) -> tf.Tensor:
     """int32 [batch], where each row ends whose new tokens stand from `begin` on."""
     length = tokens.shape.as_list()[1]
     at = tf.range(length)
@@ -201,7 +222,9 @@ def _lengths(tokens, begin, max_steps, stop_tokens):
     return tf.minimum(tf.reduce_min(tf.where_v2(last, at + 1, length), 1), begin + max_steps)
 
 
-def _write_extras(folder, checkpoint, sizes, variable_dtype):
+def _write_extras(
+    folder: Path, checkpoint: Checkpoint, sizes: dict[str, Any], variable_dtype: mtf.VariableDType
+) -> None:
     """What TensorFlow does not read, in the place that it leaves for that."""
     folder.mkdir()
     for file, name in files_beside(checkpoint):

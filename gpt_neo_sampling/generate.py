@@ -2,19 +2,22 @@
 
 import dataclasses
 import logging
-import numbers
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
-from gpt_neo_sampling.checkpoint import load_tokenizer, open_checkpoint
+from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_whole
+from gpt_neo_sampling.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from gpt_neo_sampling.cluster import Cluster
 from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
 from gpt_neo_sampling.inspection import ChainStep
-from gpt_neo_sampling.mesh import device_mesh
+from gpt_neo_sampling.mesh import DeviceMesh, device_mesh
 from gpt_neo_sampling.options import GenerationOptions
 from gpt_neo_sampling.program import DEMO_FOLDER, first_token_of
-from gpt_neo_sampling.request import checked_request
+from gpt_neo_sampling.request import Request, checked_request
 from gpt_neo_sampling.sample import INVALID
-from gpt_neo_sampling.score import ScoreProgram, score_texts
+from gpt_neo_sampling.score import ScoreProgram, TextScore, score_texts
 from gpt_neo_sampling.streaming import TextStream, Watcher
 
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
@@ -27,14 +30,14 @@ log = logging.getLogger(__name__)
 class Sample:
     """One continuation of one prompt."""
 
-    prompt_tokens: list  # of int; an empty prompt is the model's first token
-    tokens: list  # of int, new tokens only; ends with the stop token if one was drawn
+    prompt_tokens: list[int]  # an empty prompt is the model's first token
+    tokens: list[int]  # new tokens only; ends with the stop token if one was drawn
     text: str | None  # of the new tokens, without special ones; None without a tokenizer
     finish_reason: str = "length"  # or "stop": a stop token, or a stop string, which the text ends ahead of
-    logprobs: list | None = None  # of float, one a new token: natural logarithms of the model's own probabilities
-    draw_logprobs: list | None = None  # and of those that the tokens were drawn with
+    logprobs: list[float] | None = None  # one a new token: natural logarithms of the model's own probabilities
+    draw_logprobs: list[float] | None = None  # and of those that the tokens were drawn with
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """For JSON: a dict of the fields, without what was not asked for."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None or name == "text"}
 
@@ -46,16 +49,16 @@ class InvalidDistributionError(ArithmeticError):
     others, in order, None where there are such logits.
     """
 
-    def __init__(self, message, sample=None):
+    def __init__(self, message: str, sample: int | None = None) -> None:
         super().__init__(message)
         self.sample = sample
-        self.samples = []
+        self.samples: list[Sample | None] = []
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C. `samples` are those that were finished, in order, None for the others."""
 
-    def __init__(self, samples):
+    def __init__(self, samples: list[Sample | None]) -> None:
         super().__init__()
         self.samples = samples
 
@@ -68,7 +71,13 @@ class TextGenerator:
     `graphs.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
     """
 
-    def __init__(self, checkpoint, tokenizer=None, mesh=None, dtype=None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None = None,
+        mesh: DeviceMesh | None = None,
+        dtype: DType | None = None,
+    ) -> None:
         """Takes a `Checkpoint`, a `tokenizers.Tokenizer` or None, a `mesh.DeviceMesh`, by default one CPU, and a dtype.
 
         See `from_pretrained`.
@@ -84,7 +93,16 @@ class TextGenerator:
                         ", ".join(options))  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, folder=None, *, dtype=None, mesh_shape=None, layout=None, devices=None, cluster=None):
+    def from_pretrained(
+        cls,
+        folder: StrPath | None = None,
+        *,
+        dtype: DType | None = None,
+        mesh_shape: Any = None,
+        layout: Any = None,
+        devices: str | Sequence[str] | None = None,
+        cluster: str | Cluster | None = None,
+    ) -> "TextGenerator":
         """Opens the model in a folder.
 
         Args:
@@ -116,7 +134,7 @@ class TextGenerator:
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
         return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype)
 
-    def generate(self, prompts, *, streamer=None, **options):
+    def generate(self, prompts: Prompts, *, streamer: Streamer | None = None, **options: Any) -> list[Sample]:
         """Continues prompts. Argument names are those of Hugging Face's `generate`.
 
         Args:
@@ -154,7 +172,7 @@ class TextGenerator:
                 )  # fmt: skip
                 break
         n_samples = request.options.num_return_sequences
-        samples = [None] * (len(request.prompts) * n_samples)
+        samples: list[Sample | None] = [None] * (len(request.prompts) * n_samples)
         at_once = min(n_samples, MAX_BATCH)
         faults = []
         try:
@@ -168,13 +186,13 @@ class TextGenerator:
         if faults:
             faults[0].samples = samples
             raise faults[0]
-        return samples
+        return cast(list[Sample], samples)
 
-    def check(self, prompts, **options):
+    def check(self, prompts: Prompts, **options: Any) -> Request:
         """The `request.Request` that `generate` would run; raises what it would for its arguments. No model is run."""
         return self._request(prompts, GenerationOptions(**options))
 
-    def inspect(self, prompt, continuation=(), **options):
+    def inspect(self, prompt: Prompt, continuation: Prompt = (), **options: Any) -> list[ChainStep]:
         """The distribution of the token behind a prompt, and what each option makes of it.
 
         Args:
@@ -202,7 +220,7 @@ class TextGenerator:
             raise InvalidDistributionError(NO_DISTRIBUTION)
         return steps
 
-    def score(self, texts, *, add_start_token=False, stride=None):
+    def score(self, texts: Prompts, *, add_start_token: bool = False, stride: int | None = None) -> list[TextScore]:
         """How likely the model finds texts, by its own distribution: no temperature, no masks.
 
         Args:
@@ -234,21 +252,21 @@ class TextGenerator:
                 raise InvalidDistributionError(f"text {i}: the model's logits are not a distribution (NaN or infinite)")
         return scores
 
-    def close(self):
+    def close(self) -> None:
         """Frees the weights and the graphs; the next `generate` makes them anew."""
         self._graphs.close()
 
     # --- requests
 
-    def _encode_prompts(self, prompts):
+    def _encode_prompts(self, prompts: Prompts) -> list[list[int]]:
         """The prompts as lists of ids, none of them empty."""
         return [self.encode(p) for p in _listed(prompts)]
 
-    def encode(self, prompt):
+    def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, a str or ids, never none; errors as of `generate`."""
         return self._ids(prompt) or [self._first_token()]
 
-    def _ids(self, text):
+    def _ids(self, text: Prompt) -> list[int]:
         if isinstance(text, str):
             if self.tokenizer is None:
                 name = self.checkpoint.tokenizer_name
@@ -266,22 +284,24 @@ class TextGenerator:
             ids = _list_of(text, "a prompt or text", "a str or a list of token ids")
         n_vocab = self.params["n_vocab"]
         for i in ids:
-            if not isinstance(i, numbers.Integral) or isinstance(i, bool) or not 0 <= i < n_vocab:
+            if not is_whole(i) or isinstance(i, bool) or not 0 <= i < n_vocab:
                 raise ValueError(f"token id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
         return [int(i) for i in ids]
 
-    def _first_token(self):
+    def _first_token(self) -> int:
         first = first_token_of(self.checkpoint)
         if first is None:
             raise ValueError("the model's first token is needed, and it names none (bos_id or eos_id)")
         return first
 
-    def _request(self, prompts, options):
+    def _request(self, prompts: Prompts, options: GenerationOptions) -> Request:
         return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer)
 
-    def _sample(self, request, index, prompt, new, logprobs):
-        """Sample number `index` of a request, of new ids up to its limit and their log-probabilities."""
-        new = new.tolist()
+    def _sample(
+        self, request: Request, index: int, prompt: list[int], drawn: np.ndarray, logprobs: list[np.ndarray]
+    ) -> Sample:
+        """Sample number `index` of a request, of ids drawn up to its limit and their log-probabilities."""
+        new = drawn.tolist()
         end = next((at + 1 for at, token in enumerate(new) if token in request.stop_tokens), None)
         reason = "length" if end is None else "stop"
         new = new[:end]
@@ -299,7 +319,9 @@ class TextGenerator:
 
     # --- runs
 
-    def _run(self, request, prompts, which, samples, streamer):
+    def _run(
+        self, request: Request, prompts: range, which: range, samples: list[Sample | None], streamer: Streamer | None
+    ) -> list[InvalidDistributionError]:
         """Fills in these samples of these prompts, ranges both; returns what is wrong with those it cannot."""
         part = [request.prompts[p] for p in prompts]
         wanted = request.values["max_new_tokens"][prompts.start : prompts.stop].tolist()
@@ -315,46 +337,45 @@ class TextGenerator:
             results = self._graphs.run(DecodeProgram, *args)
         else:
             results = self._graphs.run(WatchedProgram, *args, run=watcher.run, watcher=watcher)
-        interrupted = watcher is not None and watcher.interrupted
+        finished = watcher.finished if watcher is not None and watcher.interrupted else None
         faults = []
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
-            if not interrupted or watcher.finished[row]:
+            if finished is None or finished[row]:
                 new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
                 try:
                     samples[index] = self._sample(request, index, prompt, new, logprobs)
                 except InvalidDistributionError as e:
                     faults.append(e)
-        if interrupted:
+        if finished is not None:
             raise KeyboardInterrupt
         return faults
 
-    def _logprobs(self, rows):
+    def _logprobs(self, rows: list[list[int]]) -> list[np.ndarray]:
         """Of rows of ids, the log-probabilities of all but the first of each."""
         out = self._graphs.run(ScoreProgram, score_key(rows, self.params["n_ctx"], self.mesh), rows)
         return [logprobs[: len(row) - 1] for logprobs, row in zip(out, rows)]
 
-    def _watcher(self, request, indices, rows, streamer):
-        def on_token(row, *args):
-            streamer(indices[row], *args)
-
-        def text_of(prompt):
+    def _watcher(
+        self, request: Request, indices: list[int], rows: list[tuple[list[int], int]], streamer: Streamer | None
+    ) -> Watcher:
+        def text_of(prompt: list[int]) -> TextStream | None:
             return None if self.tokenizer is None else TextStream(self.tokenizer, prompt, request.stop_strings)
 
-        rows = [(text_of(prompt), limit, request.stop_tokens) for prompt, limit in rows]
-        return Watcher(rows, None if streamer is None else on_token)
+        watched = [(text_of(prompt), limit, request.stop_tokens) for prompt, limit in rows]
+        return Watcher(watched, None if streamer is None else lambda row, *args: streamer(indices[row], *args))
 
 
-def _listed(texts):
+def _listed(texts: Prompts) -> list[Prompt]:
     """Texts, strings or ids each, from one or a list of them."""
     if isinstance(texts, str):
         return [texts]
     texts = _list_of(texts, "prompts or texts", "a str, a list of token ids, or a list of either")
     if not texts:
         raise ValueError("no prompts or texts; at least one is needed")
-    return [texts] if isinstance(texts[0], numbers.Integral) else texts
+    return [texts] if is_whole(texts[0]) else texts
 
 
-def _list_of(values, what, allowed):
+def _list_of(values: Any, what: str, allowed: str) -> list[Any]:
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, (list, tuple, range)):

@@ -1,17 +1,22 @@
 """One copy of a model's weights in a session, and graphs of a few sizes that run on it."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
+from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tf
+from gpt_neo_sampling._types import DType, Params
+from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.cluster import ClusterError
-from gpt_neo_sampling.mesh import round_up
+from gpt_neo_sampling.mesh import DeviceMesh, round_up
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.options import ROW_OPTIONS
 from gpt_neo_sampling.program import (
     LOGIT_BIAS,
     NO_STOP_TOKEN,
+    ModelArguments,
     ProgramInputs,
     ProgramKey,
     add_variables,
@@ -20,8 +25,10 @@ from gpt_neo_sampling.program import (
     load_weights,
     variable_dtype_of,
 )
+from gpt_neo_sampling.request import Request
 from gpt_neo_sampling.rows import padded_size
 from gpt_neo_sampling.score import ScoreKey
+from gpt_neo_sampling.streaming import Watcher
 
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
 SHORTEST = 32  # positions of the smallest graph
@@ -30,7 +37,7 @@ SHORTEST = 32  # positions of the smallest graph
 class Graphs:
     """The session of a model on a mesh, and the graphs that were asked for, at most `MAX_PROGRAMS` of them."""
 
-    def __init__(self, checkpoint, mesh, dtype=None):
+    def __init__(self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None) -> None:
         """Takes a `Checkpoint`, a `mesh.DeviceMesh` and a dtype as for `TextGenerator`; raises what it does."""
         gpt2.check_params(checkpoint.params)
         self.params = dict(checkpoint.params, mode="predict")
@@ -39,17 +46,24 @@ class Graphs:
         mesh.check(dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"]), gpt2.TENSORS)
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
         self.dtype = variable_dtype.activation_dtype.name
-        self._model = (
+        self._model: ModelArguments = (
             self.params,
             n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts),
             mesh.impl(),
             variable_dtype,
         )
         self._checkpoint = checkpoint
-        self._session = None
-        self._programs = {}
+        self._session: tf.Session | None = None
+        self._programs: dict[tuple[type[Any], Any], Any] = {}
 
-    def run(self, kind, key, *request, run=None, **more):
+    def run(
+        self,
+        kind: type[Any],
+        key: Any,
+        *request: Any,
+        run: Callable[[Callable[[], Any]], Any] | None = None,
+        **more: Any,
+    ) -> Any:
         """What a graph gives for a request.
 
         Args:
@@ -70,13 +84,13 @@ class Graphs:
             self.close()  # what the processes held is lost: the next request begins anew
             raise
 
-    def close(self):
+    def close(self) -> None:
         """Frees the weights and the graphs; the next run makes them anew."""
         if self._session is not None:
             self._session.close()
         self._session, self._programs = None, {}
 
-    def _program(self, kind, key):
+    def _program(self, kind: type[Any], key: Any) -> Any:
         """The graph of a kind for a key, built in the one tf.Graph that holds the weights."""
         if (kind, key) in self._programs:
             return self._programs[kind, key]
@@ -85,14 +99,14 @@ class Graphs:
         first = self._session is None
         if first:
             probe_devices()
-        graph = tf.Graph() if first else self._session.graph
+        graph = tf.Graph() if self._session is None else self._session.graph
         with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
             if first:
                 self._session = self._loaded_session(graph, add_variables(*self._model))
             self._programs[kind, key] = kind(key, *self._model)
         return self._programs[kind, key]
 
-    def _loaded_session(self, graph, weights):
+    def _loaded_session(self, graph: tf.Graph, weights: dict[str, Any]) -> tf.Session:
         session = self.mesh.session(graph)
         try:
             _, _, mesh_impl, _ = self._model
@@ -106,10 +120,12 @@ class Graphs:
 class DecodeProgram:
     """A decode graph: tokens, and log-probabilities if the key asks for them."""
 
-    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
+    def __init__(
+        self, key: ProgramKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
+    ) -> None:
         """key: ProgramKey; the rest as for `build`."""
 
-        def option(name):
+        def option(name: str) -> tf.Tensor:
             return tf.placeholder(ROW_OPTIONS[name].dtype, [key.rows])
 
         options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
@@ -126,12 +142,14 @@ class DecodeProgram:
             temperature=option("temperature"),
             options=options,
         )
-        self.results = self._build(key, params, n_vocab, mesh_impl, variable_dtype)
+        self.results = self._build(key, (params, n_vocab, mesh_impl, variable_dtype))
 
-    def _build(self, key, *model):
+    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
         return build(key, self._inputs, *model)
 
-    def feeds(self, key, request, prompts, which, limits):
+    def feeds(
+        self, key: ProgramKey, request: Request, prompts: range, which: range, limits: list[int]
+    ) -> dict[tf.Tensor, Any]:
         """What is fed for these samples of these prompts of a `Request`, ranges both; limits: how many new tokens each
         prompt may get."""
         to, n_filling = self._inputs, key.batch - len(prompts)  # rows of one token, and no step, fill the batch
@@ -140,7 +158,7 @@ class DecodeProgram:
         for row, prompt in enumerate(part):
             ids[row, : len(prompt)] = prompt
 
-        def for_rows(name):
+        def for_rows(name: str) -> np.ndarray:
             column = request.values[name][prompts.start : prompts.stop]
             return np.repeat(np.pad(column, (0, n_filling), mode="edge"), key.samples)
 
@@ -155,7 +173,7 @@ class DecodeProgram:
             **dict(zip(to.stop_tokens, stop_tokens)),
             **{placeholder: for_rows(name) for name, placeholder in to.options.items() if name != LOGIT_BIAS},
         }
-        if LOGIT_BIAS in key.steps:
+        if request.logit_bias is not None:
             feeds[to.options[LOGIT_BIAS]] = np.pad(request.logit_bias, (0, self._n_vocab - len(request.logit_bias)))
         return feeds
 
@@ -163,11 +181,11 @@ class DecodeProgram:
 class WatchedProgram(DecodeProgram):
     """A decode graph that calls a `Watcher` after each step."""
 
-    def _build(self, key, *model):
-        self._watcher = None
+    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
+        self._watcher: Any = None
         return build(key, self._inputs, *model, on_tokens=lambda tokens, n_drawn: self._watcher(tokens, n_drawn))
 
-    def feeds(self, *args, watcher):
+    def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
         self._watcher = watcher  # of the run that comes
         return super().feeds(*args)
 
@@ -175,11 +193,13 @@ class WatchedProgram(DecodeProgram):
 class ChainProgram(DecodeProgram):
     """One step behind a prompt; its results are a dict, (number, name) of each step of the chain -> probabilities."""
 
-    def _build(self, key, *model):
+    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
         return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, *model))}
 
 
-def program_key(request, prompts, limits, n_samples, mesh):
+def program_key(
+    request: Request, prompts: list[list[int]], limits: list[int], n_samples: int, mesh: DeviceMesh
+) -> ProgramKey:
     """The ProgramKey of the smallest graph for some prompts of a `Request`, lists of ids.
 
     limits: how many new tokens each of them may get; n_samples: of each prompt; mesh: `mesh.DeviceMesh`.
@@ -201,24 +221,24 @@ def program_key(request, prompts, limits, n_samples, mesh):
     )
 
 
-def score_key(rows, n_ctx, mesh):
+def score_key(rows: list[list[int]], n_ctx: int, mesh: DeviceMesh) -> ScoreKey:
     """The ScoreKey of the smallest graph for some rows of ids."""
     return ScoreKey(_batch(len(rows), mesh), _length(max(map(len, rows)), n_ctx, mesh))
 
 
-def _batch(rows, mesh):
+def _batch(rows: int, mesh: DeviceMesh) -> int:
     return round_up(_round_up_power(rows), mesh.parts("batch"))
 
 
-def _length(length, n_ctx, mesh):
+def _length(length: int, n_ctx: int, mesh: DeviceMesh) -> int:
     return round_up(_round_up_length(length, n_ctx), mesh.parts("memory_length"))
 
 
-def _round_up_power(size):
+def _round_up_power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _round_up_length(length, n_ctx):
+def _round_up_length(length: int, n_ctx: int) -> int:
     """32, 48, 64, 96, 128, …: powers of two and the middles between them."""
     size = SHORTEST
     while size < length:
@@ -226,5 +246,5 @@ def _round_up_length(length, n_ctx):
     return min(size, n_ctx)
 
 
-def _round_up_top_k(top_k, n_vocab):
+def _round_up_top_k(top_k: int, n_vocab: int) -> int:
     return next(k for k in (64, 1024, n_vocab) if top_k <= k)

@@ -15,8 +15,12 @@ import shutil
 import textwrap
 import unicodedata
 import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 import numpy as np
+
+from gpt_neo_sampling._types import StrPath, Tokenizer
 
 DEFAULT_COUNT = 16  # tokens that are shown
 _MOST_TOKEN_WIDTH = 18  # characters of a token in a table
@@ -39,41 +43,41 @@ class ChainStep:
     probabilities: np.ndarray  # float [vocab], adds up to 1
 
     @property
-    def label(self):
+    def label(self) -> str:
         """As "top_p 0.9", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
         pairs = itertools.zip_longest(self.name.split(", "), self.setting.split(", "), fillvalue="")
         return ", ".join(" ".join(pair).strip() for pair in pairs)
 
     @property
-    def support(self):
+    def support(self) -> int:
         """How many tokens have a probability above 0."""
         return int(np.count_nonzero(self.probabilities > 0))
 
     @property
-    def entropy(self):
+    def entropy(self) -> float:
         """In bits."""
-        p = np.float64(self.probabilities[self.probabilities > 0])
+        p = self.probabilities[self.probabilities > 0].astype(np.float64)
         return max(0.0, float(-(p * np.log2(p)).sum()))
 
     @property
-    def effective_size(self):
+    def effective_size(self) -> float:
         """2 to the entropy (perplexity): so many equally likely tokens are as hard to guess."""
         return 2.0**self.entropy
 
-    def mass_removed(self, before):
+    def mass_removed(self, before: "ChainStep") -> float:
         """The probability that `before`, a ChainStep, gave to the tokens that have none here."""
-        return float(np.float64(before.probabilities)[self.probabilities == 0].sum())
+        return float(before.probabilities.astype(np.float64)[self.probabilities == 0].sum())
 
 
-def token_text(tokenizer, token_id):
+def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
     r"""What a token stands for; bytes of half a character are written \xe2\x80.
 
     Args:
       tokenizer: a tokenizers.Tokenizer, or None: <17> stands for token 17.
       token_id: an int.
     """
-    token = tokenizer and tokenizer.id_to_token(token_id)
-    if token is None:  # a model's vocabulary may be larger than its tokenizer's
+    token = None if tokenizer is None else tokenizer.id_to_token(token_id)
+    if tokenizer is None or token is None:  # a model's vocabulary may be larger than its tokenizer's
         return f"<{token_id}>"
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     with contextlib.suppress(KeyError):
@@ -83,31 +87,33 @@ def token_text(tokenizer, token_id):
 
 
 @functools.cache
-def _byte_of():
+def _byte_of() -> dict[str, int]:
     """{character: byte}: how byte-level BPE (Radford et al. 2019) writes bytes as printable characters."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(0x100) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def likeliest(steps, count=DEFAULT_COUNT):
+def likeliest(steps: Sequence[ChainStep], count: int = DEFAULT_COUNT) -> list[int]:
     """The ids to show: the `count` likeliest of the first step and the last, in the last one's order.
 
     Ties, and tokens that the last step has none of, are in the first one's order.
     """
-    model, drawn = (np.float64(step.probabilities) for step in (steps[0], steps[-1]))
+    model, drawn = (step.probabilities.astype(np.float64) for step in (steps[0], steps[-1]))
     chosen = np.argsort(-np.maximum(model, drawn), kind="stable")[:count]
     return [int(i) for i in sorted(chosen, key=lambda i: (-drawn[i], -model[i], i))]
 
 
-def ranks(probabilities):
+def ranks(probabilities: np.ndarray) -> np.ndarray:
     """int [vocab]: each token's place, 1 for the likeliest; ties to the lower id."""
     places = np.empty(len(probabilities), int)
     places[np.argsort(-probabilities, kind="stable")] = np.arange(1, len(probabilities) + 1)
     return places
 
 
-def to_json(steps, text=None, count=DEFAULT_COUNT):
+def to_json(
+    steps: Sequence[ChainStep], text: Callable[[int], str] | None = None, count: int = DEFAULT_COUNT
+) -> dict[str, Any]:
     """The chain as a dict for json.dumps.
 
     Args:
@@ -148,14 +154,22 @@ def to_json(steps, text=None, count=DEFAULT_COUNT):
     }
 
 
-def _others(step, ids):
-    return float(np.delete(np.float64(step.probabilities), ids).sum())
+def _others(step: ChainStep, ids: list[int]) -> float:
+    return float(np.delete(step.probabilities.astype(np.float64), ids).sum())
 
 
 # --- the table
 
 
-def table(steps, text, *, count=DEFAULT_COUNT, width=100, unicode=True, colour=False):
+def table(
+    steps: Sequence[ChainStep],
+    text: Callable[[int], str],
+    *,
+    count: int = DEFAULT_COUNT,
+    width: int = 100,
+    unicode: bool = True,
+    colour: bool = False,
+) -> str:
     """The chain for a terminal: a line a step, and under it a line a token.
 
     Args:
@@ -175,7 +189,7 @@ def table(steps, text, *, count=DEFAULT_COUNT, width=100, unicode=True, colour=F
     return "".join(line.rstrip() + "\n" for line in lines)
 
 
-def terminal_style(stream):
+def terminal_style(stream: TextIO) -> dict[str, Any]:
     """{width, unicode, colour} for a `table` that is written to a text stream."""
     return {
         "width": shutil.get_terminal_size((100, 24)).columns,
@@ -191,14 +205,14 @@ class _Page:
     unicode: bool
     colour: bool
 
-    def paint(self, text, code):
+    def paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code and text.strip() else text
 
-    def token(self, text, width=_MOST_TOKEN_WIDTH):
+    def token(self, text: str, width: int = _MOST_TOKEN_WIDTH) -> str:
         """A token with its spaces and ends of lines to be seen."""
         return self.fit(visible(text) if self.unicode else ascii(text), width)
 
-    def fit(self, text, width):
+    def fit(self, text: str, width: int) -> str:
         """As much of a text as there is room for."""
         if _text_width(text) <= width:
             return text
@@ -206,7 +220,7 @@ class _Page:
         fitting = sum(1 for _ in itertools.takewhile(lambda w: w < width, widths))
         return text[:fitting] + ("…" if self.unicode else "~")
 
-    def bar(self, part, width, code):
+    def bar(self, part: float, width: int, code: str) -> str:
         """`part` of a bar of `width` characters; anything above 0 is seen."""
         part = min(part, 1.0) if width else 0.0
         if self.unicode:
@@ -216,35 +230,35 @@ class _Page:
             bar = "#" * round(part * width) or ("." if part > 0 else "")
         return self.paint(bar, code) + " " * (width - len(bar))
 
-    def bold(self, text):
+    def bold(self, text: str) -> str:
         return self.paint(text, "1")
 
-    def dim(self, text):
+    def dim(self, text: str) -> str:
         return self.paint(text, "2")
 
 
-def visible(text):
+def visible(text: str) -> str:
     """Text with · for a space, ↵ for the end of a line, and escapes for what cannot be printed."""
     text = text.translate(_SPACES)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _text_width(text):
+def _text_width(text: str) -> int:
     """The columns that a text takes in a terminal."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
-def _percent(p):
+def _percent(p: float) -> str:
     if p <= 0:
         return "0"
     return f"{p:.0%}" if p > 0.9995 else f"{p:.1%}" if p >= 0.09995 else f"{p:.2%}" if p >= 5e-5 else "<.01%"
 
 
-def _step_lines(page, steps, text, width):
+def _step_lines(page: _Page, steps: Sequence[ChainStep], text: Callable[[int], str], width: int) -> Iterator[str]:
     name_width = min(max(len("step"), *(len(step.label) for step in steps)), max(width - 42, 16))
     widths = {"tokens": 7, "cut": 5, "entropy": 10, "effective": 9, "likeliest": len("99.9% ") + 6}
 
-    def room():
+    def room() -> int:
         return width - name_width - sum(2 + size for size in widths.values())
 
     for least_needed in ("effective", "cut"):
@@ -253,7 +267,7 @@ def _step_lines(page, steps, text, width):
     bar_width = min(room() - 2, _MOST_BAR) if room() - 2 >= _LEAST_BAR else 0
     token_width = min(6 + max(room() - 2 - bar_width, 0), _MOST_TOKEN_WIDTH)
 
-    def line(name, bar, **cells):
+    def line(name: str, bar: str, **cells: str) -> str:
         shown = [f"{cells[name]:>{size}}" for name, size in widths.items() if name != "likeliest"]
         if bar_width:
             shown.insert(list(widths).index("entropy") + 1, bar)
@@ -278,7 +292,7 @@ def _step_lines(page, steps, text, width):
         yield cells if changes else page.dim(cells)
 
 
-def _place(i, steps):
+def _place(i: int, steps: Sequence[Any]) -> int:
     """0 for the first step, 2 for the last, 1 for those in between."""
     return 0 if i == 0 else 2 if i == len(steps) - 1 else 1
 
@@ -292,11 +306,11 @@ class _Column:
     colour: str
 
     @property
-    def width(self):
+    def width(self) -> int:
         figures = len("99.9%") + 1 + self.bar_width if self.bar_width else len("99.9%")
         return max(figures, *map(len, _pieces(self.step.label)))
 
-    def cell(self, page, token_id, scale, was_cut):
+    def cell(self, page: _Page, token_id: int, scale: float, was_cut: bool) -> str:
         """scale: the probability of a whole bar."""
         p = float(self.step.probabilities[token_id])
         if p <= 0:
@@ -305,12 +319,12 @@ class _Column:
         return f"{_percent(p):>5}{bar}" + " " * (self.width - len("99.9%") - bool(bar) - self.bar_width)
 
 
-def _pieces(label):
+def _pieces(label: str) -> list[str]:
     """Where a label may be broken: behind _ and spaces."""
     return re.findall(r"[^_ ]+[_ ]?", label)
 
 
-def _broken(label, width):
+def _broken(label: str, width: int) -> list[str]:
     """A label in lines of at most `width` characters."""
     lines = [""]
     for piece in _pieces(label):
@@ -320,19 +334,20 @@ def _broken(label, width):
     return [line.rstrip().ljust(width) for line in lines]
 
 
-def changing(steps):
+def changing(steps: Sequence[ChainStep]) -> list[tuple[ChainStep, float]]:
     """The first step, and those that change something, each with the probability that it moves (1 for the first)."""
     found = [(steps[0], 1.0)]
     for before, step in zip(steps, steps[1:]):
-        moved = 0.5 * float(np.abs(np.float64(step.probabilities) - before.probabilities).sum())
+        moved = 0.5 * float(np.abs(step.probabilities.astype(np.float64) - before.probabilities).sum())
         if moved > 1e-6 or step.support != before.support:
             found.append((step, moved))
     return found
 
 
-def _columns(steps, room):
+def _columns(steps: Sequence[ChainStep], room: int) -> tuple[list[_Column], list[ChainStep]]:
     """([_Column] that fit in `room` characters, the steps left out: those that change the least)."""
-    shown, left_out = changing(steps), []
+    shown = changing(steps)
+    left_out: list[ChainStep] = []
     while True:
         for bars_for in ({0, 1, 2}, {0, 2}):
             for bar_width in range(_MOST_BAR, _LEAST_BAR - 1, -1):
@@ -350,7 +365,9 @@ def _columns(steps, room):
         left_out.append(least[0])
 
 
-def _token_lines(page, steps, text, count, width):
+def _token_lines(
+    page: _Page, steps: Sequence[ChainStep], text: Callable[[int], str], count: int, width: int
+) -> Iterator[str]:
     ids = likeliest(steps, count)
     rank = ranks(steps[0].probabilities)
     tokens = {i: page.token(text(i)) for i in ids}
@@ -384,7 +401,7 @@ def _token_lines(page, steps, text, count, width):
 # --- the picture
 
 
-def plot_format(path):
+def plot_format(path: StrPath) -> str:
     """The format that a picture's suffix names, as "png".
 
     Raises:
@@ -404,7 +421,14 @@ def plot_format(path):
     return path.suffix[1:].lower()
 
 
-def plot(steps, text, path, *, title="", count=DEFAULT_COUNT):
+def plot(
+    steps: Sequence[ChainStep],
+    text: Callable[[int], str],
+    path: StrPath,
+    *,
+    title: str = "",
+    count: int = DEFAULT_COUNT,
+) -> None:
     """Draws the chain: probability against rank, the likeliest tokens, support and entropy of each step.
 
     Args:
@@ -448,7 +472,7 @@ _PLOT_STYLE = {
 }
 
 
-def _plot_colours(steps):
+def _plot_colours(steps: Sequence[ChainStep]) -> list[str]:
     """A colour for each step; one that changes nothing has that of the step before it."""
     shown = [step for step, _ in changing(steps)]
     between = itertools.cycle(_STEP_COLOURS)
@@ -461,7 +485,7 @@ def _plot_colours(steps):
     return colours
 
 
-def _drawable(text):
+def _drawable(text: str) -> str:
     """Text with escapes for what the font lacks."""
     from matplotlib import font_manager
 
@@ -469,13 +493,13 @@ def _drawable(text):
     return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
 
 
-def _draw_curves(plane, steps, colours):
+def _draw_curves(plane: Any, steps: Sequence[ChainStep], colours: list[str]) -> None:
     shown = [step for step, _ in changing(steps)]
     size = len(steps[0].probabilities)
     for step, colour in zip(steps, colours):
         if step not in shown:
             continue
-        p = -np.sort(-np.float64(step.probabilities))[: step.support]
+        p = -np.sort(-step.probabilities.astype(np.float64))[: step.support]
         line_width = (3.5, 1.6, 2.2)[_place(shown.index(step), shown)]
         plane.plot(np.arange(1, len(p) + 1), p, color=colour, linewidth=line_width, label=step.label)
         if len(p) < size:
@@ -489,10 +513,10 @@ def _draw_curves(plane, steps, colours):
     plane.legend(loc="lower left")
 
 
-def _draw_tokens(plane, steps, text, count):
+def _draw_tokens(plane: Any, steps: Sequence[ChainStep], text: Callable[[int], str], count: int) -> None:
     ids = likeliest(steps, count)
     places = np.arange(len(ids))
-    model, drawn = (100 * np.float64(step.probabilities[ids]) for step in (steps[0], steps[-1]))
+    model, drawn = (100 * step.probabilities[ids].astype(np.float64) for step in (steps[0], steps[-1]))
     plane.barh(places - 0.2, model, 0.38, color=_MODEL_COLOUR, label=steps[0].label)
     plane.barh(places + 0.2, drawn, 0.38, color=_DRAWN_COLOUR, label="drawn from")
     for place, before, now in zip(places, model, drawn):
@@ -509,7 +533,7 @@ def _draw_tokens(plane, steps, text, count):
     plane.legend(loc="lower right")
 
 
-def _draw_sizes(support, entropy, steps, colours):
+def _draw_sizes(support: Any, entropy: Any, steps: Sequence[ChainStep], colours: list[str]) -> None:
     places = np.arange(len(steps))
     supports, entropies = [step.support for step in steps], [step.entropy for step in steps]
     for plane, values, labels in (
@@ -529,7 +553,7 @@ def _draw_sizes(support, entropy, steps, colours):
     entropy.set_yticks(places, [""] * len(steps))
 
 
-def write_whole(path, write):
+def write_whole(path: StrPath, write: Callable[[pathlib.Path], object]) -> None:
     """Has `write` make a file beside `path`, and puts it in its place once it is whole."""
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

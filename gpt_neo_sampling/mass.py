@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
-from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling._types import LaidOut, TensorFunction
 from gpt_neo_sampling.largest import has_invalid, largest
 from gpt_neo_sampling.mtf_ops import MeshOperation, pad_last, size_of
 from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum, spread_rows
@@ -100,8 +100,8 @@ class Cut(typing.NamedTuple):
     """
 
     ends: typing.Any
-    key: typing.Callable = lambda x: x
-    of_row: tuple = ()
+    key: TensorFunction = lambda x: x
+    of_row: tuple[LaidOut, ...] = ()
 
 
 class Softmax:

@@ -11,6 +11,8 @@ import dataclasses
 import math
 import numbers
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_stderr, tensorflow, tf
 from gpt_neo_sampling.cluster import Cluster, parse_cluster, short_name
@@ -31,11 +33,11 @@ class DeviceMesh:
     """
 
     shape: mtf.Shape  # of the axes
-    layout: dict  # name of a dimension -> name of an axis
-    devices: tuple  # of TensorFlow's device names, one a processor, the last axis fastest; ("",) for its choice
+    layout: dict[str, str]  # name of a dimension -> name of an axis
+    devices: tuple[str, ...]  # by TensorFlow's names, one a processor, the last axis fastest; ("",) for its choice
     cluster: Cluster | None = None  # where the devices lie in other processes
 
-    def impl(self):
+    def impl(self) -> mtf.MeshImpl:
         """The mesh implementation that a lowering takes; lower it under `place`."""
         # without a name of its own for the device, mtf keeps a single copy of the weights
         names = [""] if self.size == 1 else list(self.devices)
@@ -43,20 +45,20 @@ class DeviceMesh:
         rules = {(dim, axis) for dim, axis in self.layout.items() if self.parts(dim) > 1}
         return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(rules), names)
 
-    def place(self):
+    def place(self) -> contextlib.AbstractContextManager[Any]:
         """A context for building the graph: on the one device, where there is one."""
         return tf.device(self.devices[0]) if self.size == 1 else contextlib.nullcontext()
 
     @property
-    def size(self):
+    def size(self) -> int:
         return self.shape.size
 
-    def parts(self, dim):
+    def parts(self, dim: str) -> int:
         """int: in how many parts the dimension of this name is cut."""
         axis = self.layout.get(dim)
         return 1 if axis is None else self.shape.get_dim_by_name(axis).size
 
-    def check(self, sizes, tensors):
+    def check(self, sizes: dict[str, int | None], tensors: Iterable[tuple[str, ...]]) -> None:
         """Raises MeshError unless the layout fits a model.
 
         Args:
@@ -89,10 +91,10 @@ class DeviceMesh:
                         "different axes, or one of them"
                     )
 
-    def _rule(self, dim):
+    def _rule(self, dim: str) -> str:
         return f"{dim}:{self.layout[dim]}"
 
-    def session(self, graph=None):
+    def session(self, graph: tf.Graph | None = None) -> tf.Session:
         """A tf.Session that has the mesh's devices.
 
         Raises:
@@ -107,7 +109,7 @@ class DeviceMesh:
         with quiet_stderr():
             return tf.Session(graph=graph, config=config)
 
-    def run(self, session, fetches, feed=None):
+    def run(self, session: tf.Session, fetches: Any, feed: dict[Any, Any] | None = None) -> Any:
         """session.run; where machines are lost on the way, a ClusterError.
 
         Raises:
@@ -118,7 +120,12 @@ class DeviceMesh:
         return session.run(fetches, feed)
 
 
-def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
+def device_mesh(
+    mesh_shape: Any = None,
+    layout: Any = None,
+    devices: str | Sequence[str] | None = None,
+    cluster: str | Cluster | None = None,
+) -> DeviceMesh:
     """A mesh from its description; by default one device, the one that TensorFlow chooses.
 
     Args:
@@ -176,8 +183,8 @@ def device_mesh(mesh_shape=None, layout=None, devices=None, cluster=None):
     return DeviceMesh(shape, layout, devices, cluster)
 
 
-def _parse_mesh_shape(mesh_shape):
-    dims = []
+def _parse_mesh_shape(mesh_shape: Any) -> mtf.Shape:
+    dims: list[mtf.Dimension] = []
     for axis, size in _pairs(mesh_shape, "mesh shape", "an axis and its size; allowed: such as x:2,y:2", r"[1-9]\d*"):
         if axis in (d.name for d in dims):
             raise MeshError(f"mesh shape {mesh_shape!r} has the axis {axis} more than once")
@@ -185,7 +192,7 @@ def _parse_mesh_shape(mesh_shape):
     return mtf.Shape(dims)
 
 
-def _parse_layout(layout, shape):
+def _parse_layout(layout: Any, shape: mtf.Shape) -> dict[str, str]:
     rules = {}
     for dim, axis in _pairs(layout, "layout", "a dimension and its axis; allowed: such as batch:x,vocab:y", NAME):
         if axis not in shape.dimension_names:
@@ -198,7 +205,7 @@ def _parse_layout(layout, shape):
     return rules
 
 
-def _pairs(value, what, form, second):
+def _pairs(value: Any, what: str, form: str, second: str) -> list[list[str]]:
     """Pairs of strings, from any of the forms that describe a mesh shape or a layout."""
     if value is None:
         return []
@@ -223,7 +230,7 @@ def _pairs(value, what, form, second):
     return pairs
 
 
-def _parse_devices(devices, cluster):
+def _parse_devices(devices: str | Sequence[str], cluster: Cluster | None) -> tuple[str, ...]:
     names = devices.split(",") if isinstance(devices, str) else devices
     if not isinstance(names, (list, tuple)) or not names:
         raise MeshError(f"devices {devices!r}; allowed: a list such as cpu:0,cpu:1")
@@ -239,7 +246,7 @@ def _parse_devices(devices, cluster):
     return names
 
 
-def _parse_device(name, cluster):
+def _parse_device(name: Any, cluster: Cluster | None) -> str:
     m = isinstance(name, str) and re.fullmatch(
         r"(?:(?:/job:)?(\w+)(?:/replica:0)?(?:/task)?:(\d+)/|/?)(?:device:)?([cCgG][pP][uU]):(\d+)",
         name.strip().removeprefix("/job:localhost/replica:0/task:0"),
@@ -251,26 +258,26 @@ def _parse_device(name, cluster):
     if (job is not None) != (cluster is not None):
         wanted = "it needs a machine, as in worker:1/cpu:0" if cluster else "there is no cluster (see --cluster)"
         raise MeshError(f"devices: {name!r}: {wanted}")
-    if job is None:
+    if job is None or cluster is None:  # both
         return local
     if f"{job}:{task}" not in cluster.addresses:
         raise MeshError(f"devices: {name!r} is on {job}:{task}; the cluster has {', '.join(cluster.addresses)}")
     return f"/job:{job}/replica:0/task:{task}{local}"
 
 
-def _written(shape):
+def _written(shape: mtf.Shape) -> str:
     return ",".join(f"{d.name}:{d.size}" for d in shape.dims) or "(none)"
 
 
-def _count(n, what):
+def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _gpu_count():
+def _gpu_count() -> int:
     probe_devices()
     return len(tensorflow.config.list_physical_devices("GPU"))
 
 
-def round_up(size, parts):
+def round_up(size: int, parts: int) -> int:
     """The least multiple of `parts` that is at least `size`."""
     return math.ceil(size / parts) * parts

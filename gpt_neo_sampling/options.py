@@ -1,19 +1,21 @@
 """What a request may ask for: names, ranges, defaults, and a value for each row."""
 
 import dataclasses
-import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from gpt_neo_sampling._types import LogitsProcessor, is_number, is_whole
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def check_int(name, value, least, most=None):
+def check_int(name: str, value: object, least: float, most: float | None = None) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least`, and at most `most` if that is given."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value:
+    if is_whole(value) and not isinstance(value, bool) and least <= value:
         if most is None or value <= most:
             return
     allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -27,32 +29,32 @@ class RowOption:
     name: str
     least: float
     most: float = float("inf")
-    neutral: float = None  # what changes nothing; None where every value says something
+    neutral: float | None = None  # what changes nothing; None where every value says something
     whole: bool = False
     above_least: bool = False  # `least` itself is out of range
     below_most: bool = False  # and so is `most`
 
     @property
-    def dtype(self):
+    def dtype(self) -> type[np.number]:
         return np.int32 if self.whole else np.float32
 
-    def check(self, value):
+    def check(self, value: object) -> None:
         """Raises ValueError for a value that is no such number, or out of range."""
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        if not is_number(value) or isinstance(value, bool):
             raise ValueError(f"{self.name}={value!r}; a number is needed")
         if self.whole:
             check_int(self.name, value, self.least, self.most)
             return
         fits = abs(value) <= FLOAT32_MAX  # NaN is not
         if fits:
-            number = np.float32(value)  # as which it is used
+            number = float(np.float32(value))  # as which it is used
             fits = self.least <= number <= self.most
             fits = fits and not (self.above_least and number == self.least or self.below_most and number == self.most)
         if not fits:
             raise ValueError(f"{self.name}={value!r}; {self._allowed} is needed")
 
     @property
-    def _allowed(self):
+    def _allowed(self) -> str:
         if abs(self.least) == float("inf"):
             return "a finite number"
         if self.most == float("inf"):
@@ -85,6 +87,9 @@ ROW_OPTIONS = {
 
 # What has no say where the likeliest token is taken.
 SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "entmax_alpha")
+
+
+PerPrompt = float | Sequence[float | None] | np.ndarray | None  # one for all prompts, or one a prompt
 
 
 @dataclasses.dataclass
@@ -128,34 +133,34 @@ class GenerationOptions:
         return_logprobs       whether samples have their `logprobs` and `draw_logprobs`; False
     """
 
-    logits_processors: tuple = ()
-    repetition_penalty: object = None
-    presence_penalty: object = None
-    frequency_penalty: object = None
+    logits_processors: Sequence[LogitsProcessor] = ()
+    repetition_penalty: PerPrompt = None
+    presence_penalty: PerPrompt = None
+    frequency_penalty: PerPrompt = None
     no_repeat_ngram_size: int | None = None
-    logit_bias: dict | None = None
-    bad_words_ids: list | None = None
-    min_new_tokens: object = None
+    logit_bias: dict[int, float] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    min_new_tokens: PerPrompt = None
     do_sample: bool | None = None
-    temperature: object = None
-    top_k: object = None
-    top_p: object = None
-    min_p: object = None
-    typical_p: object = None
-    epsilon_cutoff: object = None
-    eta_cutoff: object = None
-    entmax_alpha: object = None
-    max_new_tokens: object = None
-    eos_token_id: object = None
-    stop_strings: object = None
-    seed: object = None
-    stream: object = None
+    temperature: PerPrompt = None
+    top_k: PerPrompt = None
+    top_p: PerPrompt = None
+    min_p: PerPrompt = None
+    typical_p: PerPrompt = None
+    epsilon_cutoff: PerPrompt = None
+    eta_cutoff: PerPrompt = None
+    entmax_alpha: PerPrompt = None
+    max_new_tokens: PerPrompt = None
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: str | Sequence[str] | None = None
+    seed: PerPrompt = None
+    stream: PerPrompt = None
     num_return_sequences: int = 1
     pad_token_id: int | None = None
     return_logprobs: bool = False
 
 
-def per_prompt(name, value, n_prompts):
+def per_prompt(name: str, value: Any, n_prompts: int) -> list[Any]:
     """A list of n_prompts values, None among them, from one value or one a prompt; checked.
 
     Raises:
@@ -179,7 +184,7 @@ def per_prompt(name, value, n_prompts):
 SAMPLING = tuple(name for name in ROW_OPTIONS if name not in ("max_new_tokens", "seed", "stream"))
 
 
-def resolve(options, defaults, n_prompts):
+def resolve(options: GenerationOptions, defaults: dict[str, Any], n_prompts: int) -> dict[str, np.ndarray]:
     """The numbers of SAMPLING for each prompt, none of them None.
 
     Args:
@@ -201,7 +206,7 @@ def resolve(options, defaults, n_prompts):
     return {name: np.array([row[name] for row in rows], ROW_OPTIONS[name].dtype) for name in SAMPLING}
 
 
-def _resolve_row(given, do_sample, defaults):
+def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[str, Any]) -> dict[str, Any]:
     """A prompt's numbers of SAMPLING, from those given, None for some."""
     asks_to_sample = [n for n in ("temperature", *SAMPLING_ONLY) if given[n] not in (None, ROW_OPTIONS[n].neutral)]
     if do_sample is None:
@@ -213,7 +218,7 @@ def _resolve_row(given, do_sample, defaults):
             if name != "temperature" or given[name]:
                 raise ValueError(f"{name}={given[name]} with do_sample=False, which is greedy; leave one out")
 
-    def default(name):
+    def default(name: str) -> Any:
         option = ROW_OPTIONS[name]
         if name == "temperature" and name not in defaults:
             return SOFTMAX_TEMPERATURE if given["entmax_alpha"] is None else ENTMAX_TEMPERATURE
@@ -227,7 +232,7 @@ def _resolve_row(given, do_sample, defaults):
     return {name: default(name) if value is None else value for name, value in given.items()}
 
 
-def check_default(name, value):
+def check_default(name: str, value: object) -> None:
     """Raises ValueError for a value of generation_config.json that is out of range."""
     try:
         ROW_OPTIONS[name].check(value)

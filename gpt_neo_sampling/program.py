@@ -2,11 +2,18 @@
 
 import collections
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.chain import History, SamplingOptions, chain_distributions
-from gpt_neo_sampling.checkpoint import CheckpointError, aligned, aligned_empty, progress_bar
+from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.mtf_ops import host_call, take
@@ -19,6 +26,10 @@ NO_STOP_TOKEN = -1  # no id is drawn that equals it
 LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
 DTYPES = ("float32", "bfloat16")  # of weights and activations
 
+# The model's part of the arguments of `build`: config, entries of the vocabulary's dimension, mesh, dtypes.
+ModelArguments = tuple[Params, int, mtf.MeshImpl, mtf.VariableDType]
+OnTokens = Callable[[np.ndarray, np.ndarray], np.ndarray]  # see `build`
+
 
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
@@ -29,15 +40,15 @@ class ProgramKey:
     length: int  # prompt and new tokens
     samples: int = 1  # rows of each prompt
     greedy: bool = False
-    steps: frozenset = frozenset()  # names of `options.ROW_OPTIONS` that the request has, and LOGIT_BIAS
+    steps: frozenset[str] = frozenset()  # names of `options.ROW_OPTIONS` that the request has, and LOGIT_BIAS
     max_top_k: int | None = None
     n_stop_tokens: int = 1
     no_repeat_ngram_size: int | None = None
-    logits_processors: tuple = ()  # see `sample_autoregressive`
+    logits_processors: tuple[LogitsProcessor, ...] = ()  # see `sample_autoregressive`
     return_logprobs: bool = False
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         return self.batch * self.samples
 
 
@@ -51,12 +62,21 @@ class ProgramInputs:
     max_steps: tf.Tensor  # int32
     stream: tf.Tensor  # int32
     seed: tf.Tensor  # int32
-    stop_tokens: list  # of int32 tensors
+    stop_tokens: list[tf.Tensor]  # int32
     temperature: tf.Tensor  # float32; without a say in a greedy graph
-    options: dict  # of those in the key's steps, name -> tensor; logit_bias is float32 [vocab]
+    options: dict[str, tf.Tensor]  # of those in the key's steps, name -> tensor; logit_bias is float32 [vocab]
 
 
-def build(key, inputs, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_tokens=None):
+def build(
+    key: ProgramKey,
+    inputs: ProgramInputs,
+    params: Params,
+    n_vocab: int,
+    mesh_impl: mtf.MeshImpl,
+    variable_dtype: mtf.VariableDType,
+    bos_id: int = 0,
+    on_tokens: OnTokens | None = None,
+) -> list[tf.Tensor]:
     """Adds a decode graph to the one that is open, its variables in the scope "gpt2".
 
     Args:
@@ -79,7 +99,7 @@ def build(key, inputs, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_
     shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
     prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
 
-    def watch(ids, position):
+    def watch(on_tokens: OnTokens, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
         begin = mtf.import_tf_tensor(mesh, prompt_lengths, position.shape)
         return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - begin])
 
@@ -104,7 +124,7 @@ def build(key, inputs, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_
         max_prompt_length=key.prompt_length,
         no_repeat_ngram_size=key.no_repeat_ngram_size,
         logits_processors=key.logits_processors,
-        stopping_criteria=None if on_tokens is None else watch,
+        stopping_criteria=None if on_tokens is None else functools.partial(watch, on_tokens),
         num_return_sequences=key.samples,
         return_logprobs=key.return_logprobs,
         **options,
@@ -114,7 +134,14 @@ def build(key, inputs, params, n_vocab, mesh_impl, variable_dtype, bos_id=0, on_
     return [lowering.export_to_tf_tensor(r) for r in results]
 
 
-def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
+def build_chain(
+    key: ProgramKey,
+    inputs: ProgramInputs,
+    params: Params,
+    n_vocab: int,
+    mesh_impl: mtf.MeshImpl,
+    variable_dtype: mtf.VariableDType,
+) -> list[tuple[str, tf.Tensor]]:
     """Adds a graph of one step, that behind a prompt, to the one that is open.
 
     Args:
@@ -154,7 +181,9 @@ def build_chain(key, inputs, params, n_vocab, mesh_impl, variable_dtype):
     return [(name, lowering.export_to_tf_tensor(p)) for name, p in found]
 
 
-def features(mesh, batch, length, params, n_vocab, variable_dtype):
+def features(
+    mesh: mtf.Mesh, batch: int, length: int, params: Params, n_vocab: int, variable_dtype: mtf.VariableDType
+) -> tuple[mtf.Shape, dict[str, Any]]:
     """The shape of a model's inputs, and GPT-Neo's other_features."""
     sequence_dim = mtf.Dimension("sequence", length)
     memory_dim = mtf.Dimension("memory_length", length)
@@ -168,7 +197,9 @@ def features(mesh, batch, length, params, n_vocab, variable_dtype):
     return mtf.Shape([mtf.Dimension("batch", batch), sequence_dim]), other_features
 
 
-def add_variables(params, n_vocab, mesh_impl, variable_dtype):
+def add_variables(
+    params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
+) -> dict[str, tuple[mtf.Shape, Any]]:
     """Adds the model's variables to the graph that is open, for decode graphs to use.
 
     Weights are loaded while there is nothing else in the graph: TensorFlow works
@@ -193,7 +224,9 @@ def add_variables(params, n_vocab, mesh_impl, variable_dtype):
     return {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in lowering.variables.items()}
 
 
-def load_weights(checkpoint, weights, mesh_impl, run):
+def load_weights(
+    checkpoint: Checkpoint, weights: dict[str, tuple[mtf.Shape, Any]], mesh_impl: mtf.MeshImpl, run: Callable[..., Any]
+) -> None:
     """Fills the slices of the variables, a few megabytes at a time.
 
     mtf's own way, from master variables that are filled first, would hold all
@@ -211,9 +244,10 @@ def load_weights(checkpoint, weights, mesh_impl, run):
     missing = sorted(set(weights) ^ set(checkpoint.names()))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: model and checkpoint differ in {', '.join(missing[:5])}")
-    feed, size = {}, 0  # each run of another set of variables costs some 50 ms
+    feed: dict[tf.Operation, np.ndarray] = {}
+    size = 0  # each run of another set of variables costs some 50 ms
 
-    def fill():
+    def fill() -> None:
         # the initial values are fed, so none are computed
         run(list(feed), {initializer.inputs[1]: value for initializer, value in feed.items()})
         feed.clear()
@@ -237,7 +271,7 @@ def load_weights(checkpoint, weights, mesh_impl, run):
             fill()
 
 
-def _slice(value, begin, shape, dtype):
+def _slice(value: np.ndarray, begin: Sequence[int], shape: list[int], dtype: npt.DTypeLike) -> np.ndarray:
     """A slice of an array, with zeros behind its end (the entries of a padded vocabulary).
 
     TensorFlow keeps what it is fed, so a slice is no view, which would keep the whole.
@@ -251,7 +285,7 @@ def _slice(value, begin, shape, dtype):
     return copy
 
 
-def first_token_of(checkpoint):
+def first_token_of(checkpoint: Checkpoint) -> int | None:
     """int: what an empty prompt stands for, the model's bos_id or else its eos_id; None if it names neither."""
     defaults = checkpoint.generation_defaults
     first = defaults.get("bos_token_id", defaults.get("eos_token_id"))
@@ -260,7 +294,7 @@ def first_token_of(checkpoint):
     return first if first is not None and 0 <= first < checkpoint.params["n_vocab"] else None
 
 
-def stop_tokens_of(checkpoint, eos_token_id=None):
+def stop_tokens_of(checkpoint: Checkpoint, eos_token_id: Any = None) -> list[int]:
     """A list of ints, the stop tokens; for None the model's own. NO_STOP_TOKEN, or none at all, is none."""
     most = checkpoint.params["n_vocab"] - 1
     if eos_token_id is None:  # which a config may name beyond its vocabulary, where none is
@@ -271,7 +305,7 @@ def stop_tokens_of(checkpoint, eos_token_id=None):
     return [int(i) for i in ids if i != NO_STOP_TOKEN]
 
 
-def variable_dtype_of(dtype):
+def variable_dtype_of(dtype: DType | None) -> mtf.VariableDType:
     """The mtf.VariableDType for one of DTYPES, a str or a tf.DType; None is float32."""
     name = DTYPES[0] if dtype is None else getattr(dtype, "name", dtype)
     if name not in DTYPES:

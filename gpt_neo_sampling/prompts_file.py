@@ -10,20 +10,24 @@ import codecs
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
 import secrets
 import stat
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 import gpt_neo_sampling
+from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint import read_json
-from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError
+from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
 
 # what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
@@ -48,22 +52,24 @@ class _Record:
     """A line of the prompts file, checked."""
 
     index: int  # of its line, from 0
-    given: dict  # its "id", "prompt" and "prompt_ids", those that it has
-    prompt: list  # of token ids
-    options: dict  # of generate's, none of them None; what depends on the prompt or on other options, as a number
+    given: dict[str, Any]  # its "id", "prompt" and "prompt_ids", those that it has
+    prompt: list[int]
+    options: dict[str, Any]  # of generate's, none None; what depends on the prompt or on others, as a number
     stream: int  # of its first sample: how many samples the records before it have
-    steps: list  # of sampling that it has, by name: what its graph is built of
+    steps: list[Any]  # of sampling that it has, by name: what its graph is built of
 
     @property
-    def samples(self):
+    def samples(self) -> int:
         return self.options.get("num_return_sequences", 1)
 
     @property
-    def most_tokens(self):
+    def most_tokens(self) -> int:
         return self.samples * self.options["max_new_tokens"]
 
 
-def generate_file(generator, prompts_file, output, *, seed=None, **options):
+def generate_file(
+    generator: TextGenerator, prompts_file: StrPath, output: StrPath, *, seed: int | None = None, **options: Any
+) -> FileRun:
     """Continues the prompts of a file, and writes what comes out to another.
 
     A prompt is a line of JSON, an object with "prompt" (a text) or "prompt_ids"
@@ -141,7 +147,7 @@ def generate_file(generator, prompts_file, output, *, seed=None, **options):
     return FileRun(len(records), missing, seed)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Numbers of NumPy's as Python's, which JSON takes."""
     if isinstance(value, dict):
         return {_plain(k): _plain(v) for k, v in value.items()}
@@ -153,14 +159,14 @@ def _plain(value):
 # ------------------------------------------------------------ prompts
 
 
-def _read(path):
+def _read(path: StrPath) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
 
 
-def _records(generator, data, source, options):
+def _records(generator: TextGenerator, data: bytes, source: StrPath, options: dict[str, Any]) -> list[_Record]:
     """The lines of a prompts file as _Records; `options` are the run's."""
     lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
@@ -172,7 +178,7 @@ def _records(generator, data, source, options):
         try:
             given, own = _parse(line)
             own = {name: value for name, value in {**options, **own}.items() if value is not None}
-            prompt = generator.encode(given.get("prompt", given.get("prompt_ids")))
+            prompt = generator.encode(given["prompt"] if "prompt" in given else given["prompt_ids"])
             request = generator.check([prompt], **_columns([own]))
             values = request.values
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
@@ -190,13 +196,13 @@ def _records(generator, data, source, options):
     return records
 
 
-def _columns(options):
+def _columns(options: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The options of several prompts as those of one call of generate. What is no row option is the same in all."""
     names = {name for own in options for name in own}
     return {n: [own.get(n) for own in options] if n in ROW_OPTIONS else options[0][n] for n in names}
 
 
-def _parse(line):
+def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is handed through, options) of a line, its options as they stand there."""
     try:
         record = json.loads(line.decode(), parse_constant=_not_json, object_pairs_hook=_object)
@@ -227,23 +233,23 @@ def _parse(line):
     return given, options
 
 
-def _not_json(constant):
+def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _object(pairs):
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         raise ValueError(f"an object with a key twice: {', '.join(key for key, _ in pairs)}")
     return record
 
 
-def _batches(records):
+def _batches(records: list[_Record]) -> list[list[_Record]]:
     """Lists of records, each a call of generate, in the order they are run in: a function of the records alone.
 
     Rows of a batch take as many steps, and graphs as many positions, as the longest needs, so likes stand together.
     """
-    groups = {}
+    groups: dict[str, list[_Record]] = {}
     for record in records:
         shared = {name: value for name, value in record.options.items() if name not in ROW_OPTIONS}
         # and the same steps, so that few graphs are built, and one after the other
@@ -259,7 +265,9 @@ def _batches(records):
 # ------------------------------------------------------------ the run
 
 
-def _run(generator, batches, seed, file, output, done):
+def _run(
+    generator: TextGenerator, batches: list[list[_Record]], seed: int, file: io.FileIO, output: Path, done: set[int]
+) -> None:
     """Appends the lines of the records that are not in the set `done`, and adds these to it."""
     total = sum(map(len, batches))
     batches = [batch for batch in batches if any(record.index not in done for record in batch)]
@@ -267,10 +275,10 @@ def _run(generator, batches, seed, file, output, done):
     fault = None
     with tqdm(desc=output.name, total=sum(most_tokens), unit=" tokens", disable=None) as progress:
 
-        def on_token(*args):
+        def on_token(*args: object) -> None:
             progress.update()
 
-        def show_done():
+        def show_done() -> None:
             progress.set_postfix_str(f"{len(done)} of {total} prompts")
 
         show_done()
@@ -280,12 +288,14 @@ def _run(generator, batches, seed, file, output, done):
             # on a cluster tokens are not seen before the end of the batch, nor is Ctrl-C
             streamer = None if generator.mesh.cluster else on_token
             try:
-                samples = generator.generate([record.prompt for record in batch], streamer=streamer, **options)
+                samples: Sequence[Sample | None] = generator.generate(
+                    [record.prompt for record in batch], streamer=streamer, **options
+                )
             except Interrupted as e:
                 _write(file, batch, e.samples, done)
                 raise
             except InvalidDistributionError as e:  # the others go on
-                line = batch[e.sample // batch[0].samples].index + 1
+                line = batch[(e.sample or 0) // batch[0].samples].index + 1
                 fault = fault or InvalidDistributionError(f"the prompt of line {line}: {e}")
                 samples = e.samples
             _write(file, batch, samples, done)
@@ -297,12 +307,12 @@ def _run(generator, batches, seed, file, output, done):
         raise fault
 
 
-def _write(file, batch, samples, done):
+def _write(file: io.FileIO, batch: list[_Record], samples: Sequence[Sample | None], done: set[int]) -> None:
     """Appends lines of a batch to the file, those whose samples are all there and that are not in `done` yet."""
     lines = []
     for i, record in enumerate(batch):
-        own = samples[i * record.samples : (i + 1) * record.samples]
-        if record.index not in done and all(own):
+        own = [s for s in samples[i * record.samples : (i + 1) * record.samples] if s is not None]
+        if record.index not in done and len(own) == record.samples:
             line = {"index": record.index, **record.given, "samples": [sample.as_dict() for sample in own]}
             lines.append(json.dumps(line).encode() + b"\n")
             done.add(record.index)
@@ -313,7 +323,7 @@ def _write(file, batch, samples, done):
 
 
 @contextlib.contextmanager
-def _locked(path):
+def _locked(path: Path) -> Iterator[io.FileIO]:
     """The file for reading and appending, which no other process has; made if it is not there."""
     import fcntl  # Windows has none
 
@@ -335,7 +345,7 @@ def _locked(path):
                 return
 
 
-def _begin(file, output, settings, seed):
+def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | None) -> int:
     """Begins an output that is empty; checks one that is not against what it was begun with. Returns the seed."""
     sidecar = output.with_name(output.name + SIDECAR)
     found = read_json(sidecar) if sidecar.exists() else {}
@@ -357,7 +367,7 @@ def _begin(file, output, settings, seed):
     return settings["seed"]
 
 
-def _resume(file, output, total):
+def _resume(file: io.FileIO, output: Path, total: int) -> set[int]:
     """The set of records whose lines are there; cuts off what a death left unfinished behind them."""
     done, whole = set(), 0
     for number, (index, _, end) in enumerate(_lines(file), 1):
@@ -372,7 +382,7 @@ def _resume(file, output, total):
     return done
 
 
-def _lines(file):
+def _lines(file: io.FileIO) -> Iterator[tuple[Any, int, int]]:
     """(index of its prompt, begin, end) of each line that stands whole."""
     begin = 0
     with open(file.fileno(), "rb", closefd=False) as reader:
@@ -389,7 +399,7 @@ def _lines(file):
             begin += len(line)
 
 
-def _append(file, data):
+def _append(file: io.FileIO, data: bytes) -> None:
     """Writes to the disk itself."""
     with _named(file.name):
         while data:
@@ -398,7 +408,7 @@ def _append(file, data):
 
 
 @contextlib.contextmanager
-def _named(path):
+def _named(path: StrPath) -> Iterator[None]:
     """What goes wrong within, with the file's name: the system's errors of writing have none."""
     try:
         yield
@@ -406,14 +416,14 @@ def _named(path):
         raise OSError(f"{path} cannot be written: {e.strerror}; what is finished is kept") from None
 
 
-def _put_in_order(file, output):
+def _put_in_order(file: io.FileIO, output: Path) -> None:
     """Sorts the lines by their prompts, in a file that takes the output's place."""
     lines = list(_lines(file))
     if lines != sorted(lines):
         _replace(output, (os.pread(file.fileno(), end - begin, begin) for _, begin, end in sorted(lines)))
 
 
-def _replace(path, parts):
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:

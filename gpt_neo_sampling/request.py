@@ -1,11 +1,13 @@
 """A request, checked, with all defaults in place."""
 
 import dataclasses
-import numbers
 import secrets
+from typing import Any
 
 import numpy as np
 
+from gpt_neo_sampling._types import LogitsProcessor, Tokenizer, is_number
+from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.options import (
     FLOAT32_MAX,
     INT32_MAX,
@@ -27,21 +29,21 @@ DEFAULT_NEW_TOKENS = 64
 class Request:
     """What is asked for."""
 
-    prompts: list  # of lists of ids
+    prompts: list[list[int]]
     options: GenerationOptions  # those that are not below
-    values: dict  # of ROW_OPTIONS, name -> ndarray [prompts]
-    stop_tokens: list
-    stop_strings: tuple
+    values: dict[str, np.ndarray]  # of ROW_OPTIONS, each [prompts]
+    stop_tokens: list[int]
+    stop_strings: tuple[str, ...]
     logit_bias: np.ndarray | None  # float32 [vocab]
     n_vocab: int  # the model's
     n_ctx: int
 
     @property
-    def greedy(self):
+    def greedy(self) -> bool:
         return not np.any(self.values["temperature"])
 
     @property
-    def steps(self):
+    def steps(self) -> frozenset[str]:
         """The names of those numbers that change anything in some row: a frozenset."""
         return frozenset(
             name
@@ -51,7 +53,7 @@ class Request:
             and not (self.greedy and name in SAMPLING_ONLY)
         )
 
-    def setting(self, step):
+    def setting(self, step: str) -> str:
         """The first prompt's values for a step of the chain, as text."""
         if step == "entmax":
             step = "entmax_alpha"
@@ -60,7 +62,9 @@ class Request:
         return ", ".join(f"{self.values[name][0]:g}" for name in step.split(", ") if name in self.values)
 
 
-def checked_request(prompts, options, checkpoint, tokenizer):
+def checked_request(
+    prompts: list[list[int]], options: GenerationOptions, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+) -> Request:
     """Takes a list of prompts, lists of ids, and GenerationOptions for a model; returns a Request.
 
     Raises:
@@ -113,7 +117,7 @@ def checked_request(prompts, options, checkpoint, tokenizer):
     )
 
 
-def _default_new_tokens(length, defaults):
+def _default_new_tokens(length: int, defaults: dict[str, Any]) -> int:
     """For a prompt of `length` tokens."""
     if "max_new_tokens" in defaults or "max_length" not in defaults:
         new_tokens = defaults.get("max_new_tokens", DEFAULT_NEW_TOKENS)
@@ -128,7 +132,7 @@ def _default_new_tokens(length, defaults):
     return defaults["max_length"] - length
 
 
-def _processors(processors):
+def _processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     if not isinstance(processors, (list, tuple)) or not all(map(callable, processors)):
         raise ValueError(f"logits_processors={processors!r}; a list of functions is needed")
     try:
@@ -138,9 +142,9 @@ def _processors(processors):
     return tuple(processors)
 
 
-def _streams(options, n_prompts):
+def _streams(options: GenerationOptions, n_prompts: int) -> np.ndarray:
     """int32 [prompts]: that of each one's first sample. One for all is the first prompt's, and the others follow."""
-    given = options.stream.tolist() if isinstance(options.stream, np.ndarray) else options.stream
+    given: Any = options.stream.tolist() if isinstance(options.stream, np.ndarray) else options.stream
     streams, n_samples = per_prompt("stream", given, n_prompts), int(options.num_return_sequences)
     if not isinstance(given, (list, tuple)):
         streams = [(given or 0) + i * n_samples for i in range(n_prompts)]
@@ -151,7 +155,7 @@ def _streams(options, n_prompts):
     return np.array(streams, np.int32)
 
 
-def _stop_strings(stop_strings, tokenizer):
+def _stop_strings(stop_strings: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     if stop_strings is None:
         return ()
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
@@ -166,7 +170,7 @@ def _stop_strings(stop_strings, tokenizer):
     return tuple(stop_strings)
 
 
-def _logit_bias(options, n_vocab):
+def _logit_bias(options: GenerationOptions, n_vocab: int) -> np.ndarray | None:
     """What logit_bias and bad_words_ids add to the logits; None for nothing."""
     given, banned = options.logit_bias, options.bad_words_ids
     if not (given is None or isinstance(given, dict)):
@@ -178,7 +182,7 @@ def _logit_bias(options, n_vocab):
     bias = np.zeros(n_vocab, np.float32)
     for token, value in (given or {}).items():
         check_int("logit_bias: token id", token, 0, n_vocab - 1)
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value <= FLOAT32_MAX:
+        if not is_number(value) or isinstance(value, bool) or not value <= FLOAT32_MAX:
             raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
         bias[token] = value
     for word in banned or ():

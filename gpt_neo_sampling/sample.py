@@ -7,17 +7,21 @@ hands it a context, and draws from the logits that come back.
 import collections
 import dataclasses
 import functools
-import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_number, is_whole
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE, History, SamplingOptions, next_token
-from gpt_neo_sampling.decoder import Decoder, cut_memory, map_tensors
+from gpt_neo_sampling.decoder import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.uniforms import import_seed
 
 INVALID = -1  # the token of a row whose distribution is not one
+
+StoppingCriteria = Callable[[mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (ids, position) to 1.0 for rows that are done
 
 
 @dataclasses.dataclass
@@ -27,63 +31,63 @@ class _LoopState:
     position: mtf.Tensor  # int32 [batch]; where the row's next token goes
     ids: mtf.Tensor  # int32 [batch, length]; prompts, new tokens, padding
     done: mtf.Tensor  # bool [batch]; the row writes no more
-    logprobs: list  # two float32 [batch, length], like ids; or none
-    states: list  # the model's own, as its last call recorded them
+    logprobs: list[mtf.Tensor]  # two float32 [batch, length], like ids; or none
+    states: list[mtf.Tensor]  # the model's own, as its last call recorded them
 
-    def tensors(self):
+    def tensors(self) -> list[mtf.Tensor]:
         # mtf's while_loop would carry an unfinished sum as it is: settle each.
         return [settle(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
 
     @classmethod
-    def of(cls, tensors, n_logprobs):
+    def of(cls, tensors: Sequence[mtf.Tensor], n_logprobs: int) -> "_LoopState":
         position, ids, done, *rest = tensors
         return cls(position, ids, done, rest[:n_logprobs], rest[n_logprobs:])
 
 
 def sample_autoregressive(
-    partial_sequences,
-    other_features,
-    params,
-    stop_at_token=50256,
-    max_steps=None,
-    temperature=None,
-    variable_dtype=mtf.VariableDType(tf.float32),  # noqa: B008  (the original's default)
-    encoder_output=None,
-    encoder_sequence_id=None,
-    encoder_inputs=None,
-    shared_params=None,
-    has_partial_sequences=True,
-    encoder_layer_outputs=None,
-    never_end=False,
-    remove_partial_sequences=False,
-    sampling_keep_top_k=-1,
-    sampling_use_entmax=False,
-    bos_id=50256,
+    partial_sequences: mtf.Tensor,
+    other_features: dict[str, Any],
+    params: Params,
+    stop_at_token: RowValue | Sequence[RowValue] | None = 50256,
+    max_steps: RowValue | None = None,
+    temperature: RowValue | None = None,
+    variable_dtype: mtf.VariableDType = mtf.VariableDType(tf.float32),  # noqa: B008  (the original's default)
+    encoder_output: Any = None,
+    encoder_sequence_id: Any = None,
+    encoder_inputs: Any = None,
+    shared_params: Any = None,
+    has_partial_sequences: bool = True,
+    encoder_layer_outputs: Any = None,
+    never_end: bool = False,
+    remove_partial_sequences: bool = False,
+    sampling_keep_top_k: RowValue = -1,
+    sampling_use_entmax: bool = False,
+    bos_id: RowValue = 50256,
     *,
-    model=None,
-    seed=None,
-    stream=None,
-    prompt_lengths=None,
-    entmax_alpha=DEFAULT_ALPHA,
-    max_top_k=None,
-    max_prompt_length=None,
-    max_length=None,
-    top_p=None,
-    min_p=None,
-    typical_p=None,
-    epsilon_cutoff=None,
-    eta_cutoff=None,
-    repetition_penalty=None,
-    presence_penalty=None,
-    frequency_penalty=None,
-    no_repeat_ngram_size=None,
-    logit_bias=None,
-    min_new_tokens=None,
-    logits_processors=(),
-    stopping_criteria=None,
-    num_return_sequences=1,
-    return_logprobs=False,
-):
+    model: Model | None = None,
+    seed: RowValue | None = None,
+    stream: RowValue | None = None,
+    prompt_lengths: Tensor | None = None,
+    entmax_alpha: RowValue = DEFAULT_ALPHA,
+    max_top_k: int | None = None,
+    max_prompt_length: int | None = None,
+    max_length: int | None = None,
+    top_p: RowValue | None = None,
+    min_p: RowValue | None = None,
+    typical_p: RowValue | None = None,
+    epsilon_cutoff: RowValue | None = None,
+    eta_cutoff: RowValue | None = None,
+    repetition_penalty: RowValue | None = None,
+    presence_penalty: RowValue | None = None,
+    frequency_penalty: RowValue | None = None,
+    no_repeat_ngram_size: int | None = None,
+    logit_bias: Tensor | None = None,
+    min_new_tokens: RowValue | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    stopping_criteria: StoppingCriteria | None = None,
+    num_return_sequences: int = 1,
+    return_logprobs: bool = False,
+) -> mtf.Tensor | tuple[mtf.Tensor, ...]:
     """Continues a batch of prompts, one token a row and step.
 
     A row's prompt is its first tokens; row r writes from its own prompt length
@@ -186,7 +190,7 @@ def sample_autoregressive(
     rows = _repeated_rows(batch_dims, num_return_sequences)
     if temperature is None:
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
-    if isinstance(max_steps, numbers.Real) and max_steps < 0:
+    if is_number(max_steps) and max_steps < 0:
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
     stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
     stop_tokens = tuple(t for t in stop_tokens if t is not None)
@@ -257,17 +261,17 @@ def sample_autoregressive(
     n_logprobs = 2 if return_logprobs else 0
     length_range = mtf.range(mesh, length_dim, tf.int32)
 
-    def is_over(position):
+    def is_over(position: mtf.Tensor) -> mtf.Tensor:
         """Whether a row that is to write at `position` has no token left to write."""
 
-        def tf_fn(position, initial, *limit):
+        def tf_fn(position: tf.Tensor, initial: tf.Tensor, *limit: tf.Tensor) -> tf.Tensor:
             over = position >= length
             return tf.logical_or(over, position - initial >= limit[0]) if limit else over
 
         limit = [] if max_steps is None else [max_steps]
         return cwise_broadcast(tf_fn, [position, initial_position, *limit], rows, tf.bool)
 
-    def ends_row(token, ids, position):
+    def ends_row(token: mtf.Tensor, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
         """Whether a row is done with the token that was drawn, which stands ahead of `position`."""
         ended = cwise_broadcast(lambda token: tf.equal(token, INVALID), [token], output_dtype=tf.bool)
         for stop_token in options.stop_tokens:
@@ -276,10 +280,10 @@ def sample_autoregressive(
             ended = mtf.logical_or(ended, mtf.greater(stopping_criteria(ids, position), 0))
         return mtf.logical_or(ended, is_over(position))
 
-    def write(old, at, position, done, new):
+    def write(old: tf.Tensor, at: tf.Tensor, position: tf.Tensor, done: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
         return tf.where_v2(tf.logical_and(tf.equal(at, position), tf.logical_not(done)), new, old)
 
-    def body(*tensors):
+    def body(*tensors: mtf.Tensor) -> list[mtf.Tensor]:
         loop = _LoopState.of(tensors, n_logprobs)
         logits, states = decoder.step(loop.ids, loop.position, loop.states)
         history = History(loop.ids, loop.position, initial_position)
@@ -299,7 +303,7 @@ def sample_autoregressive(
     done = is_over(initial_position)
     if prompt_length < whole_length_dim.size:
 
-        def refuse(ids, at, n):  # max_length full is full, not too long
+        def refuse(ids: tf.Tensor, at: tf.Tensor, n: tf.Tensor) -> tf.Tensor:  # max_length full is full, not too long
             return tf.where_v2(tf.logical_and(tf.equal(at, n), n > prompt_length), INVALID, ids)
 
         ids = cwise_broadcast(refuse, [ids, length_range, initial_position], ids.shape)
@@ -317,9 +321,9 @@ def sample_autoregressive(
     return tuple(results) if return_logprobs else results[0]
 
 
-def _repeated_rows(batch_dims, times):
+def _repeated_rows(batch_dims: list[mtf.Dimension], times: int) -> mtf.Shape:
     """mtf.Shape of the rows, so many for each prompt."""
-    if not isinstance(times, numbers.Integral) or times < 1:
+    if not is_whole(times) or times < 1:
         raise ValueError(f"num_return_sequences={times}; a whole number of at least 1 is needed")
     if times == 1:
         return mtf.Shape(batch_dims)
@@ -329,7 +333,9 @@ def _repeated_rows(batch_dims, times):
     return mtf.Shape([*rest, mtf.Dimension(last.name, last.size * times)])
 
 
-def _prompts(ids, lengths, padding_id, bos_id):
+def _prompts(
+    ids: mtf.Tensor, lengths: RowValue | None, padding_id: int, bos_id: RowValue
+) -> tuple[mtf.Tensor, mtf.Tensor]:
     """(ids, lengths): the prompts, and only they, with padding behind them; one that is empty becomes bos_id.
 
     ids: int32 mtf.Tensor [batch…, length]; lengths: a number, or an int32 tensor [batch…], or None: see
@@ -342,7 +348,7 @@ def _prompts(ids, lengths, padding_id, bos_id):
     lengths = mtf.broadcast(import_rows(ids.mesh, lengths, tf.int32, rows, "prompt_lengths"), rows)
     bos = import_rows(ids.mesh, bos_id, tf.int32, rows, "bos_id")
 
-    def clean(ids, at, length, bos):
+    def clean(ids: tf.Tensor, at: tf.Tensor, length: tf.Tensor, bos: tf.Tensor) -> tf.Tensor:
         ids = tf.where_v2(at < length, ids, padding_id)
         return tf.where_v2(tf.logical_and(tf.equal(length, 0), tf.equal(at, 0)), bos, ids)
 
@@ -350,7 +356,7 @@ def _prompts(ids, lengths, padding_id, bos_id):
     return ids, cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths])
 
 
-def _whole(ids, whole_ids, length_dim):
+def _whole(ids: mtf.Tensor, whole_ids: mtf.Tensor, length_dim: mtf.Dimension) -> mtf.Tensor:
     """ids [rows, length_dim], and behind them what stands there in whole_ids, of a longer dim of that name."""
     whole_dim = whole_ids.shape[-1]
     if whole_dim == length_dim:
@@ -361,15 +367,15 @@ def _whole(ids, whole_ids, length_dim):
     )
 
 
-def _length(name, value, limit):
+def _length(name: str, value: Any, limit: int) -> int:
     if value is None:
         return limit
-    if not isinstance(value, numbers.Integral) or not 1 <= value <= limit:
+    if not is_whole(value) or not 1 <= value <= limit:
         raise ValueError(f"{name}={value!r}; a whole number from 1 to {limit} is needed")
     return int(value)
 
 
-def _vocab_size(params, vocab_dim):
+def _vocab_size(params: Params, vocab_dim: mtf.Dimension) -> int | None:
     """The model's vocabulary where `vocab_dim` is a padded one, else None."""
     size = params.get("n_vocab")
     if size is None or size == vocab_dim.size:
@@ -379,8 +385,8 @@ def _vocab_size(params, vocab_dim):
     return size
 
 
-def _top_k_option(k, vocab_size):
-    if not isinstance(k, numbers.Real):
+def _top_k_option(k: RowValue, vocab_size: int) -> RowValue | None:
+    if not is_number(k):
         return k
     if k == -1:
         return None
@@ -391,7 +397,7 @@ def _top_k_option(k, vocab_size):
     return int(k)
 
 
-def _shift_left(x, by, fill):
+def _shift_left(x: mtf.Tensor, by: mtf.Tensor, fill: float) -> mtf.Tensor:
     """x [batch…, length] without the first `by` [batch…] of each row."""
     *batch_dims, length_dim = x.shape.dims
     shifted_dim = mtf.Dimension("shifted_" + length_dim.name, length_dim.size)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.masks import padding_mask
 from gpt_neo_sampling.mtf_ops import take
@@ -20,8 +22,8 @@ MAX_POSITIONS = 2048  # and of all its rows together: its logits are [rows, posi
 class TextScore:
     """What a model makes of one text. Logarithms are natural ones."""
 
-    tokens: list  # of int
-    logprobs: list  # of float, a token each; None for a first one that nothing stands before
+    tokens: list[int]
+    logprobs: list[float | None]  # a token each; None for a first one that nothing stands before
     sum_logprob: float
     perplexity: float  # exp(−mean) of the tokens that have a log-probability
 
@@ -37,7 +39,9 @@ class ScoreKey:
 class ScoreProgram:
     """One scoring graph: placeholders, and the log-probabilities of the targets, float32 [batch, length]."""
 
-    def __init__(self, key, params, n_vocab, mesh_impl, variable_dtype):
+    def __init__(
+        self, key: ScoreKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
+    ) -> None:
         """n_vocab: entries of the vocabulary's dimension, padding included."""
         mesh = mtf.Mesh(mtf.Graph(), "mesh")
         shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
@@ -50,7 +54,7 @@ class ScoreProgram:
         logprobs = take(logits, targets, vocab_dim) - mtf.reduce_logsumexp(logits, vocab_dim)
         self.results = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(logprobs)
 
-    def feeds(self, key, rows):
+    def feeds(self, key: ScoreKey, rows: list[list[int]]) -> dict[tf.Tensor, np.ndarray]:
         """What is fed for rows of ids; the targets are what follows each id."""
         ids = np.zeros([key.batch, key.length + 1], np.int32)
         for i, row in enumerate(rows):
@@ -58,7 +62,13 @@ class ScoreProgram:
         return {self._ids: ids[:, :-1], self._targets: ids[:, 1:]}
 
 
-def score_texts(texts, run, context, start=(), stride=None):
+def score_texts(
+    texts: Sequence[Sequence[int]],
+    run: Callable[[list[list[int]]], list[np.ndarray]],
+    context: int,
+    start: Sequence[int] = (),
+    stride: int | None = None,
+) -> list[TextScore]:
     """Scores texts, several in a pass and long ones in windows.
 
     Args:
@@ -95,7 +105,7 @@ def score_texts(texts, run, context, start=(), stride=None):
     return [_text_score(text, found[len(start) :], 0 if start else 1) for text, found in zip(texts, logprobs)]
 
 
-def windows(length, context, stride):
+def windows(length: int, context: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
     """The windows that a long text is read in, as users of transformers do it: (begin, end, first) of each.
 
     They are `context` tokens long and begin `stride` apart. Each scores what no
@@ -111,12 +121,12 @@ def windows(length, context, stride):
         first = end
 
 
-def _rows_of(longest):
+def _rows_of(longest: int) -> int:
     """How many rows a pass takes, a power of two."""
     return 1 << min(MAX_ROWS, max(1, MAX_POSITIONS // longest)).bit_length() - 1
 
 
-def _text_score(tokens, logprobs, n_unscored):
+def _text_score(tokens: Sequence[int], logprobs: np.ndarray, n_unscored: int) -> TextScore:
     scored = logprobs[n_unscored:].tolist()
     total = math.fsum(scored)
     with np.errstate(over="ignore"):

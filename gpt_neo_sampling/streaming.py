@@ -2,8 +2,12 @@
 
 import concurrent.futures
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+from gpt_neo_sampling._types import Streamer, Tokenizer
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
 
@@ -14,7 +18,7 @@ class TextStream:
     What a token adds is told from a few tokens before it, so that its cost does not grow with the text.
     """
 
-    def __init__(self, tokenizer, prompt, stop_strings=()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
         """prompt: a list of ids, which new tokens are decoded behind: a character's bytes may lie on both sides."""
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
@@ -23,7 +27,7 @@ class TextStream:
         self._held = ""  # decoded, and not shown yet: it may be the beginning of a stop string
         self.stopped = False  # a stop string has come; nothing comes behind it
 
-    def push(self, token, is_last=False):
+    def push(self, token: int, is_last: bool = False) -> str:
         """The text that this token completes: whole characters, and nothing of a stop string."""
         self._ids.append(token)
         before, text = self._tokenizer.decode(self._ids[: self._n_out]), self._tokenizer.decode(self._ids)
@@ -49,7 +53,7 @@ class TextStream:
         return out
 
 
-def _overlap(text, stop_string):
+def _overlap(text: str, stop_string: str) -> int:
     """How many of the last characters of a text may be the first ones of a stop string."""
     longest = min(len(text), len(stop_string) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop_string[:n])), 0)
@@ -58,31 +62,33 @@ def _overlap(text, stop_string):
 class Watcher:
     """Sees each token of a batch as it is drawn, and says which rows are done."""
 
-    def __init__(self, rows, on_token=None):
+    def __init__(
+        self, rows: Sequence[tuple[TextStream | None, int, Sequence[int]]], on_token: Streamer | None = None
+    ) -> None:
         """rows: list of (TextStream or None, how many new tokens at most, stop tokens); on_token: a function of
         (row, token, text, is_last), text None where there is no TextStream."""
         self._rows = rows
         self._on_token = on_token
         self._drawn = np.zeros(len(rows), int)
         self._cancelled = threading.Event()
-        self._error = None  # what on_token raised
+        self._error: BaseException | None = None  # what on_token raised
         self.finished = np.zeros(len(rows), bool)  # rows whose last token was drawn
         self.interrupted = False  # by Ctrl-C
 
-    def __call__(self, tokens, n_drawn):
+    def __call__(self, tokens: np.ndarray, n_drawn: np.ndarray) -> np.ndarray:
         """Takes a step's tokens [batch] and how many each row has had; returns float32 [batch], 1.0 for a row that is
         done. Rows behind those of the request fill the batch."""
         done = np.zeros(len(tokens), np.float32)
         if not self._cancelled.is_set():
             try:
-                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn):
+                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn).tolist():
                     done[row] = self._push(row, int(tokens[row]))
             except BaseException as e:  # TensorFlow would make another error of it
                 self._error = e
                 self._cancelled.set()
         return np.ones_like(done) if self._cancelled.is_set() else done
 
-    def _push(self, row, token):
+    def _push(self, row: int, token: int) -> bool:
         stream, limit, stop_tokens = self._rows[row]
         self._drawn[row] += 1
         if token < 0:  # no distribution to draw from
@@ -96,15 +102,16 @@ class Watcher:
         self.finished[row] = is_last
         return is_last
 
-    def run(self, fn):
+    def run(self, fn: Callable[[], Any]) -> Any:
         """The result of fn(), which calls this watcher meanwhile.
 
         It runs in a thread of its own, so that Ctrl-C is heard: then all rows end, and
         `interrupted` is True. What was raised while watching is raised here.
         """
-        begin, future = threading.Event(), concurrent.futures.Future()
+        begin = threading.Event()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
-        def work():
+        def work() -> None:
             begin.wait()
             try:
                 future.set_result(fn())

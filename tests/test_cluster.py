@@ -15,7 +15,7 @@ from test_cli import main, run
 from test_mesh import PROMPTS, command, tokens, write_model
 
 from gpt_neo_sampling import ClusterError, TextGenerator, cluster
-from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster
+from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
 
 
 @pytest.fixture(autouse=True)
@@ -333,6 +333,11 @@ def test_serve_at_an_address_in_use(capfd, listens):
 
 
 # --- descriptions
+
+
+def test_a_client_from_outside_cannot_serve():
+    with pytest.raises(ValueError, match="a task is needed to serve, one of worker:0, worker:1"):
+        serve(parse_cluster("a:1,b:2"))
 
 
 def test_what_a_description_of_a_cluster_comes_to(monkeypatch):

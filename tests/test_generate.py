@@ -499,8 +499,9 @@ def test_stop_tokens_and_finish_reasons(demo):
     assert last.finish_reason == "stop" and whole.finish_reason == "length"
     with pytest.raises(InvalidDistributionError, match="step 0: .* every token is masked"):
         demo.generate(prompt, bad_words_ids=[[t] for t in range(demo.params["n_vocab"])], **options)
-    assert demo.generate(prompt, stream=np.array(3), num_return_sequences=2, **options)[1] == (
-        demo.generate(prompt, stream=4, **options)[0]
+    assert (
+        demo.generate(prompt, stream=np.array(3), num_return_sequences=2, **options)[1]
+        == (demo.generate(prompt, stream=4, **options)[0])
     )
     never = [[t] for t in set(whole.tokens)]
     assert not {t for (t,) in never} & set(demo.generate(prompt, bad_words_ids=never, **options)[0].tokens)

@@ -6,11 +6,15 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
+from gpt_neo_sampling._types import Params, Shape, StrPath
 from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types
 
 ALLOWED = (
@@ -46,11 +50,11 @@ _MLP = {
 class CheckpointError(ValueError):
     """A folder that cannot be read as a model; the message is one line."""
 
-    def __init__(self, message):
+    def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
 
 
-def variable_shapes(params):
+def variable_shapes(params: Params) -> dict[str, Shape]:
     """The variables that a model of this config has.
 
     Args:
@@ -73,6 +77,19 @@ def variable_shapes(params):
         for name, multiples in (_MLP if attention_type == "none" else {**_ATTENTION, **_MLP}).items():
             shapes[f"h{layer}/{name}"] = tuple(m * n_embd for m in multiples)
     return {**shapes, "ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
+
+
+class Store(Protocol):
+    """Where a format keeps its tensors."""
+
+    shapes: dict[str, Shape]
+    files: list[Path]  # which tell one model's weights from another's
+
+    def check_dtypes(self, names: Iterable[str]) -> None: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def close(self) -> None: ...
 
 
 class Checkpoint:
@@ -101,7 +118,17 @@ class Checkpoint:
         and that is not on this machine ("gpt2", say), or None.
     """
 
-    def __init__(self, kind, folder, params, generation, store, sources, tokenizer=None, tokenizer_name=None):
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        params: Params,
+        generation: tuple[dict[str, Any], dict[str, Any]],
+        store: Store,
+        sources: dict[str, tuple[str, bool]],
+        tokenizer: Path | None = None,
+        tokenizer_name: str | None = None,
+    ) -> None:
         # generation: (generation_defaults, ignored_generation_options)
         # sources: name -> (the store's name, whether it stores the transpose)
         # tokenizer: a tokenizer.json, or a folder that may hold one; by default the model's
@@ -115,16 +142,16 @@ class Checkpoint:
         self.tokenizer_file = single if single.is_file() else None
         self.tokenizer_files = pair if all(f.is_file() for f in pair) else None
         self.tokenizer_name = tokenizer_name
-        self._store = store
+        self._store: Store | None = store
         self._weight_files = store.files
         self._sources = sources
         self._shapes = variable_shapes(params)
 
-    def names(self):
+    def names(self) -> list[str]:
         """The variables' names, without the scope `gpt2/`: a sorted list of strings."""
         return sorted(self._shapes)
 
-    def shape(self, name):
+    def shape(self, name: str) -> Shape:
         """The shape of a variable as `read` gives it: a tuple of ints.
 
         Raises:
@@ -134,7 +161,7 @@ class Checkpoint:
             raise CheckpointError(f"no variable {name!r} in {self.folder}; it has {some(self.names())}")
         return self._shapes[name]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """Reads one variable; the others stay on disk.
 
         Args:
@@ -155,7 +182,7 @@ class Checkpoint:
         value = self._store.read(stored_name)
         return aligned(value.T if transposed else value, np.float32)
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """What tells this model from another without reading all of it: 64 hexadecimal digits.
 
         SHA-256 of the config and the generation defaults, the tokenizer, and of each file of weights its size
@@ -180,27 +207,27 @@ class Checkpoint:
                 raise CheckpointError(f"{path} cannot be read: {e}") from None
         return digest.hexdigest()
 
-    def close(self):
+    def close(self) -> None:
         """Lets go of the files. What is not a weight stays readable."""
         if self._store is not None:
             self._store.close()
             self._store = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 # ------------------------------------------------------------------ checks
 
 
-def is_int(value):
+def is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_sizes(params, source, names=None):
+def check_sizes(params: Params, source: object, names: dict[str, str] | None = None) -> list[str]:
     """Checks the numbers of a config; returns its attention type a layer.
 
     source: what the message starts with. names: what its file calls the keys.
@@ -225,7 +252,7 @@ def check_sizes(params, source, names=None):
         raise CheckpointError(f"{source}: {e}") from None
 
 
-def compare(source, expected, found, params):
+def compare(source: object, expected: dict[str, Shape], found: Mapping[str, Sequence[int]], params: Params) -> None:
     """Checks that two dicts, name -> shape, are the same."""
     found = {name: tuple(shape) for name, shape in found.items()}
     missing = [n for n in expected if n not in found]
@@ -247,7 +274,7 @@ def compare(source, expected, found, params):
     raise CheckpointError(f"{source}: the variables are not those of the config{hint}: {'; '.join(problems)}")
 
 
-def check_dtypes(source, dtypes):
+def check_dtypes(source: object, dtypes: dict[str, str]) -> None:
     """Checks a dict, name -> dtype, of variables that are to be read."""
     wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in STORED_BYTES]
     if wrong:
@@ -260,7 +287,7 @@ def check_dtypes(source, dtypes):
 # ------------------------------------------------------------------- files
 
 
-def list_folder(folder):
+def list_folder(folder: Path) -> list[str]:
     """The sorted names of what is in a folder."""
     try:
         files = sorted(os.listdir(folder))
@@ -277,7 +304,7 @@ def list_folder(folder):
     return files
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -286,7 +313,7 @@ def read_text(path):
         raise CheckpointError(f"{path} is not UTF-8 text: {e}") from None
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object, as a dict."""
     try:
         value = json.loads(read_text(path))
@@ -299,11 +326,11 @@ def read_json(path):
     return value
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def check_new_folder(path):
+def check_new_folder(path: StrPath) -> Path:
     """The absolute path of a folder that is to be written: one that is not there yet, or is empty."""
     folder = Path(path).resolve()
     if folder.exists() and not (folder.is_dir() and not os.listdir(folder)):
@@ -312,7 +339,7 @@ def check_new_folder(path):
 
 
 @contextlib.contextmanager
-def staging_folder(folder):
+def staging_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, where files are made before they move; gone afterwards."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
@@ -323,7 +350,7 @@ def staging_folder(folder):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def some(names):
+def some(names: Iterable[str]) -> str:
     """Names for a message, the first few of them."""
     names = list(names)
     if not names:
@@ -335,7 +362,7 @@ def some(names):
 # ----------------------------------------------------------------- tensors
 
 
-def aligned_empty(shape, dtype):
+def aligned_empty(shape: Sequence[int], dtype: npt.DTypeLike) -> np.ndarray:
     """np.empty, at an address that TensorFlow takes without a copy."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -344,7 +371,7 @@ def aligned_empty(shape, dtype):
     return buffer[begin : begin + size].view(dtype).reshape(shape)
 
 
-def aligned(value, dtype):
+def aligned(value: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
     """The array in this dtype and in C's order, at an address that TensorFlow takes without a copy."""
     if value.dtype == dtype and value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
         return value
@@ -353,9 +380,10 @@ def aligned(value, dtype):
     return copy
 
 
-def in_batches(names, shapes, size):
+def in_batches(names: Iterable[str], shapes: Mapping[str, Shape], size: int) -> Iterator[list[str]]:
     """Lists of names in order, each of at most `size` bytes in float32, or of one name."""
-    batch, held = [], 0
+    batch: list[str] = []
+    held = 0
     for name in names:
         needed = 4 * int(np.prod(shapes[name]))
         if batch and held + needed > size:
@@ -367,7 +395,7 @@ def in_batches(names, shapes, size):
         yield batch
 
 
-def progress_bar(what, shapes):
+def progress_bar(what: str, shapes: Iterable[Shape]) -> tqdm:
     """A tqdm bar on stderr that counts bytes of float32; only what takes long shows it."""
     total = sum(4 * int(np.prod(shape)) for shape in shapes)
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=PROGRESS_DELAY)

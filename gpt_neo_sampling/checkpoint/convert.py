@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
-from gpt_neo_sampling.checkpoint.base import CheckpointError, check_new_folder, is_int, staging_folder
+from gpt_neo_sampling._types import StrPath
+from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, check_new_folder, is_int, staging_folder
 from gpt_neo_sampling.checkpoint.hugging_face import save_hugging_face
 from gpt_neo_sampling.checkpoint.mesh_tf import save_mesh_tf
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
@@ -14,7 +16,14 @@ MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def convert_checkpoint(source, destination, *, to=None, dtype="float32", max_shard_size=MAX_SHARD_SIZE):
+def convert_checkpoint(
+    source: StrPath,
+    destination: StrPath,
+    *,
+    to: str | None = None,
+    dtype: str = "float32",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
     """Writes a model in another format, a few tensors at a time.
 
     Weights keep every bit in float32. The tokenizer's files and
@@ -53,7 +62,7 @@ def convert_checkpoint(source, destination, *, to=None, dtype="float32", max_sha
         os.replace(staging, destination)
 
 
-def files_beside(checkpoint):
+def files_beside(checkpoint: Checkpoint) -> list[tuple[Path, str]]:
     """(path, name) of what goes where a model goes: the tokenizer's files and generation_config.json."""
     tokenizer = checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
     files = {checkpoint.folder / "generation_config.json": "generation_config.json"}
@@ -64,7 +73,7 @@ def files_beside(checkpoint):
     return [(file, name) for file, name in files.items() if file.is_file()]
 
 
-def _bytes(size):
+def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([kmg]i?b)?\s*", str(size), re.IGNORECASE)
     if not match or not (is_int(size) or isinstance(size, str)) or int(match[1]) < 1:
         raise CheckpointError(f"max_shard_size {size!r}; allowed: bytes, or such as '500MB' or '5GB'")

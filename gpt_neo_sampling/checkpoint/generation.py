@@ -1,6 +1,9 @@
 """How a model asks to be sampled: generation_config.json, and the ids of a config."""
 
 import numbers
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int, read_json
 
@@ -8,14 +11,15 @@ from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int, read_json
 ID_KEYS = {"eos_token_id": "eos_id", "pad_token_id": "padding_id", "bos_token_id": "bos_id"}
 
 
-def _is_number(value):
+def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _is_int_or_ints(value):
+def _is_int_or_ints(value: object) -> bool:
     return is_int(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_int, value)))
 
 
+_Check = tuple[Callable[[object], bool], str]  # and what it allows, in words
 _WHOLE = (is_int, "a whole number")
 _NUMBER = (_is_number, "a number")
 _TOKEN_IDS = {
@@ -66,12 +70,12 @@ _WITHOUT_EFFECT = (
 )
 
 
-def token_ids(config, config_file):
+def token_ids(config: dict[str, Any], config_file: Path) -> dict[str, Any]:
     """The ids that a Hugging Face config names: a dict, see `Checkpoint.generation_defaults`."""
     return _checked(config, _TOKEN_IDS, config_file)
 
 
-def read_generation(ids, folder, files):
+def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(generation_defaults, ignored_generation_options) of a folder whose config names these ids."""
     if "generation_config.json" not in files:
         return ids, {}
@@ -88,7 +92,7 @@ def read_generation(ids, folder, files):
     return defaults, ignored
 
 
-def _checked(config, keys, config_file):
+def _checked(config: dict[str, Any], keys: Mapping[str, _Check], config_file: Path) -> dict[str, Any]:
     given = {key: config[key] for key in keys if config.get(key) is not None}
     for key, value in given.items():
         is_valid, allowed = keys[key]

@@ -4,10 +4,15 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._types import Params, Shape
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
     Checkpoint,
@@ -22,7 +27,7 @@ from gpt_neo_sampling.checkpoint.base import (
     write_json,
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation, token_ids
-from gpt_neo_sampling.checkpoint.tensor_files import TensorFiles, list_pytorch, list_safetensors
+from gpt_neo_sampling.checkpoint.tensor_files import StoredTensor, TensorFiles, list_pytorch, list_safetensors
 from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types
 
 # What lists the tensors of a file of each kind; the first kind that is there is read.
@@ -65,12 +70,12 @@ _SIZES = {
 }
 
 
-def holds_hugging_face(files):
+def holds_hugging_face(files: list[str]) -> bool:
     """Whether a folder with these files holds weights in this format."""
     return any(name in files or f"{name}.index.json" in files for name in FILES)
 
 
-def open_hugging_face(folder, files):
+def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
     """The `Checkpoint` of a folder that holds these files."""
     config_file = folder / "config.json"
     if "config.json" not in files:
@@ -100,7 +105,9 @@ def open_hugging_face(folder, files):
     return Checkpoint("huggingface", folder, params, generation, store, sources)
 
 
-def save_hugging_face(folder, params, read, dtype, max_shard_bytes):
+def save_hugging_face(
+    folder: Path, params: Params, read: Callable[[str], np.ndarray], dtype: str, max_shard_bytes: int
+) -> None:
     """Writes config.json and safetensors into a folder, a tensor at a time.
 
     Args:
@@ -129,17 +136,20 @@ def save_hugging_face(folder, params, read, dtype, max_shard_bytes):
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_safetensors(path, shapes, read, dtype, progress):
+def _write_safetensors(
+    path: Path, shapes: dict[str, Shape], read: Callable[[str], np.ndarray], dtype: str, progress: tqdm
+) -> None:
     """Writes variables, {name: shape}, to one file: see `list_safetensors`.
 
     The library's own function takes all tensors at once.
     """
     code, numpy_dtype = _DTYPES[dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * np.dtype(numpy_dtype).itemsize
-        stored = shape[::-1] if _is_kernel(name, shape) else shape
-        header[_SCOPE + _name(name)] = {"dtype": code, "shape": stored, "data_offsets": [begin, end]}
+        stored_shape = shape[::-1] if _is_kernel(name, shape) else shape
+        header[_SCOPE + _name(name)] = {"dtype": code, "shape": stored_shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with open(path, "wb") as file:
@@ -154,14 +164,14 @@ def _write_safetensors(path, shapes, read, dtype, progress):
             progress.update(4 * value.size)
 
 
-def _name(name):
+def _name(name: str) -> str:
     if name in _NAMES:
         return _NAMES[name]
     layer, name_in_layer = name.split("/", 1)
     return f"h.{layer[1:]}.{_NAMES_IN_LAYER[name_in_layer]}"
 
 
-def _is_kernel(name, shape):
+def _is_kernel(name: str, shape: Shape) -> bool:
     """Whether Hugging Face stores the variable transposed."""
     return len(shape) == 2 and name not in _NAMES
 
@@ -169,10 +179,10 @@ def _is_kernel(name, shape):
 # ----------------------------------------------------------------- configs
 
 
-def _params(config, config_file):
+def _params(config: dict[str, Any], config_file: Path) -> Params:
     """GPT-Neo's config keys for a Hugging Face config, checked."""
 
-    def refuse(key, allowed):
+    def refuse(key: str, allowed: str) -> NoReturn:
         raise CheckpointError(f"{config_file}: {key} is {config.get(key)!r}; allowed: {allowed}")
 
     if config.get("model_type") != "gpt_neo":
@@ -183,7 +193,7 @@ def _params(config, config_file):
     if not isinstance(epsilon, (int, float)) or not abs(epsilon - 1e-5) < 1e-12:
         refuse("layer_norm_epsilon", "1e-05")
 
-    params = {key: config.get(hf_key) for key, hf_key in _SIZES.items()}
+    params: Params = {key: config.get(hf_key) for key, hf_key in _SIZES.items()}
     params["local_attention_radius"] = LOCAL_RADIUS if config.get("window_size") is None else config["window_size"]
     # Both name a type a layer; the library that wrote them builds attention_layers.
     params["attention_types"] = config.get("attention_layers") or config.get("attention_types")
@@ -206,7 +216,7 @@ def _params(config, config_file):
     return params
 
 
-def _config(params):
+def _config(params: Params) -> dict[str, Any]:
     """A Hugging Face config for GPT-Neo's config keys.
 
     Raises:
@@ -242,9 +252,9 @@ def _config(params):
 # ------------------------------------------------------------------- files
 
 
-def _tensors(folder, files):
+def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:
     """Every tensor of a folder: name -> StoredTensor."""
-    single = next((f for f in FILES if f in files or f"{f}.index.json" in files), None)
+    single = next(f for f in FILES if f in files or f"{f}.index.json" in files)
     list_tensors = FILES[single]
     if single in files:
         return list_tensors(folder / single)
@@ -261,7 +271,7 @@ def _tensors(folder, files):
     return tensors
 
 
-def _weight_map(index_file, files):
+def _weight_map(index_file: Path, files: list[str]) -> dict[str, str]:
     """The index file's map from tensor to file, checked: name -> file name."""
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -4,11 +4,14 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt_neo_sampling._compat import quiet_logging, tf
+from gpt_neo_sampling._types import Params, StrPath
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
     STORED_BYTES,
@@ -39,7 +42,7 @@ SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
 _OPTIMIZER_STATE = re.compile(r".*(/adam_[mv]|/v[rc]|_slot_(vr|vc|v|m))|(gpt2/)?global_step")
 
 
-def open_mesh_tf(folder, files, config_file=None):
+def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None) -> Checkpoint:
     """The `Checkpoint` of a folder that holds these files; its config, unless it is elsewhere, among them."""
     config_file = _config_file(folder, files) if config_file is None else config_file
     params = read_json(config_file)
@@ -68,7 +71,7 @@ def open_mesh_tf(folder, files, config_file=None):
     )  # fmt: skip
 
 
-def open_mesh_tf_config(config_file):
+def open_mesh_tf_config(config_file: Path) -> Checkpoint:
     """The `Checkpoint` of the folder that a config's model_path names, or else that the config is in."""
     config = read_json(config_file)
     if "n_embd" not in config:
@@ -88,16 +91,19 @@ def open_mesh_tf_config(config_file):
         )
     else:
         candidates = [config_file.parent / model_path, Path(model_path)]
-        folder = next((c for c in candidates if c.is_dir()), None)
-        if folder is None:
+        found = next((c for c in candidates if c.is_dir()), None)
+        if found is None:
             raise CheckpointError(
                 f"{config_file}: model_path is {model_path}; there is no such folder "
                 f"in {config_file.parent} or in the working directory"
             )
+        folder = found
     return open_mesh_tf(folder, list_folder(folder), config_file)
 
 
-def write_mesh_tf_checkpoint(folder, params, weights, *, dtype="float32", step=0):
+def write_mesh_tf_checkpoint(
+    folder: StrPath, params: Params, weights: Mapping[str, np.ndarray], *, dtype: str = "float32", step: int = 0
+) -> None:
     """Writes a model in GPT-Neo's own format, one that `open_checkpoint` reads.
 
     That is `model.ckpt-{step}.*`, the file `checkpoint`, which names it without
@@ -134,7 +140,9 @@ def write_mesh_tf_checkpoint(folder, params, weights, *, dtype="float32", step=0
             os.rename(staging, folder)
 
 
-def save_mesh_tf(folder, params, read, dtype="float32", step=0):
+def save_mesh_tf(
+    folder: Path, params: Params, read: Callable[[str], np.ndarray], dtype: str = "float32", step: int = 0
+) -> None:
     """Writes the files of a checkpoint into a folder, some variables at a time.
 
     read: a function from a variable's name to its array. The rest is as for
@@ -152,7 +160,7 @@ def save_mesh_tf(folder, params, read, dtype="float32", step=0):
     shapes = variable_shapes(params)
     numpy_dtype = np.float32 if dtype == "float32" else tf.bfloat16.as_numpy_dtype
     base = f"model.ckpt-{step}"
-    parts = []
+    parts: list[str] = []
     with quiet_logging(), progress_bar("writing", shapes.values()) as progress:
         for names in in_batches(shapes, shapes, SHARD_BYTES):
             parts.append(str(folder / f"part-{len(parts)}"))
@@ -167,7 +175,7 @@ def save_mesh_tf(folder, params, read, dtype="float32", step=0):
     )
 
 
-def _save_part(prefix, values):
+def _save_part(prefix: str, values: dict[str, np.ndarray]) -> None:
     """Writes values, {name: array}, as a TensorFlow checkpoint."""
     with tf.Graph().as_default(), _cpu_session() as session:
         # Fed, not constants: those would end in a graph of 2 GB at most.
@@ -178,14 +186,14 @@ def _save_part(prefix, values):
         session.run(save, dict(zip(tensors, values.values())))
 
 
-def _cpu_session():
+def _cpu_session() -> tf.Session:
     return tf.Session(config=tf.ConfigProto(device_count={"GPU": 0}))
 
 
 # ----------------------------------------------------------------- configs
 
 
-def _dataset(params, config_file, folder):
+def _dataset(params: Params, config_file: Path, folder: Path) -> tuple[dict[str, Any], Path | None]:
     """The first dataset config that a model's config names and that is there, and its path; or {} and None."""
     datasets = params.get("datasets")
     for entry in datasets if isinstance(datasets, list) else []:
@@ -199,10 +207,10 @@ def _dataset(params, config_file, folder):
     return {}, None
 
 
-def _tokenizer(dataset, dataset_file):
+def _tokenizer(dataset: dict[str, Any], dataset_file: Path | None) -> dict[str, Any]:
     """What `Checkpoint` is to know of the tokenizer that a dataset config names."""
     path = dataset.get("tokenizer_path")
-    if path is None:
+    if path is None or dataset_file is None:
         return {}
     if not isinstance(path, str):
         raise CheckpointError(f"{dataset_file}: tokenizer_path is {path!r}; allowed: a path or a name")
@@ -210,7 +218,7 @@ def _tokenizer(dataset, dataset_file):
     return {"tokenizer": local} if local.exists() else {"tokenizer_name": path}
 
 
-def _config_file(folder, files):
+def _config_file(folder: Path, files: list[str]) -> Path:
     """The path of the config: config.json, or the only JSON file with n_embd."""
     if "config.json" in files and "n_embd" in read_json(folder / "config.json"):
         return folder / "config.json"
@@ -235,7 +243,7 @@ def _config_file(folder, files):
     raise CheckpointError(f"{folder} holds {found}; its config is config.json or the only *.json file with n_embd")
 
 
-def _newest(folder, files):
+def _newest(folder: Path, files: list[str]) -> str:
     """The base name of the newest TensorFlow checkpoint, such as model.ckpt-7."""
     there = [f[: -len(".index")] for f in files if f.endswith(".index")]
     if "checkpoint" in files:
@@ -264,9 +272,9 @@ class _TensorFlowStore:
     # come out as Python's own types (a short file as an IndexError).
     _ERRORS = (tf.errors.OpError, LookupError, RuntimeError, ValueError, OSError)
 
-    def __init__(self, folder, base, files):
+    def __init__(self, folder: Path, base: str, files: list[str]) -> None:
         self._path = folder / base
-        self._link_folder = None
+        self._link_folder: tempfile.TemporaryDirectory[str] | None = None
         self.files = [folder / f"{base}.index"]
         shards = _data_files(self._path, base, files)
         try:
@@ -281,7 +289,7 @@ class _TensorFlowStore:
         if there < needed:
             raise CheckpointError(f"{self._path}.data-* is cut short: {there} bytes of at least {needed}")
 
-    def _without_wildcards(self, folder):
+    def _without_wildcards(self, folder: Path) -> Path:
         """The folder, by a link if need be: TensorFlow globs the paths it opens."""
         if not re.search(r"[*?\[\\]", str(folder)) or os.name == "nt":
             return folder
@@ -290,10 +298,10 @@ class _TensorFlowStore:
         link.symlink_to(folder.resolve())
         return link
 
-    def check_dtypes(self, names):
+    def check_dtypes(self, names: Iterable[str]) -> None:
         check_dtypes(self._path, {n: self._dtypes[n] for n in names})
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         try:
             if self._dtypes[name] == "bfloat16":
                 return self._read_bfloat16(name)
@@ -301,7 +309,7 @@ class _TensorFlowStore:
         except self._ERRORS as e:
             raise CheckpointError(f"{name} in {self._path} cannot be read: {e}") from None
 
-    def _read_bfloat16(self, name):
+    def _read_bfloat16(self, name: str) -> np.ndarray:
         """The tensor as float32, by TensorFlow: it keeps the memory of what it reads, and gives it to later ones."""
         with tf.Graph().as_default(), _cpu_session() as session:
             (stored,) = tf.raw_ops.RestoreV2(
@@ -309,13 +317,13 @@ class _TensorFlowStore:
             )
             return session.run(tf.cast(stored, tf.float32))
 
-    def close(self):
+    def close(self) -> None:
         self._reader = None
         if self._link_folder is not None:
             self._link_folder.cleanup()
 
 
-def _data_files(path, base, files):
+def _data_files(path: Path, base: str, files: list[str]) -> list[str]:
     """The names of a checkpoint's data files, all of them."""
     shards = [m for f in files for m in [re.fullmatch(re.escape(base) + r"\.data-(\d{5})-of-(\d{5})", f)] if m]
     total = max((int(m[2]) for m in shards), default=1)

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from gpt_neo_sampling.checkpoint.base import ALLOWED, CheckpointError, list_folder, some
+from gpt_neo_sampling._types import StrPath
+from gpt_neo_sampling.checkpoint.base import ALLOWED, Checkpoint, CheckpointError, list_folder, some
 from gpt_neo_sampling.checkpoint.hugging_face import holds_hugging_face, open_hugging_face
 from gpt_neo_sampling.checkpoint.mesh_tf import open_mesh_tf, open_mesh_tf_config
 
 
-def open_checkpoint(path):
+def open_checkpoint(path: StrPath) -> Checkpoint:
     """Opens the model in a folder, of whichever kind it is, and checks it.
 
     A GPT-Neo mesh-TF folder holds TensorFlow checkpoints `model.ckpt-N.*`, of

@@ -15,10 +15,13 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from gpt_neo_sampling._types import Shape
 from gpt_neo_sampling.checkpoint.base import CheckpointError, aligned_empty, check_dtypes, some
 
 _STORED_AS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy has no bfloat16
@@ -46,23 +49,23 @@ class StoredTensor:
     path: Path
     begin: int  # of its first element, in bytes from the file's start
     dtype: str
-    shape: tuple
-    strides: tuple  # in elements
+    shape: Shape
+    strides: tuple[int, ...]  # in elements
 
 
 class TensorFiles:
     """The store of a checkpoint whose tensors lie in files. shapes: name -> tuple of ints; files: their paths."""
 
-    def __init__(self, folder, tensors):
+    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
         self._folder = folder
         self._tensors = tensors
         self.shapes = {name: t.shape for name, t in tensors.items()}
         self.files = sorted({t.path for t in tensors.values()})
 
-    def check_dtypes(self, names):
+    def check_dtypes(self, names: Iterable[str]) -> None:
         check_dtypes(self._folder, {n: self._tensors[n].dtype for n in names})
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         t = self._tensors[name]
         dtype = np.dtype(_STORED_AS[t.dtype])
         span = _span(t.shape, t.strides)
@@ -82,11 +85,11 @@ class TensorFiles:
             np.copyto(value, stored)
         return value
 
-    def close(self):
+    def close(self) -> None:
         pass  # no file is open between reads
 
 
-def list_safetensors(path):
+def list_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file: name -> StoredTensor.
 
     The file is a length (8 bytes, little-endian), that many bytes of JSON with
@@ -117,7 +120,7 @@ def list_safetensors(path):
     }
 
 
-def list_pytorch(path):
+def list_pytorch(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a PyTorch file that holds a dict of them: name -> StoredTensor."""
     try:
         with open(path, "rb") as file:
@@ -144,14 +147,24 @@ def list_pytorch(path):
 
 
 # The stand-ins, both immutable: a pickle cannot set their attributes.
-_Storage = collections.namedtuple("_Storage", "dtype itemsize key size")
-_Tensor = collections.namedtuple("_Tensor", "storage offset shape strides")
+class _Storage(NamedTuple):
+    dtype: str
+    itemsize: int
+    key: str
+    size: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: Shape
+    strides: tuple[int, ...]
 
 
 class _Unpickler(pickle.Unpickler):
     """Runs a pickle of tensors; no name but these few is looked up, and nothing is imported."""
 
-    def __init__(self, file, path):
+    def __init__(self, file: IO[bytes], path: Path) -> None:
         super().__init__(file)
         self._path = path
         self._names = {
@@ -163,7 +176,7 @@ class _Unpickler(pickle.Unpickler):
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
         }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._names:
             raise CheckpointError(
                 f"{self._path} asks for {module}.{name}, which is no part of a tensor, and is not run; "
@@ -171,14 +184,14 @@ class _Unpickler(pickle.Unpickler):
             )
         return self._names[module, name]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, (dtype, itemsize), key, _device, size, *view = pid
         if kind != "storage" or not isinstance(key, str) or not _is_size(size) or any(v is not None for v in view):
             raise ValueError(f"an unknown kind of storage, {pid!r}")
         return _Storage(dtype, itemsize, key, size)
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_gradient_and_hooks):
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient_and_hooks: object) -> _Tensor:
     sizes = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or len(shape) != len(strides) or not all(map(_is_size, sizes)):
         raise ValueError("a tensor without a storage, offset, shape and strides")
@@ -187,11 +200,11 @@ def _rebuild_tensor(storage, offset, shape, strides, *_gradient_and_hooks):
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor, *_gradient_and_hooks):
+def _rebuild_parameter(tensor: Any, *_gradient_and_hooks: object) -> Any:
     return tensor
 
 
-def _list_zip(path):
+def _list_zip(path: Path) -> tuple[Any, dict[str, int]]:
     """(what the pickle holds, storage's key -> its first byte) of a zip archive."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         members = {m.filename: m for m in archive.infolist()}
@@ -200,7 +213,7 @@ def _list_zip(path):
             raise ValueError(f"a zip archive with {len(pickles)} data.pkl; allowed: one")
         prefix = pickles[0].removesuffix("data.pkl")
 
-        def begin(name):
+        def begin(name: str) -> int:
             member = members[name]
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} in it is compressed")
@@ -225,11 +238,11 @@ def _list_zip(path):
         return tensors, begins
 
 
-def _list_legacy(path):
+def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
     """The same of pickles (magic number, protocol, machine, tensors, keys) and storages behind them."""
     with open(path, "rb") as file:
 
-        def load():
+        def load() -> Any:
             return _Unpickler(file, path).load()
 
         if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
@@ -249,24 +262,24 @@ def _list_legacy(path):
         return tensors, begins
 
 
-def _storages(tensors):
+def _storages(tensors: Any) -> Collection[_Storage]:
     return {t.storage for t in tensors.values() if isinstance(t, _Tensor)} if isinstance(tensors, dict) else ()
 
 
-def _is_size(value):
+def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _span(shape, strides):
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from a tensor's first to its last."""
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if all(shape) else 0
 
 
-def _contiguous(shape):
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
 
 
-def _why(path, error):
+def _why(path: Path, error: Exception) -> str:
     try:
         with open(path, "rb") as file:
             if file.read(32).startswith(b"version https://git-lfs"):

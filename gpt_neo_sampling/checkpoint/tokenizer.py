@@ -1,13 +1,18 @@
 """The tokenizer of a model: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
-from gpt_neo_sampling.checkpoint.base import CheckpointError, read_json
+import types
+from pathlib import Path
+from typing import Any
+
+from gpt_neo_sampling._types import Tokenizer
+from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, read_json
 
 _ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 # Everything that may belong to a tokenizer, for what copies a model.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", *_ADDED_TOKENS)
 
 
-def load_tokenizer(checkpoint):
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer of a checkpoint.
 
     tokenizer.json holds all of it. vocab.json and merges.txt are byte-level BPE's
@@ -25,7 +30,8 @@ def load_tokenizer(checkpoint):
       CheckpointError: if a file cannot be read, the tokenizer does not fit the
         model, or the package tokenizers is not installed.
     """
-    file = checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
+    single, pair = checkpoint.tokenizer_file, checkpoint.tokenizer_files
+    file = single or (pair and pair[0])
     if file is None:
         return None
     try:
@@ -33,10 +39,10 @@ def load_tokenizer(checkpoint):
     except ImportError:
         raise CheckpointError(f"{file} needs the package tokenizers: pip install 'gpt_neo_sampling[cli]'") from None
     try:
-        if checkpoint.tokenizer_file:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        if single is None and pair is not None:
+            tokenizer = _byte_level_bpe(tokenizers, *pair)
         else:
-            tokenizer = _byte_level_bpe(tokenizers, *checkpoint.tokenizer_files)
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except CheckpointError:
         raise
     except Exception as e:  # the library raises bare Exception
@@ -50,7 +56,7 @@ def load_tokenizer(checkpoint):
     return tokenizer
 
 
-def _byte_level_bpe(tokenizers, vocab_file, merges_file):
+def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file: Path) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
     config_file = vocab_file.parent / "tokenizer_config.json"
     config = read_json(config_file) if config_file.is_file() else {}
@@ -67,9 +73,9 @@ def _byte_level_bpe(tokenizers, vocab_file, merges_file):
     return tokenizer
 
 
-def _added_tokens(folder, config):
+def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int | None, str, bool]]:
     """(id or None, text, whether decoding leaves it out) of each token that is added, by id."""
-    tokens = {}
+    tokens: dict[str, tuple[int | None, bool]] = {}
     for id_, entry in (config.get("added_tokens_decoder") or {}).items():
         tokens[entry["content"]] = (int(id_), bool(entry.get("special")))
     added_file, special_file = (folder / name for name in _ADDED_TOKENS[:2])
@@ -79,8 +85,8 @@ def _added_tokens(folder, config):
         for key, entry in entries.items():
             if key.endswith("_token") or key == "additional_special_tokens":
                 for token in entry if isinstance(entry, list) else [entry]:
-                    text = token.get("content") if isinstance(token, dict) else token
-                    if isinstance(text, str):
-                        tokens[text] = (tokens.get(text, (None,))[0], True)
+                    content = token.get("content") if isinstance(token, dict) else token
+                    if isinstance(content, str):
+                        tokens[content] = (tokens.get(content, (None,))[0], True)
     by_id = sorted(tokens.items(), key=lambda token: (token[1][0] is None, token[1][0] or 0))
     return [(id_, text, is_special) for text, (id_, is_special) in by_id]

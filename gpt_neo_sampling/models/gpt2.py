@@ -14,7 +14,11 @@ over a mesh axis, apart from sequence and features_per_head, as long as no two
 dims of one tensor are split along the same axis (see TENSORS).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
 from gpt_neo_sampling.models.utils import entmax_cross_entropy_with_logits, parse_inputs
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, resize, take, write_at
@@ -55,7 +59,7 @@ UNSUPPORTED_OPTIONS = (
 )
 
 
-def expand_attention_types(nested, n_layer):
+def expand_attention_types(nested: Any, n_layer: int) -> list[str]:
     """GPT-Neo's `[[[types…], repeats], …]` as a list of one type a layer.
 
     `[[["global", "local"], 2]]` gives global, local, global, local.
@@ -85,12 +89,12 @@ def expand_attention_types(nested, n_layer):
     return [t for types, repeats in groups for _ in range(repeats) for t in types]
 
 
-def _as_list(value):
+def _as_list(value: Any) -> Sequence[Any]:
     """A list or tuple as it is; anything else, a string among it, as []."""
     return value if isinstance(value, (list, tuple)) else []
 
 
-def check_params(params):
+def check_params(params: Params) -> None:
     """Checks a GPT-Neo config for options that this model does not have.
 
     Args:
@@ -108,8 +112,9 @@ def check_params(params):
             f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(ACTIVATIONS)}"
         )
     for option in ("n_layer", "n_head", "n_embd"):
-        if not isinstance(get(option), int) or get(option) < 1:
-            raise ValueError(f"config option {option}={get(option)!r}: a whole number of at least 1 is needed")
+        value = get(option)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"config option {option}={value!r}: a whole number of at least 1 is needed")
     if params["n_embd"] % params["n_head"]:
         raise ValueError(f"config option n_embd={params['n_embd']} is not a multiple of n_head={params['n_head']}")
     if get("rotary_emb") and params["n_embd"] // params["n_head"] % 2:
@@ -127,12 +132,12 @@ def check_params(params):
         raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
 
 
-def _activation(params):
+def _activation(params: Params) -> str:
     """GPT-Neo's code reads `activation_fn`, and not the `activation_function` of its configs."""
     return params.get("activation_fn") or "gelu"
 
 
-def splittable_dims(params):
+def splittable_dims(params: Params) -> dict[str, int | None]:
     """{name: size} of the model's dims that a layout may split.
 
     The sizes that the caller of the model chooses, of the batch, of the
@@ -149,7 +154,14 @@ def splittable_dims(params):
     return dims if params.get("rotary_emb") else {**dims, "embed_sequence": params["n_ctx"]}
 
 
-def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+def model(
+    mtf_features: dict[str, mtf.Tensor],
+    other_features: dict[str, Any],
+    params: Params,
+    mesh: mtf.Mesh,
+    variable_dtype: mtf.VariableDType,
+    context: Any = None,
+) -> tuple[mtf.Tensor, mtf.Tensor | None, mtf.Tensor | None]:
     """The network: token ids in, logits and, when training, the loss out.
 
     Args:
@@ -210,7 +222,7 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
     tables = _rotary_tables(mesh, memory_dim, params, read_position) if params.get("rotary_emb") else None
     for layer in range(params["n_layer"]):
 
-        def block(x, layer=layer):
+        def block(x: mtf.Tensor, layer: int = layer) -> mtf.Tensor:
             with tf.variable_scope(f"h{layer}"):
                 layer_type = types[layer]
                 if layer_type == "none":  # GPT-Neo adds the input, where others add attention
@@ -239,7 +251,9 @@ def model(mtf_features, other_features, params, mesh, variable_dtype, context=No
     return mtf.cast(logits, variable_dtype.master_dtype), loss, loss_batch
 
 
-def _loss(logits, labels, params, variable_dtype):
+def _loss(
+    logits: mtf.Tensor, labels: mtf.Tensor, params: Params, variable_dtype: mtf.VariableDType
+) -> tuple[mtf.Tensor, mtf.Tensor]:
     logits = mtf.cast(logits, tf.float32)
     loss_fn = entmax_cross_entropy_with_logits if params.get("entmax_loss") else (
         mtf.layers.softmax_cross_entropy_with_logits)  # fmt: skip
@@ -254,12 +268,19 @@ def _loss(logits, labels, params, variable_dtype):
     return mtf.cast(loss, variable_dtype.slice_dtype), loss_batch
 
 
-def _variable(mesh, name, shape, variable_dtype, stddev=None, constant=0.0):
+def _variable(
+    mesh: mtf.Mesh,
+    name: str,
+    shape: list[mtf.Dimension],
+    variable_dtype: mtf.VariableDType,
+    stddev: float | None = None,
+    constant: float = 0.0,
+) -> mtf.Tensor:
     initializer = tf.constant_initializer(constant) if stddev is None else tf.random_normal_initializer(stddev=stddev)
     return mtf.get_variable(mesh, name, mtf.Shape(shape), dtype=variable_dtype, initializer=initializer)
 
 
-def _dropout(x, rate_option, params):
+def _dropout(x: mtf.Tensor, rate_option: str, params: Params) -> mtf.Tensor:
     rate = params.get(rate_option) or 0.0
     if params.get("mode") != "train" or rate == 0.0:
         return x
@@ -268,7 +289,7 @@ def _dropout(x, rate_option, params):
     return x * mtf.cast(mtf.less(noise, 1.0 - rate), x.dtype) * (1.0 / (1.0 - rate))
 
 
-def _layer_norm(x, scope, variable_dtype):
+def _layer_norm(x: mtf.Tensor, scope: str, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
     dim = x.shape[-1]
     with tf.variable_scope(scope):
         g = _variable(x.mesh, "g", [dim], variable_dtype, constant=1.0)
@@ -276,7 +297,15 @@ def _layer_norm(x, scope, variable_dtype):
         return layer_norm(x, g, b, NORM_EPSILON)
 
 
-def _attention_bias(attention_type, memory_dim, other_features, params, h, read_position, incremental):
+def _attention_bias(
+    attention_type: str,
+    memory_dim: mtf.Dimension,
+    other_features: dict[str, Any],
+    params: Params,
+    h: mtf.Tensor,
+    read_position: mtf.Tensor,
+    incremental: bool,
+) -> mtf.Tensor | None:
     """What is added to the scores: [sequence, memory_length], or a row a prompt; None for nothing."""
     if attention_type == "global":
         bias = other_features["attn_bias"]
@@ -289,7 +318,7 @@ def _attention_bias(attention_type, memory_dim, other_features, params, h, read_
         return take(bias, read_position, queries) if incremental else resize(bias, queries, read_position.shape[0].size)
     radius = params.get("local_attention_radius") or LOCAL_RADIUS
 
-    def window(query, key):
+    def window(query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         distance = query - key
         seen = tf.logical_and(distance >= 0, distance < radius)
         return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(max(MASK, float(h.dtype.min)), h.dtype))
@@ -297,7 +326,9 @@ def _attention_bias(attention_type, memory_dim, other_features, params, h, read_
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
 
 
-def _rotary_tables(mesh, memory_dim, params, read_position):
+def _rotary_tables(
+    mesh: mtf.Mesh, memory_dim: mtf.Dimension, params: Params, read_position: mtf.Tensor
+) -> tuple[mtf.Tensor, mtf.Tensor]:
     """What queries are turned by, [sequence or batch, features_per_head], and keys, [memory_length, …]."""
     depth_dim = _features_per_head(params)
     position_dim = mtf.Dimension("position", memory_dim.size)  # one that no layout splits
@@ -305,15 +336,25 @@ def _rotary_tables(mesh, memory_dim, params, read_position):
     return queries, rotary_table(mesh, memory_dim, depth_dim)
 
 
-def _turned(x, table):
+def _turned(x: mtf.Tensor, table: mtf.Tensor | None) -> mtf.Tensor:
     return x if table is None else rotate(x, table)
 
 
-def _features_per_head(params):
+def _features_per_head(params: Params) -> mtf.Dimension:
     return mtf.Dimension("features_per_head", params["n_embd"] // params["n_head"])
 
 
-def _attention(x, attention_type, bias, tables, memory_dim, other_features, params, variable_dtype, context):
+def _attention(
+    x: mtf.Tensor,
+    attention_type: str,
+    bias: mtf.Tensor | None,
+    tables: tuple[mtf.Tensor, mtf.Tensor] | None,
+    memory_dim: mtf.Dimension,
+    other_features: dict[str, Any],
+    params: Params,
+    variable_dtype: mtf.VariableDType,
+    context: Any,
+) -> mtf.Tensor:
     *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
     heads_dim = mtf.Dimension("heads", params["n_head"])
     kv_dim = _features_per_head(params)
@@ -323,7 +364,7 @@ def _attention(x, attention_type, bias, tables, memory_dim, other_features, para
     with tf.variable_scope("attn"):
         stddev = params["n_embd"] ** -0.5
 
-        def weights(name, stddev=stddev):
+        def weights(name: str, stddev: float = stddev) -> mtf.Tensor:
             return _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
 
         # The scores are not scaled; the initial queries are, instead.
@@ -353,7 +394,16 @@ def _attention(x, attention_type, bias, tables, memory_dim, other_features, para
     return _dropout(a, "res_dropout", params)
 
 
-def _attention_in_training(q, k, v, k_table, attention_type, bias, memory_dim, params):
+def _attention_in_training(
+    q: mtf.Tensor,
+    k: mtf.Tensor,
+    v: mtf.Tensor,
+    k_table: mtf.Tensor | None,
+    attention_type: str,
+    bias: mtf.Tensor | None,
+    memory_dim: mtf.Dimension,
+    params: Params,
+) -> mtf.Tensor:
     """Over the whole sequence, differentiable, with dropout."""
     batch_dim, sequence_dim, heads_dim, _ = q.shape.dims
     k, v = (mtf.replace_dimensions(t, sequence_dim, memory_dim) for t in (k, v))
@@ -368,7 +418,16 @@ def _attention_in_training(q, k, v, k_table, attention_type, bias, memory_dim, p
     return mtf.einsum([weights, v], output_shape=q.shape)
 
 
-def _attention_in_loop(q, k, v, k_table, bias, memory_dim, states_dim, context):
+def _attention_in_loop(
+    q: mtf.Tensor,
+    k: mtf.Tensor,
+    v: mtf.Tensor,
+    k_table: mtf.Tensor | None,
+    bias: mtf.Tensor | None,
+    memory_dim: mtf.Dimension,
+    states_dim: mtf.Dimension,
+    context: Any,
+) -> mtf.Tensor:
     """Of a prompt to itself, or of one token to what is in memory; records keys and values."""
     if context.mode == "incremental":
         # what sample_autoregressive keeps, nobody else reads
@@ -391,14 +450,14 @@ def _attention_in_loop(q, k, v, k_table, bias, memory_dim, states_dim, context):
     return mtf.transpose(a, q.shape)
 
 
-def _up_to(x, length, dim):
+def _up_to(x: mtf.Tensor, length: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
     """x with zeros from `length` on: what stands behind a prompt is never read,
     but a NaN there would be, times a weight of 0."""
     at = mtf.range(x.mesh, dim, tf.int32)
     return cwise_broadcast(lambda x, at, n: tf.where_v2(at < n, x, tf.zeros_like(x)), [x, at, length], x.shape)
 
 
-def _mlp(x, params, variable_dtype):
+def _mlp(x: mtf.Tensor, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
     embd_dim = x.shape[-1]
     hidden_dim = mtf.Dimension("intermediate_expanded", 4 * embd_dim.size)
     in_stddev = out_stddev = 0.02
@@ -408,7 +467,7 @@ def _mlp(x, params, variable_dtype):
         in_stddev *= embd_dim.size**-0.5
         out_stddev *= hidden_dim.size**-0.5
 
-    def linear(x, scope, in_dim, out_dim, stddev):
+    def linear(x: mtf.Tensor, scope: str, in_dim: mtf.Dimension, out_dim: mtf.Dimension, stddev: float) -> mtf.Tensor:
         with tf.variable_scope(scope):
             kernel = _variable(x.mesh, "kernel", [in_dim, out_dim], variable_dtype, stddev=stddev)
             bias = _variable(x.mesh, "bias", [out_dim], variable_dtype)

@@ -1,16 +1,17 @@
 """Masks: logits in, the same logits out, less what may not be drawn."""
 
-import numbers
+from collections.abc import Callable
 
 import numpy as np
 
 from gpt_neo_sampling import mass
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import RowValue, is_number, is_whole
 from gpt_neo_sampling.largest import top_k
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, take
 
 
-def mask_value(dtype):
+def mask_value(dtype: tf.DType) -> float:
     """What a masked logit becomes: the lowest finite number of its dtype.
 
     Its probability is exactly 0 under softmax and entmax, and unlike −inf it
@@ -19,7 +20,14 @@ def mask_value(dtype):
     return dtype.min
 
 
-def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
+def top_k_mask(
+    logits: mtf.Tensor,
+    k: RowValue,
+    dim: mtf.Dimension | None = None,
+    *,
+    max_top_k: int | None = None,
+    masked: float | None = None,
+) -> mtf.Tensor:
     """Masks all but the k largest logits (Fan, Lewis, Dauphin 2018, arXiv 1805.04833).
 
     Exactly k survive: among equal logits at the border those of lower index.
@@ -42,14 +50,15 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
     """
     dim = dim_of(logits, dim)
     rows = logits.shape - dim
-    k, k_max = _import_k(logits, k, dim, max_top_k)
-    if k is None:
+    imported = _import_k(logits, k, dim, max_top_k)
+    if imported is None:
         return logits
+    k, k_max = imported
 
     k_dim = mtf.Dimension("top_k", k_max)
     lowest = mask_value(logits.dtype)
 
-    def comparable(x):
+    def comparable(x: tf.Tensor) -> tf.Tensor:
         # −inf counts as masked: it could not travel between shards. −0.0 becomes
         # 0.0: XLA's sort tells them apart.
         x = tf.where_v2(x < lowest, tf.constant(lowest, x.dtype), x)
@@ -60,7 +69,7 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
     border = mtf.broadcast(cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_max - 1), [k]), rows)
     value, index = take(values, border, k_dim), take(indices, border, k_dim)
 
-    def keep(x, value, index, entry, k):
+    def keep(x: tf.Tensor, value: tf.Tensor, index: tf.Tensor, entry: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
         below = tf.logical_or(x < value, tf.logical_and(tf.equal(x, value), entry > index))
         return tf.logical_or(tf.logical_not(below), tf.logical_or(k < 1, k >= dim.size))
 
@@ -70,7 +79,9 @@ def top_k_mask(logits, k, dim=None, *, max_top_k=None, masked=None):
     return logits + mtf.cast(_asked_too_many(k, k_max, dim), logits.dtype) if k_max < dim.size else logits
 
 
-def top_k_candidates(logits, k, dim=None, *, max_top_k=None):
+def top_k_candidates(
+    logits: mtf.Tensor, k: RowValue, dim: mtf.Dimension | None = None, *, max_top_k: int | None = None
+) -> tuple[mtf.Tensor, mtf.Tensor] | None:
     """What `top_k_mask` leaves, by itself.
 
     Args:
@@ -83,14 +94,15 @@ def top_k_candidates(logits, k, dim=None, *, max_top_k=None):
       max_top_k has NaN for all its values. For a number k of dim.size or more, None.
     """
     dim = dim_of(logits, dim)
-    k, k_max = _import_k(logits, k, dim, max_top_k)
-    if k is None:
+    imported = _import_k(logits, k, dim, max_top_k)
+    if imported is None:
         return None
+    k, k_max = imported
     k_dim = mtf.Dimension("top_k", k_max)
     values, indices = top_k(logits, dim, k_dim)
     at = mtf.range(logits.mesh, k_dim, tf.int32)
 
-    def keep(x, k, at):
+    def keep(x: tf.Tensor, k: tf.Tensor, at: tf.Tensor) -> tf.Tensor:
         kept = tf.logical_or(at < k, k < 1)
         return tf.where_v2(tf.logical_or(kept, tf.is_nan(x)), x, tf.constant(-np.inf, x.dtype))
 
@@ -98,21 +110,23 @@ def top_k_candidates(logits, k, dim=None, *, max_top_k=None):
     return values + mtf.cast(_asked_too_many(k, k_max, dim), values.dtype) if k_max < dim.size else values, indices
 
 
-def has_no_top_k(k, dim):
+def has_no_top_k(k: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
     """float32 mtf.Tensor like k, an mtf.Tensor as for `top_k_mask`: 1.0 where it means no mask, else 0.0."""
     return mtf.cwise(lambda k: tf.cast(tf.logical_or(k < 1, k >= dim.size), tf.float32), [k], tf.float32)
 
 
-def _import_k(logits, k, dim, max_top_k):
-    """(k as an int32 mtf.Tensor, the largest it may be); (None, None) for a number that masks nothing."""
-    if isinstance(k, numbers.Integral):
+def _import_k(
+    logits: mtf.Tensor, k: RowValue, dim: mtf.Dimension, max_top_k: int | None
+) -> tuple[mtf.Tensor, int] | None:
+    """(k as an int32 mtf.Tensor, the largest it may be); None for a number that masks nothing."""
+    if is_whole(k):
         if k < 1:
             raise ValueError(f"top-k: k={k}; at least 1 is needed")
         if k >= dim.size:
-            return None, None
+            return None
         k_max = int(k)
     else:
-        if isinstance(k, (numbers.Real, str)) or k is None:
+        if is_number(k) or isinstance(k, str) or k is None:
             raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
         if max_top_k is None or max_top_k < 1:
             raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
@@ -120,14 +134,16 @@ def _import_k(logits, k, dim, max_top_k):
     return import_rows(logits.mesh, k, tf.int32, logits.shape - dim, "top-k"), k_max
 
 
-def _asked_too_many(k, k_max, dim):
+def _asked_too_many(k: mtf.Tensor, k_max: int, dim: mtf.Dimension) -> mtf.Tensor:
     """float32, like k: NaN where that is above what it may be, 0 elsewhere."""
     return cwise_broadcast(
         lambda k: tf.where_v2(tf.logical_and(k > k_max, k < dim.size), np.nan, 0.0), [k], output_dtype=tf.float32
     )
 
 
-def top_p_mask(logits, top_p, dim=None, *, masked=None):
+def top_p_mask(
+    logits: mtf.Tensor, top_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
     """Masks all but the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
     That is the smallest set of the likeliest entries whose probabilities sum to at least top_p. Among equal entries
@@ -149,7 +165,9 @@ def top_p_mask(logits, top_p, dim=None, *, masked=None):
     return _mask_below(logits, "top_p", top_p, dim, masked, mass.top_p_cut, neutral=1)
 
 
-def min_p_mask(logits, min_p, dim=None, *, masked=None):
+def min_p_mask(
+    logits: mtf.Tensor, min_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
     """Masks entries less than min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
 
     Kept are those of p ≥ min_p · max p, which is x − max x ≥ log(min_p).
@@ -161,7 +179,9 @@ def min_p_mask(logits, min_p, dim=None, *, masked=None):
     return _mask_below(logits, "min_p", min_p, dim, masked, mass.min_p_cut, neutral=0)
 
 
-def typical_p_mask(logits, typical_p, dim=None, *, masked=None):
+def typical_p_mask(
+    logits: mtf.Tensor, typical_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
     """Masks all but the locally typical entries (Meister et al. 2023, arXiv 2202.00666).
 
     Those are the smallest set whose probabilities sum to at least typical_p, beginning with the entries whose
@@ -175,7 +195,9 @@ def typical_p_mask(logits, typical_p, dim=None, *, masked=None):
     return _mask_below(logits, "typical_p", typical_p, dim, masked, mass.typical_p_cut, neutral=1, excluded=0)
 
 
-def epsilon_mask(logits, epsilon_cutoff, dim=None, *, masked=None):
+def epsilon_mask(
+    logits: mtf.Tensor, epsilon_cutoff: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
     """Masks entries of probability below epsilon_cutoff (Hewitt et al. 2022, arXiv 2210.15191).
 
     The likeliest entry, and those that equal it, always stay.
@@ -187,7 +209,9 @@ def epsilon_mask(logits, epsilon_cutoff, dim=None, *, masked=None):
     return _mask_below(logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, mass.epsilon_cut, neutral=0, excluded=1)
 
 
-def eta_mask(logits, eta_cutoff, dim=None, *, masked=None):
+def eta_mask(
+    logits: mtf.Tensor, eta_cutoff: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
     """Masks entries of a probability that is low for the row's entropy H (Hewitt et al. 2022, arXiv 2210.15191).
 
     Kept are those of p ≥ min(η, √η · exp(−H)), where η is eta_cutoff and H = −Σ p·log p; and the likeliest entry, with
@@ -200,17 +224,26 @@ def eta_mask(logits, eta_cutoff, dim=None, *, masked=None):
     return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, mass.eta_cut, neutral=0, excluded=1)
 
 
-def _mask_below(logits, name, option, dim, masked, find_cut, neutral, excluded=None):
+def _mask_below(
+    logits: mtf.Tensor,
+    name: str,
+    option: RowValue,
+    dim: mtf.Dimension | None,
+    masked: float | None,
+    find_cut: Callable[..., mass.Cut],
+    neutral: float,
+    excluded: float | None = None,
+) -> mtf.Tensor:
     """`option` is from 0 to 1, but not the number that is `excluded`; `neutral` masks nothing."""
     dim = dim_of(logits, dim)
-    if isinstance(option, numbers.Real):
+    if is_number(option):
         if not 0 <= option <= 1 or option == excluded:
             but = "" if excluded is None else f", but not {excluded},"
             raise ValueError(f"{name}={option}; a number from 0 to 1{but} is needed")
         if option == neutral:
             return logits
 
-    def check(option):
+    def check(option: tf.Tensor) -> tf.Tensor:
         valid = tf.logical_and(option >= 0, option <= 1)
         if excluded is not None:
             valid = tf.logical_and(valid, tf.not_equal(option, excluded))
@@ -220,7 +253,7 @@ def _mask_below(logits, name, option, dim, masked, find_cut, neutral, excluded=N
     return mass.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
 
 
-def padding_mask(logits, size, dim=None):
+def padding_mask(logits: mtf.Tensor, size: int, dim: mtf.Dimension | None = None) -> mtf.Tensor:
     """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
 
     Args:
@@ -239,14 +272,14 @@ def padding_mask(logits, size, dim=None):
     return mask_out(logits, kept)
 
 
-def mask_out(logits, kept, masked=None):
+def mask_out(logits: mtf.Tensor, kept: mtf.Tensor, masked: float | None = None) -> mtf.Tensor:
     """logits where the bool mtf.Tensor `kept`, of their shape, is true, else `masked`, by default `mask_value`."""
     low = mask_value(logits.dtype) if masked is None else masked
 
-    def mask(x, kept):
+    def mask(x: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
         return tf.where_v2(kept, x, tf.constant(low, x.dtype))
 
-    def gradient(op, dy):
+    def gradient(op: mtf.Operation, dy: mtf.Tensor) -> list[mtf.Tensor | None]:
         keep = lambda kept, dy: tf.where_v2(kept, dy, tf.zeros_like(dy))  # noqa: E731
         return [mtf.cwise(keep, [op.inputs[1], dy], dy.dtype), None]
 

@@ -6,18 +6,19 @@ becomes the largest or the lowest number.
 """
 
 import functools
-import numbers
+from collections.abc import Sequence
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_number, is_whole
 from gpt_neo_sampling.models.masks import mask_out, mask_value
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, scatter_add, size_of
 
 # --- Tokens that stand in a row ---------------------------------------------------
 
 
-def token_counts(ids, dim, begin=0, end=None):
+def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: RowValue | None = None) -> mtf.Tensor:
     """How often each token stands in a row, at positions begin ≤ position < end.
 
     Args:
@@ -35,20 +36,22 @@ def token_counts(ids, dim, begin=0, end=None):
     begin = import_rows(ids.mesh, begin, tf.int32, rows, "begin")
     end = import_rows(ids.mesh, length_dim.size if end is None else end, tf.int32, rows, "end")
 
-    def inside(ids, at, begin, end):
+    def inside(ids: tf.Tensor, at: tf.Tensor, begin: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
         return tf.broadcast_to(tf.cast(tf.logical_and(at >= begin, at < end), tf.float32), ids.shape)
 
     at = mtf.range(ids.mesh, length_dim, tf.int32)
     return scatter_add(cwise_broadcast(inside, [ids, at, begin, end], ids.shape, tf.float32), ids, rows + dim, dim)
 
 
-def _whole_rows(ids):
+def _whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
     """ids with a last dim of a name that no layout splits."""
     length_dim = ids.shape[-1]
     return mtf.rename_dimension(ids, length_dim.name, "whole_" + length_dim.name)
 
 
-def repetition_penalty(logits, counts, penalty, dim=None):
+def repetition_penalty(
+    logits: mtf.Tensor, counts: mtf.Tensor, penalty: RowValue, dim: mtf.Dimension | None = None
+) -> mtf.Tensor:
     """Makes tokens that are there already less likely (Keskar et al. 2019, arXiv 1909.05858).
 
     For entries with a count above 0: x / penalty where x > 0, else x · penalty, as
@@ -71,7 +74,7 @@ def repetition_penalty(logits, counts, penalty, dim=None):
     """
     penalty = _import_number(logits, penalty, dim, "repetition_penalty", 2.0**-126, "finite number above 0")
 
-    def penalise(x, count, penalty):
+    def penalise(x: tf.Tensor, count: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
         # a product in both cases: some backends do not divide as others do
         factor = tf.where_v2(count > 0, tf.where_v2(x > 0, 1.0 / penalty, penalty), 1.0)
         return tf.where_v2(tf.logical_and(penalty > 0, penalty < np.inf), x * factor, np.nan)
@@ -79,7 +82,13 @@ def repetition_penalty(logits, counts, penalty, dim=None):
     return _penalise(penalise, logits, counts, penalty)
 
 
-def presence_frequency_penalty(logits, counts, presence=0.0, frequency=0.0, dim=None):
+def presence_frequency_penalty(
+    logits: mtf.Tensor,
+    counts: mtf.Tensor,
+    presence: RowValue = 0.0,
+    frequency: RowValue = 0.0,
+    dim: mtf.Dimension | None = None,
+) -> mtf.Tensor:
     """Makes tokens that are there already less likely: x − presence · [count > 0] − frequency · count.
 
     The presence and frequency penalties of OpenAI's API and of vLLM, which take
@@ -100,30 +109,38 @@ def presence_frequency_penalty(logits, counts, presence=0.0, frequency=0.0, dim=
     presence = _import_number(logits, presence, dim, "presence_penalty")
     frequency = _import_number(logits, frequency, dim, "frequency_penalty")
 
-    def penalise(x, count, presence, frequency):  # 0 · ±inf is NaN: it shows in every entry
+    def penalise(x: tf.Tensor, count: tf.Tensor, presence: tf.Tensor, frequency: tf.Tensor) -> tf.Tensor:
+        # 0 · ±inf is NaN: it shows in every entry
         return x - tf.cast(count > 0, tf.float32) * presence - count * frequency
 
     return _penalise(penalise, logits, counts, presence, frequency)
 
 
-def _import_number(logits, value, dim, name, lowest=-np.inf, allowed="finite number"):
+def _import_number(
+    logits: mtf.Tensor,
+    value: RowValue,
+    dim: mtf.Dimension | None,
+    name: str,
+    lowest: float = -np.inf,
+    allowed: str = "finite number",
+) -> mtf.Tensor:
     largest = float(tf.float32.max)
-    if isinstance(value, numbers.Real) and not max(lowest, -largest) <= value <= largest:
+    if is_number(value) and not max(lowest, -largest) <= value <= largest:
         raise ValueError(f"{name}={value}; a {allowed} is needed")
     return import_rows(logits.mesh, value, tf.float32, logits.shape - dim_of(logits, dim), name)
 
 
-def _penalise(fn, logits, counts, *values):
+def _penalise(fn: TensorFunction, logits: mtf.Tensor, counts: mtf.Tensor, *values: mtf.Tensor) -> mtf.Tensor:
     if set(counts.shape.dims) != set(logits.shape.dims):
         raise ValueError(f"counts of shape {counts.shape}; logits {logits.shape} need the same dims")
     return _adjust(fn, logits, counts, *values)
 
 
-def _adjust(fn, logits, *inputs):
+def _adjust(fn: TensorFunction, logits: mtf.Tensor, *inputs: mtf.Tensor) -> mtf.Tensor:
     """logits with fn(x, *inputs), of float32, kept within the dtype's range; masked and invalid entries as they are."""
     low, high = float(mask_value(logits.dtype)), float(logits.dtype.max)
 
-    def tf_fn(x, *inputs):
+    def tf_fn(x: tf.Tensor, *inputs: tf.Tensor) -> tf.Tensor:
         wide = tf.cast(x, tf.float32)
         new = fn(wide, *inputs)
         new = tf.where_v2(new < low, low, tf.where_v2(new > high, high, new))  # NaN passes
@@ -132,7 +149,9 @@ def _adjust(fn, logits, *inputs):
     return cwise_broadcast(tf_fn, [logits, *inputs], logits.shape, name=fn.__name__)
 
 
-def no_repeat_ngram_mask(logits, ids, position, ngram_size, dim=None):
+def no_repeat_ngram_mask(
+    logits: mtf.Tensor, ids: mtf.Tensor, position: RowValue, ngram_size: int, dim: mtf.Dimension | None = None
+) -> mtf.Tensor:
     """Masks the tokens that would make an n-gram that the row has already (Paulus et al. 2017, arXiv 1705.04304).
 
     A token t is masked where the last n − 1 of the row's tokens, then t, stand
@@ -154,14 +173,14 @@ def no_repeat_ngram_mask(logits, ids, position, ngram_size, dim=None):
     """
     dim = dim_of(logits, dim)
     rows = mtf.Shape(ids.shape.dims[:-1])
-    if not isinstance(ngram_size, numbers.Integral) or ngram_size < 1:
+    if not is_whole(ngram_size) or ngram_size < 1:
         raise ValueError(f"no_repeat_ngram_size={ngram_size!r}; a whole number of at least 1 is needed")
     if set(rows.dims) != set((logits.shape - dim).dims):
         raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
     ids = _whole_rows(ids)
     position = mtf.broadcast(import_rows(ids.mesh, position, tf.int32, rows, "position"), rows)
 
-    def repeats(ids, position):
+    def repeats(ids: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
         """1.0 for each id that is there and comes behind n − 1 that are the row's last, else 0.0."""
         length = size_of(ids, -1)
         at = tf.range(length)
@@ -182,7 +201,9 @@ def no_repeat_ngram_mask(logits, ids, position, ngram_size, dim=None):
 # --- Sets of tokens ----------------------------------------------------------------
 
 
-def tokens_mask(logits, tokens, dim=None, when=None):
+def tokens_mask(
+    logits: mtf.Tensor, tokens: Sequence[RowValue], dim: mtf.Dimension | None = None, when: mtf.Tensor | None = None
+) -> mtf.Tensor:
     """Masks some entries, so that they are never drawn; those outside `dim` change nothing.
 
     Args:
@@ -202,17 +223,17 @@ def tokens_mask(logits, tokens, dim=None, when=None):
     if when is not None:
         inputs.append(import_rows(logits.mesh, when, tf.float32, logits.shape - dim, "when"))
 
-    def masked(entry, *inputs):
+    def masked(entry: tf.Tensor, *inputs: tf.Tensor) -> tf.Tensor:
         found = functools.reduce(tf.logical_or, [tf.equal(entry, token) for token in inputs[: len(tokens)]])
         return found if when is None else tf.logical_and(found, inputs[-1] > 0.5)
 
     return _mask_where(masked, logits, dim, *inputs)
 
 
-def _mask_where(masked, logits, dim, *inputs):
+def _mask_where(masked: TensorFunction, logits: mtf.Tensor, dim: mtf.Dimension, *inputs: mtf.Tensor) -> mtf.Tensor:
     """logits, masked where masked(entry, *inputs) says so; not an invalid one, whose row would pass for valid."""
 
-    def keep(x, entry, *inputs):
+    def keep(x: tf.Tensor, entry: tf.Tensor, *inputs: tf.Tensor) -> tf.Tensor:
         invalid = tf.logical_or(tf.is_nan(x), x >= np.inf)
         return tf.logical_or(tf.logical_not(masked(entry, *inputs)), invalid)
 
@@ -220,7 +241,7 @@ def _mask_where(masked, logits, dim, *inputs):
     return mask_out(logits, cwise_broadcast(keep, [logits, entry, *inputs], logits.shape, tf.bool))
 
 
-def logit_bias(logits, bias, dim=None):
+def logit_bias(logits: mtf.Tensor, bias: Tensor, dim: mtf.Dimension | None = None) -> mtf.Tensor:
     """Adds a bias to the logits; −inf masks an entry.
 
     Args:
@@ -248,7 +269,7 @@ def logit_bias(logits, bias, dim=None):
     elif any(d not in logits.shape.dims for d in bias.shape.dims):
         raise ValueError(f"logit_bias has shape {bias.shape}; its dims must be among those of logits, {logits.shape}")
 
-    def add(x, bias):
+    def add(x: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
         bias = tf.cast(bias, tf.float32)
         return x + tf.where_v2(bias < np.inf, bias, np.nan)
 

@@ -5,11 +5,12 @@ this one, in the place where GPT-Neo's scripts look for them. All work on any
 layout; none builds anything larger than its input.
 """
 
-import numbers
+from typing import Any
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import RowValue, is_number, is_whole
 from gpt_neo_sampling.draws import grouped_draw
 from gpt_neo_sampling.entmax_solver import chosen_of, entmax_by_chosen
 from gpt_neo_sampling.largest import has_invalid, scatter_rows
@@ -71,7 +72,16 @@ MASK = -1e10  # GPT-Neo's, added to the attention score of a key that may not be
 # --- Draws --------------------------------------------------------------------
 
 
-def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_dim=None, size=None):
+def sample_categorical(
+    x: mtf.Tensor,
+    dim: mtf.Dimension | None = None,
+    *,
+    seed: RowValue | None = None,
+    stream: RowValue | None = None,
+    step: RowValue = 0,
+    samples_dim: mtf.Dimension | None = None,
+    size: int | None = None,
+) -> mtf.Tensor:
     """Draws indices along `dim` in proportion to the weights `x`.
 
     By inverse CDF in two levels (see `draws.grouped_draw`), each with a float32
@@ -112,7 +122,7 @@ def sample_categorical(x, dim=None, *, seed=None, stream=None, step=0, samples_d
     return grouped_draw(x, *uniforms, dim, samples_dim, size)
 
 
-def inverse_temperature(mesh, temperature, rows):
+def inverse_temperature(mesh: mtf.Mesh, temperature: RowValue, rows: mtf.Shape) -> mtf.Tensor | None:
     """What logits, taken from the largest, are multiplied by.
 
     The reciprocal is taken here, as some backends do not divide as others do.
@@ -127,17 +137,24 @@ def inverse_temperature(mesh, temperature, rows):
       scalar or with dims among `rows`: 1 where the temperature is 0, and NaN where
       it is below. Never so small that masked logits would come near the others.
     """
-    if isinstance(temperature, numbers.Real) and temperature == 1:
+    if is_number(temperature) and temperature == 1:
         return None
 
-    def reciprocal(t):
+    def reciprocal(t: tf.Tensor) -> tf.Tensor:
         valid = tf.where_v2(t > 0, 1.0 / tf.clip_by_value(t, 2.0**-126, 2.0**100), np.nan)
         return tf.where_v2(tf.equal(t, 0.0), 1.0, valid)
 
     return mtf.cwise(reciprocal, [import_rows(mesh, temperature, tf.float32, rows, "temperature")], name="reciprocal")
 
 
-def draw_uniforms(mesh, rows, seed=None, stream=None, step=0, samples_dim=None):
+def draw_uniforms(
+    mesh: mtf.Mesh,
+    rows: mtf.Shape,
+    seed: RowValue | None = None,
+    stream: RowValue | None = None,
+    step: RowValue = 0,
+    samples_dim: mtf.Dimension | None = None,
+) -> tuple[mtf.Tensor, mtf.Tensor]:
     """The two uniforms of each draw; arguments as those of `sample_categorical`.
 
     Args:
@@ -158,7 +175,9 @@ def draw_uniforms(mesh, rows, seed=None, stream=None, step=0, samples_dim=None):
 # --- entmax ---------------------------------------------------------------------
 
 
-def entmax(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
+def entmax(
+    x: mtf.Tensor, alpha: RowValue = DEFAULT_ALPHA, dim: mtf.Dimension | None = None, n_iter: int = 50
+) -> mtf.Tensor:
     """α-entmax: probabilities that are exactly 0 for all but the likelier entries.
 
     Peters, Niculae, Martins 2019, "Sparse sequence-to-sequence models", arXiv
@@ -189,15 +208,15 @@ def entmax(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
         lacks.
     """
     dim = dim_of(x, dim)
-    if not isinstance(n_iter, numbers.Integral) or n_iter < 1:
+    if not is_whole(n_iter) or n_iter < 1:
         raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
     imported = _import_alpha(x.mesh, alpha, x.shape - dim)
-    if isinstance(alpha, numbers.Real) and alpha == 1:
+    if is_number(alpha) and alpha == 1:
         return softmax(x, dim)
     return _EntmaxOperation(x, imported, dim, n_iter, chosen_of(alpha)).outputs[0]
 
 
-def softmax(x, dim=None):
+def softmax(x: mtf.Tensor, dim: mtf.Dimension | None = None) -> mtf.Tensor:
     """Softmax along `dim`: `entmax` of α = 1, in the few passes that it takes.
 
     Args:
@@ -210,27 +229,29 @@ def softmax(x, dim=None):
     return _SoftmaxOperation(x, dim_of(x, dim)).outputs[0]
 
 
-def _import_alpha(mesh, alpha, rows):
-    if isinstance(alpha, numbers.Real) and not 1 <= alpha <= 2:  # NaN fails too
+def _import_alpha(mesh: mtf.Mesh, alpha: RowValue, rows: mtf.Shape) -> mtf.Tensor:
+    if is_number(alpha) and not 1 <= alpha <= 2:  # NaN fails too
         raise ValueError(f"alpha={alpha} is out of range: from 1 (softmax) to 2 (sparsemax)")
     return import_rows(mesh, alpha, tf.float32, rows, "alpha")
 
 
-def entmax_forward(x, alpha=DEFAULT_ALPHA, dim=None, n_iter=50):
+def entmax_forward(
+    x: mtf.Tensor, alpha: RowValue = DEFAULT_ALPHA, dim: mtf.Dimension | None = None, n_iter: int = 50
+) -> mtf.Tensor:
     """`entmax` under the name of GPT-Neo's forward function."""
     return entmax(x, alpha, dim, n_iter)
 
 
 def entmax_backward(
-    explicit_inputs,
-    all_inputs,
-    forward_operations,
-    outputs,
-    output_grads,
-    alpha=DEFAULT_ALPHA,
-    dim=None,
-    n_iter=50,
-):
+    explicit_inputs: list[mtf.Tensor],
+    all_inputs: list[mtf.Tensor],
+    forward_operations: list[mtf.Operation],
+    outputs: list[mtf.Tensor],
+    output_grads: list[mtf.Tensor],
+    alpha: RowValue = DEFAULT_ALPHA,
+    dim: mtf.Dimension | None = None,
+    n_iter: int = 50,
+) -> list[mtf.Tensor]:
     """The gradient of `entmax`, with the arguments of an mtf `custom_gradient`.
 
     With s = p^(2−α) on the support of p and 0 off it, dX = s·dY − s·(Σ s·dY / Σ s),
@@ -252,7 +273,7 @@ def entmax_backward(
     dim = dim_of(x, dim)
     alpha = mtf.broadcast(import_rows(x.mesh, alpha, tf.float32, x.shape - dim, "alpha"), x.shape)
 
-    def weight(p, alpha):
+    def weight(p: tf.Tensor, alpha: tf.Tensor) -> tf.Tensor:
         # p⁰ is 1 on the support for α = 2, and no log of 0 is ever used.
         inside = p > 0
         return tf.where_v2(inside, tf.exp((2 - alpha) * tf.log(tf.where_v2(inside, p, 1.0))), 0.0)
@@ -266,17 +287,17 @@ def entmax_backward(
 class _EntmaxOperation(MeshOperation):
     """An operation with its own gradient: mtf's custom_gradient fails when recomputed."""
 
-    def __init__(self, x, alpha, dim, n_iter, n_chosen):
+    def __init__(self, x: mtf.Tensor, alpha: mtf.Tensor, dim: mtf.Dimension, n_iter: int, n_chosen: int) -> None:
         super().__init__([x, alpha], [(x.shape, x.dtype)], "entmax")
         self._n_chosen = n_chosen
         self._dim = dim
         self._n_iter = int(n_iter)
 
-    def gradient(self, grad_ys):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         x, alpha = self.inputs
         return entmax_backward([x], [], [], self.outputs, grad_ys, alpha, self._dim) + [None]
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         x, alpha = self.inputs
@@ -284,12 +305,12 @@ class _EntmaxOperation(MeshOperation):
         rows_shape = x.shape - self._dim
         slice_shape = mesh_impl.slice_shape(rows_shape)
 
-        def begin(x):
+        def begin(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             """The rows, and [rows, 2] of their largest entry and whether one is invalid, finite to travel."""
             x = rows.to_rows(tf.cast(x, tf.float32))
             return x, _top_and_invalid(x)
 
-        def settle_rows(facts, alpha):
+        def settle_rows(facts: tf.Tensor, alpha: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             """What to take from a row, NaN where it is invalid, and α − 1."""
             eps = tf.broadcast_to(align(alpha, self.inputs[1].shape, rows_shape), slice_shape)
             eps = tf.reshape(eps, [-1, 1]) - 1.0
@@ -299,7 +320,7 @@ class _EntmaxOperation(MeshOperation):
         x_rows, facts = slicewise(begin, lowering.tensors[x])
         top, eps = slicewise(settle_rows, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
 
-        def of_chosen(ids, p, slope):
+        def of_chosen(ids: Any, p: Any, slope: Any) -> list[tf.Tensor]:
             return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p).tensor_list
 
         p = entmax_by_chosen(
@@ -312,14 +333,14 @@ class _EntmaxOperation(MeshOperation):
 
 
 class _SoftmaxOperation(MeshOperation):
-    def __init__(self, x, dim):
+    def __init__(self, x: mtf.Tensor, dim: mtf.Dimension) -> None:
         super().__init__([x], [(x.shape, x.dtype)], "softmax")
         self._dim = dim
 
-    def gradient(self, grad_ys):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor]:
         return entmax_backward(self.inputs, [], [], self.outputs, grad_ys, 1, self._dim)
 
-    def lower(self, lowering):
+    def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         (x,) = self.inputs
@@ -329,7 +350,8 @@ class _SoftmaxOperation(MeshOperation):
         weights = slicewise(lambda x, top: tf.exp(x - top), x_rows, rows.across_shards(top, "MAX"))
         total = rows.across_shards(slicewise(near_sum, weights), "SUM")
 
-        def normalise(weights, total):  # NaN and +inf show in the total, and so do rows of −inf alone
+        def normalise(weights: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
+            # NaN and +inf show in the total, and so do rows of −inf alone
             valid = tf.logical_and(total > 0, total < np.inf)
             return weights * tf.where_v2(valid, 1.0 / total, np.nan)
 
@@ -338,17 +360,19 @@ class _SoftmaxOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def _top_and_invalid(x):
+def _top_and_invalid(x: tf.Tensor) -> tf.Tensor:
     """[rows, 2] of the largest entries of x [rows, n] and 1 for rows with an invalid one, else 0; finite, to travel."""
     return tf.stack([finite(tf.reduce_max(x, -1)), has_invalid(x)], -1)
 
 
-def _nan_where_invalid(facts, value):
+def _nan_where_invalid(facts: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
     """value [rows, 1] where `facts`, of `_top_and_invalid`, say that a row is valid."""
     return tf.where_v2(facts[:, 1:] < 0.5, value, np.nan)
 
 
-def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alpha=DEFAULT_ALPHA):
+def entmax_cross_entropy_with_logits(
+    logits: mtf.Tensor, targets: mtf.Tensor, vocab_dim: mtf.Dimension, z_loss: float = 0.0, alpha: float = DEFAULT_ALPHA
+) -> mtf.Tensor:
     """The loss that trains for `entmax`: the α-entmax Fenchel-Young loss.
 
     Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young losses": with
@@ -401,10 +425,10 @@ def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alp
     shifted = logits - mtf.stop_gradient(mtf.reduce_max(logits, reduced_dim=vocab_dim))
     loss = mtf.reduce_sum(_times(p - targets, shifted), reduced_dim=vocab_dim)
 
-    def entropy_difference(p, t):
+    def entropy_difference(p: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
         """Ω(t) − Ω(p), entry by entry."""
 
-        def term(q):  # (q^α − q) / (α(α−1)), which is q log q at α = 1
+        def term(q: tf.Tensor) -> tf.Tensor:  # (q^α − q) / (α(α−1)), which is q log q at α = 1
             log_q = tf.log(tf.where_v2(q > 0, q, 1.0))
             if alpha == 1:
                 return q * log_q
@@ -421,10 +445,10 @@ def entmax_cross_entropy_with_logits(logits, targets, vocab_dim, z_loss=0.0, alp
     return loss
 
 
-def _times(weight, x):
+def _times(weight: mtf.Tensor, x: mtf.Tensor) -> mtf.Tensor:
     """weight · x, with 0 · ±inf = 0; differentiable in x alone."""
 
-    def product(w, x):
+    def product(w: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         return tf.where_v2(tf.equal(w, 0.0), 0.0, w * x)
 
     return mtf.cwise(product, [weight, x], grad_function=lambda op, dy: [None, dy * op.inputs[0]], name="times")
@@ -433,7 +457,9 @@ def _times(weight, x):
 # --- What GPT-Neo's scripts call ------------------------------------------------------
 
 
-def biasmask_attn_weights(mesh, nd, ns, variable_dtype):
+def biasmask_attn_weights(
+    mesh: mtf.Mesh, nd: mtf.Dimension, ns: mtf.Dimension, variable_dtype: mtf.VariableDType
+) -> mtf.Tensor:
     """The additive causal mask of an attention score.
 
     Args:
@@ -449,7 +475,7 @@ def biasmask_attn_weights(mesh, nd, ns, variable_dtype):
     dtype = variable_dtype.activation_dtype
     masked = max(MASK, float(dtype.min))
 
-    def mask(query, key):
+    def mask(query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         unseen = key > query + (ns.size - nd.size)
         return tf.where_v2(unseen, tf.constant(masked, dtype), tf.zeros([], dtype))
 
@@ -457,7 +483,9 @@ def biasmask_attn_weights(mesh, nd, ns, variable_dtype):
     return cwise_broadcast(mask, positions, output_dtype=dtype, name="biasmask_attn_weights")
 
 
-def parse_inputs(mtf_features, other_features):
+def parse_inputs(
+    mtf_features: dict[str, mtf.Tensor], other_features: dict[str, Any]
+) -> tuple[mtf.Tensor, mtf.Dimension, mtf.Dimension, mtf.Dimension, mtf.Dimension, mtf.Dimension]:
     """What a GPT-Neo model takes out of its two feature dicts.
 
     Returns:
