@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, is_number, is_whole
+from gpt_neo_sampling._types import LaidOut, RowValue, is_number, is_whole
 from gpt_neo_sampling.draws import grouped_draw
 from gpt_neo_sampling.entmax_solver import chosen_of, entmax_by_chosen
 from gpt_neo_sampling.largest import has_invalid, scatter_rows
@@ -320,7 +320,7 @@ class _EntmaxOperation(MeshOperation):
         x_rows, facts = slicewise(begin, lowering.tensors[x])
         top, eps = slicewise(settle_rows, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
 
-        def of_chosen(ids: Any, p: Any, slope: Any) -> list[tf.Tensor]:
+        def of_chosen(ids: LaidOut, p: LaidOut, slope: LaidOut) -> list[tf.Tensor]:
             return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p).tensor_list
 
         p = entmax_by_chosen(
