@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gpt_neo_sampling import TextGenerator
-from gpt_neo_sampling.inspection import plot, token_text, write_whole
+from gpt_neo_sampling.files import write_whole
+from gpt_neo_sampling.inspection import plot, token_text
 
 OPTIONS = {
     "temperature": (0.5, 0.7, 1.3, 2.0),

@@ -1,5 +1,6 @@
 """What the tests share: running mtf graphs on CPU meshes, and the data folder."""
 
+import os
 import pathlib
 import sys
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+# On a slow machine a bar would stand among what is compared, in the processes that tests start too.
+os.environ["TQDM_DISABLE"] = "1"
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
 

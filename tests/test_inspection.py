@@ -15,17 +15,17 @@ from helpers_model import checkpoint, reference_config
 from tokenizers import Tokenizer
 
 from gpt_neo_sampling import TextGenerator, cli
+from gpt_neo_sampling.files import write_whole
 from gpt_neo_sampling.inspection import (
     ChainStep,
-    changing,
     likeliest,
     plot,
     table,
     terminal_style,
     to_json,
     token_text,
-    write_whole,
 )
+from gpt_neo_sampling.inspection.steps import changing
 from gpt_neo_sampling.program import DEMO_FOLDER
 
 V = 2048
