@@ -36,7 +36,14 @@ from gpt_neo_sampling.models.penalties import (
     token_counts,
     tokens_mask,
 )
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, draw_uniforms, entmax, inverse_temperature, softmax
+from gpt_neo_sampling.models.utils import (
+    DEFAULT_ALPHA,
+    draw_uniforms,
+    entmax,
+    inverse_temperature,
+    log_softmax_at,
+    softmax,
+)
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, import_rows, settle, take
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
@@ -343,7 +350,7 @@ def _log_probability(
         is_token = cwise_broadcast(lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32)
         at = first_argmax(is_token, dim)
     if alpha is None:
-        log_p = take(x, at, dim) - mtf.reduce_logsumexp(x, dim)
+        log_p = log_softmax_at(x, at, dim)
     else:
         log_p = mtf.log(take(entmax(x, alpha, dim), at, dim))
     return _nan_without(token, log_p)

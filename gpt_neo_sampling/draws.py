@@ -514,6 +514,8 @@ class _ScoreDrawOperation(_DrawOperation):
         shape = self.inputs[0].shape - self._dim
         given = (self._more[name] for name in ("factor", "alpha"))
         factor, alpha = (None if t is None else spread_rows(lowering, t, shape) for t in given)
+        if factor is not None:
+            factor = mesh_impl.slicewise(lambda f: tf.where_v2(f > 0, f, np.nan), factor)
         if alpha is None:
             return factor, None
 

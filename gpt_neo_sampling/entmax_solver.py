@@ -30,7 +30,8 @@ def entmax_by_chosen(
     """What becomes of entmax, which as a rule few entries count in.
 
     It is solved for the n_chosen largest entries of each shard; and again for all
-    where the last of them is in the support of some row, as others may be then.
+    where the last of them is in the support of some row, as others may be then, or
+    a row is invalid, which all of its entries are to show.
 
     Args:
       rows: Rows.
@@ -56,7 +57,12 @@ def entmax_by_chosen(
     z = scores_of(values)
     start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
     p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
-    too_few = any_of(mesh_impl, mesh_impl.slicewise(lambda p: tf.cast(p[:, -1:] > 0, tf.float32), p)) > 0.5
+
+    def may_differ(p: tf.Tensor) -> tf.Tensor:
+        last = p[:, -1:]
+        return tf.cast(tf.logical_or(last > 0, tf.is_nan(last)), tf.float32)
+
+    too_few = any_of(mesh_impl, mesh_impl.slicewise(may_differ, p)) > 0.5
     return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
 
 

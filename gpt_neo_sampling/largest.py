@@ -7,13 +7,18 @@ from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
 
 
 def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False) -> tf.Tensor:
-    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, in passes that only read.
+    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, as a rule in passes that only read.
 
-    By the sum, as XLA's maximum loses a NaN on CPUs. (−inf beside so many and so
-    large entries that their sum overflows, above 1e33, counts as NaN too.)
+    By the sum, as XLA's maximum loses a NaN on CPUs. Where that is NaN, as −inf and an overflow make it too, entry by
+    entry.
     """
+
+    def look() -> tf.Tensor:
+        return tf.reduce_max(tf.cast(tf.is_nan(x), tf.float32), axis, keepdims)
+
     top, total = tf.reduce_max(x, axis, keepdims), tf.reduce_sum(tf.cast(x, tf.float32), axis, keepdims)
-    return tf.where_v2(tf.logical_or(tf.is_nan(total), top >= np.inf), 1.0, 0.0)
+    nan = tf.cond(tf.reduce_any(tf.is_nan(total)), look, lambda: tf.zeros_like(total))
+    return tf.where_v2(tf.logical_or(nan > 0, top >= np.inf), 1.0, 0.0)
 
 
 def first_argmax(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
@@ -88,14 +93,13 @@ def largest(x: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
 
     Returns:
       (values, indices) [rows, k], of x's dtype and int32. Among equal entries the
-      lower index comes first; −0.0 counts as 0.0. A row with NaN or +inf has NaN
-      for all its values.
+      lower index comes first; −0.0 counts as 0.0, and −inf as the lowest finite number.
+      A row with NaN or +inf has NaN for all its values.
     """
 
-    def sortable(
-        x: tf.Tensor,
-    ) -> tf.Tensor:  # −0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid
-        return tf.where_v2(tf.abs(x) > 0, x, tf.zeros_like(x))
+    def sortable(x: tf.Tensor) -> tf.Tensor:
+        """−0.0, which XLA's sort puts below 0.0, becomes 0.0, and so does NaN, whose row is invalid."""
+        return tf.where_v2(tf.abs(x) > 0, tf.maximum(x, x.dtype.min), tf.zeros_like(x))
 
     def top_k_of(x: tf.Tensor, k: int) -> tf.Tensor:
         if k == 1:  # TPUs are slow at top_k

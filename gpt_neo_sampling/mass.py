@@ -83,7 +83,8 @@ class _MaskOperation(MeshOperation):
             def plain() -> tf.Tensor:
                 return tf.where_v2(key >= least, x, tf.constant(self._masked, x.dtype))
 
-            is_plain = tf.reduce_min(tf.cast(last >= np.inf, tf.float32)) > 0.5
+            whole_ties = tf.logical_and(last >= np.inf, least >= -np.inf)  # false for NaN
+            is_plain = tf.reduce_min(tf.cast(whole_ties, tf.float32)) > 0.5
             return rows.from_rows(tf.cond(is_plain, plain, with_ties_and_invalid_rows))
 
         y = slicewise(mask, x, softmax.top, option, cut.ends, *cut.of_row, *rows.pcoords())
@@ -216,11 +217,19 @@ def _cut_at_depth(softmax: Softmax, depth: LaidOut) -> Cut:
     """So far below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
 
     def ends(depth: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
-        least = tf.cast(tf.cast(top, tf.float64) - tf.maximum(depth, 0.0), tf.float32)
+        least = _rounded_up(tf.cast(top, tf.float64) - tf.maximum(depth, 0.0))
         least = tf.where_v2(tf.is_nan(depth), np.nan, least)  # which the maximum may have lost
         return tf.concat([least, tf.fill(tf.shape(least), np.float32(np.inf))], -1)
 
     return Cut(softmax.rows.mesh_impl.slicewise(ends, depth, softmax.top))
+
+
+def _rounded_up(x: tf.Tensor) -> tf.Tensor:
+    """The least float32 that is not below a float64 x (as normal numbers go)."""
+    y = tf.cast(x, tf.float32)
+    above = tf.bitcast(tf.bitcast(y, tf.int32) + tf.where_v2(y > 0, 1, -1), tf.float32)
+    above = tf.where_v2(tf.equal(y, 0.0), np.float32(2.0**-126), above)
+    return tf.where_v2(tf.cast(y, tf.float64) < x, above, y)
 
 
 # --- Cuts by mass -----------------------------------------------------------------------

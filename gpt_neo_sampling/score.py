@@ -10,7 +10,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.masks import padding_mask
-from gpt_neo_sampling.mtf_ops import take
+from gpt_neo_sampling.models.utils import log_softmax_at
 from gpt_neo_sampling.options import check_int
 from gpt_neo_sampling.program import features
 
@@ -51,7 +51,7 @@ class ScoreProgram:
             logits, _, _ = gpt2.model({"inputs": ids}, other_features, params, mesh, variable_dtype)
         vocab_dim = other_features["vocab_dim"]
         logits = padding_mask(mtf.cast(logits, tf.float32), params["n_vocab"], vocab_dim)
-        logprobs = take(logits, targets, vocab_dim) - mtf.reduce_logsumexp(logits, vocab_dim)
+        logprobs = log_softmax_at(logits, targets, vocab_dim)
         self.results = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(logprobs)
 
     def feeds(self, key: ScoreKey, rows: list[list[int]]) -> dict[tf.Tensor, np.ndarray]:

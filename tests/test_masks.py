@@ -140,14 +140,24 @@ def test_invalid_rows_stay_invalid(runner, mask):
 
     def build(mesh, bad, x, own):
         own = imported(mesh, own, b)
-        return [mask(imported(mesh, bad, b, v), own), mask(imported(mesh, x, b, v), options[1])]
+        bad, x = imported(mesh, bad, b, v), imported(mesh, x, b, v)
+        return [mask(bad, own), mask(x, options[1]), mask(bad, options[1])]
 
-    got, good = runner(build, bad, x, own)
+    got, good, by_number = runner(build, bad, x, own)
+    assert np.isnan(by_number[[0, 1, 2, 3, 12]]).all() and not np.isnan(by_number[5:12]).any()
     invalid = [0, 1, 2, 3, *range(6, 6 + len(wrong)), 12]
     assert np.isnan(got[invalid]).all()
     assert np.isneginf(got[4]).all()
     rest = np.setdiff1d(np.arange(16), [4, *invalid])
     np.testing.assert_array_equal(got[rest], good[rest])
+
+
+def test_a_border_that_float32_has_no_number_for(single):
+    """Far from 0: the next one below is masked, also where it is the nearest."""
+    x = np.float32([[1e6, 1e6 - 2.25, 1e6 - 2.3125], [-1e6, -1e6 - 2.25, -1e6 - 2.3125]])
+    b, v = dims(batch=2, vocab=3)
+    got = single(lambda mesh, x: min_p_mask(imported(mesh, x, b, v), 0.1), x)
+    np.testing.assert_array_equal(got > LOWEST, [[True, True, False]] * 2)
 
 
 @by_mask

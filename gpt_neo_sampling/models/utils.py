@@ -39,6 +39,7 @@ from gpt_neo_sampling.mtf_ops import (
     import_rows,
     row_index,
     size_of,
+    take,
 )
 from gpt_neo_sampling.rows import Rows, near_sum
 from gpt_neo_sampling.uniforms import counter_uniforms, import_seed
@@ -227,6 +228,22 @@ def softmax(x: mtf.Tensor, dim: mtf.Dimension | None = None) -> mtf.Tensor:
       mtf.Tensor like x; invalid rows are NaN, as those of `entmax`.
     """
     return _SoftmaxOperation(x, dim_of(x, dim)).outputs[0]
+
+
+def log_softmax_at(x: mtf.Tensor, at: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
+    """The logarithm of `softmax` at one entry a row, as exact far from 0 as near it.
+
+    Args:
+      x: float32 mtf.Tensor of scores, finite or NaN.
+      at: int32 mtf.Tensor [x.shape − dim].
+      dim: mtf.Dimension of x.
+
+    Returns:
+      float32 mtf.Tensor [x.shape − dim]. No gradient flows through it.
+    """
+    top = mtf.reduce_max(x, reduced_dim=dim)
+    x = cwise_broadcast(lambda x, top: tf.maximum(x - top, x.dtype.min), [x, top], x.shape)
+    return take(x, at, dim) - mtf.log(mtf.reduce_sum(mtf.exp(x), reduced_dim=dim))
 
 
 def _import_alpha(mesh: mtf.Mesh, alpha: RowValue, rows: mtf.Shape) -> mtf.Tensor:
