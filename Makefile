@@ -1,6 +1,7 @@
 # make demo    prints a continuation that the bundled model samples
 # make test    runs the whole test suite
 # make test-compat  runs it, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12 and mesh-tensorflow 0.1.18
+# make fuzz    runs the property tests on random values; FUZZ_EXAMPLES=500 for so many of each test
 # make check   looks the code over: ruff (rules and format) and mypy (types)
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
 # Each sets up what it needs in .venv, test-compat in .venv-compat, bench in .venv-bench, with python3 and pip alone.
@@ -10,9 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPAT_VENV := $(VENV)-compat
 BENCH_VENV := $(VENV)-bench
+FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check test test-compat bench clean
+.PHONY: demo check test test-compat fuzz bench clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -30,6 +32,10 @@ test test-compat:
 	@$(<D)/bin/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), \
 	  *(p + " " + m.version(p) for p in ("tensorflow", "mesh-tensorflow", "numpy")), sep=", ")'
 	$(<D)/bin/python -m pytest -q -n 2 -rs $(PYTEST_ARGS)
+
+fuzz: $(VENV)/test.installed
+	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/test_properties.py \
+	  $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)

@@ -68,6 +68,21 @@ def single():
     return MeshRunner()
 
 
+def pytest_configure():
+    """Profiles of hypothesis: the same examples in every run; others each time with HYPOTHESIS_PROFILE=fuzz."""
+    from hypothesis import HealthCheck, Phase, settings  # which the benchmarks, that use this file too, do without
+
+    shared = dict(
+        deadline=None,
+        phases=set(Phase) - {Phase.explain},
+        suppress_health_check=[HealthCheck.too_slow],  # the first example builds a graph
+    )
+    examples = int(os.environ.get("FUZZ_EXAMPLES", "500"))
+    settings.register_profile("ci", derandomize=True, max_examples=40, **shared)
+    settings.register_profile("fuzz", print_blob=True, max_examples=examples, **shared)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """The table of test_matrix.py, a line for each mesh implementation, mesh shape, layout and way of sampling."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]

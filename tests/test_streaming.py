@@ -44,7 +44,7 @@ def pieces(tokenizer, prompt, tokens, stop_strings=()):
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\ufffd")
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(max_examples=300)
 @given(st.text(CHARACTERS, max_size=12), st.text(CHARACTERS, min_size=1, max_size=40), st.integers(0, 3))
 def test_pieces_are_whole_characters_and_add_up(tokenizer, prompt, text, cut):
     """A prompt may end in the middle of a character: then all of it is new."""
@@ -62,7 +62,7 @@ def test_half_a_character_is_held_back(tokenizer):
     assert "".join(pieces(tokenizer, [], ids[:-2])).startswith("a\ufffd")  # at the end there is no more to come
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(max_examples=300)
 @given(st.text("ab\n", min_size=1, max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1))
 def test_stop_strings(tokenizer, text, stop_strings):
     out = pieces(tokenizer, [], tokenizer.encode(text).ids, stop_strings)
