@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine, memory, statistics, and the model that is timed."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -46,6 +47,12 @@ def peak_resident_bytes(pid="self"):
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
 
 
+def anonymous_bytes():
+    """What this process has written to and not given back, in memory or swapped out; not the pages of its files."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * sum(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) for key in ("RssAnon", "VmSwap"))
+
+
 def machine():
     """{"cpu": …, "cores": …, "memory_gib": …}"""
     text = pathlib.Path("/proc/cpuinfo").read_text()
@@ -89,6 +96,22 @@ def busy_seconds(pid=None):
     return (int(user) + int(system)) / ticks
 
 
+def save(folder, name, results):
+    """Writes a benchmark's results, with the machine and the commit, to DATE-name.json in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now()
+    results = {
+        "finished": now.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(["tensorflow", "mesh-tensorflow", "numpy"]),
+        **results,
+    }
+    path = folder / f"{now:%Y-%m-%d-%H%M%S}-{name}.json"
+    path.write_text(json.dumps(results) + "\n")
+    print(path, file=sys.stderr)
+
+
 def child_json(script, *arguments):
     """What a script of this folder prints, an object, in a fresh process."""
     environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), TF_CPP_MIN_LOG_LEVEL="2")
@@ -113,10 +136,23 @@ def log_log_slope(sizes, times):
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
 
 
-def chi_square(counts, probabilities, least=50):
-    """p-value of counts; neighbouring entries are pooled up to `least` expected draws.
+def rise(values, blocks=8, confidence=0.99):
+    """(what a straight line through values at even distances rises from the first to the last, half of the interval).
 
-    0 where an entry of probability 0 was drawn.
+    The line is that of the means of blocks, which scatter more independently of each other than values do.
+    """
+    from scipy import stats
+
+    means = np.array([part.mean() for part in np.array_split(np.asarray(values, float), blocks)])
+    line = stats.linregress(np.linspace(0, 1 - 1 / blocks, blocks), means)
+    return float(line.slope), float(line.stderr * stats.t.ppf(0.5 + confidence / 2, blocks - 2))
+
+
+def chi_square(counts, probabilities, least=50):
+    """p-value of counts; neighbouring entries are pooled until they have `least` expected draws.
+
+    0 where an entry of probability 0 was drawn. What bins of few draws add to the statistic's variance is counted
+    (Haldane 1937), by a chi-square distribution of the same mean and variance.
     """
     from scipy import stats
 
@@ -125,10 +161,21 @@ def chi_square(counts, probabilities, least=50):
         return 0.0
     expected = probabilities * counts.sum()
     counts, expected = counts[expected > 0], expected[expected > 0]
-    bins = np.floor(np.cumsum(expected) / least).astype(int)
-    _, bins = np.unique(bins, return_inverse=True)
-    observed, expected = np.bincount(bins, counts), np.bincount(bins, expected)
-    return float(stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1))
+    begins, held = [0], 0.0
+    for at, entry in enumerate(expected.tolist()):
+        if held >= least:
+            begins.append(at)
+            held = 0.0
+        held += entry
+    if held < least and len(begins) > 1:  # the last have too few: they go with those before them
+        begins.pop()
+    observed, expected = np.add.reduceat(counts, begins), np.add.reduceat(expected, begins)
+    k, n = len(begins), expected.sum()
+    if k == 1:
+        return 1.0
+    variance = 2 * (k - 1) + (1 / expected).sum() - (k * k + 2 * k - 2) / n
+    scale = variance / (2 * (k - 1))
+    return float(stats.chi2.sf(((observed - expected) ** 2 / expected).sum() / scale, (k - 1) / scale))
 
 
 # --- The model that is timed ------------------------------------------------------------

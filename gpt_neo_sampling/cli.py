@@ -1,7 +1,8 @@
 """The command `gpt-neo-sampling`.
 
-Results go to stdout, everything else to stderr. A bad value is one line and
-exit status 2, a failure on the way one line and exit status 1.
+Results go to stdout, everything else to stderr. A bad value, or a model whose
+logits are no distribution, is one line and exit status 2, a failure on the way one
+line and exit status 1.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def _generate(args: argparse.Namespace) -> None:
     streamer = None if generator.mesh.cluster else writer.on_token
     try:
         writer.finish(generator.generate(prompts, streamer=streamer, seed=seed, **options))
-    except Interrupted as e:
+    except (Interrupted, InvalidDistributionError) as e:
         writer.finish(e.samples)
         raise
 
@@ -283,9 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         commands[args.command](args)
         return 0
-    except ValueError as e:
+    except (ValueError, InvalidDistributionError) as e:
         status, message = 2, str(e)
-    except (InvalidDistributionError, OSError) as e:
+    except OSError as e:
         if isinstance(e, BrokenPipeError):  # the reader has gone: nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

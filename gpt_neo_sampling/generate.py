@@ -1,6 +1,7 @@
 """Prompts in, text out: a model on disk, its graphs and its session."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_whole
-from gpt_neo_sampling.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
 from gpt_neo_sampling.cluster import Cluster
 from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
 from gpt_neo_sampling.inspection import ChainStep
@@ -21,7 +22,6 @@ from gpt_neo_sampling.score import ScoreProgram, TextScore, score_texts
 from gpt_neo_sampling.streaming import TextStream, Watcher
 
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
-NO_DISTRIBUTION = "the logits are not a distribution: the model gave NaN or infinite ones, or every token is masked"
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,16 @@ class Sample:
 class InvalidDistributionError(ArithmeticError):
     """There are logits that no token can be drawn from (NaN, say).
 
-    `sample` is the number of the first such sample of a request, if it is one of `generate`, and `samples` are the
-    others, in order, None where there are such logits.
+    If they are in a request of `generate`, `sample` is the number of the first such sample, `step` which of its new
+    tokens has none, from 0, and `samples` are the others, in order, None where there are such logits. `reason` says
+    what may be wrong.
     """
 
-    def __init__(self, message: str, sample: int | None = None) -> None:
+    def __init__(
+        self, message: str, sample: int | None = None, step: int | None = None, reason: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.sample = sample
+        self.sample, self.step, self.reason = sample, step, reason
         self.samples: list[Sample | None] = []
 
 
@@ -155,8 +158,9 @@ class TextGenerator:
           TypeError: for an option that there is not.
           ValueError: for a value that is out of range; the message says what
             was given and what is allowed.
-          InvalidDistributionError: if the model gives logits that are NaN, or all
-            tokens are masked, in some sample; it has the others.
+          InvalidDistributionError: if the model gives logits that are NaN or infinite,
+            or all tokens are masked, in some sample; it has the others, and names
+            sample, step and a weight that holds such numbers, if one does.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
           Interrupted: (a KeyboardInterrupt) at Ctrl-C: within a step if there is a
             streamer, and else when a graph has run to its end.
@@ -216,8 +220,10 @@ class TextGenerator:
         steps = [
             ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]]) for (_, name), p in found.items()
         ]
-        if not steps[-1].probabilities.sum() > 0.5:  # NaN is not either
-            raise InvalidDistributionError(NO_DISTRIBUTION)
+        for step in steps:
+            if not step.probabilities.sum() > 0.5:  # NaN is not either
+                where = f"behind {len(request.prompts[0])} tokens, step {step.name!r} of the chain"
+                raise InvalidDistributionError(f"{where}: {self._no_distribution}")
         return steps
 
     def score(self, texts: Prompts, *, add_start_token: bool = False, stride: int | None = None) -> list[TextScore]:
@@ -241,7 +247,7 @@ class TextGenerator:
         Raises:
           ValueError: for a value that is out of range, or a text that is too short
             or too long.
-          InvalidDistributionError: if the model gives logits that are NaN.
+          InvalidDistributionError: if the model gives logits that are NaN or infinite.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
         """
         texts = [self._ids(text) for text in _listed(texts)]
@@ -249,7 +255,8 @@ class TextGenerator:
         scores = score_texts(texts, self._logprobs, self.params["n_ctx"], start, stride)
         for i, score in enumerate(scores):
             if np.isnan(score.sum_logprob):
-                raise InvalidDistributionError(f"text {i}: the model's logits are not a distribution (NaN or infinite)")
+                first = next(at for at, p in enumerate(score.logprobs) if p is not None and np.isnan(p))
+                raise InvalidDistributionError(f"text {i}, token {first}: {self._no_distribution}")
         return scores
 
     def close(self) -> None:
@@ -294,6 +301,16 @@ class TextGenerator:
             raise ValueError("the model's first token is needed, and it names none (bos_id or eos_id)")
         return first
 
+    @functools.cached_property
+    def _no_distribution(self) -> str:
+        """What may be wrong with logits that are not a distribution. Reads the weights."""
+        try:
+            name = self.checkpoint.first_not_finite()
+            found = "all weights are finite" if name is None else f"the weight {name} holds NaN or infinite numbers"
+        except CheckpointError as e:
+            found = f"the weights cannot be looked at: {e}"
+        return f"the logits hold NaN or +inf, or every token is masked ({found})"
+
     def _request(self, prompts: Prompts, options: GenerationOptions) -> Request:
         return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer)
 
@@ -306,7 +323,10 @@ class TextGenerator:
         reason = "length" if end is None else "stop"
         new = new[:end]
         if INVALID in new:
-            raise InvalidDistributionError(f"sample {index}, step {new.index(INVALID)}: {NO_DISTRIBUTION}", index)
+            step = new.index(INVALID)
+            where = f"prompt {index // request.options.num_return_sequences}, sample {index}, step {step}"
+            reason = self._no_distribution
+            raise InvalidDistributionError(f"{where}: {reason}", index, step, reason)
         text = None
         if self.tokenizer is not None:
             stream, text = TextStream(self.tokenizer, prompt, request.stop_strings), ""

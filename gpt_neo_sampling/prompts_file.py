@@ -295,8 +295,9 @@ def _run(
                 _write(file, batch, e.samples, done)
                 raise
             except InvalidDistributionError as e:  # the others go on
-                line = batch[(e.sample or 0) // batch[0].samples].index + 1
-                fault = fault or InvalidDistributionError(f"the prompt of line {line}: {e}")
+                row, sample = divmod(e.sample or 0, batch[0].samples)
+                where = f"the prompt of line {batch[row].index + 1}: sample {sample}, step {e.step}"
+                fault = fault or InvalidDistributionError(f"{where}: {e.reason}")
                 samples = e.samples
             _write(file, batch, samples, done)
             tokens = sum(len(sample.tokens) for sample in samples if sample)

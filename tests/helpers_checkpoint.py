@@ -13,10 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_neo_sampling._compat import quiet_logging, tf
-from gpt_neo_sampling.checkpoint import (
-    variable_shapes,
-    write_mesh_tf_checkpoint,
-)
+from gpt_neo_sampling.checkpoint import open_checkpoint, variable_shapes, write_mesh_tf_checkpoint
 
 DATA = Path(__file__).parent / "data"
 MESH_TF = DATA / "gpt_neo_checkpoints"
@@ -180,6 +177,15 @@ def save_variables(folder, variables):
         saved = {n: tf.Variable(v) for n, v in variables.items()}
         session.run(tf.global_variables_initializer())
         tf.train.Saver(saved).save(session, str(folder / "model.ckpt"), global_step=3, write_meta_graph=False)
+    return folder
+
+
+def spoiled(folder, name, index, value):
+    """The golden model "global", with another number, or other ones, in a weight."""
+    with open_checkpoint(MESH_TF / "global") as opened:
+        weights = {n: opened.read(n).copy() for n in opened.names()}
+        weights[name][index] = value
+        write_mesh_tf_checkpoint(folder, opened.params, weights)
     return folder
 
 

@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import long_run
 import pairs
+import tail_draws
 from rows import ROWS, Row
 
 CANDIDATES = """
@@ -87,6 +90,56 @@ def test_statistics():
     assert common.chi_square([500, 250, 250, 0], p) > 0.9
     assert common.chi_square([300, 350, 350, 0], p) < 1e-9
     assert common.chi_square([500, 250, 249, 1], p) == 0
+    assert common.chi_square([999, 1], [1 - 1e-9, 1e-9]) == 1  # too rare for a bin of its own
+    rng, p = np.random.default_rng(1), np.array([0.5] + [0.5 / 4000] * 4000)
+    found = [common.chi_square(rng.multinomial(44_000, p), p, least=5) for _ in range(200)]
+    assert stats.kstest(found, "uniform").pvalue > 1e-4
+
+
+def test_rise():
+    rng = np.random.default_rng(0)
+    assert common.rise([7] * 40) == (0, 0)
+    rise, error = common.rise(np.arange(40))
+    assert rise == pytest.approx(40) and error < 1e-6
+    found = [common.rise(np.linspace(0, 5, 80) + rng.normal(size=80)) for _ in range(300)]
+    assert 0.95 < np.mean([abs(rise - 5) < error for rise, error in found]) < 1
+    allowed = long_run.ALLOWED["objects"]
+    wobble = 500_000 + rng.integers(0, 50, 40)
+    assert not long_run.growth([900_000] * 8 + [*wobble[8:]], allowed)["grows"]
+    assert long_run.growth([*(wobble + 100 * np.arange(40))], allowed)["grows"]  # an object in two calls, say
+    assert long_run.growth([*(500_000 + rng.integers(0, 50_000, 40))], allowed)["grows"]  # cannot tell
+
+
+def test_nothing_grows_in_200_calls():
+    """A seventh of them end with errors, in a graph and before it; then a file."""
+    generator = long_run.TextGenerator.from_pretrained()
+    samples = long_run.call_rounds(generator, 10, 20, [], fresh=0, lasting=3)
+    for what, allowed in long_run.ALLOWED.items():
+        found = long_run.growth([s[what] for s in samples], (0.1, 0) if what == "memory" else allowed)
+        assert not found["grows"], (what, found)
+    samples, written = long_run.file_job(4000, every=1)
+    assert (len(samples), written) == (2, 4032)
+
+
+def test_tail_draws():
+    """Counts of a right sampler pass; those of one whose tail is 5% too likely and of a one-level draw do not."""
+    p, rng = tail_draws.law("float32", 1.0), np.random.default_rng(0)
+    assert tail_draws.verdict(rng.multinomial(10**8, p), p)["right"]
+    for biased in (np.where(p < 2e-7, 1.05 * p, p), np.where(np.arange(len(p)) % 20000 == 19999, 9 * p, p)):
+        found = tail_draws.verdict(rng.multinomial(10**8, biased / biased.sum()), p)
+        assert not found["right"]
+    assert found["outside"] and found["tail_p"] > 1e-3
+    original = tail_draws.Original(p)
+    found = tail_draws.verdict(tail_draws.count(original, 10**7), p)
+    assert not found["right"] and found["chi_square_p"] < 1e-9
+    assert 10_000 < (~original.reachable()).sum() < len(p)
+
+
+@pytest.mark.parametrize("dtype, alpha, shards", [("float32", 1.0, 1), ("bfloat16", 1.0, 4), ("bfloat16", 1.05, 1)])
+def test_the_tail_is_drawn_as_often_as_it_should(dtype, alpha, shards):
+    draw = tail_draws.Library(dtype, alpha, shards, samples=2**17)
+    found = tail_draws.verdict(tail_draws.count(draw, 3_000_000), tail_draws.law(dtype, alpha))
+    assert found["right"] and found["tail_expected"] > (2000 if alpha == 1 else 50), found
 
 
 def test_every_row_has_a_name_of_its_own():

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import DATA
+from helpers_checkpoint import spoiled
 
 from gpt_neo_sampling import TextGenerator, cli
 
@@ -195,17 +196,22 @@ def test_a_bad_value_has_no_traceback_in_a_process_of_its_own():
     assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr
 
 
-def test_nan_is_reported_with_step_and_sample(capfd, tmp_path):
-    from gpt_neo_sampling.checkpoint import open_checkpoint, write_mesh_tf_checkpoint
-
-    with open_checkpoint(GLOBAL) as checkpoint:
-        weights = {name: checkpoint.read(name) for name in checkpoint.names()}
-        weights["wpe"] = np.full_like(weights["wpe"], np.nan)
-        write_mesh_tf_checkpoint(tmp_path / "model", checkpoint.params, weights)
-    status, out, err = main(capfd, "generate", "--model", tmp_path / "model", "--prompt-ids", "5", "--seed", 1)
-    assert status == 1
-    assert out == ""
-    assert "sample 0, step 0" in err and err.count("\n") == 1
+def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, tmp_path):
+    model = spoiled(tmp_path / "model", "wpe", 3, np.nan)
+    generate = ["generate", "--prompt-ids", "5 6 7 8", "--prompt-ids", "5", "--seed", 1, "--max-new-tokens", 3]
+    (sound,) = TextGenerator.from_pretrained(GLOBAL).generate([[5]], seed=1, stream=1, max_new_tokens=3)
+    in_json = json.dumps({"samples": [sound.as_dict()]})
+    for command, where, printed in (
+        (generate, "prompt 0, sample 0, step 0", " ".join(map(str, sound.tokens)) + "\n"),
+        ([*generate, "--json"], "prompt 0, sample 0, step 0", in_json + "\n"),
+        (["score", "--text-ids", "5 6 7", "--text-ids", "5 6 7 8 9"], "text 1, token 4", ""),
+        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "behind 4 tokens, step 'model' of the chain", ""),
+    ):
+        status, out, err = main(capfd, command[0], "--model", model, *command[1:])
+        assert (status, out) == (2, printed)
+        assert f"error: {where}: the logits hold NaN" in err
+        assert err.endswith("(the weight wpe holds NaN or infinite numbers)\n")
+        assert err.count("\n") == 1
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

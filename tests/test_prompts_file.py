@@ -206,13 +206,14 @@ def test_logits_that_are_nan_are_named_by_line(files):
         if faulty:
             return Stub.generate(stub, prompts, num_return_sequences=num_return_sequences, **options)
         faulty.append(prompts)
-        error = InvalidDistributionError("step 3", sample=5)  # of the third of the longest that have two each
+        # of the third of the longest that have two each
+        error = InvalidDistributionError("", sample=5, step=3, reason="NaN")
         error.samples = [None] * len(prompts) * num_return_sequences
         raise error
 
     stub, faulty = Stub(), []
     stub.generate = generate
-    with pytest.raises(InvalidDistributionError, match="line 43: step 3"):
+    with pytest.raises(InvalidDistributionError, match="^the prompt of line 43: sample 1, step 3: NaN$"):
         generate_file(stub, *files)
 
 

@@ -182,6 +182,20 @@ class Checkpoint:
         value = self._store.read(stored_name)
         return aligned(value.T if transposed else value, np.float32)
 
+    def first_not_finite(self) -> str | None:
+        """The name of a variable that holds NaN or infinite numbers, the first in `names()`, or None. Reads them all.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        with progress_bar("looking for NaN", self._shapes.values()) as progress:
+            for name in self.names():
+                value = self.read(name)
+                progress.update(value.nbytes)
+                if not np.isfinite(value).all():
+                    return name
+        return None
+
     def fingerprint(self) -> str:
         """What tells this model from another without reading all of it: 64 hexadecimal digits.
 
