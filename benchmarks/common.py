@@ -144,8 +144,11 @@ def rise(values, blocks=8, confidence=0.99):
     from scipy import stats
 
     means = np.array([part.mean() for part in np.array_split(np.asarray(values, float), blocks)])
-    line = stats.linregress(np.linspace(0, 1 - 1 / blocks, blocks), means)
-    return float(line.slope), float(line.stderr * stats.t.ppf(0.5 + confidence / 2, blocks - 2))
+    x = (np.arange(blocks) - (blocks - 1) / 2) / blocks
+    slope = x @ means / (x @ x)
+    left_over = means - means.mean() - slope * x
+    error = np.sqrt(left_over @ left_over / (blocks - 2) / (x @ x))  # 0 where nothing changes
+    return float(slope), float(error * stats.t.ppf(0.5 + confidence / 2, blocks - 2))
 
 
 def chi_square(counts, probabilities, least=50):

@@ -37,7 +37,7 @@ from helpers_model import Program  # noqa: E402
 
 from gpt_neo_sampling import entmax, sample_categorical  # noqa: E402
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, quiet_stderr, tf  # noqa: E402
-from gpt_neo_sampling.draws import padded_size  # noqa: E402
+from gpt_neo_sampling.rows import padded_size  # noqa: E402
 
 VOCAB, EXPONENT = common.GPT2_VOCAB, 1.5
 ROWS, SAMPLES = 4, 2**18  # of a pass
