@@ -254,9 +254,8 @@ class TextGenerator:
         start = [self._first_token()] if add_start_token else []
         scores = score_texts(texts, self._logprobs, self.params["n_ctx"], start, stride)
         for i, score in enumerate(scores):
-            if np.isnan(score.sum_logprob):
-                first = next(at for at, p in enumerate(score.logprobs) if p is not None and np.isnan(p))
-                raise InvalidDistributionError(f"text {i}, token {first}: {self._no_distribution}")
+            if np.isnan(score.sum_logprob):  # of all its tokens: in the pass, NaN times 0 reaches those before
+                raise InvalidDistributionError(f"text {i}: {self._no_distribution}")
         return scores
 
     def close(self) -> None:

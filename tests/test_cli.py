@@ -204,7 +204,7 @@ def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, tmp_path):
     for command, where, printed in (
         (generate, "prompt 0, sample 0, step 0", " ".join(map(str, sound.tokens)) + "\n"),
         ([*generate, "--json"], "prompt 0, sample 0, step 0", in_json + "\n"),
-        (["score", "--text-ids", "5 6 7", "--text-ids", "5 6 7 8 9"], "text 1, token 4", ""),
+        (["score", "--text-ids", "5 6 7 8 9"], "text 0", ""),
         (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "behind 4 tokens, step 'model' of the chain", ""),
     ):
         status, out, err = main(capfd, command[0], "--model", model, *command[1:])
