@@ -45,7 +45,6 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, tokens, value, mesh):
     "value, options",
     [
         (np.inf, dict(do_sample=False)),
-        (np.inf, {}),
         (np.nan, dict(top_k=9, top_p=0.9)),
         (np.inf, dict(entmax_alpha=1.3)),
     ],
