@@ -3,7 +3,8 @@
 A dimension is taken in at most 64 contiguous groups, whose borders depend on
 its size alone. A draw first chooses a group, then an entry in it, by inverse
 CDF with a uniform of its own for each. One float32 uniform has 24 bits, which
-is not enough for 50,257 entries at once.
+is not enough for 50,257 entries at once, nor for an entry of 1e-7 in a group that
+has most of the mass; so each has 32, and float64 sums.
 """
 
 import functools
@@ -64,18 +65,31 @@ def _sums_and_last(weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     int32 is the last entry of weight above 0, −1 where there is none.
     """
     has_mass = weights > 0
-    sums = tf.where_v2(has_mass, _scan(weights, tf.add), 0.0)
+    sums = tf.where_v2(has_mass, _scan(weights, tf.add), tf.zeros_like(weights))
     last = tf.reduce_max(tf.where_v2(has_mass, tf.range(size_of(weights, -1)), -1), -1)
     return sums, last
 
 
+def _as_float64(u: tf.Tensor) -> tf.Tensor:
+    """A uniform, float32 in [0, 1) or 32 bits as int32, as it is."""
+    return tf.cast(u, tf.float64) if u.dtype == tf.float32 else tf.cast(tf.bitcast(u, tf.uint32), tf.float64) * 2.0**-32
+
+
+def _as_float32(u: tf.Tensor) -> tf.Tensor:
+    """The upper 24 bits of the same."""
+    if u.dtype == tf.float32:
+        return u
+    upper = tf.bitwise.right_shift(tf.bitcast(u, tf.uint32), tf.constant(8, tf.uint32))
+    return tf.cast(upper, tf.float32) * 2.0**-24
+
+
 def _search(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
-    """Draws from chosen ones of several weight vectors, by inverse CDF, with sums in a fixed order.
+    """Draws from chosen ones of several weight vectors, by inverse CDF, with float64 sums in a fixed order.
 
     Args:
       weights: [rows, vectors, n] float32, none below 0.
       which: [rows, samples] int32 in [0, vectors).
-      u: [rows, samples] float32 in [0, 1).
+      u: [rows, samples], uniforms: see `_as_float64`.
 
     Returns:
       [rows, samples] int32, the first entry with mass up to which the sum passes u
@@ -83,6 +97,7 @@ def _search(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
       −1 without mass.
     """
     rows, vectors, n = weights.shape.as_list()
+    weights, u = tf.cast(weights, tf.float64), _as_float64(u)
     if size_of(u, 1) <= vectors:  # few draws: look only at what they draw from
         sums, last = _sums_and_last(tf.gather(weights, which, batch_dims=1))
         target = u[..., tf.newaxis] * tf.reduce_max(sums, -1, keepdims=True)
@@ -116,7 +131,8 @@ def _search_near(
     cdf = _near_cdf(tf.gather(weights, which, batch_dims=1)[:, 0])
     total = cdf[:, -1:]
     margin = margin * total if isinstance(margin, float) else tf.gather(margin, which, batch_dims=1)
-    target = u * total
+    margin += 2.0**-24 * total  # what bits are left out of the uniform
+    target = _as_float32(u) * total
     entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1, keepdims=True)
     doubt = tf.reduce_min(tf.abs(cdf - target), -1, keepdims=True) < margin
     return tf.minimum(entry, size_of(weights, -1) - 1), tf.cast(doubt, tf.float32)
@@ -132,7 +148,7 @@ def _draw(rows: Rows, weights: LaidOut, uniforms: Sequence[LaidOut]) -> LaidOut:
       rows: Rows.
       weights: laid-out float32 [rows, entries]; one below 0, +inf or NaN makes a
         row invalid.
-      uniforms: a pair, for the group and for the entry, laid-out float32 [rows, samples] in [0, 1).
+      uniforms: a pair, for the group and for the entry, laid-out [rows, samples]: see `_as_float64`.
 
     Returns:
       laid-out int32 [rows, samples], −1 for an invalid row or one without mass.
@@ -266,9 +282,11 @@ def grouped_draw(
     it cuts through a group).
 
     Args:
-      weights: mtf.Tensor, any float dtype, summed in float32.
-      group_uniform: float32 mtf.Tensor in [0, 1) [weights.shape − dim], then
-        samples_dim where there is one.
+      weights: mtf.Tensor, any float dtype; groups are summed in float32, entries in
+        float64.
+      group_uniform: mtf.Tensor [weights.shape − dim], then samples_dim where there is
+        one: float32 in [0, 1), or int32, of which taken for unsigned each unit is
+        2⁻³². With 32 bits an entry's probability is exact to 2⁻³² of its group's.
       entry_uniform: likewise.
       dim: mtf.Dimension of `weights`.
       samples_dim: mtf.Dimension, for many draws from each row.
@@ -384,8 +402,8 @@ def score_draw(
 
     Args:
       scores: float32 mtf.Tensor; −inf is allowed.
-      group_uniform, entry_uniform: float32 mtf.Tensors in [0, 1)
-        [scores.shape − dim].
+      group_uniform, entry_uniform: mtf.Tensors [scores.shape − dim], as for
+        `grouped_draw`.
       dim: mtf.Dimension of `scores`.
       alpha: None for softmax; a float32 mtf.Tensor in [1, 2], its dims among
         [scores.shape − dim], for entmax.

@@ -42,13 +42,12 @@ def threefry_2x32(
     return x0, x1
 
 
-def counter_uniforms(
+def counter_bits(
     seed: mtf.Tensor, stream: mtf.Tensor, step: mtf.Tensor, sample: mtf.Tensor | None = None
 ) -> tuple[mtf.Tensor, mtf.Tensor]:
-    """Two independent uniforms for each draw, a function of its coordinates.
+    """32 random bits twice for each draw, a function of its coordinates.
 
-    Threefry-2x32 with key (seed, stream) and counter (step, sample); the upper
-    24 bits of each output word make one float.
+    Threefry-2x32 with key (seed, stream) and counter (step, sample).
 
     Args:
       seed: int32 mtf.Tensor.
@@ -59,7 +58,8 @@ def counter_uniforms(
       in `stream`, `seed`, `step`, `sample`.
 
     Returns:
-      a pair of float32 mtf.Tensors, in [0, 1).
+      a pair of int32 mtf.Tensors; taken for unsigned, each times 2⁻³² is a uniform
+      in [0, 1).
     """
     xs = [stream, seed, step] + ([] if sample is None else [sample])
     dims = []
@@ -72,19 +72,16 @@ def counter_uniforms(
         words = [tf.bitcast(align(s, old, shape), tf.uint32) for s, old in zip(slices, shapes)]
         stream, seed, step = words[:3]
         sample = words[3] if len(words) == 4 else tf.zeros_like(step)
-        return tuple(
-            tf.cast(tf.bitwise.right_shift(w, tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24
-            for w in threefry_2x32((seed, stream), (step, sample))
-        )
+        return tuple(tf.bitcast(w, tf.int32) for w in threefry_2x32((seed, stream), (step, sample)))
 
     return mtf.slicewise(
         tf_fn,
         xs,
         output_shape=[shape, shape],
-        output_dtype=[tf.float32, tf.float32],
+        output_dtype=[tf.int32, tf.int32],
         splittable_dims=shape.dims,
         grad_function=0,
-        name="counter_uniforms",
+        name="counter_bits",
     )
 
 

@@ -34,7 +34,7 @@ from gpt_neo_sampling.models.penalties import (
 from gpt_neo_sampling.models.utils import entmax, sample_categorical
 from gpt_neo_sampling.mtf_ops import take
 from gpt_neo_sampling.sample import sample_autoregressive
-from gpt_neo_sampling.uniforms import counter_uniforms, threefry_2x32
+from gpt_neo_sampling.uniforms import counter_bits, threefry_2x32
 
 BATCH = 8
 LOWEST = np.finfo(np.float32).min
@@ -135,7 +135,7 @@ def _draws(mesh, edges, alphas, *arrays):
     out["threefry"] = list(
         mtf.slicewise(words, [row, pair], [grid, grid], [tf.int32, tf.int32], splittable_dims=grid.dims)
     )
-    out["uniforms"] = list(counter_uniforms(seed, row, row * 7, mtf.range(mesh, samples, tf.int32)))
+    out["bits"] = list(counter_bits(seed, row, row * 7, mtf.range(mesh, samples, tf.int32)))
     for size, weights, scores in zip(SIZES, arrays[0::2], arrays[1::2]):
         batch, vocab = dims(batch=2 * BATCH, vocab=size)
         weights = mtf.import_tf_tensor(mesh, weights, mtf.Shape([batch, vocab]))

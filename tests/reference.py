@@ -515,8 +515,8 @@ def threefry2x32(key0, key1, counter0, counter1):
 
 
 def bits_to_uniform(bits):
-    """uint32 -> float64 in [0, 1): the upper 24 bits, each value exact in float32."""
-    return (np.asarray(bits, dtype=np.uint32) >> np.uint32(8)) * 2.0**-24
+    """uint32 -> float64 in [0, 1)."""
+    return np.asarray(bits, dtype=np.uint32) * 2.0**-32
 
 
 def _first_past(weights, u):

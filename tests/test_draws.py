@@ -237,6 +237,23 @@ def test_weight_0_is_never_drawn():
     np.testing.assert_array_equal(got, np.broadcast_to(100 + np.arange(64)[:, None], got.shape))
 
 
+@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:4", "vocab:x"), MeshRunner("x:8", "vocab:x")], ids=str)
+def test_rare_entries_beside_a_likely_one(runner):
+    """An entry's share of the 32 bits is its probability's, whatever shares its group with it."""
+    rng = np.random.default_rng(17)
+    w = np.zeros([200, 6400], np.float32)
+    w[:, :100] = rng.uniform(2e-8, 2e-7, 100)  # a group; of 24 bits, one stands for 6e-8
+    w[:, 40], w[:, 100:] = 1, 1e-9
+    borders = 2.0**32 * np.cumsum(w[0, :100].astype(np.float64))[:-1] / w[0, :100].sum(dtype=np.float64)
+    words = np.concatenate([np.floor(borders) - 1, np.floor(borders) + 1])  # two on either side of each
+    want = np.concatenate([np.arange(99), np.arange(1, 100)])
+    words = np.resize(words, 200).astype(np.uint32).view(np.int32)
+    zeros = np.zeros(200, np.int32)
+    one, many = draw_all([(w, zeros, words), (w[:1], zeros[np.newaxis], words[np.newaxis])], runner)
+    np.testing.assert_array_equal(one, np.resize(want, 200))
+    np.testing.assert_array_equal(many[0], np.resize(want, 200))
+
+
 def test_draw_at_every_scale():
     """From the smallest normal float32 to the largest, where plain sums under- or overflow."""
     rng = np.random.default_rng(13)
@@ -533,7 +550,7 @@ def cumulative(scores, *alpha, exactly, jit=False):
     search, search_near, sums, doubts = draws._search, draws._search_near, [], []
 
     def note(weights, which, u):
-        sums.append(draws._scan(draws._sums_and_last(weights)[0], tf.maximum))
+        sums.append(draws._scan(draws._sums_and_last(tf.cast(weights, tf.float64))[0], tf.maximum))
         return search(weights, which, u)
 
     def note_near(weights, which, u, margin):

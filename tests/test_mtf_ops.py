@@ -11,7 +11,7 @@ from conftest import MeshRunner, dims
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.largest import largest, top_k
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, row_index, scatter_add, settle, take, write_at
-from gpt_neo_sampling.uniforms import counter_uniforms, import_seed, threefry_2x32
+from gpt_neo_sampling.uniforms import counter_bits, import_seed, threefry_2x32
 
 B, T, E, V = dims(batch=4, time=2, embd=6, vocab=16)
 FULL = MeshRunner("x:2,y:2,z:2", "batch:x,vocab:y,embd:z")
@@ -322,7 +322,7 @@ def test_threefry(jit):
 
 
 @pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "batch:x,samples:y")], ids=str)
-def test_counter_uniforms(runner):
+def test_counter_bits(runner):
     b, s = dims(batch=64, samples=6)
     rng = np.random.default_rng(5)
     seed, stream, step, sample = words(rng, 64), words(rng, 64), words(rng, 64), words(rng, 6)
@@ -331,10 +331,10 @@ def test_counter_uniforms(runner):
         per_row = [imp(mesh, x, b) for x in (seed, stream, step)]
         scalar = [imp(mesh, x[7]) for x in (seed, stream, step)]
         return [
-            *counter_uniforms(*per_row, imp(mesh, sample, s)),
-            *counter_uniforms(*per_row),
-            *counter_uniforms(scalar[0], per_row[1], scalar[2], imp(mesh, sample, s)),
-            *counter_uniforms(*scalar),
+            *counter_bits(*per_row, imp(mesh, sample, s)),
+            *counter_bits(*per_row),
+            *counter_bits(scalar[0], per_row[1], scalar[2], imp(mesh, sample, s)),
+            *counter_bits(*scalar),
         ]
 
     got = runner(build, seed, stream, step, sample)
@@ -347,9 +347,8 @@ def test_counter_uniforms(runner):
         *reference.threefry2x32(seed[7], stream[7], step[7], 0),
     ]
     for g, w in zip(got, bits, strict=True):
-        assert g.dtype == np.float32
-        np.testing.assert_array_equal(g.astype(np.float64), reference.bits_to_uniform(w))
-    assert got[0].min() >= 0 and got[0].max() < 1
+        assert g.dtype == np.int32
+        np.testing.assert_array_equal(g.view(np.uint32), w)
 
 
 def test_import_seed_values():

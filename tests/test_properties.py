@@ -27,7 +27,7 @@ from gpt_neo_sampling.models.masks import (
     top_p_mask,
     typical_p_mask,
 )
-from gpt_neo_sampling.uniforms import counter_uniforms
+from gpt_neo_sampling.uniforms import counter_bits
 
 NORMAL = 2.0**-126  # TensorFlow takes what is nearer to 0 for 0
 
@@ -548,15 +548,15 @@ def test_next_token(sample, seed, row, busy):
 def primitives(place, mesh, x, index, values, *words):
     x, v = place.whole_in(mesh, x), place.vocab
     index, values, *words = (place.rows_in(mesh, t) for t in (index, values, *words))
-    uniforms = counter_uniforms(*words)
+    bits = counter_bits(*words)
     k_dim = mtf.Dimension("top_k", min(5, v.size))
     best = [mtf.transpose(t, place.rows + k_dim) for t in top_k(x, v, k_dim)]
     best[0] = mtf.cast(best[0], tf.float32)
     found = mtf_ops.take(x, index, v)
     value = mtf.cast(values, x.dtype)
     return {
-        "uniform 0": uniforms[0],
-        "uniform 1": uniforms[1],
+        "bits 0": bits[0],
+        "bits 1": bits[1],
         "row": mtf_ops.row_index(mesh, place.rows),
         "argmax": first_argmax(x, v),
         "top values": best[0],
@@ -585,7 +585,7 @@ def test_primitives(sample, seed, row):
     seed, stream, step = words.view(np.uint32)
     drawn = reference.threefry2x32(seed, stream, step, np.zeros_like(step))
     for i in range(2):
-        np.testing.assert_array_equal(out[f"uniform {i}"], reference.bits_to_uniform(drawn[i]))
+        np.testing.assert_array_equal(out[f"bits {i}"].view(np.uint32), drawn[i])
 
     here = np.arange(n) == index[:, np.newaxis]
     np.testing.assert_array_equal(out["written"], np.where(here, values[:, np.newaxis], x))

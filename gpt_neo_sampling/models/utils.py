@@ -42,7 +42,7 @@ from gpt_neo_sampling.mtf_ops import (
     take,
 )
 from gpt_neo_sampling.rows import Rows, near_sum
-from gpt_neo_sampling.uniforms import counter_uniforms, import_seed
+from gpt_neo_sampling.uniforms import counter_bits, import_seed
 
 __all__ = [
     "biasmask_attn_weights",
@@ -85,8 +85,8 @@ def sample_categorical(
 ) -> mtf.Tensor:
     """Draws indices along `dim` in proportion to the weights `x`.
 
-    By inverse CDF in two levels (see `draws.grouped_draw`), each with a float32
-    uniform of its own: time and memory are linear in `dim`, and the index drawn
+    By inverse CDF in two levels (see `draws.grouped_draw`), each with a uniform
+    of 32 bits of its own: time and memory are linear in `dim`, and the index drawn
     is the same on every layout and backend.
 
     Args:
@@ -156,21 +156,21 @@ def draw_uniforms(
     step: RowValue = 0,
     samples_dim: mtf.Dimension | None = None,
 ) -> tuple[mtf.Tensor, mtf.Tensor]:
-    """The two uniforms of each draw; arguments as those of `sample_categorical`.
+    """The two uniforms of each draw, as 32 bits each; arguments as those of `sample_categorical`.
 
     Args:
       mesh: mtf.Mesh.
       rows: mtf.Shape, the dims of the request.
 
     Returns:
-      a pair of float32 mtf.Tensors [rows], then samples_dim, in [0, 1).
+      a pair of int32 mtf.Tensors [rows], then samples_dim: see `counter_bits`.
     """
     seed = import_seed(mesh, seed, rows)
     stream = row_index(mesh, rows) if stream is None else (
         mtf.broadcast(import_rows(mesh, stream, tf.int32, rows, "stream"), rows))  # fmt: skip
     step = import_rows(mesh, step, tf.int32, rows, "step")
     sample = None if samples_dim is None else mtf.range(mesh, samples_dim, tf.int32)
-    return counter_uniforms(seed, stream, step, sample)
+    return counter_bits(seed, stream, step, sample)
 
 
 # --- entmax ---------------------------------------------------------------------
