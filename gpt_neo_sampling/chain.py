@@ -138,7 +138,14 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
 
     def user_step(processor: LogitsProcessor) -> tuple[str, Step]:
         name = getattr(processor, "__name__", type(processor).__name__)
-        return name, lambda x, dim: processor(x, h.ids, h.position)
+
+        def step(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
+            found = processor(x, h.ids, h.position)
+            if not isinstance(found, mtf.Tensor) or set(found.shape.dims) != set(x.shape.dims):
+                raise ValueError(f"logits_processors: {name} gave {found!r}; logits of shape {x.shape} are needed")
+            return found
+
+        return name, step
 
     def penalise_repetition(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
         return repetition_penalty(x, token_counts(h.ids, dim, end=h.position), o.repetition_penalty, dim)

@@ -7,6 +7,7 @@ line and exit status 1.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,12 +21,12 @@ from typing import Any
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Prompt, Tokenizer
 from gpt_neo_sampling.arguments import PROGRAM, parser
-from gpt_neo_sampling.checkpoint import convert_checkpoint
-from gpt_neo_sampling.cluster import Cluster, cluster_from_environment, parse_cluster, serve
+from gpt_neo_sampling.checkpoint import convert_checkpoint, one_line
+from gpt_neo_sampling.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import export_saved_model
 from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.inspection import plot, plot_format, table, terminal_style, to_json, token_text
-from gpt_neo_sampling.options import SAMPLING
+from gpt_neo_sampling.options import SAMPLING, check_int
 from gpt_neo_sampling.prompts_file import generate_file
 
 
@@ -44,8 +45,7 @@ def _serve(args: argparse.Namespace) -> None:
         raise ValueError("serve needs a cluster: --cluster host:port,host:port, or TF_CONFIG")
     if cluster.task is None:
         raise ValueError(f"serve needs --task, one of {', '.join(cluster.addresses)}")
-    if args.cpus < 1:
-        raise ValueError(f"--cpus {args.cpus}: at least 1 is needed")
+    check_int("--cpus", args.cpus, 1, MOST_CPUS)
     note = f"serving {cluster.task} at {cluster.addresses[cluster.task]}"
     serve(cluster, args.cpus, started=lambda: print(note, file=sys.stderr, flush=True))
 
@@ -67,8 +67,7 @@ def _prompts(args: argparse.Namespace) -> Sequence[Prompt]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    if args.show < 1:
-        raise ValueError(f"--show {args.show}: at least 1 is needed")
+    check_int("--show", args.show, 1)
     if args.plot is not None:
         plot_format(args.plot)  # what is wrong with it is said ahead of the work
     prompt = args.prompt if args.prompt is not None else _ids(args.prompt_ids)
@@ -264,13 +263,42 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.flush()
+    try:
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise OSError(f"stdout cannot be written: {e.strerror}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
+    if sys.stderr is None:  # closed: print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")
+    try:
+        status, message = _run(argv)
+    except SystemExit as e:  # of argparse
+        status, message = int(e.code or 0), None
+    except BrokenPipeError:  # the reader has gone: nothing is left to say
+        status, message = 1, None
+    with contextlib.suppress(OSError):  # where nobody can be told, the status does
+        if message is not None:
+            print(f"{PROGRAM}: error: {one_line(message)}", file=sys.stderr)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # what is held would be tried again at the end, with a message of Python's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = status or 1
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> tuple[int, object]:
+    """(exit status, what is wrong or None)."""
     args = parser().parse_args(argv)
+    if sys.stdout is None and args.command in ("generate", "score", "inspect") and not getattr(args, "output", None):
+        return 1, "stdout is closed; what is found goes there"
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:
@@ -283,18 +311,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "serve": _serve,
         }
         commands[args.command](args)
-        return 0
+        return 0, None
     except (ValueError, InvalidDistributionError) as e:
-        status, message = 2, str(e)
+        return 2, e
+    except BrokenPipeError:
+        raise
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # the reader has gone: nothing is left to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        status, message = 1, str(e)
+        return 1, e
+    except MemoryError as e:
+        return 1, f"there is not enough memory. {e}"
     except KeyboardInterrupt:
-        return 130
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
-    return status
+        return 130, None
 
 
 if __name__ == "__main__":

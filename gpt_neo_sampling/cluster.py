@@ -29,6 +29,7 @@ WATCH_SECONDS = 2  # between looks at whether all are still there
 LOST_AFTER = 2  # looks in a row that found one gone
 ANSWER_SECONDS = 60  # for a cluster that accepts connections to answer its first request
 CLOSE_SECONDS = 5  # for it to free what a session held
+MOST_CPUS = 1024  # CPU devices of a process; TensorFlow makes each of them, and all up to the last that is named
 
 
 class ClusterError(OSError):
@@ -280,7 +281,7 @@ def cluster_from_environment() -> Cluster | None:
         if not all(isinstance(addresses, list) for addresses in jobs.values()):
             raise TypeError("each job needs a list of addresses")
         jobs = {job: [str(a) for a in addresses] for job, addresses in jobs.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as e:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as e:
         raise ValueError(
             f'TF_CONFIG is not of the form {{"cluster": {{"worker": ["host:port", …]}}, "task": …}}: {e!r}'
         ) from None

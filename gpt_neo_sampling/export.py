@@ -39,6 +39,7 @@ SIGNATURES = {  # name -> what it has beside top-k
     "entmax": ["entmax_alpha"],
 }
 DEFAULT_TOP_K = 64
+MAX_BATCH = 2**16
 CONTROLS = tuple(
     name for name, o in ROW_OPTIONS.items() if o.neutral is not None and name not in ("top_k", "entmax_alpha")
 )
@@ -106,7 +107,7 @@ def export_saved_model(
     variable_dtype = variable_dtype_of(dtype)
     with open_checkpoint(DEMO_FOLDER if model is None else model) as checkpoint:
         gpt2.check_params(checkpoint.params)
-        check_int("batch", batch, 1)
+        check_int("batch", batch, 1, MAX_BATCH)
         check_int("length", length, 2, checkpoint.params["n_ctx"])
         prompt_length = length if prompt_length is None else prompt_length
         check_int("prompt_length", prompt_length, 1, length)

@@ -14,7 +14,7 @@ from gpt_neo_sampling.cluster import Cluster
 from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
 from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh import DeviceMesh, device_mesh
-from gpt_neo_sampling.options import GenerationOptions
+from gpt_neo_sampling.options import GenerationOptions, check_bool
 from gpt_neo_sampling.program import DEMO_FOLDER, first_token_of
 from gpt_neo_sampling.request import Request, checked_request
 from gpt_neo_sampling.sample import INVALID
@@ -250,6 +250,7 @@ class TextGenerator:
           InvalidDistributionError: if the model gives logits that are NaN or infinite.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
         """
+        check_bool("add_start_token", add_start_token)
         texts = [self._ids(text) for text in _listed(texts)]
         start = [self._first_token()] if add_start_token else []
         scores = score_texts(texts, self._logprobs, self.params["n_ctx"], start, stride)
@@ -285,7 +286,10 @@ class TextGenerator:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise ValueError(f"a text is not Unicode: {e}") from None
-            ids = self.tokenizer.encode(text).ids
+            try:
+                ids = self.tokenizer.encode(text).ids
+            except Exception as e:  # the library raises bare Exception
+                raise ValueError(f"the model's tokenizer cannot encode {text[:60]!r}: {e}") from None
         else:
             ids = _list_of(text, "a prompt or text", "a str or a list of token ids")
         n_vocab = self.params["n_vocab"]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_stderr, tensorflow, tf
-from gpt_neo_sampling.cluster import Cluster, parse_cluster, short_name
+from gpt_neo_sampling.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
 
 AUTO = "auto"
 NAME = r"[A-Za-z_]\w*"  # of an axis or a dimension
@@ -152,6 +152,8 @@ def device_mesh(
     """
     if isinstance(cluster, str):
         cluster = parse_cluster(cluster)
+    elif not (cluster is None or isinstance(cluster, Cluster)):
+        raise MeshError(f"cluster {cluster!r}; allowed: such as host:2222,host:2223")
     if devices == AUTO:
         if cluster:
             raise MeshError("devices auto looks at this machine alone; in a cluster name each, as in worker:1/gpu:0")
@@ -254,6 +256,8 @@ def _parse_device(name: Any, cluster: Cluster | None) -> str:
     if not m:
         raise MeshError(f"devices: {name!r} is not a device; allowed: cpu:0, gpu:1, in a cluster worker:1/cpu:0")
     job, task, kind, number = m.groups()
+    if len(number) > 4 or int(number) >= MOST_CPUS:
+        raise MeshError(f"devices: {name!r}; allowed: numbers from 0 to {MOST_CPUS - 1}")
     local = f"/device:{kind.upper()}:{number}"
     if (job is not None) != (cluster is not None):
         wanted = "it needs a machine, as in worker:1/cpu:0" if cluster else "there is no cluster (see --cluster)"

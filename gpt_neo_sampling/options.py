@@ -22,6 +22,12 @@ def check_int(name: str, value: object, least: float, most: float | None = None)
     raise ValueError(f"{name}={value!r}; a whole number {allowed} is needed")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r}; True or False is needed")
+
+
 @dataclasses.dataclass(frozen=True)
 class RowOption:
     """A number that each row of a batch may have its own of."""

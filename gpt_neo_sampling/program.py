@@ -23,6 +23,7 @@ from gpt_neo_sampling.sample import sample_autoregressive
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
+MOST_STOP_TOKENS = 256  # a graph is built for their number
 LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
 DTYPES = ("float32", "bfloat16")  # of weights and activations
 
@@ -296,13 +297,17 @@ def first_token_of(checkpoint: Checkpoint) -> int | None:
 
 def stop_tokens_of(checkpoint: Checkpoint, eos_token_id: Any = None) -> list[int]:
     """A list of ints, the stop tokens; for None the model's own. NO_STOP_TOKEN, or none at all, is none."""
-    most = checkpoint.params["n_vocab"] - 1
+    name, most = "eos_token_id", checkpoint.params["n_vocab"] - 1
     if eos_token_id is None:  # which a config may name beyond its vocabulary, where none is
         eos_token_id, most = checkpoint.generation_defaults.get("eos_token_id", NO_STOP_TOKEN), INT32_MAX
+        name = "the model's eos_token_id"
     ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     for i in ids:
-        check_int("eos_token_id", i, NO_STOP_TOKEN if len(ids) == 1 else 0, most)
-    return [int(i) for i in ids if i != NO_STOP_TOKEN]
+        check_int(name, i, NO_STOP_TOKEN if len(ids) == 1 else 0, most)
+    ids = list(dict.fromkeys(int(i) for i in ids if i != NO_STOP_TOKEN))
+    if len(ids) > MOST_STOP_TOKENS:
+        raise ValueError(f"{name} has {len(ids)} tokens; at most {MOST_STOP_TOKENS} are allowed")
+    return ids
 
 
 def variable_dtype_of(dtype: DType | None) -> mtf.VariableDType:

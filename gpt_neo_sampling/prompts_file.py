@@ -121,7 +121,7 @@ def generate_file(
     generator.check([[0]], **_columns([{**options, "seed": seed}]))
     output = Path(output).resolve()
     data = _read(prompts_file)
-    if output.exists() and output.samefile(prompts_file):
+    if os.path.exists(output) and output.samefile(prompts_file):
         raise ValueError(f"{output} is the file of the prompts; give another output")
     records = _records(generator, data, prompts_file, options)
     batches = _batches(records)
@@ -205,7 +205,7 @@ def _columns(options: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is handed through, options) of a line, its options as they stand there."""
     try:
-        record = json.loads(line.decode(), parse_constant=_not_json, object_pairs_hook=_object)
+        record = json.loads(line.decode(), parse_constant=_not_json, parse_float=_float, object_pairs_hook=_object)
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8: {e}") from None
     except RecursionError:
@@ -235,6 +235,13 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), -float("inf")):
+        raise ValueError(f"{text} is larger than any number of 64 bits")
+    return number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

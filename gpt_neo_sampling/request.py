@@ -15,6 +15,7 @@ from gpt_neo_sampling.options import (
     SAMPLING,
     SAMPLING_ONLY,
     GenerationOptions,
+    check_bool,
     check_default,
     check_int,
     per_prompt,
@@ -74,14 +75,14 @@ def checked_request(
     n_vocab, n_ctx = checkpoint.params["n_vocab"], checkpoint.params["n_ctx"]
     defaults = checkpoint.generation_defaults
     check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
-    for name, value in (("do_sample", options.do_sample), ("return_logprobs", options.return_logprobs)):
-        if not isinstance(value, (bool, np.bool_)) and not (name == "do_sample" and value is None):
-            raise ValueError(f"{name}={value!r}; True or False is needed")
-    ngram_size = options.no_repeat_ngram_size
+    check_bool("return_logprobs", options.return_logprobs)
+    if options.do_sample is not None:
+        check_bool("do_sample", options.do_sample)
+    ngram_name, ngram_size = "no_repeat_ngram_size", options.no_repeat_ngram_size
     if ngram_size is None:
-        ngram_size = defaults.get("no_repeat_ngram_size")
+        ngram_name, ngram_size = "the model's no_repeat_ngram_size", defaults.get("no_repeat_ngram_size")
     if ngram_size is not None:
-        check_int("no_repeat_ngram_size", ngram_size, 0)
+        check_int(ngram_name, ngram_size, 0, INT32_MAX)
 
     values = resolve(options, defaults, len(prompts))
     values["top_k"][values["top_k"] >= n_vocab] = 0  # all of them: no mask

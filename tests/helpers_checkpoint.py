@@ -7,13 +7,20 @@ against the library that it reads with.
 import functools
 import json
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
 
 from gpt_neo_sampling._compat import quiet_logging, tf
-from gpt_neo_sampling.checkpoint import open_checkpoint, variable_shapes, write_mesh_tf_checkpoint
+from gpt_neo_sampling.checkpoint import (
+    open_checkpoint,
+    tensorflow_index,
+    variable_shapes,
+    write_mesh_tf_checkpoint,
+)
 
 DATA = Path(__file__).parent / "data"
 MESH_TF = DATA / "gpt_neo_checkpoints"
@@ -248,6 +255,51 @@ def only(**files):
             (folder / name.replace("__", ".")).write_bytes(content)
 
     return make
+
+
+def in_index(name, change):
+    """What rewrites a TensorFlow checkpoint's index with another entry for a variable: change(BundleEntryProto)."""
+
+    def edit(folder):
+        entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
+        entry = BundleEntryProto.FromString(entries[name])
+        change(entry)
+        (folder / INDEX_FILE).write_bytes(table({**entries, name: entry.SerializeToString()}))
+
+    return edit
+
+
+def table(entries):
+    """A LevelDB table of one block, and its index."""
+    blocks = b""
+
+    def put_block(items):
+        nonlocal blocks
+        block, restarts = b"", []
+        for key, value in items:
+            restarts.append(len(block))
+            block += bytes([0]) + number(len(key)) + number(len(value)) + key + value
+        restarts = restarts or [0]
+        block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+        handle = number(len(blocks)) + number(len(block))
+        blocks += block + b"\0" + masked_checksum(block + b"\0")
+        return handle
+
+    data, meta = put_block(sorted(entries.items())), put_block([])
+    footer = meta + put_block([(b"\xff", data)])
+    return blocks + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+
+
+def number(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + number(n >> 7)
+
+
+def masked_checksum(data):
+    """As TensorFlow's records have it, at their end."""
+    with tempfile.TemporaryDirectory() as folder:
+        with tf.io.TFRecordWriter(f"{folder}/record") as writer:
+            writer.write(data)
+        return Path(folder, "record").read_bytes()[-4:]
 
 
 DATA_FILE = "model.ckpt-0.data-00000-of-00001"

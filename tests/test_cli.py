@@ -137,58 +137,6 @@ def test_score(capfd, tmp_path):
     assert [s["logprobs"].count(None) for s in json.loads(out)["scores"]] == [0, 0]
 
 
-BAD = [
-    ([], "COMMAND"),
-    (["sing"], "invalid choice: 'sing'"),
-    (["generate"], "--prompt"),
-    (["generate", "--prompt", "a", "--prompt-ids", "1"], "not allowed with"),
-    (["generate", "--prompt", "a", "--temperature", "warm"], "invalid float value: 'warm'"),
-    (["generate", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0; a finite number of at least 0 is needed"),
-    (["generate", "--prompt", "a", "--temperature", "inf"], "temperature=inf"),
-    (["generate", "--prompt", "a", "--top-k", "-1"], "top_k=-1; a whole number from 0"),
-    (["generate", "--prompt", "a", "--entmax", "2.5"], "entmax_alpha=2.5; a number from 1 to 2 is needed"),
-    (["generate", "--prompt", "a", "--entmax", "0.5"], "entmax_alpha=0.5; a number from 1 to 2 is needed"),
-    (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0"),
-    (["generate", "--prompt", "a", "--num-samples", "-3"], "num_return_sequences=-3"),
-    (["generate", "--prompt", "a", "--seed", "99999999999"], "seed=99999999999"),
-    (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere is not there"),
-    (["generate", "--prompt", "word " * 400], "at most 256"),
-    (["generate", "--prompt-ids", "5 2048"], "2048 is outside the vocabulary; 0 to 2047"),
-    (["generate", "--prompt-ids", "5 x"], "--prompt-ids '5 x'"),
-    (["generate", "--model", str(GLOBAL), "--prompt", "a"], "no tokenizer.json"),
-    (["generate", "--prompt", "a", "--dtype", "float16"], "invalid choice: 'float16'"),
-    (["generate", "--prompt", "a", "--output", "o.jsonl"], "--prompts-file and --output need each other"),
-    (["generate", "--prompts-file", "i.jsonl"], "--prompts-file and --output need each other"),
-    (["generate", "--prompts-file", "i.jsonl", "--prompt", "a"], "not allowed with"),
-    (["generate", "--prompts-file", "i.jsonl", "--output", "o.jsonl", "--json"], "--json is for stdout"),
-    (["generate", "--prompts-file", "i.jsonl", "--output", "o.jsonl"], "i.jsonl cannot be read: No such file"),
-    (["generate", "--prompts-file", "i.jsonl", "--output", "o.jsonl", "--top-p", "2"], "error: top_p=2.0; a number"),
-    (["score"], "--text"),
-    (["score", "--text", "a b", "--text-ids", "1"], "not allowed with"),
-    (["score", "--text", ""], "text 0 has 0 tokens"),
-    (["score", "--text", "word " * 400], "more than the context, 256; give a stride"),
-    (["generate", "--prompt-ids=-5", "--seed", "1"], "token id -5 is outside the vocabulary"),
-    (["generate", "--prompt", "a", "--eos-token-id", "9999999999"], "eos_token_id=9999999999; a whole number from -1"),
-    (["generate", "--prompt", "a\udcff"], "a text is not Unicode"),
-    (["generate", "--prompt", "a", "--num-samples", "9999999999", "--seed", "1"], "num_return_sequences=9999999999"),
-    (["generate", "--prompt", "a", "--logit-bias", "5=1", "5=2"], "--logit-bias has token 5 twice"),
-    (["generate", "--prompt", "a", "--stop-strings", "<|endoftext|>"], "holds a special token"),
-    (["score", "--text", "a b", "--stride", "256"], "stride=256; a whole number from 1 to 255"),
-    (["score", "--text-ids", "5 x"], "--text-ids '5 x'"),
-    (["score", "--file", "nowhere"], "--file nowhere"),
-    (["score", "--file", str(GLOBAL / "golden.npz")], "golden.npz: 'utf-8' codec"),
-]
-
-
-@pytest.mark.parametrize(("args", "message"), BAD)
-def test_a_bad_value_is_one_line_and_status_2(capfd, args, message):
-    status, out, err = main(capfd, *args)
-    assert status == 2
-    assert out == ""
-    assert err.count("\n") == 1 and err.startswith("gpt-neo-sampling: error: ")
-    assert message in err
-
-
 def test_a_bad_value_has_no_traceback_in_a_process_of_its_own():
     done = run("generate", "--prompt", "a", "--top-k", "-1")
     assert done.returncode == 2

@@ -313,7 +313,8 @@ def test_a_signal_ends_serve(own_workers, signal_number):
         (["--cluster", "a:1,b:2", "--task", "1"],
          "cluster 'a:1,b:2': there is no task 1; allowed: worker:0, worker:1"),
         (["--cluster", "a:1,b", "--task", "worker:0"], "cluster 'a:1,b': 'b' is not an address; allowed: host:port"),
-        (["--cluster", "a:1", "--task", "worker:0", "--cpus", "0"], "--cpus 0: at least 1 is needed"),
+        (["--cluster", "a:1", "--task", "worker:0", "--cpus", "0"],
+         "--cpus=0; a whole number from 1 to 1024 is needed"),
     ],
 )  # fmt: skip
 def test_a_bad_value_for_serve_is_one_line_and_status_2(capfd, args, message):

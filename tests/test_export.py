@@ -155,29 +155,6 @@ def test_what_is_exported_beside_the_graph(saved):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        (["--batch", "0"], "batch=0; a whole number of at least 1 is needed"),
-        (["--length", "257"], "length=257; a whole number from 2 to 256 is needed"),
-        (["--prompt-length", "9"], "prompt_length=9; a whole number from 1 to 8 is needed"),
-        (["--max-top-k", "0"], "max_top_k=0; a whole number from 1 to 2048 is needed"),
-        (["--model", DATA / "nothing"], "is not there"),
-    ],
-)
-def test_bad_values_are_one_line_and_leave_nothing(capfd, tmp_path, option, message):
-    status, out, err = main(capfd, "export", "--output", tmp_path / "a" / "b", "--batch", 1, "--length", 8, *option)
-    assert status == 2 and out == "" and message in err and err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_holds_something_is_refused(capfd, tmp_path):
-    (tmp_path / "mine").write_text("kept")
-    status, _, err = main(capfd, "export", "--output", tmp_path, "--batch", 1, "--length", 8)
-    assert status == 2 and "is there already" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-
-
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no more room")

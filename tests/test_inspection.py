@@ -5,7 +5,6 @@ import pathlib
 import re
 import shlex
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -335,17 +334,3 @@ def test_command_prints_json(capfd):
     assert [token["id"] for token in found["tokens"]] == np.argsort(-p)[:3].tolist()
     assert [token["probabilities"][-1] for token in found["tokens"]] == pytest.approx(-np.sort(-p)[:3], abs=1e-6)
     assert found["tokens"][0]["text"] is None
-
-
-@pytest.mark.parametrize("args, message", [
-    (["--show", "0"], "--show 0: at least 1 is needed"),
-    (["--plot", "chain.xyz"], "plot needs the package" if find_spec("matplotlib") is None else "the suffix says"),
-    (["--top-p", "2"], "top_p=2.0; a number from 0 to 1 is needed"),
-    (["--greedy", "--top-k", "3"], "top_k=3 with do_sample=False"),
-])  # fmt: skip
-def test_what_the_command_does_not_take(capfd, args, message):
-    assert cli.main(["inspect", "--prompt", "Emma", *args]) == 2
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert captured.err.count("\n") == 1

@@ -359,27 +359,3 @@ def test_the_commands_output_is_that_of_one_device(capfd, model):
     on_mesh = ["--mesh-shape", "x:2", "--layout", "vocab:x,heads:x", "--devices", "cpu:0,cpu:1"]
     assert main(capfd, *command(model, *args, *on_mesh))[:2] == (0, out)
     assert len(out.splitlines()) == 6
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--mesh-shape", "x"], "mesh shape 'x': 'x' is not an axis"),
-        (["--layout", "batch"], "layout 'batch': 'batch' is not a dimension"),
-        (["--layout", "batch:x"], "the mesh has no axes"),
-        (["--mesh-shape", "x:2"], "no devices are named"),
-        (["--devices", "cpu:0,cpu:1"], "2 devices are named"),
-        (["--devices", "cpu:0,cpu:0", "--mesh-shape", "x:2"], "more than once"),
-        (["--devices", "disk:0"], "'disk:0' is not a device"),
-        (["--devices", "worker:0/cpu:0"], "no cluster"),
-        (["--devices", "cpu:0,cpu:1", "--mesh-shape", "x:2", "--layout", "batch:y"], "axes of the mesh are x"),
-        (["--devices", "cpu:0,cpu:1,cpu:2", "--mesh-shape", "x:3", "--layout", "heads:x"], "fit: 1, 2, 4"),
-        (["--devices", "cpu:0,cpu:1", "--mesh-shape", "x:2", "--layout", "batch:x,vocab:x"], "stand together"),
-        (["--cluster", "nowhere"], "'nowhere' is not an address"),
-    ],
-)
-def test_a_wrong_mesh_is_one_line_and_status_2(capfd, model, args, message):
-    status, out, err = main(capfd, *command(model, *args))
-    assert (status, out) == (2, "")
-    assert err.startswith("gpt-neo-sampling: error: ") and err.count("\n") == 1
-    assert message in err

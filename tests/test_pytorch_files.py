@@ -192,7 +192,7 @@ DAMAGED = {
     "compressed": (
         "zip.bin",
         lambda path: write_zip(path, {}, compression=zipfile.ZIP_DEFLATED),
-        "data.pkl in it is compressed",
+        "in it is compressed",
     ),
     "Git LFS": (
         "zip.bin",

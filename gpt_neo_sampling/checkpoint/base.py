@@ -8,12 +8,13 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, StrPath
 from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types
 
@@ -26,6 +27,9 @@ PROGRESS_DELAY = 1.5  # seconds after which a progress bar appears
 _BLOCK, _BLOCKS = 4096, 1024  # bytes, and how many of them of a file of weights, tell it from another
 _LISTED = 5  # names that an error shows before it goes over to a count
 _ALIGNMENT = 64  # bytes; TensorFlow takes an array that is aligned so without a copy
+_LONGEST_TEXT = 10**8  # bytes of a config or an index
+_MOST_LAYERS = 10_000
+_LONGEST_MESSAGE = 1000  # characters
 
 # A layer's variables: GPT-Neo's name, and the shape in multiples of n_embd.
 _ATTENTION = {
@@ -51,7 +55,7 @@ class CheckpointError(ValueError):
     """A folder that cannot be read as a model; the message is one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(one_line(message))
 
 
 def variable_shapes(params: Params) -> dict[str, Shape]:
@@ -234,11 +238,23 @@ class Checkpoint:
         self.close()
 
 
+def one_line(message: object) -> str:
+    """A message as one line of a bounded length, without characters that a terminal would obey."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).strip().splitlines()))
+    half = _LONGEST_MESSAGE // 2
+    return line if len(line) <= _LONGEST_MESSAGE else f"{line[:half]} … {line[-half:]}"
+
+
 # ------------------------------------------------------------------ checks
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_int32(value: object) -> bool:
+    """Whether it is a whole number that TensorFlow can hold, as everything in a config must be."""
+    return is_int(value) and -(2**31) <= value < 2**31
 
 
 def check_sizes(params: Params, source: object, names: dict[str, str] | None = None) -> list[str]:
@@ -253,8 +269,11 @@ def check_sizes(params: Params, source: object, names: dict[str, str] | None = N
         raise CheckpointError(f"{source} does not give {', '.join(absent)}")
     for key in (*required, "local_attention_radius"):
         value = params.get(key)
-        if value is not None and (not is_int(value) or value < 1):
-            raise CheckpointError(f"{source}: {names.get(key, key)} is {value!r}; allowed: a whole number, at least 1")
+        most = _MOST_LAYERS if key == "n_layer" else 2**31 - 1
+        if value is not None and not (is_int(value) and 1 <= value <= most):
+            raise CheckpointError(
+                f"{source}: {names.get(key, key)} is {value!r}; allowed: a whole number, at least 1 and at most {most}"
+            )
     if params["n_embd"] % params["n_head"]:
         n_embd, n_head = names.get("n_embd", "n_embd"), names.get("n_head", "n_head")
         raise CheckpointError(
@@ -318,8 +337,18 @@ def list_folder(folder: Path) -> list[str]:
     return files
 
 
+def check_file(path: Path) -> None:
+    """Raises CheckpointError for what is no file to read: a folder, a pipe or a device, which could have no end."""
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "leads to a file that is not there"
+        raise CheckpointError(f"{path} {what}; allowed: a file, or a link to one")
+
+
 def read_text(path: Path) -> str:
+    check_file(path)
     try:
+        if path.stat().st_size > _LONGEST_TEXT:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; allowed: at most {_LONGEST_TEXT}")
         return path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
@@ -355,13 +384,21 @@ def check_new_folder(path: StrPath) -> Path:
 @contextlib.contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, where files are made before they move; gone afterwards."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
-    staging.mkdir()
+    staging = folder.parent / f".{folder.name[:40]}.{uuid.uuid4().hex}.partial"
+    try:
+        new_parents = [p for p in folder.parents if not p.exists()]
+        staging.mkdir(parents=True)
+    except OSError as e:
+        raise CheckpointError(f"{folder} cannot be written: {e.strerror}") from None
     try:
         yield staging
+    except tf.errors.OpError as e:  # as which TensorFlow reports a full disk
+        raise OSError(f"{folder} cannot be written: {e.message.splitlines()[0]}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # it is not empty: the folder is there
+                parent.rmdir()
 
 
 def some(names: Iterable[str]) -> str:

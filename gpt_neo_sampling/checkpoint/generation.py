@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int, read_json
+from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int32, read_json
 
 # GPT-Neo's key of each of Hugging Face's.
 ID_KEYS = {"eos_token_id": "eos_id", "pad_token_id": "padding_id", "bos_token_id": "bos_id"}
@@ -16,14 +16,14 @@ def _is_number(value: object) -> bool:
 
 
 def _is_int_or_ints(value: object) -> bool:
-    return is_int(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_int, value)))
+    return is_int32(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_int32, value)))
 
 
 _Check = tuple[Callable[[object], bool], str]  # and what it allows, in words
-_WHOLE = (is_int, "a whole number")
+_WHOLE = (is_int32, "a whole number of 32 bits")
 _NUMBER = (_is_number, "a number")
 _TOKEN_IDS = {
-    "eos_token_id": (_is_int_or_ints, "a whole number, or a list of them"),
+    "eos_token_id": (_is_int_or_ints, "a whole number, or a list of them, of 32 bits"),
     "pad_token_id": _WHOLE,
     "bos_token_id": _WHOLE,
 }

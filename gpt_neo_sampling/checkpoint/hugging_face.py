@@ -17,6 +17,7 @@ from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
     Checkpoint,
     CheckpointError,
+    check_file,
     check_sizes,
     compare,
     in_batches,
@@ -190,7 +191,7 @@ def _params(config: dict[str, Any], config_file: Path) -> Params:
     if config.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
         refuse("activation_function", "'gelu_new', 'gelu_pytorch_tanh'")
     epsilon = config.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(epsilon, (int, float)) or not abs(epsilon - 1e-5) < 1e-12:
+    if not isinstance(epsilon, float) or not abs(epsilon - 1e-5) < 1e-12:
         refuse("layer_norm_epsilon", "1e-05")
 
     params: Params = {key: config.get(hf_key) for key, hf_key in _SIZES.items()}
@@ -255,7 +256,11 @@ def _config(params: Params) -> dict[str, Any]:
 def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:
     """Every tensor of a folder: name -> StoredTensor."""
     single = next(f for f in FILES if f in files or f"{f}.index.json" in files)
-    list_tensors = FILES[single]
+
+    def list_tensors(path: Path) -> dict[str, StoredTensor]:
+        check_file(path)
+        return FILES[single](path)
+
     if single in files:
         return list_tensors(folder / single)
     index_file = folder / f"{single}.index.json"

@@ -18,10 +18,12 @@ from gpt_neo_sampling.checkpoint.base import (
     Checkpoint,
     CheckpointError,
     check_dtypes,
+    check_file,
     check_sizes,
     compare,
     in_batches,
     is_int,
+    is_int32,
     list_folder,
     progress_bar,
     read_json,
@@ -32,6 +34,7 @@ from gpt_neo_sampling.checkpoint.base import (
     write_json,
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
+from gpt_neo_sampling.checkpoint.tensorflow_index import check_index
 from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS
 
 SCOPE = "gpt2/"
@@ -54,8 +57,8 @@ def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None
     if params.get("local_attention_radius") is None:
         params["local_attention_radius"] = LOCAL_RADIUS
     for key in ID_KEYS.values():
-        if params.get(key) is not None and not is_int(params[key]):
-            raise CheckpointError(f"{config_file}: {key} is {params[key]!r}; allowed: a whole number")
+        if params.get(key) is not None and not is_int32(params[key]):
+            raise CheckpointError(f"{config_file}: {key} is {params[key]!r}; allowed: a whole number of 32 bits")
     ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
 
     store = _TensorFlowStore(folder, _newest(folder, files), files)
@@ -270,14 +273,17 @@ class _TensorFlowStore:
 
     # What TensorFlow's reader raises for damaged files: some of its C++ errors
     # come out as Python's own types (a short file as an IndexError).
-    _ERRORS = (tf.errors.OpError, LookupError, RuntimeError, ValueError, OSError)
+    _ERRORS = (tf.errors.OpError, LookupError, RuntimeError, TypeError, ValueError, OSError)
 
     def __init__(self, folder: Path, base: str, files: list[str]) -> None:
         self._path = folder / base
         self._link_folder: tempfile.TemporaryDirectory[str] | None = None
         self.files = [folder / f"{base}.index"]
         shards = _data_files(self._path, base, files)
+        for name in (f"{base}.index", *shards):
+            check_file(folder / name)
         try:
+            check_index(self.files[0])
             self._prefix = str(self._without_wildcards(folder) / base)
             self._reader = tf.train.NewCheckpointReader(self._prefix)
             self.shapes = {n: tuple(s) for n, s in self._reader.get_variable_to_shape_map().items()}

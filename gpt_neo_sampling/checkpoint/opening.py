@@ -39,7 +39,13 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
         their file is a pickle that asks for more than tensors; and for
         safetensors if that package is not installed.
     """
-    path = Path(path)
+    try:
+        return _opened(Path(path))
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+
+
+def _opened(path: Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         return open_mesh_tf_config(path)
     files = list_folder(path)

@@ -1,43 +1,27 @@
 """Tensors that lie as they are in files: safetensors, and PyTorch's own format without its code.
 
-A PyTorch file (pytorch_model.bin) is pickled: a program, which builds tensors
-by calling functions by name. Here that program is run with stand-ins for the
-few names that tensors need, which only note where a tensor lies, and any other
-name is an error. Two layouts: a zip archive with a file for each storage
-(PyTorch 1.6 and later), and pickles followed by the storages.
+A PyTorch file (pytorch_model.bin) has one of two layouts: a zip archive with a
+pickle and a file for each storage (PyTorch 1.6 and later), or pickles followed by
+the storages. See `pickles`: they only say where the tensors lie.
 """
 
-import collections
 import dataclasses
-import functools
 import json
 import os
-import pickle
 import struct
 import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
 from gpt_neo_sampling._types import Shape
 from gpt_neo_sampling.checkpoint.base import CheckpointError, aligned_empty, check_dtypes, some
+from gpt_neo_sampling.checkpoint.pickles import Storage, Tensor, read_pickle, span
 
 _STORED_AS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy has no bfloat16
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_STORAGES = {  # PyTorch's class: dtype, bytes of an element
-    "BFloat16Storage": ("bfloat16", 2),
-    "BoolStorage": ("bool", 1),
-    "ByteStorage": ("uint8", 1),
-    "CharStorage": ("int8", 1),
-    "DoubleStorage": ("float64", 8),
-    "FloatStorage": ("float32", 4),
-    "HalfStorage": ("float16", 2),
-    "IntStorage": ("int32", 4),
-    "LongStorage": ("int64", 8),
-    "ShortStorage": ("int16", 2),
-}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -68,14 +52,14 @@ class TensorFiles:
     def read(self, name: str) -> np.ndarray:
         t = self._tensors[name]
         dtype = np.dtype(_STORED_AS[t.dtype])
-        span = _span(t.shape, t.strides)
+        size = span(t.shape, t.strides)
         try:
             with open(t.path, "rb") as file:
                 file.seek(t.begin)
-                stored = np.fromfile(file, dtype, span)
+                stored = np.fromfile(file, dtype, size)
         except OSError as e:
             raise CheckpointError(f"{name} in {t.path} cannot be read: {e}") from None
-        if len(stored) < span:
+        if len(stored) < size:
             raise CheckpointError(f"{name} in {t.path} cannot be read: the file is cut short")
         stored = np.lib.stride_tricks.as_strided(stored, t.shape, [s * dtype.itemsize for s in t.strides])
         value = aligned_empty(t.shape, np.float32)
@@ -105,19 +89,20 @@ def list_safetensors(path: Path) -> dict[str, StoredTensor]:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError) as e:
+        header.pop("__metadata__", None)
+        return {
+            name: StoredTensor(
+                path,
+                8 + size + entry["data_offsets"][0],
+                _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
+                tuple(entry["shape"]),
+                _contiguous(entry["shape"]),
+            )
+            for name, entry in header.items()
+        }
+    # the last two: the library takes more than one form of an entry, and writes one
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as e:
         raise CheckpointError(f"{path} cannot be read as safetensors, {_why(path, e)}") from None
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            path,
-            8 + size + entry["data_offsets"][0],
-            _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
-            tuple(entry["shape"]),
-            _contiguous(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
 
 
 def list_pytorch(path: Path) -> dict[str, StoredTensor]:
@@ -128,7 +113,7 @@ def list_pytorch(path: Path) -> dict[str, StoredTensor]:
         tensors, begins = (_list_zip if is_zip else _list_legacy)(path)
         if not isinstance(tensors, dict):
             raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
-        others = [str(name) for name, t in tensors.items() if not isinstance(name, str) or not isinstance(t, _Tensor)]
+        others = [str(name) for name, t in tensors.items() if not isinstance(name, str) or not isinstance(t, Tensor)]
         if others:
             raise ValueError(f"it holds {len(others)} things that are not tensors: {some(others)}")
         return {
@@ -144,64 +129,6 @@ def list_pytorch(path: Path) -> dict[str, StoredTensor]:
 
 
 # ---------------------------------------------------------- PyTorch's format
-
-
-# The stand-ins, both immutable: a pickle cannot set their attributes.
-class _Storage(NamedTuple):
-    dtype: str
-    itemsize: int
-    key: str
-    size: int
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int
-    shape: Shape
-    strides: tuple[int, ...]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Runs a pickle of tensors; no name but these few is looked up, and nothing is imported."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        super().__init__(file)
-        self._path = path
-        self._names = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            # made for this file alone, so that a pickle that sets their attributes sets no other's
-            ("torch._utils", "_rebuild_tensor"): functools.partial(_rebuild_tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): functools.partial(_rebuild_tensor),
-            ("torch._utils", "_rebuild_parameter"): functools.partial(_rebuild_parameter),
-            **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._names:
-            raise CheckpointError(
-                f"{self._path} asks for {module}.{name}, which is no part of a tensor, and is not run; "
-                "allowed: a dict of tensors (convert it to safetensors where you trust it)"
-            )
-        return self._names[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, (dtype, itemsize), key, _device, size, *view = pid
-        if kind != "storage" or not isinstance(key, str) or not _is_size(size) or any(v is not None for v in view):
-            raise ValueError(f"an unknown kind of storage, {pid!r}")
-        return _Storage(dtype, itemsize, key, size)
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient_and_hooks: object) -> _Tensor:
-    sizes = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or len(shape) != len(strides) or not all(map(_is_size, sizes)):
-        raise ValueError("a tensor without a storage, offset, shape and strides")
-    if offset + _span(shape, strides) > storage.size:
-        raise ValueError(f"a tensor that ends behind its storage {storage.key}")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor: Any, *_gradient_and_hooks: object) -> Any:
-    return tensor
 
 
 def _list_zip(path: Path) -> tuple[Any, dict[str, int]]:
@@ -223,12 +150,16 @@ def _list_zip(path: Path) -> tuple[Any, dict[str, int]]:
                 raise ValueError(f"{name} in it has no header")
             return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
 
-        if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
-            raise ValueError("its numbers are big-endian; allowed: little-endian")
-        begin(pickles[0])  # refused if it is compressed, and so of any size
-        with archive.open(pickles[0]) as stream:
-            unpickler = _Unpickler(stream, path)
-            tensors = unpickler.load()
+        def opened(name: str) -> IO[bytes]:
+            begin(name)  # refused if it is compressed, and so of any size
+            return archive.open(name)
+
+        if f"{prefix}byteorder" in members:
+            with opened(f"{prefix}byteorder") as stream:
+                if stream.read(6) != b"little":
+                    raise ValueError("its numbers are big-endian; allowed: little-endian")
+        with opened(pickles[0]) as stream:
+            tensors = read_pickle(stream, path)
         begins = {}
         for storage in _storages(tensors):
             name = f"{prefix}data/{storage.key}"
@@ -243,7 +174,7 @@ def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
     with open(path, "rb") as file:
 
         def load() -> Any:
-            return _Unpickler(file, path).load()
+            return read_pickle(file, path)
 
         if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
             raise ValueError("it is not one; a pickle by itself is not read")
@@ -262,17 +193,8 @@ def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
         return tensors, begins
 
 
-def _storages(tensors: Any) -> Collection[_Storage]:
-    return {t.storage for t in tensors.values() if isinstance(t, _Tensor)} if isinstance(tensors, dict) else ()
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from a tensor's first to its last."""
-    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if all(shape) else 0
+def _storages(tensors: Any) -> Collection[Storage]:
+    return {t.storage for t in tensors.values() if isinstance(t, Tensor)} if isinstance(tensors, dict) else ()
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:

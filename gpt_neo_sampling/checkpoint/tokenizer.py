@@ -47,6 +47,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         raise
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from None
+    # which a tokenizer.json may ask for, and which would cut prompts, or add to them, without a word
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     size, n_vocab = tokenizer.get_vocab_size(), checkpoint.params["n_vocab"]
     if size > n_vocab:
         raise CheckpointError(f"{file} has {size} tokens; the model's vocabulary has {n_vocab}")

@@ -1,0 +1,196 @@
+"""The pickle of a PyTorch file, read and not run.
+
+A pickle is a program, which builds what it holds by calling functions by name.
+Python's own machine for it is not used: even where it is given no names, a few
+bytes make it take all memory (by the number of a place in its memo) or end the
+process (by a key of tuples within each other, when that is hashed). Here is a
+reader of the instructions and names that tensors need; any other is an error.
+"""
+
+import math
+import pickletools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from gpt_neo_sampling._types import Shape
+from gpt_neo_sampling.checkpoint.base import CheckpointError
+
+_STORAGES = {  # PyTorch's class: dtype, bytes of an element
+    "BFloat16Storage": ("bfloat16", 2),
+    "BoolStorage": ("bool", 1),
+    "ByteStorage": ("uint8", 1),
+    "CharStorage": ("int8", 1),
+    "DoubleStorage": ("float64", 8),
+    "FloatStorage": ("float32", 4),
+    "HalfStorage": ("float16", 2),
+    "IntStorage": ("int32", 4),
+    "LongStorage": ("int64", 8),
+    "ShortStorage": ("int16", 2),
+}
+
+
+class Storage(NamedTuple):
+    dtype: str
+    itemsize: int
+    key: str
+    size: int  # in elements
+
+
+class Tensor(NamedTuple):
+    storage: Storage
+    offset: int  # in elements, and so are the strides
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from a tensor's first to its last."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if all(shape) else 0
+
+
+def read_pickle(file: IO[bytes], path: Path) -> Any:
+    """What the pickle at the file's position holds: texts, numbers, lists, tuples, dicts by text, `Tensor`s.
+
+    Args:
+      file: a file that is open for reading bytes; it then stands behind the pickle.
+      path: of that file, for messages.
+
+    Raises:
+      CheckpointError: for a name that is no part of a tensor.
+      Exception: any, for a damaged pickle.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def to_mark() -> list[Any]:
+        begin = marks.pop()
+        values = stack[begin:]
+        del stack[begin:]
+        return values
+
+    def last(n: int) -> list[Any]:
+        values = stack[-n:]
+        del stack[-n:]
+        return values
+
+    argument: Any
+    for instruction, argument, _ in pickletools.genops(file):
+        match instruction.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(instruction.name == "NEWTRUE")
+            case "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT":
+                stack.append(argument)
+            case "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "STRING" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"T": tuple, "L": list, "D": dict}[instruction.name[6]]())
+            case "TUPLE":
+                stack.append(tuple(to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(last(int(instruction.name[-1]))))
+            case "APPEND":
+                (value,) = last(1)
+                stack[-1].append(value)
+            case "APPENDS":
+                values = to_mark()
+                stack[-1].extend(values)
+            case "SETITEM":
+                pair = last(2)
+                _set_items(stack[-1], [pair])
+            case "SETITEMS":
+                values = to_mark()
+                _set_items(stack[-1], zip(values[::2], values[1::2]))
+            case "GLOBAL":
+                module, name = argument.split(" ", 1)
+                stack.append(_named(module, name, path))
+            case "STACK_GLOBAL":
+                module, name = last(2)
+                stack.append(_named(module, name, path))
+            case "REDUCE":
+                function, arguments = last(2)
+                if function not in _FUNCTIONS.values():
+                    raise ValueError("something is called that is no function")
+                stack.append(function(*arguments))
+            case "BUILD":  # attributes of an OrderedDict, which say nothing of its tensors
+                last(1)
+            case "BINPERSID":
+                stack.append(_storage(*last(1)))
+            case other:
+                raise ValueError(f"the instruction {other}, which no tensor needs")
+    (value,) = stack
+    return value
+
+
+def _named(module: Any, name: Any, path: Path) -> Any:
+    """What stands for a function or a class of PyTorch's."""
+    if (module, name) in _FUNCTIONS:
+        return _FUNCTIONS[module, name]
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    raise CheckpointError(
+        f"{path} asks for {module}.{name}, which is no part of a tensor, and is not run; "
+        "allowed: a dict of tensors (convert it to safetensors where you trust it)"
+    )
+
+
+def _set_items(target: Any, pairs: Iterable[Any]) -> None:
+    for key, value in pairs:
+        if not isinstance(target, dict) or not isinstance(key, str):
+            raise ValueError(f"a {type(key).__name__} in place of a tensor's name")
+        target[key] = value
+
+
+def _ordered_dict(items: Iterable[Any] = ()) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    _set_items(result, items)
+    return result
+
+
+def _storage(reference: Any) -> Storage:
+    kind, storage_type, key, _device, size, *view = reference
+    known = kind == "storage" and storage_type in _STORAGES.values()
+    if not known or not isinstance(key, str) or not _is_size(size) or any(v is not None for v in view):
+        raise ValueError("an unknown kind of storage")
+    dtype, itemsize = storage_type
+    return Storage(dtype, itemsize, key, size)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient_and_hooks: object) -> Tensor:
+    sizes = (offset, *shape, *strides)
+    if not isinstance(storage, Storage) or len(shape) != len(strides) or not all(map(_is_size, sizes)):
+        raise ValueError("a tensor without a storage, offset, shape and strides")
+    if offset + span(shape, strides) > storage.size:
+        raise ValueError(f"a tensor that ends behind its storage {storage.key}")
+    if math.prod(shape) > storage.size:  # by strides of 0, of any size
+        raise ValueError(f"a tensor that is larger than its storage {storage.key}")
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(tensor: Any, *_gradient_and_hooks: object) -> Any:
+    return tensor
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0

@@ -1,0 +1,72 @@
+"""The index of a TensorFlow checkpoint, looked through before TensorFlow has it.
+
+TensorFlow's reader ends the process where a shape in the index is none. The format is LevelDB's table
+(github.com/google/leveldb, doc/table_format.md) of BundleEntryProto by tensor name.
+"""
+
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
+
+_FOOTER_BYTES = 48
+_MAGIC = 0xDB4775248B80FB57
+_MOST_DIMS = 8
+
+
+def check_index(path: Path) -> None:
+    """Raises ValueError or LookupError for an index that TensorFlow does not survive."""
+    for name, value in entries(path.read_bytes()):
+        if not name:  # the header
+            continue
+        try:
+            entry = BundleEntryProto.FromString(value)
+        except DecodeError as e:
+            raise ValueError(str(e)) from None
+        sizes = [dim.size for dim in entry.shape.dim]
+        extents = [n for s in entry.slices for extent in s.extent for n in (extent.start, extent.length)]
+        if len(sizes) > _MOST_DIMS or min([*sizes, *extents, 0]) < 0 or math.prod(sizes) >= 2**60:
+            raise ValueError(f"the shape of {name.decode(errors='replace')} is {sizes}")
+
+
+def entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(key, value) of each entry of a table, bytes all of them, in order."""
+    footer = table[-_FOOTER_BYTES:]
+    if len(table) < _FOOTER_BYTES or struct.unpack("<Q", footer[-8:]) != (_MAGIC,):
+        raise ValueError("it is no table of TensorFlow's")
+    for _, handle in _block(table, *_numbers(footer, 4)[2:4]):
+        yield from _block(table, *_numbers(handle, 2)[:2])
+
+
+def _block(table: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """(key, value) of each entry of a block. A key is stored as what differs from the one before it."""
+    block = table[begin : begin + size]
+    if len(block) < max(size, 4) or table[begin + size] != 0:
+        raise ValueError("a block of it is cut short, or compressed")
+    (n_restarts,) = struct.unpack("<I", block[-4:])
+    block = block[: len(block) - 4 * (n_restarts + 1)]
+    at, key = 0, b""
+    while at < len(block):
+        shared, own, length, at = _numbers(block, 3, at)
+        key = key[:shared] + block[at : at + own]
+        yield key, block[at + own : at + own + length]
+        at += own + length
+
+
+def _numbers(data: bytes, count: int, at: int = 0) -> list[int]:
+    """Numbers in seven bits a byte, the least significant first, and behind them where they end."""
+    found = []
+    for _ in range(count):
+        number = 0
+        for shift in range(0, 70, 7):
+            number |= (data[at] & 127) << shift
+            at += 1
+            if data[at - 1] < 128:
+                break
+        else:
+            raise ValueError("a number in it has no end")
+        found.append(number)
+    return [*found, at]

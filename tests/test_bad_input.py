@@ -1,0 +1,860 @@
+"""What is wrong, the call, and the one line that it gets: the command's, Python's, and files made to do harm.
+
+What belongs to one module alone (a layout that does not fit, a damaged index) is in its tests.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import struct
+import sys
+import zipfile
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from conftest import DATA
+from helpers_checkpoint import (
+    DATA_FILE,
+    HUGGING_FACE,
+    INDEX_FILE,
+    TINY,
+    TINY_HF,
+    as_hugging_face,
+    config_with,
+    edit_json,
+    in_index,
+    make_hugging_face,
+    make_mesh_tf,
+    make_sharded,
+    put,
+    random_weights,
+    write_json,
+)
+from test_pytorch_files import Storage, tensor, write_zip
+
+from gpt_neo_sampling import (
+    CheckpointError,
+    MeshError,
+    TextGenerator,
+    cli,
+    convert_checkpoint,
+    device_mesh,
+    export_saved_model,
+    generate_file,
+    open_checkpoint,
+)
+from gpt_neo_sampling.generate import DEMO_FOLDER
+
+GLOBAL = str(DATA / "gpt_neo_checkpoints" / "global")
+DEVICES = "cpu:0,cpu:1"
+
+
+def files(root):
+    """Everything below a folder: path -> bytes, None for what is no file."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
+
+
+def is_one_line(text):
+    return text.isprintable() and 0 < len(text) < 1300
+
+
+# ------------------------------------------------------------ the command
+# TMP is a folder with the files of `folder`. Nothing in it may change, and nothing may go to stdout.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Emma"}\n')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "Zo\xeb"}\n')
+    (tmp_path / "huge.jsonl").write_text('{"prompt": "Emma", "id": 1e400}\n')
+    (tmp_path / "latin.txt").write_bytes(b"Zo\xeb")
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "mine.run").write_text("[1]")
+    (tmp_path / "begun.jsonl").write_text('{"index": 0}\n')
+    (tmp_path / "begun.jsonl.run").write_text('{"seed": 1}')
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png" / "kept").write_text("kept")
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    return tmp_path
+
+
+GENERATE = ["generate", "--prompt", "a"]
+IDS = ["generate", "--model", GLOBAL, "--prompt-ids", "5"]
+FILE = ["generate", "--prompts-file", "TMP/in.jsonl", "--output"]
+INSPECT = ["inspect", "--prompt", "Emma"]
+EXPORT = ["export", "--output", "TMP/new/model", "--batch", "1", "--length", "8"]
+CONVERT = ["convert", GLOBAL]
+LONG = "x" * 300
+
+COMMANDS = {
+    "no command": ([], "the following arguments are required: COMMAND"),
+    "another command": (["sing"], "invalid choice: 'sing'"),
+    # -- prompts
+    "no prompt": (["generate"], "one of the arguments --prompt --prompt-ids --prompts-file is required"),
+    "two kinds of prompt": ([*GENERATE, "--prompt-ids", "1"], "--prompt-ids: not allowed with argument --prompt"),
+    "too long": (["generate", "--prompt", "word " * 400], "is longer than the context; at most 256 are allowed"),
+    "id outside": (["generate", "--prompt-ids", "5 2048"], "2048 is outside the vocabulary; 0 to 2047 are allowed"),
+    "id below 0": (["generate", "--prompt-ids=-5"], "token id -5 is outside the vocabulary; 0 to 2047 are allowed"),
+    "id is a word": (["generate", "--prompt-ids", "5 x"], "'5 x': whole numbers with spaces between them are needed"),
+    "id of 5,000 digits": (["generate", "--prompt-ids", "1" * 5000], "whole numbers with spaces between them"),
+    "not Unicode": (["generate", "--prompt", "a\udcff"], "a text is not Unicode"),
+    "text without a tokenizer": ([*GENERATE, "--model", GLOBAL], "no tokenizer.json, nor vocab.json and merges.txt"),
+    # -- options
+    "temperature in words": ([*GENERATE, "--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
+    "temperature below 0": ([*GENERATE, "--temperature=-1"], "=-1.0; a finite number of at least 0 is needed"),
+    "temperature inf": ([*GENERATE, "--temperature", "inf"], "=inf; a finite number of at least 0 is needed"),
+    "temperature NaN": ([*GENERATE, "--temperature", "nan"], "=nan; a finite number of at least 0 is needed"),
+    "top-k below 0": ([*GENERATE, "--top-k=-1"], "top_k=-1; a whole number from 0 to 2147483647 is needed"),
+    "top-k too large": ([*GENERATE, "--top-k", "9" * 40], "; a whole number from 0 to 2147483647 is needed"),
+    "top-p above 1": ([*GENERATE, "--top-p", "2"], "top_p=2.0; a number from 0 to 1 is needed"),
+    "alpha above 2": ([*GENERATE, "--entmax", "2.5"], "entmax_alpha=2.5; a number from 1 to 2 is needed"),
+    "alpha below 1": ([*GENERATE, "--entmax", "0.5"], "entmax_alpha=0.5; a number from 1 to 2 is needed"),
+    "no new tokens": ([*GENERATE, "--max-new-tokens", "0"], "max_new_tokens=0; a whole number from 1 to 2147483647"),
+    "samples below 1": ([*GENERATE, "--num-samples=-3"], "num_return_sequences=-3; a whole number from 1"),
+    "samples too many": ([*GENERATE, "--num-samples", "9999999999"], "=9999999999; a whole number from 1 to 214748364"),
+    "seed too large": ([*GENERATE, "--seed", "99999999999"], "seed=99999999999; a whole number from -2147483648 to"),
+    "n-grams too long": ([*GENERATE, "--no-repeat-ngram-size", "9" * 20], "; a whole number from 0 to 2147483647"),
+    "stop token too large": ([*GENERATE, "--eos-token-id", "9999999999"], "a whole number from -1 to 2047 is needed"),
+    "stop tokens too many": (
+        [*GENERATE, "--eos-token-id", *map(str, range(300))],
+        "eos_token_id has 300 tokens; at most 256 are allowed",
+    ),
+    "bias without a number": ([*GENERATE, "--logit-bias", "5"], "'5': a token's id and a number are needed, as in 13="),
+    "bias twice": ([*GENERATE, "--logit-bias", "5=1", "5=2"], "--logit-bias has token 5 twice"),
+    "bias NaN": ([*GENERATE, "--logit-bias", "5=nan"], "logit_bias={5: nan}; a finite number, or -inf, is needed"),
+    "stop string of a token": ([*GENERATE, "--stop-strings", "<|endoftext|>"], "which no text does; give eos_token_id"),
+    "greedy and top-k": (
+        [*GENERATE, "--greedy", "--top-k", "3"],
+        "top_k=3 with do_sample=False, which is greedy; leav",
+    ),
+    "dtype": ([*GENERATE, "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    "log-probabilities of text": ([*GENERATE, "--logprobs"], "--logprobs is for --json and --output alone"),
+    # -- models
+    "no model": ([*GENERATE, "--model", "nowhere"], "nowhere is not there; allowed: a folder on this machine"),
+    "model's name too long": ([*GENERATE, "--model", f"{LONG}.json"], ".json cannot be read: [Errno 36] File name too"),
+    "model is a device": ([*GENERATE, "--model", "/dev/null"], "/dev/null is a file; allowed: the folder that holds t"),
+    # -- meshes and clusters
+    "mesh shape": (
+        [*IDS, "--mesh-shape", "x"],
+        "mesh shape 'x': 'x' is not an axis and its size; allowed: such as x:2",
+    ),
+    "mesh size": ([*IDS, "--mesh-shape", "x:0"], "'x:0' is not an axis and its size; allowed: such as x:2,y:2"),
+    "layout": ([*IDS, "--layout", "batch"], "layout 'batch': 'batch' is not a dimension and its axis; allowed: such"),
+    "layout without a mesh": (
+        [*IDS, "--layout", "batch:x"],
+        "but the mesh has no axes (give a mesh shape, such as x:2)",
+    ),
+    "layout of another axis": (
+        [*IDS, "--devices", DEVICES, "--mesh-shape", "x:2", "--layout", "batch:y"],
+        "layout batch:y splits along y, but the axes of the mesh are x",
+    ),
+    "one axis for two": (
+        [*IDS, "--devices", DEVICES, "--mesh-shape", "x:2", "--layout", "batch:x,vocab:x"],
+        "along the one axis x, but they stand together in a tensor",
+    ),
+    "heads do not divide": (
+        [*IDS, "--devices", "cpu:0,cpu:1,cpu:2", "--mesh-shape", "x:3", "--layout", "heads:x"],
+        "splits heads=4 over x:3, which does not divide it; sizes of x that fit: 1, 2, 4",
+    ),
+    "no devices": (
+        [*IDS, "--mesh-shape", "x:2"],
+        "x:2 has 2 processors, but no devices are named; name 2, such as cpu",
+    ),
+    "devices too many": (
+        [*IDS, "--devices", DEVICES],
+        "(none) has 1 processor, but 2 devices are named (cpu:0, cpu:1)",
+    ),
+    "a device twice": ([*IDS, "--devices", "cpu:0,cpu:0", "--mesh-shape", "x:2"], "cpu:0 is named more than once"),
+    "no device": ([*IDS, "--devices", "disk:0"], "'disk:0' is not a device; allowed: cpu:0, gpu:1, in a cluster"),
+    "a device's number": (
+        [*IDS, "--devices", "cpu:99999999"],
+        "devices: 'cpu:99999999'; allowed: numbers from 0 to 1023",
+    ),
+    "a device without a cluster": ([*IDS, "--devices", "worker:0/cpu:0"], "there is no cluster (see --cluster)"),
+    "cluster": ([*IDS, "--cluster", "nowhere"], "cluster 'nowhere': 'nowhere' is not an address; allowed: host:port"),
+    "cluster's port": ([*IDS, "--cluster", "host:99999"], "'host:99999' is not an address; allowed: host:port"),
+    "cluster of nobody": ([*IDS, "--cluster", ","], "cluster ',' names no address; allowed: host:port,host:port"),
+    "serve's CPUs": (
+        ["serve", "--cluster", "localhost:1", "--task", "worker:0", "--cpus", "99999"],
+        "--cpus=99999; a whole number from 1 to 1024 is needed",
+    ),
+    # -- prompts files and their output
+    "output alone": ([*GENERATE, "--output", "TMP/o"], "--prompts-file and --output need each other"),
+    "prompts file alone": (FILE[:3], "--prompts-file and --output need each other"),
+    "prompts file and prompt": (
+        [*FILE, "TMP/o", "--prompt", "a"],
+        "--prompt: not allowed with argument --prompts-file",
+    ),
+    "output and --json": ([*FILE, "TMP/o", "--json"], "--json is for stdout; --output is JSON without it"),
+    "no prompts file": (
+        ["generate", "--prompts-file", "TMP/no", "--output", "TMP/o"],
+        "no cannot be read: No such file",
+    ),
+    "prompts folder": (["generate", "--prompts-file", "TMP", "--output", "TMP/o"], "cannot be read: Is a directory"),
+    "prompts in Latin-1": (
+        ["generate", "--prompts-file", "TMP/latin.jsonl", "--output", "TMP/o"],
+        "latin.jsonl, line 1: not UTF-8: 'utf-8' codec can't decode byte 0xeb in position 14",
+    ),
+    "prompts with inf": (
+        ["generate", "--prompts-file", "TMP/huge.jsonl", "--output", "TMP/o"],
+        "huge.jsonl, line 1: 1e400 is larger than any number of 64 bits",
+    ),
+    "file's option": ([*FILE, "TMP/o", "--top-p", "2"], "error: top_p=2.0; a number from 0 to 1 is needed"),
+    "output is no run's": ([*FILE, "TMP/mine"], "mine.run holds a JSON list; allowed: an object"),
+    "output is another run's": ([*FILE, "TMP/begun.jsonl"], "begun.jsonl was begun with another"),
+    "output is a folder": ([*FILE, "TMP"], "cannot be written: Is a directory"),
+    "output in a file": ([*FILE, "TMP/mine/o"], "mine/o cannot be written: Not a directory"),
+    "output in no folder": ([*FILE, "TMP/no/o"], "no/o cannot be written: No such file or directory"),
+    "output is a device": ([*FILE, "/dev/full"], "/dev/full is no regular file; only one can be gone on with"),
+    "output is the prompts": ([*FILE, "TMP/link.jsonl"], "in.jsonl is the file of the prompts; give another output"),
+    "output's name too long": ([*FILE, f"TMP/{LONG}"], "cannot be written: File name too long"),
+    # -- score, inspect
+    "no text": (["score"], "one of the arguments --text --text-ids --file is required"),
+    "two kinds of text": (
+        ["score", "--text", "a b", "--text-ids", "1"],
+        "--text-ids: not allowed with argument --text",
+    ),
+    "empty text": (["score", "--text", ""], "text 0 has 0 tokens; at least 2 are needed, or 1 with add_start_token"),
+    "long text": (["score", "--text", "word " * 400], "tokens, more than the context, 256; give a stride"),
+    "stride": (["score", "--text", "a b", "--stride", "256"], "stride=256; a whole number from 1 to 255 is needed"),
+    "text's ids": (["score", "--text-ids", "5 x"], "--text-ids '5 x': whole numbers with spaces between them"),
+    "no text file": (["score", "--file", "TMP/no"], "no: [Errno 2] No such file or directory"),
+    "text in Latin-1": (["score", "--file", "TMP/latin.txt"], "latin.txt: 'utf-8' codec can't decode byte 0xeb"),
+    "text folder": (["score", "--file", "TMP"], "[Errno 21] Is a directory"),
+    "show": ([*INSPECT, "--show", "0"], "--show=0; a whole number of at least 1 is needed"),
+    "inspect's top-p": ([*INSPECT, "--top-p", "2"], "top_p=2.0; a number from 0 to 1 is needed"),
+    "plot's format": (
+        [*INSPECT, "--plot", "TMP/chain.xyz"],
+        "chain.xyz: the suffix says the format" if find_spec("matplotlib") else "plot needs the package matplotlib",
+    ),
+    # -- export, convert
+    "batch": ([*EXPORT, "--batch", "0"], "batch=0; a whole number from 1 to 65536 is needed"),
+    "batch too large": ([*EXPORT, "--batch", "2147483647"], "batch=2147483647; a whole number from 1 to 65536"),
+    "length": ([*EXPORT, "--length", "257"], "length=257; a whole number from 2 to 256 is needed"),
+    "prompt length": ([*EXPORT, "--prompt-length", "9"], "prompt_length=9; a whole number from 1 to 8 is needed"),
+    "largest top-k": ([*EXPORT, "--max-top-k", "0"], "max_top_k=0; a whole number from 1 to 2048 is needed"),
+    "controls": ([*EXPORT, "--controls", "warmth"], "argument --controls: invalid choice: 'warmth'"),
+    "exported model": ([*EXPORT, "--model", "TMP/no"], "no is not there; allowed: a folder on this machine"),
+    "export over a folder": ([*EXPORT, "--output", "TMP"], "is there already; allowed: a folder that is new or empty"),
+    "export into a file": ([*EXPORT, "--output", "TMP/mine/m"], "mine/m cannot be written: Not a directory"),
+    "export to nowhere": ([*EXPORT, "--output", "/proc/no"], "/proc/no cannot be written: No such file or directory"),
+    "convert over a folder": ([*CONVERT, "TMP"], "is there already; allowed: a folder that is new or empty"),
+    "convert over itself": ([*CONVERT, GLOBAL], "global is there already; allowed: a folder that is new or empty"),
+    "convert into a file": ([*CONVERT, "TMP/mine/m"], "mine/m cannot be written: Not a directory"),
+    "convert to float16": (
+        ["convert", str(HUGGING_FACE), "TMP/a/b", "--dtype", "float16"],
+        "dtype 'float16'; allowed: 'float32', 'bfloat16'",
+    ),
+    "shards": (
+        [*CONVERT, "TMP/m", "--max-shard-size", "0GB"],
+        "max_shard_size '0GB'; allowed: bytes, or such as '500MB",
+    ),
+    "convert's source": (
+        ["convert", "TMP/in.jsonl", "TMP/m"],
+        "in.jsonl is a file; allowed: the folder that holds the",
+    ),
+}
+
+
+def run(capfd, args):
+    """(status, stdout, stderr) of the command in this process."""
+    status = cli.main(list(map(str, args)))
+    return status, *capfd.readouterr()
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_commands(capfd, folder, case):
+    args, message = COMMANDS[case]
+    before = files(folder)
+    status, out, err = run(capfd, [a.replace("TMP", str(folder)) for a in args])
+    assert (status, out) == (2, "")
+    assert err.startswith("gpt-neo-sampling: error: ") and err.count("\n") == 1 and is_one_line(err[:-1])
+    assert message in err
+    assert files(folder) == before
+
+
+# ------------------------------------------------- its streams, and full disks
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A function that has sys.stdout or sys.stderr be what it is given."""
+    with contextlib.ExitStack() as stack:
+
+        def put_in(name, stream):
+            monkeypatch.setattr(sys, name, stream)
+            if stream is not None:
+                stack.callback(stream.close)
+
+        yield put_in
+
+
+def full():
+    return open("/dev/full", "w")
+
+
+def broken():
+    """A pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+BAD, GOOD = ["generate", "--prompt-ids", "x"], [*IDS, "--seed", "1", "--max-new-tokens", "2"]
+STREAMS = {
+    # what is run, which stream is what, the exit status, the line on stderr
+    "stdout is full": (GOOD, "stdout", full, 1, "stdout cannot be written: No space left on device"),
+    "stdout is full, JSON": ([*GOOD, "--json"], "stdout", full, 1, "stdout cannot be written: No space left on device"),
+    "stdout is full, scores": (
+        ["score", "--model", GLOBAL, "--text-ids", "5 6"],
+        "stdout",
+        full,
+        1,
+        "stdout cannot be written: No space left",
+    ),
+    "stdout is full, a table": (
+        ["inspect", "--model", GLOBAL, "--prompt-ids", "5"],
+        "stdout",
+        full,
+        1,
+        "stdout cannot be written: No space left",
+    ),
+    "stdout is full, help": (["--help"], "stdout", full, 1, None),
+    "stdout has no reader": (GOOD, "stdout", broken, 1, None),
+    "stdout has no reader, help": (["--help"], "stdout", broken, 1, None),
+    "stdout is closed": (GOOD, "stdout", None, 1, "stdout is closed; what is found goes there"),
+    "stderr is closed": (GOOD, "stderr", None, 0, None),
+    "stderr is closed, bad": (BAD, "stderr", None, 2, None),
+    "stderr is full, bad": (BAD, "stderr", full, 2, None),
+    "stderr has no reader": (BAD, "stderr", broken, 2, None),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_streams(capfd, streams, case):
+    """The exit status says it, Python itself says nothing, and an error never goes to stdout."""
+    args, name, make, wanted, message = STREAMS[case]
+    streams(name, make and make())
+    status = cli.main(args)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()  # as at the end of a process: what is held has gone
+    out, err = capfd.readouterr()
+    assert status == wanted
+    assert (out != "") == (wanted == 0)
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert len(errors) == (message is not None) and message in "".join(errors) if message else not errors
+    assert "Traceback" not in err
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """No file can grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+WRITERS = {
+    "convert to Hugging Face": ["convert", GLOBAL, "TMP/a/b"],
+    "convert to mesh-TF": ["convert", str(HUGGING_FACE), "TMP/a/b"],
+    "export": ["export", "--model", GLOBAL, "--output", "TMP/a/b", "--batch", "1", "--length", "4"],
+    "plot": ["inspect", "--model", GLOBAL, "--prompt-ids", "5", "--plot", "TMP/plot.png"],
+}
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_full_disks(capfd, tmp_path, case):
+    """One line, what was there is as it was, and nothing else is."""
+    if case == "plot":
+        pytest.importorskip("matplotlib")
+    (tmp_path / "plot.png").write_bytes(b"old")
+    before = files(tmp_path)
+    with room_for(10_000):
+        status, _, err = run(capfd, [a.replace("TMP", str(tmp_path)) for a in WRITERS[case]])
+    assert status == 1 and is_one_line(err.splitlines()[-1]) and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("gpt-neo-sampling: error: ")
+    assert files(tmp_path) == before
+
+
+# --------------------------------------------------------- hostile models
+
+
+def pickle_file(pickle, members=(), compression=zipfile.ZIP_STORED, name="archive/data.pkl"):
+    """What puts a PyTorch file of this pickle into a Hugging Face folder."""
+
+    def make(folder):
+        folder.mkdir()
+        write_json(folder / "config.json", TINY_HF)
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+            archive.writestr(name, pickle)
+            for member, content in members:
+                archive.writestr(member, content, compression)
+
+    return make
+
+
+def tensor_file(*args, key="0"):
+    def make(folder):
+        pickle_file(b"")(folder)
+        storage = {"0": np.zeros(4, np.float32)}
+        write_zip(folder / "pytorch_model.bin", {"wte": tensor(Storage("FloatStorage", key, 4), *args)}, storage)
+
+    return make
+
+
+def hugging_face(change=lambda folder: None, **config):
+    def make(folder):
+        make_hugging_face(folder, config)
+        change(folder)
+
+    return make
+
+
+def mesh_tf(change):
+    def make(folder):
+        make_mesh_tf(folder)
+        change(folder)
+
+    return make
+
+
+def in_header(change):
+    """What changes a safetensors file's header, a dict; or puts the bytes in its place that `change` gives."""
+
+    def edit(folder):
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        text = change(header) or json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return hugging_face(edit)
+
+
+def header_size(size):
+    def edit(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
+
+    return hugging_face(edit)
+
+
+def entry(**changes):
+    return in_header(lambda header: header[WTE].update(changes))
+
+
+def twice(header):
+    text = json.dumps(header)
+    return f'{text[:-1]}, "{WTE}": {json.dumps({**header[WTE], "shape": [8, 11]})}}}'.encode()
+
+
+def instead(name, make):
+    """What puts something else in a file's place."""
+
+    def edit(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return edit
+
+
+def sparse(path):
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+def sharded(**weight_map):
+    def make(folder):
+        make_sharded(folder, as_hugging_face(random_weights(TINY)))
+        edit_json("model.safetensors.index.json", lambda index: index["weight_map"].update(weight_map))(folder)
+
+    return make
+
+
+def sizes(*sizes):
+    def change(proto):
+        del proto.shape.dim[:]
+        for size in sizes:
+            proto.shape.dim.add(size=size)
+
+    return mesh_tf(in_index(b"gpt2/wte", change))
+
+
+def index_entry(**fields):
+    def change(proto):
+        for name, value in fields.items():
+            setattr(proto, name, value)
+
+    return mesh_tf(in_index(b"gpt2/wte", change))
+
+
+WTE = "transformer.wte.weight"
+CANARY = "touch canary"
+NOT_RUN = "which is no part of a tensor, and is not run; allowed: a dict of tensors"
+NO_SAFETENSORS = "model.safetensors cannot be read as safetensors, damaged: "
+NESTED = b"\x80\x02})" + b"\x85" * 200_000 + b"Ns."  # {((((…),),),): None}
+DOUBLED = b"\x80\x02})" + b"2\x86" * 60 + b"Ns."  # a key of 2⁶⁰ empty tuples
+BIG = 10**30
+
+MODELS = {
+    # -- pickles that call something, each in another way
+    "REDUCE": (pickle_file(b"cos\nsystem\n(V" + CANARY.encode() + b"\ntR."), f"asks for os.system, {NOT_RUN}"),
+    "INST": (pickle_file(b"(V" + CANARY.encode() + b"\nios\nsystem\n."), "the instruction INST, which no tensor needs"),
+    "OBJ": (pickle_file(b"(cos\nsystem\nV" + CANARY.encode() + b"\no."), f"asks for os.system, {NOT_RUN}"),
+    "NEWOBJ": (
+        pickle_file(b"csubprocess\nPopen\n(V" + CANARY.encode() + b"\nt\x81."),
+        f"asks for subprocess.Popen, {NOT_RUN}",
+    ),
+    "STACK_GLOBAL": (pickle_file(b"\x80\x04\x8c\x02os\x8c\x06system\x93."), f"asks for os.system, {NOT_RUN}"),
+    "EXT1": (pickle_file(b"\x80\x02\x82\x01."), "the instruction EXT1, which no tensor needs"),
+    "a text is called": (pickle_file(b"Vos\n)R."), "something is called that is no function"),
+    # -- pickles that take memory or time
+    "memo of 2^28": (pickle_file(b"\x80\x02Nr\xff\xff\xff\x0f."), "it holds a NoneType, not a dict of tensors"),
+    "tuples within each other": (pickle_file(NESTED), "a tuple in place of a tensor's name"),
+    "a key of 2^60": (pickle_file(DOUBLED), "the instruction DUP, which no tensor needs"),
+    "a text of 2^40": (
+        pickle_file(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"."),
+        "cannot be read as a PyTorch file",
+    ),
+    "zip bomb": (
+        pickle_file(b"}.", [("archive/byteorder", bytes(2**24))], zipfile.ZIP_DEFLATED),
+        "archive/byteorder in it is compressed",
+    ),
+    "zip slip": (
+        pickle_file(b"}.", name="../../../evil/data.pkl"),
+        "the variables are not those of the config: 30 missing",
+    ),
+    "storage slips": (
+        tensor_file(0, (4,), (1,), key="../../../etc/passwd"),
+        "damaged: 'archive/data/../../../etc/passwd'",
+    ),
+    "strides of 0": (tensor_file(0, (10**12,), (0,)), "a tensor that is larger than its storage 0"),
+    # -- safetensors
+    "header of 2^63": (header_size(2**63), NO_SAFETENSORS),
+    "header behind the end": (header_size(90_000_000), NO_SAFETENSORS),
+    "header is a list": (in_header(lambda header: b"[1]"), NO_SAFETENSORS),
+    "header of lists": (in_header(lambda header: b'{"a":' + b"[" * 50_000), NO_SAFETENSORS),
+    "overlap": (entry(data_offsets=[0, 400]), NO_SAFETENSORS),
+    "offsets below 0": (entry(data_offsets=[-4, 348]), NO_SAFETENSORS),
+    "offsets backwards": (entry(data_offsets=[352, 0]), NO_SAFETENSORS),
+    "shape too large": (entry(shape=[2**62, 2**62]), NO_SAFETENSORS),
+    "a hole": (in_header(lambda header: header.pop(WTE) and None), NO_SAFETENSORS),
+    "a name twice": (in_header(twice), f"1 of wrong shape: {WTE} (is [8, 11], should be [11, 8])"),
+    "name is not UTF-8": (in_header(lambda h: json.dumps(h).encode().replace(b"wte", b"\xff\xfe")), NO_SAFETENSORS),
+    "name for a terminal": (
+        in_header(lambda header: header.update({"\x1b[31m\n" * 500: header.pop(WTE)})),
+        "1 left over: \\x1b[31m \\x1b[31m",
+    ),
+    "entry is a list": (in_header(lambda h: h.update({WTE: list(h[WTE].values())})), NO_SAFETENSORS),
+    "dtype is an object": (entry(dtype={"F32": None}), NO_SAFETENSORS),
+    # -- other than files
+    "weights are a folder": (
+        hugging_face(instead("model.safetensors", os.mkdir)),
+        "safetensors is not a file; allowed",
+    ),
+    "weights are a pipe": (hugging_face(instead("model.safetensors", os.mkfifo)), "safetensors is not a file; allowed"),
+    "weights are nowhere": (
+        hugging_face(instead("model.safetensors", lambda path: path.symlink_to("blob"))),
+        "model.safetensors leads to a file that is not there; allowed: a file, or a link to one",
+    ),
+    "config is a pipe": (hugging_face(instead("config.json", os.mkfifo)), "config.json is not a file; allowed"),
+    "config has no end": (
+        hugging_face(instead("config.json", lambda path: path.symlink_to("/dev/zero"))),
+        "config.json is not a file; allowed: a file, or a link to one",
+    ),
+    "config of a terabyte": (
+        hugging_face(instead("config.json", sparse)),
+        "1099511627776 bytes; allowed: at most 100000000",
+    ),
+    "defaults are a folder": (
+        hugging_face(instead("generation_config.json", os.mkdir)),
+        "generation_config.json is not a f",
+    ),
+    "checkpoint is a pipe": (mesh_tf(instead("checkpoint", os.mkfifo)), "checkpoint is not a file; allowed"),
+    "index is a pipe": (mesh_tf(instead(INDEX_FILE, os.mkfifo)), f"{INDEX_FILE} is not a file; allowed"),
+    "data are a folder": (mesh_tf(instead(DATA_FILE, os.mkdir)), f"{DATA_FILE} is not a file; allowed"),
+    # -- paths
+    "index to /etc/passwd": (
+        sharded(x="../../../etc/passwd"),
+        "weight_map names '../../../etc/passwd'; allowed: files beside",
+    ),
+    "index to the root": (sharded(x="/etc/passwd"), "weight_map names '/etc/passwd'; allowed: files beside it"),
+    "index to itself": (sharded(x="."), "lacks 1 files that its index names: ."),
+    "dataset's name too long": (
+        mesh_tf(config_with(n_vocab=None, datasets=[[LONG * 20]])),
+        "cannot be read: [Errno 36] File name",
+    ),
+    # -- configs
+    "config of lists": (
+        hugging_face(put("config.json", b"[" * 200_000)),
+        "config.json is not JSON: maximum recursion depth",
+    ),
+    "config of 5,000 digits": (
+        hugging_face(put("config.json", b'{"a": ' + b"1" * 5000 + b"}")),
+        "config.json is not JSON",
+    ),
+    "config is null": (
+        hugging_face(put("config.json", b"null")),
+        "config.json holds a JSON NoneType; allowed: an object",
+    ),
+    "config in UTF-16": (hugging_face(put("config.json", "{}".encode("utf-16"))), "config.json is not UTF-8 text"),
+    "vocabulary of 10^30": (
+        hugging_face(vocab_size=BIG),
+        "vocab_size is 1000000000000000000000000000000; allowed: a whole",
+    ),
+    "vocabulary below 0": (hugging_face(vocab_size=-11), "vocab_size is -11; allowed: a whole number, at least 1"),
+    "vocabulary of NaN": (
+        hugging_face(vocab_size=float("nan")),
+        "vocab_size is nan; allowed: a whole number, at least 1",
+    ),
+    "window of 10^30": (
+        hugging_face(window_size=BIG),
+        "window_size is 1000000000000000000000000000000; allowed: a whole",
+    ),
+    "layers of 10^9": (
+        hugging_face(num_layers=10**9, attention_layers=None, attention_types=[[["global"], 10**9]]),
+        "num_layers is 1000000000; allowed: a whole number, at least 1 and at most 10000",
+    ),
+    "epsilon of 10^400": (hugging_face(layer_norm_epsilon=10**400), "allowed: 1e-05"),
+    "padding of 10^30": (
+        hugging_face(pad_token_id=BIG),
+        "pad_token_id is 1000000000000000000000000000000; allowed: a whole",
+    ),
+    "mesh-TF padding of 10^30": (mesh_tf(config_with(padding_id=BIG)), "0; allowed: a whole number of 32 bits"),
+    "mesh-TF radius of 10^30": (mesh_tf(config_with(local_attention_radius=BIG)), "at least 1 and at most 2147483647"),
+    "a long value": (hugging_face(model_type="x" * 10**6), "xxxx … xxxx"),
+    "defaults of NaN": (
+        hugging_face(put("generation_config.json", b'{"top_k": NaN}')),
+        "generation_config.json: top_k is nan; allowed: a whole number of 32 bits",
+    ),
+    # -- TensorFlow's index, which TensorFlow 2.21 ends the process over
+    "size below 0": (sizes(-1, 8), "it is damaged: the shape of gpt2/wte is [-1, 8]"),
+    "sizes that overflow": (
+        sizes(2**40, 2**40),
+        "it is damaged: the shape of gpt2/wte is [1099511627776, 1099511627776]",
+    ),
+    "300 dims": (sizes(*[1] * 300), "it is damaged: the shape of gpt2/wte is [1, 1, 1"),
+    "another shape": (sizes(8, 11), "1 of wrong shape: gpt2/wte (is [8, 11], should be [11, 8])"),
+    "no dtype": (index_entry(dtype=0), f"{INDEX_FILE} cannot be read, it is damaged: "),
+    "strings": (index_entry(dtype=7), "1 variables of an unsupported dtype: gpt2/wte (string)"),
+    "another place": (index_entry(offset=2**62), "gpt2/wte in "),
+    "place below 0": (index_entry(offset=-5), "gpt2/wte in "),
+    "another checksum": (index_entry(crc32c=1), "gpt2/wte in "),
+    "another file": (index_entry(shard_id=5), "gpt2/wte in "),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(tmp_path, monkeypatch, case):
+    """One line, and nothing in the folder was run."""
+    make, message = MODELS[case]
+    make(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as error, open_checkpoint(tmp_path / "model") as checkpoint:
+        checkpoint.read("wte")
+    assert message in str(error.value) and is_one_line(str(error.value))
+    assert os.listdir(tmp_path) == ["model"]
+
+
+# ------------------------------------------------------------- tokenizers
+
+
+def word_level(unknown):
+    def change(tokenizer):
+        tokenizer.update(
+            model={"type": "WordLevel", "vocab": {"Emma": 5, "<unk>": 6}, "unk_token": unknown},
+            added_tokens=[], normalizer=None, pre_tokenizer={"type": "Whitespace"}, post_processor=None, decoder=None,
+        )  # fmt: skip
+
+    return change
+
+
+def with_token(id_):
+    return lambda tokenizer: tokenizer["model"]["vocab"].update({"<new>": id_})
+
+
+TOKENIZERS = {
+    "one token more": (with_token(2048), "tokenizer.json has 2049 tokens; the model's vocabulary has 2048"),
+    "id below 0": (with_token(-1), "tokenizer.json cannot be read as a tokenizer: "),
+    "id of 2^33": (with_token(2**33), "tokenizer.json cannot be read as a tokenizer: "),
+    "pattern": (
+        lambda tokenizer: tokenizer.update(
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}
+        ),
+        "tokenizer.json cannot be read as a tokenizer: ",
+    ),
+    "no unknown token": (word_level("<no>"), "the model's tokenizer cannot encode 'Emma Ω': "),
+    "empty": (lambda tokenizer: b"", "tokenizer.json cannot be read as a tokenizer: "),
+    "of lists": (lambda tokenizer: b"[" * 100_000, "tokenizer.json cannot be read as a tokenizer: "),
+    "not UTF-8": (lambda tokenizer: b"\xff", "tokenizer.json cannot be read as a tokenizer: "),
+}
+
+
+def with_tokenizer(folder, change):
+    shutil.copytree(DEMO_FOLDER, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    content = change(tokenizer)
+    content = json.dumps(tokenizer).encode() if content is None else content
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_bytes(content)
+    return TextGenerator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_tokenizers(tmp_path, case):
+    change, message = TOKENIZERS[case]
+    with pytest.raises(ValueError) as error:
+        with_tokenizer(tmp_path / "m", change).encode("Emma Ω")
+    assert message in str(error.value) and is_one_line(str(error.value))
+
+
+def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
+    """tokenizer.json may ask for either, for training's sake."""
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0,
+           "pad_token": "x"}  # fmt: skip
+    generator = with_tokenizer(tmp_path / "m", lambda tokenizer: tokenizer.update(truncation=cut, padding=pad))
+    assert generator.encode("Emma Woodhouse") == TextGenerator.from_pretrained().encode("Emma Woodhouse")
+    assert len(generator.encode("Emma Woodhouse")) > 2
+
+
+# ----------------------------------------------------------------- Python
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    generator = TextGenerator.from_pretrained(GLOBAL)
+    yield generator
+    generator.close()
+
+
+def options(**given):
+    return lambda tiny: tiny.generate([[5]], max_new_tokens=2, **given)
+
+
+NOTHING = object()
+CALLS = {
+    "top_p is an object": (options(top_p=NOTHING), ValueError, "a number is needed"),
+    "top_p is complex": (options(top_p=0.5j), ValueError, "top_p=0.5j; a number is needed"),
+    "top_p is a table": (options(top_p=np.ones((1, 1))), ValueError, "top_p=[1.0]; a number is needed"),
+    "top_p has no values": (
+        options(top_p=[]),
+        ValueError,
+        "top_p has 0 values for 1 prompts; one, or one each, is needed",
+    ),
+    "temperature of 10^400": (options(temperature=10**400), ValueError, "; a finite number of at least 0 is needed"),
+    "seed is bytes": (options(seed=b"1"), ValueError, "seed=b'1'; a number is needed"),
+    "samples is a bool": (
+        options(num_return_sequences=True),
+        ValueError,
+        "=True; a whole number from 1 to 2147483647 is n",
+    ),
+    "stop token is a float": (options(eos_token_id=1.0), ValueError, "eos_token_id=1.0; a whole number from -1 to 126"),
+    "logit_bias by text": (
+        options(logit_bias={"5": 1}),
+        ValueError,
+        "token id='5'; a whole number from 0 to 126 is needed",
+    ),
+    "stop_strings of numbers": (options(stop_strings=[5]), ValueError, "stop_strings=[5]; a text or a list of texts"),
+    "an option that is none": (options(temprature=1), TypeError, "unexpected keyword argument 'temprature'"),
+    "n-grams": (options(no_repeat_ngram_size=2**31), ValueError, "; a whole number from 0 to 2147483647 is needed"),
+    "a processor of nothing": (
+        options(logits_processors=[lambda logits, ids, position: None]),
+        ValueError,
+        "logits_processors: <lambda> gave None; logits of shape ",
+    ),
+    "a processor of ids": (
+        options(logits_processors=[lambda logits, ids, position: ids]),
+        ValueError,
+        "; logits of shape ",
+    ),
+    "prompts are a set": (
+        lambda tiny: tiny.generate({5}),
+        ValueError,
+        "prompts or texts: {5}; a str, a list of token ids",
+    ),
+    "prompts are floats": (
+        lambda tiny: tiny.generate(np.array([1.5])),
+        ValueError,
+        "a prompt or text: 1.5; a str or a list",
+    ),
+    "prompts are deep": (
+        lambda tiny: tiny.generate(np.ones((1, 1, 1), int)),
+        ValueError,
+        "token id [1] is outside the voc",
+    ),
+    "continuation outside": (lambda tiny: tiny.inspect([5], [-1]), ValueError, "token id -1 is outside the vocabulary"),
+    "stride is a bool": (
+        lambda tiny: tiny.score([[5, 6]], stride=True),
+        ValueError,
+        "stride=True; a whole number from 1 to",
+    ),
+    "start token is a text": (
+        lambda tiny: tiny.score([[5, 6]], add_start_token="no"),
+        ValueError,
+        "add_start_token='no'; True or False is needed",
+    ),
+    "dtype is NumPy's": (
+        lambda tiny: TextGenerator.from_pretrained(GLOBAL, dtype=np.float64),
+        ValueError,
+        "allowed: float32, bfloat16",
+    ),
+    "a path of zeros": (
+        lambda tiny: open_checkpoint("a\0b"),
+        CheckpointError,
+        "a\\x00b cannot be listed: embedded null byte",
+    ),
+    "cluster is a list": (
+        lambda tiny: device_mesh(cluster=["a:1"]),
+        MeshError,
+        "cluster ['a:1']; allowed: such as host:2222",
+    ),
+    "mesh of NaN": (
+        lambda tiny: device_mesh({"x": float("nan")}),
+        MeshError,
+        "('x', nan) is not an axis and its size; allow",
+    ),
+    "shards are a float": (
+        lambda tiny: convert_checkpoint(GLOBAL, "new", max_shard_size=1.5),
+        CheckpointError,
+        "max_shard_size 1.5; allowed: bytes, or such as '500MB' or '5GB'",
+    ),
+    "batch is a text": (
+        lambda tiny: export_saved_model("new", GLOBAL, batch="1", length=8),
+        ValueError,
+        "batch='1'; a whole number from 1 to 65536 is needed",
+    ),
+    "controls": (
+        lambda tiny: export_saved_model("new", GLOBAL, batch=1, length=8, controls=["warmth"]),
+        ValueError,
+        "controls: 'warmth'; allowed: repetition_penalty, presence_penalty",
+    ),
+    "a file's options": (
+        lambda tiny: generate_file(tiny, "in", "out", streams=1),
+        TypeError,
+        "no option of a file's run: streams; allowed: repetition_penalty",
+    ),
+    "a file's seed": (
+        lambda tiny: generate_file(tiny, "in", "out", seed=float("nan")),
+        ValueError,
+        "seed=nan; a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_calls(tiny, tmp_path, monkeypatch, case):
+    call, kind, message = CALLS[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind) as error:
+        call(tiny)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
