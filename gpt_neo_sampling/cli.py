@@ -316,7 +316,7 @@ def _run(argv: Sequence[str] | None) -> tuple[int, object]:
         return 2, e
     except BrokenPipeError:
         raise
-    except OSError as e:
+    except (OSError, tf.errors.OpError) as e:
         return 1, e
     except MemoryError as e:
         return 1, f"there is not enough memory. {e}"

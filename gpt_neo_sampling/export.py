@@ -89,7 +89,7 @@ def export_saved_model(
         which says what was exported.
       model: what `open_checkpoint` takes; None for the model that comes
         with the package.
-      batch: int, rows of a request.
+      batch: int, rows of a request; at most 65,536.
       length: int, the longest row, prompt and new tokens; at most the model's n_ctx.
       prompt_length: int, the longest prompt; `length` by default. The pass over the
         prompts takes as long for shorter ones.

@@ -129,7 +129,7 @@ class GenerationOptions:
 
         max_new_tokens        † int, at least 1; 64, or up to the model's max_length, prompt included. A row ends
                               earlier at a stop token or stop string and, with a warning, at the end of the context
-        eos_token_id          the stop token or a list of them; −1 for none; none
+        eos_token_id          the stop token or a list of at most 256; −1 for none; none
         stop_strings          a str or a list: a row ends once its text holds one; the text ends ahead of it; none
         seed                  † int: the same seed, stream and prompt give the same tokens; a fresh one
         stream                † int: what tells rows of one seed apart; samples of a prompt count on from it, so a list

@@ -230,6 +230,10 @@ COMMANDS = {
         [*INSPECT, "--plot", "TMP/chain.xyz"],
         "chain.xyz: the suffix says the format" if find_spec("matplotlib") else "plot needs the package matplotlib",
     ),
+    "plot is a folder": (
+        [*INSPECT, "--plot", "TMP/folder.png"],
+        "folder.png is a folder; a file is needed" if find_spec("matplotlib") else "plot needs the package matplotlib",
+    ),
     # -- export, convert
     "batch": ([*EXPORT, "--batch", "0"], "batch=0; a whole number from 1 to 65536 is needed"),
     "batch too large": ([*EXPORT, "--batch", "2147483647"], "batch=2147483647; a whole number from 1 to 65536"),
@@ -580,6 +584,10 @@ MODELS = {
     ),
     "checkpoint is a pipe": (mesh_tf(instead("checkpoint", os.mkfifo)), "checkpoint is not a file; allowed"),
     "index is a pipe": (mesh_tf(instead(INDEX_FILE, os.mkfifo)), f"{INDEX_FILE} is not a file; allowed"),
+    "index of a terabyte": (
+        mesh_tf(instead(INDEX_FILE, sparse)),
+        f"{INDEX_FILE} has 1099511627776 bytes; allowed: at most 100000000",
+    ),
     "data are a folder": (mesh_tf(instead(DATA_FILE, os.mkdir)), f"{DATA_FILE} is not a file; allowed"),
     # -- paths
     "index to /etc/passwd": (

@@ -27,7 +27,7 @@ PROGRESS_DELAY = 1.5  # seconds after which a progress bar appears
 _BLOCK, _BLOCKS = 4096, 1024  # bytes, and how many of them of a file of weights, tell it from another
 _LISTED = 5  # names that an error shows before it goes over to a count
 _ALIGNMENT = 64  # bytes; TensorFlow takes an array that is aligned so without a copy
-_LONGEST_TEXT = 10**8  # bytes of a config or an index
+LONGEST_TEXT = 10**8  # bytes of a config or an index
 _MOST_LAYERS = 10_000
 _LONGEST_MESSAGE = 1000  # characters
 
@@ -337,18 +337,19 @@ def list_folder(folder: Path) -> list[str]:
     return files
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, most_bytes: int | None = None) -> None:
     """Raises CheckpointError for what is no file to read: a folder, a pipe or a device, which could have no end."""
     if not path.is_file():
         what = "is not a file" if path.exists() else "leads to a file that is not there"
         raise CheckpointError(f"{path} {what}; allowed: a file, or a link to one")
+    size = path.stat().st_size
+    if most_bytes is not None and size > most_bytes:
+        raise CheckpointError(f"{path} has {size} bytes; allowed: at most {most_bytes}")
 
 
 def read_text(path: Path) -> str:
-    check_file(path)
+    check_file(path, LONGEST_TEXT)
     try:
-        if path.stat().st_size > _LONGEST_TEXT:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; allowed: at most {_LONGEST_TEXT}")
         return path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None

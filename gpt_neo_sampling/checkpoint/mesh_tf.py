@@ -14,6 +14,7 @@ from gpt_neo_sampling._compat import quiet_logging, tf
 from gpt_neo_sampling._types import Params, StrPath
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
+    LONGEST_TEXT,
     STORED_BYTES,
     Checkpoint,
     CheckpointError,
@@ -280,7 +281,8 @@ class _TensorFlowStore:
         self._link_folder: tempfile.TemporaryDirectory[str] | None = None
         self.files = [folder / f"{base}.index"]
         shards = _data_files(self._path, base, files)
-        for name in (f"{base}.index", *shards):
+        check_file(self.files[0], LONGEST_TEXT)
+        for name in shards:
             check_file(folder / name)
         try:
             check_index(self.files[0])

@@ -41,7 +41,7 @@ def plot_format(path: StrPath) -> str:
     if path.suffix[1:].lower() not in formats:
         raise ValueError(f"{path}: the suffix says the format; allowed are .{', .'.join(formats)}")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; a file is needed")
+        raise ValueError(f"{path} is a folder; a file is needed")
     if not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.resolve().parent}")
     return path.suffix[1:].lower()
