@@ -90,6 +90,8 @@ def pad_last(x: tf.Tensor, before: int = 0, after: int | tf.Tensor = 0, value: f
 
 def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimension:
     """The mtf.Dimension of x that is meant: the last where `dim` is None; a ValueError where x lacks it."""
+    if not isinstance(x, mtf.Tensor):
+        raise TypeError(f"an {type(x).__name__} of shape {x.shape}; an mtf.Tensor is needed (mtf.import_tf_tensor)")
     if dim is None:
         if not x.shape.dims:
             raise ValueError("a tensor without dims has none to work along")
@@ -535,14 +537,18 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
       mtf.Tensor of `dtype`, scalar or with dims among `rows`.
 
     Raises:
-      ValueError: for a shape that is neither.
+      ValueError: for a shape that is neither, or a dtype that would lose what the value says.
     """
     rows = mtf.Shape(rows)
+    value = value if isinstance(value, mtf.Tensor) else tf.convert_to_tensor(value)
+    given = value.dtype
+    if not (given.is_integer or given.is_bool or given.is_floating and dtype.is_floating):
+        raise ValueError(f"{name} is of dtype {given.name}; {dtype.name} is needed")
     if isinstance(value, mtf.Tensor):
         if any(d not in rows.dims for d in value.shape.dims):
             raise ValueError(f"{name} has shape {value.shape}; its dims must be among those of the rows, {rows}")
         return value if value.dtype == dtype else mtf.cast(value, dtype)
-    value = tf.cast(tf.convert_to_tensor(value), dtype)
+    value = tf.cast(value, dtype)
     shape = value.shape.as_list()
     if shape == []:
         return mtf.import_tf_tensor(mesh, value, mtf.Shape([]))

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, dims
 from helpers_checkpoint import (
     DATA_FILE,
     HUGGING_FACE,
@@ -35,6 +35,7 @@ from helpers_checkpoint import (
 )
 from test_pytorch_files import Storage, tensor, write_zip
 
+import gpt_neo_sampling as g
 from gpt_neo_sampling import (
     CheckpointError,
     MeshError,
@@ -46,6 +47,7 @@ from gpt_neo_sampling import (
     generate_file,
     open_checkpoint,
 )
+from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.generate import DEMO_FOLDER
 
 GLOBAL = str(DATA / "gpt_neo_checkpoints" / "global")
@@ -734,6 +736,48 @@ def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
     assert len(generator.encode("Emma Woodhouse")) > 2
 
 
+# ------------------------------------------------------- Python: operations
+
+
+def ids_of(x, **sizes):
+    return mtf.zeros(x.mesh, mtf.Shape(dims(**sizes)), tf.int32)
+
+
+NO_SUCH_DIM = "is not among the dims Shape[batch=2, vocab=5]"
+ARRAY = np.zeros((2, 5), np.float32)
+OPERATIONS = {
+    "entmax of an array": (lambda x: g.entmax(ARRAY), "an ndarray of shape (2, 5); an mtf.Tensor is needed"),
+    "top_k_mask of an array": (lambda x: g.top_k_mask(ARRAY, 2), "an ndarray of shape (2, 5); an mtf.Tensor is needed"),
+    "entmax of integers": (lambda x: g.entmax(mtf.cast(x, tf.int32)), "int32; a floating dtype is needed"),
+    "draws of integers": (lambda x: g.sample_categorical(mtf.cast(x, tf.int32)), "int32; a floating dtype is needed"),
+    "another dim": (lambda x: g.entmax(x, 1.5, mtf.Dimension("vocabulary", 5)), NO_SUCH_DIM),
+    "a dim of another size": (lambda x: g.top_p_mask(x, 0.5, mtf.Dimension("vocab", 6)), NO_SUCH_DIM),
+    "a missing dim": (lambda x: g.entmax(mtf.reduce_sum(x)), "a tensor without dims has none to work along"),
+    "alpha in words": (lambda x: g.entmax(x, "1.5"), "alpha is of dtype string; float32 is needed"),
+    "alpha above 2": (lambda x: g.entmax(x, 2.5), "alpha=2.5 is out of range: from 1 (softmax) to 2 (sparsemax)"),
+    "alpha of other rows": (
+        lambda x: g.entmax(x, [1.5] * 3),
+        "alpha has shape [3]; it must be one value, or one a row",
+    ),
+    "steps": (lambda x: g.entmax(x, n_iter=1.5), "n_iter=1.5: a whole number of at least 1 is needed"),
+    "complex top_p": (lambda x: g.top_p_mask(x, 0.5j), "top_p is of dtype complex128; float32 is needed"),
+    "NaN for top_p": (lambda x: g.top_p_mask(x, float("nan")), "top_p=nan; a number from 0 to 1 is needed"),
+    "half a k": (lambda x: g.top_k_mask(x, [2.5, 2.5], max_top_k=3), "top-k is of dtype float32; int32 is needed"),
+    "half a seed": (lambda x: g.sample_categorical(x, seed=0.5), "seed is of dtype float32; int32 is needed"),
+    "a seed of NaN": (
+        lambda x: g.sample_categorical(x, seed=float("nan")),
+        "seed is of dtype float32; int32 is needed",
+    ),
+    "a seed too large": (lambda x: g.sample_categorical(x, seed=2**32), "is out of range: from -2**31 to 2**32 - 1"),
+    "half a token": (lambda x: g.tokens_mask(x, [0.5]), "token is of dtype float32; int32 is needed"),
+    "n-grams of half": (
+        lambda x: g.no_repeat_ngram_mask(x, ids_of(x, batch=2, length=4), 4, 1.5),
+        "a whole number of at least 1 is needed",
+    ),
+    "a bias of another length": (lambda x: g.logit_bias(x, np.zeros(6, np.float32)), "logit_bias has shape [6]"),
+}
+
+
 # ----------------------------------------------------------------- Python
 
 
@@ -856,6 +900,15 @@ CALLS = {
         "seed=nan; a whole number",
     ),
 }
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_operations(case):
+    call, message = OPERATIONS[case]
+    with tf.Graph().as_default(), pytest.raises((TypeError, ValueError)) as error:
+        mesh = mtf.Mesh(mtf.Graph(), "mesh")
+        call(mtf.import_tf_tensor(mesh, tf.zeros([2, 5]), mtf.Shape(dims(batch=2, vocab=5))))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("case", CALLS)

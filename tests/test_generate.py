@@ -394,7 +394,7 @@ def test_a_prompt_that_asks_for_nothing_is_greedy_beside_one_that_samples(asking
 
 @pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(max_new_tokens=2**40), dict(typical_p=0), dict(top_k=-1)])
 def test_a_default_out_of_range_is_the_configs_fault(asking, bad):
-    with pytest.raises(ValueError, match=f"generation_config.json: {min(bad)}="):
+    with pytest.raises(ValueError, match=f"generation_config.json: {min(bad)}(=| is )"):
         asking(**bad).generate([5])
 
 

@@ -115,8 +115,7 @@ def sample_categorical(
     """
     dim = dim_of(x, dim)
     rows = x.shape - dim
-    if not x.dtype.is_floating:
-        raise ValueError(f"sample_categorical: weights of dtype {x.dtype.name}; a floating dtype is needed")
+    _check_floating(x, "sample_categorical: weights")
     if samples_dim is not None and samples_dim in x.shape.dims:
         raise ValueError(f"samples_dim {samples_dim} is a dim of the weights, {x.shape}; it must be a new one")
     uniforms = draw_uniforms(x.mesh, rows, seed, stream, step, samples_dim)
@@ -211,6 +210,7 @@ def entmax(
     dim = dim_of(x, dim)
     if not is_whole(n_iter) or n_iter < 1:
         raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
+    _check_floating(x, "entmax: scores")
     imported = _import_alpha(x.mesh, alpha, x.shape - dim)
     if is_number(alpha) and alpha == 1:
         return softmax(x, dim)
@@ -227,7 +227,14 @@ def softmax(x: mtf.Tensor, dim: mtf.Dimension | None = None) -> mtf.Tensor:
     Returns:
       mtf.Tensor like x; invalid rows are NaN, as those of `entmax`.
     """
-    return _SoftmaxOperation(x, dim_of(x, dim)).outputs[0]
+    dim = dim_of(x, dim)
+    _check_floating(x, "softmax: scores")
+    return _SoftmaxOperation(x, dim).outputs[0]
+
+
+def _check_floating(x: mtf.Tensor, what: str) -> None:
+    if not x.dtype.is_floating:
+        raise ValueError(f"{what} of dtype {x.dtype.name}; a floating dtype is needed")
 
 
 def log_softmax_at(x: mtf.Tensor, at: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
