@@ -288,7 +288,9 @@ class TextGenerator:
                 raise ValueError(f"a text is not Unicode: {e}") from None
             try:
                 ids = self.tokenizer.encode(text).ids
-            except Exception as e:  # the library raises bare Exception
+            except KeyboardInterrupt:
+                raise
+            except BaseException as e:  # see load_tokenizer
                 raise ValueError(f"the model's tokenizer cannot encode {text[:60]!r}: {e}") from None
         else:
             ids = _list_of(text, "a prompt or text", "a str or a list of token ids")

@@ -701,6 +701,10 @@ TOKENIZERS = {
         ),
         "tokenizer.json cannot be read as a tokenizer: ",
     ),
+    "the library panics": (
+        lambda tokenizer: tokenizer.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "tokenizer.json cannot be read as a tokenizer: ",
+    ),
     "no unknown token": (word_level("<no>"), "the model's tokenizer cannot encode 'Emma Ω': "),
     "empty": (lambda tokenizer: b"", "tokenizer.json cannot be read as a tokenizer: "),
     "of lists": (lambda tokenizer: b"[" * 100_000, "tokenizer.json cannot be read as a tokenizer: "),

@@ -43,9 +43,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
             tokenizer = _byte_level_bpe(tokenizers, *pair)
         else:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except CheckpointError:
+    except (CheckpointError, KeyboardInterrupt):
         raise
-    except Exception as e:  # the library raises bare Exception
+    except BaseException as e:  # the library raises bare Exception, and BaseException where its Rust panics
         raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from None
     # which a tokenizer.json may ask for, and which would cut prompts, or add to them, without a word
     tokenizer.no_truncation()
