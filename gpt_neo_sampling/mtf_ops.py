@@ -537,13 +537,15 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
       mtf.Tensor of `dtype`, scalar or with dims among `rows`.
 
     Raises:
-      ValueError: for a shape that is neither, or a dtype that would lose what the value says.
+      ValueError: for a shape that is neither, what is no number, or half of one where `dtype` is of whole numbers.
     """
     rows = mtf.Shape(rows)
+    if dtype.is_integer and isinstance(value, (float, np.floating, np.ndarray)):
+        if not np.all(np.isfinite(value) & (np.floor(value) == value)):
+            raise ValueError(f"{name}={value!r}; whole numbers are needed")
     value = value if isinstance(value, mtf.Tensor) else tf.convert_to_tensor(value)
-    given = value.dtype
-    if not (given.is_integer or given.is_bool or given.is_floating and dtype.is_floating):
-        raise ValueError(f"{name} is of dtype {given.name}; {dtype.name} is needed")
+    if not (value.dtype.is_integer or value.dtype.is_bool or value.dtype.is_floating):
+        raise ValueError(f"{name} is of dtype {value.dtype.name}; {dtype.name} is needed")
     if isinstance(value, mtf.Tensor):
         if any(d not in rows.dims for d in value.shape.dims):
             raise ValueError(f"{name} has shape {value.shape}; its dims must be among those of the rows, {rows}")

@@ -766,14 +766,17 @@ OPERATIONS = {
     "steps": (lambda x: g.entmax(x, n_iter=1.5), "n_iter=1.5: a whole number of at least 1 is needed"),
     "complex top_p": (lambda x: g.top_p_mask(x, 0.5j), "top_p is of dtype complex128; float32 is needed"),
     "NaN for top_p": (lambda x: g.top_p_mask(x, float("nan")), "top_p=nan; a number from 0 to 1 is needed"),
-    "half a k": (lambda x: g.top_k_mask(x, [2.5, 2.5], max_top_k=3), "top-k is of dtype float32; int32 is needed"),
-    "half a seed": (lambda x: g.sample_categorical(x, seed=0.5), "seed is of dtype float32; int32 is needed"),
+    "half a k": (
+        lambda x: g.top_k_mask(x, np.array([2, 2.5]), max_top_k=3),
+        "top-k=array([2. , 2.5]); whole numbers are",
+    ),
+    "half a seed": (lambda x: g.sample_categorical(x, seed=0.5), "seed=0.5; whole numbers are needed"),
     "a seed of NaN": (
         lambda x: g.sample_categorical(x, seed=float("nan")),
-        "seed is of dtype float32; int32 is needed",
+        "seed=nan; whole numbers are needed",
     ),
     "a seed too large": (lambda x: g.sample_categorical(x, seed=2**32), "is out of range: from -2**31 to 2**32 - 1"),
-    "half a token": (lambda x: g.tokens_mask(x, [0.5]), "token is of dtype float32; int32 is needed"),
+    "half a token": (lambda x: g.tokens_mask(x, [0.5]), "token=0.5; whole numbers are needed"),
     "n-grams of half": (
         lambda x: g.no_repeat_ngram_mask(x, ids_of(x, batch=2, length=4), 4, 1.5),
         "a whole number of at least 1 is needed",
