@@ -3,6 +3,7 @@
 # make test-compat  runs it, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12 and mesh-tensorflow 0.1.18
 # make fuzz    runs the property tests on random values; FUZZ_EXAMPLES=500 for so many of each test
 # make check   looks the code over: ruff (rules and format) and mypy (types)
+# make coverage  runs the suite and lists the lines and branches of the package that it does not reach
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
 # Each sets up what it needs in .venv, test-compat in .venv-compat, bench in .venv-bench, with python3 and pip alone.
 
@@ -14,7 +15,7 @@ BENCH_VENV := $(VENV)-bench
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check test test-compat fuzz bench clean
+.PHONY: demo check test test-compat fuzz coverage bench clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -36,6 +37,9 @@ test test-compat:
 fuzz: $(VENV)/test.installed
 	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/test_properties.py \
 	  $(PYTEST_ARGS)
+
+coverage: $(VENV)/test.installed
+	$(BIN)/python -m pytest -q -n 2 --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)

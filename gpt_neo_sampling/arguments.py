@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from gpt_neo_sampling.checkpoint import MAX_SHARD_SIZE
+from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.export import CONTROLS, DEFAULT_TOP_K
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA

@@ -64,20 +64,40 @@ class SamplingOptions:
 
     A value may be a Python number or an mtf tensor, scalar or one a row, where
     nothing else is said; None leaves the step out.
+
+    Attributes:
+      logits_processors: functions of (logits, ids, position), as of
+        `sample_autoregressive`.
+      repetition_penalty: of all tokens of the row, see `models.penalties`; 1
+        changes nothing.
+      presence_penalty, frequency_penalty: of the row's new tokens; 0 changes nothing.
+      no_repeat_ngram_size: an int: no sequence of so many tokens comes twice.
+      logit_bias: a tensor or array [vocab] or [rows, vocab]; −inf is never drawn.
+      stop_tokens: a tuple of ids, each a value.
+      min_new_tokens: no stop token before there are so many.
+      never_end: True for no stop token at all.
+      temperature: above 0; 0 is argmax.
+      top_k: see `models.masks`.
+      max_top_k: an int, needed where top_k is a tensor.
+      top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: see `models.masks`.
+      use_entmax: True for entmax in place of softmax.
+      entmax_alpha: from 1 to 2.
+      vocab_size: None, or where the vocabulary is padded an int: ids from there on
+        are never drawn.
     """
 
-    logits_processors: tuple[LogitsProcessor, ...] = ()  # the user's own
-    repetition_penalty: RowValue | None = None  # of all tokens of the row; 1 changes nothing
-    presence_penalty: RowValue | None = None  # of the row's new tokens; 0 changes nothing
-    frequency_penalty: RowValue | None = None  # likewise
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    repetition_penalty: RowValue | None = None
+    presence_penalty: RowValue | None = None
+    frequency_penalty: RowValue | None = None
     no_repeat_ngram_size: int | None = None
-    logit_bias: Tensor | None = None  # a tensor or array [vocab] or [rows, vocab]; −inf is never drawn
-    stop_tokens: tuple[RowValue, ...] = ()  # ids, each a value
-    min_new_tokens: RowValue | None = None  # no stop token before there are so many
-    never_end: bool = False  # no stop token at all
-    temperature: RowValue = SOFTMAX_TEMPERATURE  # above 0; 0 is argmax
+    logit_bias: Tensor | None = None
+    stop_tokens: tuple[RowValue, ...] = ()
+    min_new_tokens: RowValue | None = None
+    never_end: bool = False
+    temperature: RowValue = SOFTMAX_TEMPERATURE
     top_k: RowValue | None = None
-    max_top_k: int | None = None  # needed where top_k is a tensor
+    max_top_k: int | None = None
     top_p: RowValue | None = None
     min_p: RowValue | None = None
     typical_p: RowValue | None = None
@@ -85,10 +105,14 @@ class SamplingOptions:
     eta_cutoff: RowValue | None = None
     use_entmax: bool = False
     entmax_alpha: RowValue = DEFAULT_ALPHA
-    vocab_size: int | None = None  # where the vocabulary is padded: ids from here on are never drawn
+    vocab_size: int | None = None
 
     def check(self) -> None:
-        """Raises ValueError for a number that is out of range and that no step checks itself."""
+        """Looks at the numbers that no step checks itself.
+
+        Raises:
+          ValueError: for one that is out of range.
+        """
         t = self.temperature
         if is_number(t) and not 0 <= t < float("inf"):
             raise ValueError(f"temperature={t}; 0 (argmax) or a finite number above 0 is needed")
@@ -97,7 +121,18 @@ class SamplingOptions:
             raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
 
     def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
-        """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers."""
+        """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers.
+
+        Args:
+          mesh: mtf.Mesh.
+          rows: mtf.Shape, the dims of the request.
+
+        Returns:
+          SamplingOptions.
+
+        Raises:
+          ValueError: for a tensor that is neither scalar nor one a row.
+        """
 
         def per_row(name: str, value: Any) -> Any:
             if value is None or is_number(value):
@@ -116,11 +151,17 @@ class SamplingOptions:
 
 @dataclasses.dataclass
 class History:
-    """What stands in the rows before the token that is drawn."""
+    """What stands in the rows before the token that is drawn.
 
-    ids: mtf.Tensor  # int32 [rows, length]; prompts, new tokens, padding
-    position: mtf.Tensor  # int32 [rows]; where the next token goes
-    begin: mtf.Tensor  # int32 [rows]; where the first new one went
+    Attributes:
+      ids: int32 mtf.Tensor [rows, length]: prompts, new tokens, padding.
+      position: int32 mtf.Tensor [rows]: where the next token goes.
+      begin: int32 mtf.Tensor [rows]: where the first new one went.
+    """
+
+    ids: mtf.Tensor
+    position: mtf.Tensor
+    begin: mtf.Tensor
 
 
 def token_steps(options: SamplingOptions, history: History | None) -> list[tuple[str, Step]]:
@@ -228,7 +269,11 @@ def chain_distributions(
 
     Returns:
       a list of pairs: the step's name, "model" for what the model gave and
-      "softmax", "entmax" or "argmax" for the last; and float32 mtf.Tensor like logits.
+      "softmax", "entmax" or "argmax" for the last; and a float32 mtf.Tensor like
+      logits, NaN in a row whose logits are no distribution.
+
+    Raises:
+      ValueError: as `next_token`.
     """
     rows = logits.shape - vocab_dim
     found = _before_temperature(logits, vocab_dim, options, history)
@@ -254,8 +299,8 @@ def next_token(
     logits: mtf.Tensor,
     vocab_dim: mtf.Dimension,
     options: SamplingOptions,
-    seed: RowValue,
-    stream: RowValue,
+    seed: RowValue | None,
+    stream: RowValue | None,
     step: RowValue,
     history: History | None = None,
     return_logprobs: bool = False,
@@ -266,9 +311,9 @@ def next_token(
       logits: mtf.Tensor [batch…, vocab], any float dtype; computed in float32.
       vocab_dim: mtf.Dimension of logits.
       options: SamplingOptions.
-      seed, stream, step: int32 mtf.Tensors, scalar or [batch…]; see
-        `sample_categorical`.
-      history: History, for the options that look at it.
+      seed, stream, step: as for `sample_categorical`.
+      history: History, for the options that look at it: logits_processors, the
+        penalties, no_repeat_ngram_size and min_new_tokens.
       return_logprobs: whether to return log-probabilities too.
 
     Returns:
@@ -278,6 +323,16 @@ def next_token(
       [batch…], the natural logarithms of the token's probability under the
       model's own distribution, and under the one that it was drawn from (0 where
       the temperature is 0). NaN where the token is −1.
+
+    Raises:
+      ValueError: for a number that is out of range, or a wrong shape.
+
+    Example (`run` is that of `models.utils`):
+
+        >>> options = SamplingOptions(temperature=0.7, top_k=2)
+        >>> logits = [[0.0, 3.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0], [np.nan, 0.0, 0.0, 0.0]]
+        >>> run(lambda x: next_token(x, x.shape[-1], options, seed=1, stream=None, step=0), logits)
+        array([ 1,  0, -1], dtype=int32)
     """
     rows, mesh = logits.shape - vocab_dim, logits.mesh
     steps = _before_temperature(logits, vocab_dim, options, history)

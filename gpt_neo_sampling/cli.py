@@ -21,7 +21,8 @@ from typing import Any
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Prompt, Tokenizer
 from gpt_neo_sampling.arguments import PROGRAM, parser
-from gpt_neo_sampling.checkpoint import convert_checkpoint, one_line
+from gpt_neo_sampling.checkpoint import convert_checkpoint
+from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import export_saved_model
 from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator

@@ -17,32 +17,52 @@ class DecodeContext:
     """What a model is told in a decode loop, and where it leaves its states.
 
     The attributes are those of mesh-tensorflow's own context class, so models
-    written for that one work with this.
+    written for that one work with this. Those that are not listed here keep
+    that class's defaults.
+
+    Attributes:
+      mesh: mtf.Mesh.
+      batch_dims: list of mtf.Dimension, those of the rows.
+      length_dim: mtf.Dimension of the ids.
+      variable_dtype: mtf.VariableDType.
+      mode: "first_part", all positions at once, or "incremental", one token a row.
+      position: int32 mtf.Tensor; incremental [batch], the position about to be
+        written (the model reads the token before it), in the first part [length].
+      position_is_default: True in the first part: positions are 0, 1, 2, …
+      states: incremental: list of mtf.Tensor, what the previous call recorded.
+      new_states: list of mtf.Tensor, what this call records.
+      initial_position: int32 mtf.Tensor [batch], the prompts' lengths.
+      inputs: int32 mtf.Tensor [batch, length].
+      write_priority: int32 mtf.Tensor [batch, length], and
+      read_priority: the same, incremental [batch]: a query may see the keys whose
+        write priority is at most its read priority.
+      encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs,
+        shared_params: as `sample_autoregressive` was given them.
+      constant_states: list of mtf.Tensor, recorded in the first part and read in
+        every step.
+      may_overwrite_states: True where `states` are nobody else's to read.
     """
 
     mesh: mtf.Mesh
     batch_dims: list[mtf.Dimension]
     length_dim: mtf.Dimension
     variable_dtype: mtf.VariableDType
-    mode: str  # "first_part": all positions at once; "incremental": one token a row
-    # Incremental: int32 [batch], the position about to be written; the model
-    # reads the token before it. First part: int32 [length].
+    mode: str
     position: mtf.Tensor
     position_is_default: bool = False
-    # Lists of mtf.Tensor, where they are not None:
-    states: Any = None  # incremental: what the previous step recorded
-    new_states: Any = None  # what this one records
-    initial_position: mtf.Tensor | None = None  # int32 [batch], the prompts' lengths
-    inputs: mtf.Tensor | None = None  # int32 [batch, length]
+    states: Any = None
+    new_states: Any = None
+    initial_position: mtf.Tensor | None = None
+    inputs: mtf.Tensor | None = None
     sequence_id: mtf.Tensor | None = None
     subsequence_id: mtf.Tensor | None = None
     read_priority: mtf.Tensor | None = None
     write_priority: mtf.Tensor | None = None
-    encoder_output: Any = None  # mtf.Tensor
+    encoder_output: Any = None
     encoder_sequence_id: mtf.Tensor | None = None
     encoder_inputs: mtf.Tensor | None = None
     encoder_layer_outputs: list[mtf.Tensor] | None = None
-    constant_states: Any = None  # list of mtf.Tensor; recorded in the first part, read in every step
+    constant_states: Any = None
     shared_params: dict[str, Any] | None = None
     losses: list[mtf.Tensor] | None = None
     layer_outputs: list[mtf.Tensor] = dataclasses.field(default_factory=list)
@@ -53,46 +73,51 @@ class DecodeContext:
     next_constant_state: int = 0
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
     input_embeddings: mtf.Tensor | None = None
-    may_overwrite_states: bool = False  # incremental: `states` are nobody else's to read
+    may_overwrite_states: bool = False
 
     def __post_init__(self) -> None:
         self.shared_params = self.shared_params or {}
 
     @property
     def train(self) -> bool:
+        """False: a loop only decodes."""
         return False
 
     @property
     def activation_dtype(self) -> tf.DType:
+        """tf.DType that activations are computed in."""
         return self.variable_dtype.activation_dtype
 
     @property
     def encoder_length_dim(self) -> mtf.Dimension:
+        """mtf.Dimension "memory_length" of the encoder's output."""
         (dim,) = [d for d in self.encoder_output.shape.dims if d.name == "memory_length"]
         return dim
 
     @property
     def nonpadding(self) -> mtf.Tensor | None:
+        """1 where sequence_id is not 0, else 0, in the activation dtype; sequence_id itself where that is None or 1."""
         if self.sequence_id is None or (isinstance(self.sequence_id, int) and self.sequence_id == 1):
             return self.sequence_id
         return mtf.cast(mtf.not_equal(self.sequence_id, 0), self.activation_dtype)
 
     def get_position(self) -> mtf.Tensor:
+        """int32 mtf.Tensor: `position`, or all positions of length_dim where position_is_default."""
         if self.position_is_default:
             return mtf.range(self.mesh, self.length_dim, tf.int32)
         return self.position
 
     def get_states(self, n: int) -> list[mtf.Tensor]:
-        """The next n of the states that the previous step recorded."""
+        """The next n of the states that the previous step recorded, a list of mtf.Tensor."""
         begin = len(self.new_states)
         return self.states[begin : begin + n]
 
     def record_new_states(self, new_states: Iterable[mtf.Tensor]) -> None:
-        """Adds tensors that the next step is to find; their shapes must not change."""
+        """Adds `new_states`, mtf.Tensors that the next step is to find; their shapes must not change."""
         self.new_states.extend(new_states)
 
     def record_constant_state(self, s: mtf.Tensor) -> None:
-        """First part: keeps a value that every step is to find unchanged."""
+        """First part: keeps `s`, an mtf.Tensor that every step is to find unchanged."""
         self.constant_states.append(s)
 
     def get_constant_state(self) -> mtf.Tensor:

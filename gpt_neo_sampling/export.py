@@ -13,7 +13,9 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tensorflow, tf
 from gpt_neo_sampling._types import DType, StrPath
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
-from gpt_neo_sampling.checkpoint import Checkpoint, check_new_folder, files_beside, open_checkpoint, staging_folder
+from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
+from gpt_neo_sampling.checkpoint.base import check_new_folder, staging_folder
+from gpt_neo_sampling.checkpoint.convert import files_beside
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA

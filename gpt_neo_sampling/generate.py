@@ -28,14 +28,25 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Sample:
-    """One continuation of one prompt."""
+    """One continuation of one prompt.
 
-    prompt_tokens: list[int]  # an empty prompt is the model's first token
-    tokens: list[int]  # new tokens only; ends with the stop token if one was drawn
-    text: str | None  # of the new tokens, without special ones; None without a tokenizer
-    finish_reason: str = "length"  # or "stop": a stop token, or a stop string, which the text ends ahead of
-    logprobs: list[float] | None = None  # one a new token: natural logarithms of the model's own probabilities
-    draw_logprobs: list[float] | None = None  # and of those that the tokens were drawn with
+    Attributes:
+      prompt_tokens: list of ids; an empty prompt is the model's first token.
+      tokens: list of the new ids only; ends with the stop token if one was drawn.
+      text: str of the new tokens, without special ones; None without a tokenizer.
+      finish_reason: "length", or "stop": a stop token, or a stop string, which the
+        text ends ahead of.
+      logprobs: list, one a new token: natural logarithms of the model's own
+        probabilities; None where `return_logprobs` does not ask for them.
+      draw_logprobs: list of those that the tokens were drawn with, or None.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str | None
+    finish_reason: str = "length"
+    logprobs: list[float] | None = None
+    draw_logprobs: list[float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: a dict of the fields, without what was not asked for."""
@@ -72,6 +83,13 @@ class TextGenerator:
     Made by `from_pretrained`. Holds one copy of the weights, and a graph for
     each size of request that it has met, rounded up to a few sizes; at most
     `graphs.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
+
+    Attributes:
+      checkpoint: the `Checkpoint`.
+      tokenizer: a `tokenizers.Tokenizer`, or None.
+      mesh: the `DeviceMesh`.
+      params: dict, GPT-Neo's config: n_vocab, n_ctx and so on.
+      dtype: str, what activations are computed in.
     """
 
     def __init__(
@@ -81,9 +99,12 @@ class TextGenerator:
         mesh: DeviceMesh | None = None,
         dtype: DType | None = None,
     ) -> None:
-        """Takes a `Checkpoint`, a `tokenizers.Tokenizer` or None, a `mesh.DeviceMesh`, by default one CPU, and a dtype.
-
-        See `from_pretrained`.
+        """
+        Args:
+          checkpoint: a `Checkpoint`, open.
+          tokenizer: a `tokenizers.Tokenizer` that fits it, or None.
+          mesh: a `mesh.DeviceMesh`; by default one CPU.
+          dtype: as for `from_pretrained`, which says what is raised.
         """
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -164,6 +185,13 @@ class TextGenerator:
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
           Interrupted: (a KeyboardInterrupt) at Ctrl-C: within a step if there is a
             streamer, and else when a graph has run to its end.
+
+        Example:
+
+            >>> generator = TextGenerator.from_pretrained()
+            >>> samples = generator.generate(["It was a", "Emma"], temperature=[0, 0.7], max_new_tokens=[8, 4], seed=1)
+            >>> [sample.text for sample in samples]
+            [' great deal too much to be done.', ' could not get a']
         """
         request = self._request(prompts, GenerationOptions(**options))
         if streamer is not None and self.mesh.cluster is not None:
@@ -193,7 +221,17 @@ class TextGenerator:
         return cast(list[Sample], samples)
 
     def check(self, prompts: Prompts, **options: Any) -> Request:
-        """The `request.Request` that `generate` would run; raises what it would for its arguments. No model is run."""
+        """What `generate` does with its arguments before any model is run.
+
+        Args:
+          prompts, **options: as for `generate`.
+
+        Returns:
+          the `request.Request` that it would run.
+
+        Raises:
+          TypeError, ValueError: as `generate`.
+        """
         return self._request(prompts, GenerationOptions(**options))
 
     def inspect(self, prompt: Prompt, continuation: Prompt = (), **options: Any) -> list[ChainStep]:
@@ -211,7 +249,17 @@ class TextGenerator:
           ("softmax", "entmax"; "argmax" for greedy decoding, all of it on one token).
 
         Raises:
-          as `generate`.
+          TypeError, ValueError, InvalidDistributionError, ClusterError: as `generate`.
+
+        Example:
+
+            >>> generator = TextGenerator.from_pretrained()
+            >>> for step in generator.inspect("Mr. Darcy looked", temperature=0.7, top_k=40):
+            ...     print(f"{step.label:15} {step.support:4} tokens {step.entropy:.2f} bits")
+            model           2048 tokens 5.36 bits
+            temperature 0.7 2048 tokens 2.97 bits
+            top_k 40          40 tokens 2.63 bits
+            softmax           40 tokens 2.63 bits
         """
         new = self.encode(continuation) if len(continuation) else []
         request = self._request([self.encode(prompt) + new], GenerationOptions(**options))
@@ -249,6 +297,13 @@ class TextGenerator:
             or too long.
           InvalidDistributionError: if the model gives logits that are NaN or infinite.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
+
+        Example:
+
+            >>> generator = TextGenerator.from_pretrained()
+            >>> likely, unlikely = generator.score(["It was a truth.", "Truth a was it."])
+            >>> f"{likely.perplexity:.0f} {unlikely.perplexity:.0f}"
+            '12 765'
         """
         check_bool("add_start_token", add_start_token)
         texts = [self._ids(text) for text in _listed(texts)]
@@ -270,7 +325,17 @@ class TextGenerator:
         return [self.encode(p) for p in _listed(prompts)]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, a str or ids, never none; errors as of `generate`."""
+        """The ids that a prompt stands for.
+
+        Args:
+          prompt: a str or a list of token ids.
+
+        Returns:
+          a list of ids, at least one: an empty prompt is the model's first token.
+
+        Raises:
+          ValueError: as `generate`.
+        """
         return self._ids(prompt) or [self._first_token()]
 
     def _ids(self, text: Prompt) -> list[int]:

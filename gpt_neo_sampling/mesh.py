@@ -30,12 +30,19 @@ class DeviceMesh:
     """Processors, their devices, and the dimensions that are split over them.
 
     Made by `device_mesh`.
+
+    Attributes:
+      shape: mtf.Shape of the axes.
+      layout: dict, name of a dimension -> name of an axis.
+      devices: tuple of TensorFlow's names, one a processor, the last axis
+        fastest; ("",) for its choice.
+      cluster: a `cluster.Cluster`, where the devices lie in other processes, or None.
     """
 
-    shape: mtf.Shape  # of the axes
-    layout: dict[str, str]  # name of a dimension -> name of an axis
-    devices: tuple[str, ...]  # by TensorFlow's names, one a processor, the last axis fastest; ("",) for its choice
-    cluster: Cluster | None = None  # where the devices lie in other processes
+    shape: mtf.Shape
+    layout: dict[str, str]
+    devices: tuple[str, ...]
+    cluster: Cluster | None = None
 
     def impl(self) -> mtf.MeshImpl:
         """The mesh implementation that a lowering takes; lower it under `place`."""
@@ -51,21 +58,25 @@ class DeviceMesh:
 
     @property
     def size(self) -> int:
+        """int: how many processors there are."""
         return self.shape.size
 
     def parts(self, dim: str) -> int:
-        """int: in how many parts the dimension of this name is cut."""
+        """int: in how many parts the dimension of the name `dim` is cut."""
         axis = self.layout.get(dim)
         return 1 if axis is None else self.shape.get_dim_by_name(axis).size
 
     def check(self, sizes: dict[str, int | None], tensors: Iterable[tuple[str, ...]]) -> None:
-        """Raises MeshError unless the layout fits a model.
+        """Whether the layout fits a model.
 
         Args:
           sizes: {dimension's name: its size}, every dimension that may be split;
             None for one that is padded to fit.
           tensors: tuples of names of dimensions: those that stand together in a
             tensor, and so need different axes.
+
+        Raises:
+          MeshError: (a ValueError) unless it does.
         """
         for dim, axis in self.layout.items():
             if dim not in sizes:
@@ -97,6 +108,12 @@ class DeviceMesh:
     def session(self, graph: tf.Graph | None = None) -> tf.Session:
         """A tf.Session that has the mesh's devices.
 
+        Args:
+          graph: tf.Graph; the default graph by default.
+
+        Returns:
+          a tf.Session.
+
         Raises:
           ClusterError: if a machine of the cluster cannot be reached.
         """
@@ -110,7 +127,14 @@ class DeviceMesh:
             return tf.Session(graph=graph, config=config)
 
     def run(self, session: tf.Session, fetches: Any, feed: dict[Any, Any] | None = None) -> Any:
-        """session.run; where machines are lost on the way, a ClusterError.
+        """session.run, with an eye on the cluster, if there is one.
+
+        Args:
+          session: what `session` gave.
+          fetches, feed: as for tf.Session.run.
+
+        Returns:
+          what tf.Session.run does.
 
         Raises:
           ClusterError: within seconds of a machine's loss.
@@ -146,9 +170,19 @@ def device_mesh(
       a DeviceMesh.
 
     Raises:
-      MeshError: for a description of another form, a layout along an axis that
-        the mesh has not, devices that are not there, not all different, or not
-        as many as the mesh has processors.
+      MeshError: (a ValueError) for a description of another form, a layout along
+        an axis that the mesh has not, devices that are not there, not all
+        different, or not as many as the mesh has processors.
+      ValueError: for a cluster whose addresses cannot be.
+
+    Example:
+
+        >>> mesh = device_mesh("x:2,y:2", "batch:x,vocab:y", "cpu:0,cpu:1,cpu:2,cpu:3")
+        >>> mesh.size, mesh.parts("vocab"), mesh.devices[3]
+        (4, 2, '/device:CPU:3')
+        >>> device_mesh("x:2", "batch:y", "cpu:0,cpu:1")
+        Traceback (most recent call last):
+        gpt_neo_sampling.mesh.MeshError: layout batch:y splits along y, but the axes of the mesh are x
     """
     if isinstance(cluster, str):
         cluster = parse_cluster(cluster)

@@ -137,6 +137,14 @@ class GenerationOptions:
         num_return_sequences  int: samples of each prompt, which share the pass over it; 1
         pad_token_id          taken for the sake of scripts: what is returned has no padding, so it changes nothing
         return_logprobs       whether samples have their `logprobs` and `draw_logprobs`; False
+
+    Nothing is checked before a generator has a request to check:
+
+        >>> from gpt_neo_sampling import TextGenerator
+        >>> options = GenerationOptions(temperature=0.7, top_p=1.5)
+        >>> TextGenerator.from_pretrained().generate("Emma", **vars(options))
+        Traceback (most recent call last):
+        ValueError: top_p=1.5; a number from 0 to 1 is needed
     """
 
     logits_processors: Sequence[LogitsProcessor] = ()

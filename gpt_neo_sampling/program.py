@@ -13,7 +13,8 @@ import numpy.typing as npt
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.chain import History, SamplingOptions, chain_distributions
-from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, aligned, aligned_empty, progress_bar
+from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
+from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
 from gpt_neo_sampling.mtf_ops import host_call, take

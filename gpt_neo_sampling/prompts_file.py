@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import gpt_neo_sampling
 from gpt_neo_sampling._types import StrPath
-from gpt_neo_sampling.checkpoint import read_json
+from gpt_neo_sampling.checkpoint.base import read_json
 from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
 
@@ -40,10 +40,16 @@ log = logging.getLogger(__name__)
 
 
 class FileRun(typing.NamedTuple):
-    """A run that is finished."""
+    """A run that is finished.
+
+    Attributes:
+      prompts: int, how many the file has.
+      written: int, how many of their lines this call wrote; the others were there.
+      seed: int, that of the prompts without one of their own.
+    """
 
     prompts: int
-    written: int  # of their lines by this call; the others were there
+    written: int
     seed: int
 
 
@@ -105,6 +111,7 @@ def generate_file(
       a FileRun.
 
     Raises:
+      TypeError: for an option that there is not.
       ValueError: before anything is run, if a line or an option is not allowed
         (the message names file, line, what was given and what is allowed), or the
         output was begun with other ones or is no run's.

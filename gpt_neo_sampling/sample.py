@@ -181,6 +181,18 @@ def sample_autoregressive(
 
     Raises:
       ValueError: for a number that is out of range, or a wrong shape.
+
+    Example, with a model by which t + 1 comes behind t (`run` is that of
+    `models.utils`):
+
+        >>> def counting(features, other_features, params, mesh, variable_dtype, context=None):
+        ...     return mtf.one_hot(features["inputs"] + 1, other_features["vocab_dim"]), None, None
+        >>> features, params = {"vocab_dim": mtf.Dimension("vocab", 10)}, {"slow_sampling": True}
+        >>> options = dict(model=counting, stop_at_token=9, temperature=0)
+        >>> prompts = [[5, 3, 0, 0, 0, 0], [7, 0, 0, 0, 0, 0]]
+        >>> run(lambda ids: sample_autoregressive(ids, features, params, **options), prompts, "length")
+        array([[5, 3, 4, 5, 6, 7],
+               [7, 8, 9, 0, 0, 0]], dtype=int32)
     """
     mesh = partial_sequences.mesh
     *batch_dims, whole_length_dim = partial_sequences.shape.dims

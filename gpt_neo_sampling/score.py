@@ -20,12 +20,19 @@ MAX_POSITIONS = 2048  # and of all its rows together: its logits are [rows, posi
 
 @dataclasses.dataclass
 class TextScore:
-    """What a model makes of one text. Logarithms are natural ones."""
+    """What a model makes of one text. Logarithms are natural ones.
+
+    Attributes:
+      tokens: list of ids.
+      logprobs: list, a token each; None for a first one that nothing stands before.
+      sum_logprob: float, in nats.
+      perplexity: float, exp(−mean) of the tokens that have a log-probability.
+    """
 
     tokens: list[int]
-    logprobs: list[float | None]  # a token each; None for a first one that nothing stands before
+    logprobs: list[float | None]
     sum_logprob: float
-    perplexity: float  # exp(−mean) of the tokens that have a log-probability
+    perplexity: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """The next-token distribution step by step: its figures, its table, its picture."""
 
 import json
-import pathlib
 import re
-import shlex
 import sys
 
 import numpy as np
@@ -307,19 +305,6 @@ def test_a_split_vocabulary_gives_the_same_chain(model):
         assert one.label == other.label
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-6)
     split.close()
-
-
-def test_the_docs_show_what_the_command_prints(matplotlib, capfd, monkeypatch, tmp_path):
-    """The first view of docs/sampling.md."""
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "sampling.md").read_text(encoding="utf-8")
-    command, view = re.search(r"```\n\$ gpt-neo-sampling (.*?)\n(.*?)```", page, re.S).groups()
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(shlex.split(command)) == 0
-    captured = capfd.readouterr()
-    prompt, note = captured.err.split("\n\n")
-    assert view == f"{prompt}\n\n{captured.out}{note}"  # as a terminal shows them
-    assert (tmp_path / note.split()[1]).stat().st_size > 0
 
 
 def test_command_prints_json(capfd):

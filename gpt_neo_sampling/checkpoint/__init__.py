@@ -10,38 +10,18 @@ Every error about a folder is a `CheckpointError` of one line, which says what
 was found and what is allowed.
 """
 
-from gpt_neo_sampling.checkpoint.base import (
-    Checkpoint,
-    CheckpointError,
-    aligned,
-    aligned_empty,
-    check_new_folder,
-    one_line,
-    progress_bar,
-    read_json,
-    staging_folder,
-    variable_shapes,
-)
-from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE, convert_checkpoint, files_beside
+from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, variable_shapes
+from gpt_neo_sampling.checkpoint.convert import convert_checkpoint
 from gpt_neo_sampling.checkpoint.mesh_tf import write_mesh_tf_checkpoint
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
 from gpt_neo_sampling.checkpoint.tokenizer import load_tokenizer
 
 __all__ = [
-    "MAX_SHARD_SIZE",
     "Checkpoint",
     "CheckpointError",
-    "aligned",
-    "aligned_empty",
-    "check_new_folder",
     "convert_checkpoint",
-    "files_beside",
     "load_tokenizer",
-    "one_line",
     "open_checkpoint",
-    "progress_bar",
-    "read_json",
-    "staging_folder",
     "variable_shapes",
     "write_mesh_tf_checkpoint",
 ]

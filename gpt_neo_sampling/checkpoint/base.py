@@ -156,7 +156,13 @@ class Checkpoint:
         return sorted(self._shapes)
 
     def shape(self, name: str) -> Shape:
-        """The shape of a variable as `read` gives it: a tuple of ints.
+        """The shape of a variable as `read` gives it.
+
+        Args:
+          name: str, one of `names()`.
+
+        Returns:
+          a tuple of ints.
 
         Raises:
           CheckpointError: if `names()` does not have the name.

@@ -45,6 +45,15 @@ def convert_checkpoint(
       CheckpointError: (a ValueError) if the source cannot be read, the
         destination holds something, an argument is not one of these, or the
         format has no such model.
+
+    Example, with the model that comes with the package:
+
+        >>> import tempfile
+        >>> from gpt_neo_sampling.generate import DEMO_FOLDER
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     convert_checkpoint(DEMO_FOLDER, folder, to="huggingface", dtype="bfloat16")
+        ...     print(sorted(os.listdir(folder)))
+        ['config.json', 'model.safetensors', 'tokenizer.json']
     """
     destination = check_new_folder(destination)
     if to not in (None, "mesh-tf", "huggingface"):

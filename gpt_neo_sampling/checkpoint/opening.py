@@ -38,6 +38,15 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
         GPT-Neo does not have, the variables are not those of the config, or
         their file is a pickle that asks for more than tensors; and for
         safetensors if that package is not installed.
+
+    Example, with the model that comes with the package:
+
+        >>> from gpt_neo_sampling.generate import DEMO_FOLDER
+        >>> with open_checkpoint(DEMO_FOLDER) as checkpoint:
+        ...     print(checkpoint.kind, checkpoint.params["n_layer"], checkpoint.shape("wte"))
+        ...     print(checkpoint.names()[:3], checkpoint.read("ln_f/g").dtype)
+        mesh-tf 5 (2048, 192)
+        ['h0/attn/compute_output_bias/o_b', 'h0/attn/k', 'h0/attn/o'] float32
     """
     try:
         return _opened(Path(path))

@@ -18,36 +18,43 @@ _SPACES = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥"})
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChainStep:
-    """A next-token distribution after one step of the chain."""
+    """A next-token distribution after one step of the chain.
 
-    name: str  # "model" for the first; then the option's name, as "top_p"; "softmax" or "entmax" for the last
-    setting: str  # the option's value, as "0.9"; may be empty
-    probabilities: np.ndarray  # float [vocab], adds up to 1
+    Attributes:
+      name: "model" for the first; then the option's name, as "top_p"; "softmax",
+        "entmax" or "argmax" for the last.
+      setting: str, the option's value, as "0.9"; may be empty.
+      probabilities: float ndarray [vocab], adds up to 1.
+    """
+
+    name: str
+    setting: str
+    probabilities: np.ndarray
 
     @property
     def label(self) -> str:
-        """As "top_p 0.9", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
+        """str: as "top_p 0.9", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
         pairs = itertools.zip_longest(self.name.split(", "), self.setting.split(", "), fillvalue="")
         return ", ".join(" ".join(pair).strip() for pair in pairs)
 
     @property
     def support(self) -> int:
-        """How many tokens have a probability above 0."""
+        """int: how many tokens have a probability above 0."""
         return int(np.count_nonzero(self.probabilities > 0))
 
     @property
     def entropy(self) -> float:
-        """In bits."""
+        """float: how open the choice is, in bits."""
         p = self.probabilities[self.probabilities > 0].astype(np.float64)
         return max(0.0, float(-(p * np.log2(p)).sum()))
 
     @property
     def effective_size(self) -> float:
-        """2 to the entropy (perplexity): so many equally likely tokens are as hard to guess."""
+        """float: 2 to the entropy (perplexity): so many equally likely tokens are as hard to guess."""
         return 2.0**self.entropy
 
     def mass_removed(self, before: "ChainStep") -> float:
-        """The probability that `before`, a ChainStep, gave to the tokens that have none here."""
+        """float: the probability that `before`, a ChainStep, gave to the tokens that have none here."""
         return float(before.probabilities.astype(np.float64)[self.probabilities == 0].sum())
 
 

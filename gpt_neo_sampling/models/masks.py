@@ -46,7 +46,13 @@ def top_k_mask(
       mtf.Tensor like logits. A NaN stays NaN. The gradient flows through the survivors.
 
     Raises:
-      ValueError: for an int k below 1, or a tensor k without max_top_k.
+      ValueError: for an int k below 1, a tensor k without max_top_k or of the
+        wrong shape, or a `dim` that logits lack.
+
+    Example (`run` is that of `models.utils`):
+
+        >>> run(lambda x: mtf.softmax(top_k_mask(x, 2), x.shape[-1]), [[0.0, 1.0, 1.0, 1.0]])
+        array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
     """
     dim = dim_of(logits, dim)
     rows = logits.shape - dim
@@ -160,7 +166,12 @@ def top_p_mask(
       mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN. The gradient flows through the survivors.
 
     Raises:
-      ValueError: for a number out of range.
+      ValueError: for a number out of range, a tensor of the wrong shape, or a `dim` that logits lack.
+
+    Example (`run` is that of `models.utils`):
+
+        >>> run(lambda x: mtf.softmax(top_p_mask(mtf.log(x), 0.7), x.shape[-1]), [[0.25, 0.5, 0.125, 0.125]]).round(3)
+        array([[0.333, 0.667, 0.   , 0.   ]], dtype=float32)
     """
     return _mask_below(logits, "top_p", top_p, dim, masked, mass.top_p_cut, neutral=1)
 

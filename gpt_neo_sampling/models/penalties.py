@@ -24,11 +24,19 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
     Args:
       ids: int32 mtf.Tensor [rows…, length]; an id outside `dim` does not count.
       dim: mtf.Dimension of the vocabulary.
-      begin, end: a number, or an int32 tensor, scalar or [rows…]; an end of None is
+      begin, end: an int, or an int32 tensor, scalar or [rows…]; an end of None is
         the length. From a prompt's length on, new tokens alone count.
 
     Returns:
       float32 mtf.Tensor [rows…, dim].
+
+    Raises:
+      ValueError: for a begin or an end of the wrong shape.
+
+    Example (`run` is that of `models.utils`):
+
+        >>> run(lambda ids: token_counts(ids, mtf.Dimension("vocab", 4), end=3), [[1, 3, 1, 1]], "length")
+        array([[0., 2., 0., 1.]], dtype=float32)
     """
     ids = _whole_rows(ids)
     length_dim = ids.shape[-1]
@@ -169,7 +177,8 @@ def no_repeat_ngram_mask(
       mtf.Tensor like logits.
 
     Raises:
-      ValueError: for an ngram_size below 1, or ids of other rows.
+      ValueError: for an ngram_size below 1, ids of other rows, or a `dim` that
+        logits lack.
     """
     dim = dim_of(logits, dim)
     rows = mtf.Shape(ids.shape.dims[:-1])
@@ -215,6 +224,9 @@ def tokens_mask(
 
     Returns:
       mtf.Tensor like logits.
+
+    Raises:
+      ValueError: for a `dim` that logits lack, or a tensor of the wrong shape.
     """
     dim = dim_of(logits, dim)
     if not len(tokens):
@@ -256,6 +268,12 @@ def logit_bias(logits: mtf.Tensor, bias: Tensor, dim: mtf.Dimension | None = Non
 
     Raises:
       ValueError: for an array with NaN or +inf, or another shape.
+
+    Example (`run` is that of `models.utils`):
+
+        >>> bias = [0.0, np.log(2.0), -np.inf]
+        >>> run(lambda x: mtf.softmax(logit_bias(x, bias), x.shape[-1]), [[1.0, 1.0, 5.0]]).round(3)
+        array([[0.333, 0.667, 0.   ]], dtype=float32)
     """
     dim = dim_of(logits, dim)
     rows = logits.shape - dim

@@ -3,6 +3,26 @@
 `entmax` and its loss, the draw, and the masks and penalties of the modules beside
 this one, in the place where GPT-Neo's scripts look for them. All work on any
 layout; none builds anything larger than its input.
+
+A whole script, which the examples of these functions take for granted:
+
+    >>> import mesh_tensorflow as mtf
+    >>> import numpy as np
+    >>> import tensorflow.compat.v1 as tf
+    >>> from gpt_neo_sampling import device_mesh, entmax, sample_categorical
+    >>> def run(build, values, name="vocab"):
+    ...     # what `build` makes of an mtf tensor [batch, name] of these values, as an array
+    ...     on = device_mesh()
+    ...     with tf.Graph().as_default(), on.place():
+    ...         mesh, x = mtf.Mesh(mtf.Graph(), "mesh"), tf.constant(values)
+    ...         dims = [mtf.Dimension(d, int(size)) for d, size in zip(("batch", name), x.shape)]
+    ...         y = build(mtf.import_tf_tensor(mesh, x, dims))
+    ...         lowering = mtf.Lowering(mesh.graph, {mesh: on.impl()})
+    ...         with on.session() as session:
+    ...             return session.run(lowering.export_to_tf_tensor(y))
+    >>> logits = [[2.0, 1.0, 0.0, -1.0], [0.0, 9.0, 0.0, 0.0]]
+    >>> run(lambda x: sample_categorical(entmax(x, alpha=1.5), seed=1), logits)
+    array([0, 1], dtype=int32)
 """
 
 from typing import Any
@@ -110,8 +130,16 @@ def sample_categorical(
       at all, gives −1 (weights below 2⁻¹²⁶ may count as none).
 
     Raises:
-      ValueError: for a `dim` that x lacks, a `samples_dim` that it has, a seed
-        out of range or an option of the wrong shape.
+      ValueError: for weights of another dtype, a `dim` that x lacks, a
+        `samples_dim` that it has, a seed out of range or an option of the wrong
+        shape.
+
+    Example (`run` is that of this module's docstring):
+
+        >>> samples = mtf.Dimension("samples", 6)
+        >>> run(lambda x: sample_categorical(x, seed=1, samples_dim=samples), [[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
+        array([[ 2,  2,  2,  2,  2,  0],
+               [-1, -1, -1, -1, -1, -1]], dtype=int32)
     """
     dim = dim_of(x, dim)
     rows = x.shape - dim
@@ -204,8 +232,13 @@ def entmax(
       tensor outside [1, 2], is NaN throughout.
 
     Raises:
-      ValueError: for an alpha outside [1, 2], n_iter below 1, or a `dim` that x
-        lacks.
+      ValueError: for an alpha outside [1, 2] or of the wrong shape, n_iter below 1,
+        or a `dim` that x lacks.
+
+    Example (`run` is that of this module's docstring):
+
+        >>> run(lambda x: entmax(x, alpha=1.5), [[2.0, 1.0, 0.0, -1.0]]).round(3)
+        array([[0.831, 0.169, 0.   , 0.   ]], dtype=float32)
     """
     dim = dim_of(x, dim)
     if not is_whole(n_iter) or n_iter < 1:
@@ -226,6 +259,9 @@ def softmax(x: mtf.Tensor, dim: mtf.Dimension | None = None) -> mtf.Tensor:
 
     Returns:
       mtf.Tensor like x; invalid rows are NaN, as those of `entmax`.
+
+    Raises:
+      ValueError: for a `dim` that x lacks.
     """
     dim = dim_of(x, dim)
     _check_floating(x, "softmax: scores")
@@ -262,7 +298,11 @@ def _import_alpha(mesh: mtf.Mesh, alpha: RowValue, rows: mtf.Shape) -> mtf.Tenso
 def entmax_forward(
     x: mtf.Tensor, alpha: RowValue = DEFAULT_ALPHA, dim: mtf.Dimension | None = None, n_iter: int = 50
 ) -> mtf.Tensor:
-    """`entmax` under the name of GPT-Neo's forward function."""
+    """`entmax` under the name of GPT-Neo's forward function.
+
+    Args:
+      x, alpha, dim, n_iter: as for `entmax`, and so are what is returned and raised.
+    """
     return entmax(x, alpha, dim, n_iter)
 
 
@@ -283,8 +323,8 @@ def entmax_backward(
 
     Args:
       explicit_inputs: [x].
-      outputs: [p], what `entmax` gave for x.
-      output_grads: [dY], of x's shape.
+      outputs: [p], the mtf.Tensor that `entmax` gave for x.
+      output_grads: [dY], an mtf.Tensor of x's shape.
       alpha, dim: as given to `entmax`.
       all_inputs, forward_operations, n_iter: part of the call that
         mesh-tensorflow makes; the closed form has no use for them.
@@ -425,7 +465,8 @@ def entmax_cross_entropy_with_logits(
       float32 mtf.Tensor [logits.shape − vocab_dim], in nats for α = 1.
 
     Raises:
-      ValueError: for targets of another shape, or an alpha out of range.
+      ValueError: for targets of another shape, an alpha out of range, or a
+        `vocab_dim` that logits lack.
     """
     vocab_dim = dim_of(logits, vocab_dim)
     rows = logits.shape - vocab_dim
@@ -511,6 +552,10 @@ def parse_inputs(
     mtf_features: dict[str, mtf.Tensor], other_features: dict[str, Any]
 ) -> tuple[mtf.Tensor, mtf.Dimension, mtf.Dimension, mtf.Dimension, mtf.Dimension, mtf.Dimension]:
     """What a GPT-Neo model takes out of its two feature dicts.
+
+    Args:
+      mtf_features: a dict with "inputs", the ids, an int32 mtf.Tensor [batch, sequence].
+      other_features: a dict with "embd_dim", "vocab_dim" and "embed_sequence_dim".
 
     Returns:
       (x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim): the
