@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+import gpt_neo_sampling
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.export import CONTROLS, DEFAULT_TOP_K
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
@@ -22,6 +23,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The argparse.ArgumentParser of the command and its subcommands."""
     top = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {gpt_neo_sampling.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
