@@ -36,6 +36,61 @@ SECONDS = 1800  # for the tests of one cell
 # protobuf, the graph optimizer, sessions of several devices, functions, files. Each compares with golden data
 # or with the float64 reference.
 TESTS = """
+tests/test_package.py::test_import_makes_mesh_tensorflow_importable_and_is_silent
+tests/test_package.py::test_import_leaves_tensorflow_as_it_was
+tests/test_package.py::test_a_failed_import_of_mesh_tensorflow_does_no_harm
+tests/test_mtf_ops.py::test_take
+tests/test_mtf_ops.py::test_scatter_add
+tests/test_mtf_ops.py::test_write_at
+tests/test_mtf_ops.py::test_settle_in_a_loop
+tests/test_mtf_ops.py::test_threefry
+tests/test_mtf_ops.py::test_top_k
+tests/test_layers.py
+tests/test_draws.py::test_draw_is_the_reference_on_every_layout
+tests/test_draws.py::test_exact_softmax_weights
+tests/test_draws.py::test_exact_entmax_of_a_small_vocabulary
+tests/test_utils.py::test_draw_is_the_same_on_every_layout
+tests/test_utils.py::test_entmax_on_every_layout
+tests/test_utils.py::test_loss
+tests/test_utils.py::test_top_k_keeps_exactly_k
+tests/test_utils.py::test_biasmask_attn_weights
+tests/test_utils.py::test_parse_inputs
+tests/test_masks.py::test_half_precision
+tests/test_masks.py::test_gradient_flows_through_survivors
+tests/test_penalties.py::test_penalties
+tests/test_penalties.py::test_no_repeat_ngram_mask
+tests/test_penalties.py::test_tokens_mask
+tests/test_gpt2.py::test_logits_of_the_checkpoints
+tests/test_gpt2.py::test_incremental_logits
+tests/test_gpt2.py::test_loss
+tests/test_sample.py::test_one_request_of_each_kind_against_the_simulation
+tests/test_sample.py::test_greedy_tokens_of_the_checkpoints
+tests/test_sample.py::test_control_flow_of_tensorflow_1
+tests/test_checkpoint.py
+tests/test_mesh_tf_checkpoint.py
+tests/test_hugging_face_checkpoint.py
+tests/test_pytorch_files.py
+tests/test_tokenizer.py
+tests/test_convert.py::test_there_and_back_keeps_every_bit
+tests/test_convert.py::test_dtypes
+tests/test_generate.py::test_golden_greedy_tokens_of_mesh_tf_checkpoints
+tests/test_generate.py::test_golden_greedy_tokens_of_a_hugging_face_folder
+tests/test_generate.py::test_sampled_tokens_are_those_of_numpy
+tests/test_generate.py::test_dtype[bfloat16-2]
+tests/test_score.py::test_golden_logits
+tests/test_streaming.py::test_streamed_tokens_and_text_are_the_samples
+tests/test_prompts_file.py::test_a_death_in_any_batch
+tests/test_prompts_file.py::test_an_output_cut_at_any_byte
+tests/test_prompts_file.py::test_a_prompt_without_a_distribution_leaves_the_others
+tests/test_inspection.py
+tests/test_cli.py::test_json_of_golden_prompts
+tests/test_cli.py::test_a_bad_value_has_no_traceback_in_a_process_of_its_own
+tests/test_cli.py::test_the_command_is_installed
+tests/test_mesh.py::test_the_commands_output_is_that_of_one_device
+tests/test_cluster.py::test_a_program_that_is_a_task_itself
+tests/test_xla.py::test_entmax_sums_to_one_and_invalid_rows_are_nan
+tests/test_export.py::test_tokens_are_those_of_generate
+tests/test_dropin.py::test_program[GPT2]
 """.split()
 
 

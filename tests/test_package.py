@@ -1,9 +1,17 @@
-"""What importing the package does, and what it leaves alone. Each in a fresh process."""
+"""What importing the package does, and what it leaves alone, each in a fresh process; the package as it is shipped."""
 
+import json
+import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import zipfile
 
+import pytest
 from conftest import DATA
+
+import gpt_neo_sampling
 
 
 def run(code):
@@ -71,7 +79,68 @@ def test_generating_leaves_the_callers_graph_and_seed_alone():
 
 
 def test_public_names_are_there():
-    import gpt_neo_sampling
-
     for name in gpt_neo_sampling.__all__:
         assert getattr(gpt_neo_sampling, name).__doc__
+
+
+# --- Wheel and sdist --------------------------------------------------------------------------
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOT_SHIPPED = (".*", "__pycache__", "build", "dist", "*.egg-info", "*.logs")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with source/, a copy of the tree, sdist/, and two wheels: direct/, of the tree, and wheel/, of the sdist."""
+    pytest.importorskip("build", reason="needs the package build")
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for setuptools 77")
+    folder = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SHIPPED))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
+    for outdir, what in {"sdist": "--sdist", "direct": "--wheel"}.items():
+        done = subprocess.run([*build, folder / outdir, what, folder / "source"], capture_output=True, text=True)
+        output = done.stdout + done.stderr
+        assert done.returncode == 0 and "Deprecat" not in output, output
+    sdist = next((folder / "sdist").glob("*.tar.gz"))
+    shutil.unpack_archive(sdist, folder / "unpacked")
+    subprocess.run([*build, folder / "wheel", "--wheel", *(folder / "unpacked").iterdir()], check=True, capture_output=True)
+    return folder
+
+
+def files(folder, within="."):
+    paths = (folder / within).rglob("*")
+    return {str(path.relative_to(folder)) for path in paths if path.is_file() and "egg-info" not in str(path)}
+
+
+def wheel_entries(folder):
+    """{name: CRC} of the wheel in a folder."""
+    with zipfile.ZipFile(*folder.glob("*.whl")) as wheel:
+        return {entry.filename: entry.CRC for entry in wheel.infolist()}
+
+
+def test_wheel_and_sdist_are_whole(built):
+    wheel = wheel_entries(built / "wheel")
+    assert wheel == wheel_entries(built / "direct")
+    assert {name for name in wheel if ".dist-info/" not in name} == files(built / "source", "gpt_neo_sampling")
+    assert "gpt_neo_sampling/py.typed" in wheel
+    unpacked = next((built / "unpacked").iterdir())
+    assert files(unpacked) - {"PKG-INFO", "setup.cfg"} == files(built / "source")
+
+
+def test_the_wheel_runs_from_where_it_is_installed(built, tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", tmp_path]
+    subprocess.run([*install, *(built / "wheel").glob("*.whl")], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def command(*args):
+        done = subprocess.run([tmp_path / "bin" / "gpt-neo-sampling", *args], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert command("--version") == f"gpt-neo-sampling {gpt_neo_sampling.__version__}\n"
+    (sample,) = json.loads(command("generate", "--prompt-ids", "5 17", "--max-new-tokens", "3", "--json"))["samples"]
+    assert len(sample["tokens"]) == 3 and sample["text"]
+    metadata = next(tmp_path.glob("*.dist-info"))
+    assert f"Version: {gpt_neo_sampling.__version__}\n" in (metadata / "METADATA").read_text(encoding="utf-8")
+    assert (metadata / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
