@@ -21,7 +21,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 
 import common
@@ -100,9 +99,10 @@ class Failed(Exception):
 
 def run(command, log=None, **options):
     """Output of a command, which goes to the file `log` too. Raises: Failed, with the line that says why."""
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    command = list(map(str, command))
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     if log:
-        log.write_text(f"$ {' '.join(map(str, command))}\n{done.stdout}")
+        log.write_text(f"$ {' '.join(command)}\n{done.stdout}")
     if done.returncode:
         lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
         raise Failed(next((line for line in lines if line.startswith("ERROR")), lines[-1]))
@@ -149,12 +149,11 @@ def installed(python):
     return json.loads(run([python, "-c", code], env=environment()))
 
 
-def tested(python, source, logs, name):
+def tested(python, source, logs, name, under):
     """Counts and seconds of TESTS, and the first failure's line."""
     report = logs / f"{name}.xml"
     report.unlink(missing_ok=True)
-    began = time.monotonic()
-    command = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+    command = [*under, python, "-m", "pytest", "-q", "-rs", "--durations=20", f"--junitxml={report}", *TESTS]
     try:
         run(command, logs / f"{name}.log", cwd=source, env=environment(), timeout=SECONDS)
         error = None
@@ -162,20 +161,20 @@ def tested(python, source, logs, name):
         error = str(failure)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {SECONDS} s"}
-    seconds = round(time.monotonic() - began)
     if not report.exists():  # the process died
-        return {"error": error, "seconds": seconds}
-    cases = list(ElementTree.parse(report).iter("testcase"))
+        return {"error": error}
+    (suite,) = ElementTree.parse(report).iter("testsuite")
+    cases = list(suite.iter("testcase"))
     bad = [(case, mark) for case in cases for mark in case if mark.tag in ("failure", "error")]
     skipped = [mark.get("message") for case in cases for mark in case if mark.tag == "skipped"]
     result = {"passed": len(cases) - len(bad) - len(skipped), "failed": len(bad), "skipped": len(skipped)}
-    result.update(seconds=seconds, why_skipped=sorted(set(skipped)))
+    result.update(seconds=round(float(suite.get("time"))), why_skipped=sorted(set(skipped)))
     if bad:
         error = f"{bad[0][0].get('name')}: {(bad[0][1].get('message') or '').splitlines()[0]}"
     return result if error is None else {**result, "error": error}
 
 
-def cells_of(version, python, tensorflow, mesh_tensorflows, source, wheel, logs):
+def cells_of(version, python, tensorflow, mesh_tensorflows, source, wheel, logs, under):
     """The cells of one Python and TensorFlow."""
     with tempfile.TemporaryDirectory(prefix="support-") as folder:
         own = pathlib.Path(folder) / "bin" / "python"
@@ -191,7 +190,7 @@ def cells_of(version, python, tensorflow, mesh_tensorflows, source, wheel, logs)
             except Failed as failure:
                 yield {**cell, "not_installed": str(failure)}
             else:
-                yield {**cell, "versions": installed(own), **tested(own, source, logs, name)}
+                yield {**cell, "versions": installed(own), **tested(own, source, logs, name, under)}
 
 
 def table(cells):
@@ -218,34 +217,38 @@ def text(cell):
     if cell is None:
         return "not run"
     if "not_installed" in cell:
-        return "does not exist" if "from versions" in cell["not_installed"] else "pip: " + cell["not_installed"]
+        return "pip: " + re.sub(r"ERROR: | \(from versions.*", "", cell["not_installed"])
     if "passed" not in cell:
         return f"**{cell['error']}**"
     counts = [f"{cell[kind]} {kind}" for kind in ("passed", "failed", "skipped") if cell[kind] or kind == "passed"]
     return ", ".join(counts) + (f": **{cell['error']}**" if "error" in cell else f" ({cell['seconds']} s)")
 
 
+def key(cell):
+    return cell["python"], cell["tensorflow"], cell["mesh-tensorflow"]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", nargs="+", metavar="PATH", help=f"interpreters (default: {', '.join(PYTHONS)} on PATH)")
+    parser.add_argument("--python", nargs="+", metavar="PATH", help=f"default: python{', '.join(PYTHONS)} on PATH")
     parser.add_argument("--tensorflow", nargs="+", metavar="VERSION", default=TENSORFLOWS)
     parser.add_argument("--mesh-tensorflow", nargs="+", metavar="VERSION", default=MESH_TENSORFLOWS)
     default = common.FOLDER / "results" / f"support-{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", default=default)
     parser.add_argument("--logs", type=pathlib.Path, metavar="FOLDER", help="of pip and pytest (default: FILE.logs)")
+    parser.add_argument("--under", type=str.split, metavar="COMMAND", default=[], help='of tests, say "taskset -c 0"')
     args = parser.parse_args(argv)
     logs = args.logs or args.output.with_suffix(".logs")
     logs.mkdir(parents=True, exist_ok=True)
     logs = logs.resolve()
-    key = lambda cell: (cell["python"], cell["tensorflow"], cell["mesh-tensorflow"])
     cells = {key(cell): cell for cell in json.loads(args.output.read_text())["cells"]} if args.output.exists() else {}
     commit = common.commit()
     with tempfile.TemporaryDirectory(prefix="support-source-") as folder:
         source, wheel = source_and_wheel(pathlib.Path(folder))
         for version, python in interpreters(args.python).items():
             for tensorflow in args.tensorflow:
-                found = cells_of(version, python, tensorflow, args.mesh_tensorflow, source, wheel, logs)
-                for cell in found:
+                pair = (version, python, tensorflow, args.mesh_tensorflow)
+                for cell in cells_of(*pair, source, wheel, logs, args.under):
                     cells[key(cell)] = {**cell, "commit": commit}
                     result = {"machine": common.machine(), "tests": TESTS, "cells": list(cells.values())}
                     args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -91,7 +91,7 @@ NOT_SHIPPED = (".*", "__pycache__", "build", "dist", "*.egg-info", "*.logs")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with source/, a copy of the tree, sdist/, and two wheels: direct/, of the tree, and wheel/, of the sdist."""
+    """A folder: source/, a copy of the tree; sdist/; and two wheels, direct/ of the tree and wheel/ of the sdist."""
     pytest.importorskip("build", reason="needs the package build")
     pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for setuptools 77")
     folder = tmp_path_factory.mktemp("built")
@@ -103,7 +103,8 @@ def built(tmp_path_factory):
         assert done.returncode == 0 and "Deprecat" not in output, output
     sdist = next((folder / "sdist").glob("*.tar.gz"))
     shutil.unpack_archive(sdist, folder / "unpacked")
-    subprocess.run([*build, folder / "wheel", "--wheel", *(folder / "unpacked").iterdir()], check=True, capture_output=True)
+    (unpacked,) = (folder / "unpacked").iterdir()
+    subprocess.run([*build, folder / "wheel", "--wheel", unpacked], check=True, capture_output=True)
     return folder
 
 
@@ -123,7 +124,7 @@ def test_wheel_and_sdist_are_whole(built):
     assert wheel == wheel_entries(built / "direct")
     assert {name for name in wheel if ".dist-info/" not in name} == files(built / "source", "gpt_neo_sampling")
     assert "gpt_neo_sampling/py.typed" in wheel
-    unpacked = next((built / "unpacked").iterdir())
+    (unpacked,) = (built / "unpacked").iterdir()
     assert files(unpacked) - {"PKG-INFO", "setup.cfg"} == files(built / "source")
 
 
