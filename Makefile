@@ -5,6 +5,8 @@
 # make check   looks the code over: ruff (rules and format) and mypy (types)
 # make coverage  runs the suite and lists the lines and branches of the package that it does not reach
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
+# make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
+#              (docs/support.md); SUPPORT_ARGS="--python PATH --tensorflow 2.18" for some cells
 # Each sets up what it needs in .venv, test-compat in .venv-compat, bench in .venv-bench, with python3 and pip alone.
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ BENCH_VENV := $(VENV)-bench
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check test test-compat fuzz coverage bench clean
+.PHONY: demo check test test-compat fuzz coverage bench support clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -43,6 +45,9 @@ coverage: $(VENV)/test.installed
 
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)
+
+support: $(VENV)/test.installed
+	@$(BIN)/python benchmarks/support_table.py $(SUPPORT_ARGS)
 
 clean:
 	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) build *.egg-info

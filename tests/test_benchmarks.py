@@ -12,6 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import common
 import long_run
 import pairs
+import support_table
 import tail_draws
 from rows import ROWS, Row
 
@@ -144,3 +145,47 @@ def test_the_tail_is_drawn_as_often_as_it_should(dtype, alpha, shards):
 
 def test_every_row_has_a_name_of_its_own():
     assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+# --- The support table ------------------------------------------------------------------------
+
+
+def test_the_support_tables_tests_are_there():
+    tests = pathlib.Path(__file__).parent
+    for name in support_table.TESTS:
+        file, _, function = name.partition("::")
+        text = (tests.parent / file).read_text(encoding="utf-8")
+        assert not function or f"\ndef {function.partition('[')[0]}(" in text, name
+
+
+def test_a_cell_of_the_support_table(tmp_path, monkeypatch):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "@pytest.mark.skip(reason='no Estimator')\n"
+        "def test_left_out(): pass\n"
+        "def test_wrong(): raise TypeError('got an unexpected keyword')\n"
+    )
+    monkeypatch.setattr(support_table, "TESTS", ["test_some.py"])
+    cell = support_table.tested(sys.executable, tmp_path, tmp_path, "cell", [])
+    counts = {name: cell[name] for name in ("passed", "failed", "skipped")}
+    assert counts == {"passed": 1, "failed": 1, "skipped": 1} and cell["why_skipped"] == ["no Estimator"]
+    assert cell["error"] == "test_wrong: TypeError: got an unexpected keyword"
+    assert "1 failed, 1 passed, 1 skipped" in (tmp_path / "cell.log").read_text()
+    monkeypatch.setattr(support_table, "TESTS", ["no_such_test.py"])
+    assert "no_such_test.py" in support_table.tested(sys.executable, tmp_path, tmp_path, "none", [])["error"]
+
+
+def test_the_support_table():
+    versions = {"python": "3.11.7", "tensorflow": "2.12.1", "numpy": "1.24.3", "protobuf": "4.25.9"}
+    right = {"versions": versions, "passed": 9, "failed": 0, "skipped": 1, "seconds": 70}
+    wrong = {**right, "failed": 1, "skipped": 0, "error": "test_x: TypeError"}
+    no_such = {"not_installed": "ERROR: No such thing (from versions: 2.16)"}
+    places = [("3.11", "0.1.21", wrong), ("3.11", "0.1.18", right), ("3.9", "0.1.18", no_such)]
+    cells = [{"python": p, "tensorflow": "2.12", "mesh-tensorflow": m, **cell} for p, m, cell in places]
+    assert [line.strip("| ").split(" | ") for line in support_table.table(cells).splitlines()] == [
+        ["Python", "TensorFlow", "NumPy", "protobuf", "mesh-tensorflow 0.1.18", "mesh-tensorflow 0.1.21"],
+        ["---"] * 6,
+        ["3.9", "2.12", "", "", "pip: No such thing", "not run"],
+        [*versions.values(), "9 passed, 1 skipped (70 s)", "9 passed, 1 failed: **test_x: TypeError**"],
+    ]
