@@ -28,7 +28,7 @@ import common
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TENSORFLOWS = ("2.12", "2.15", "2.18", "2.21")
 MESH_TENSORFLOWS = ("0.1.18", "0.1.21")
-TEST_NEEDS = ("pytest>=7", "scipy")
+TEST_NEEDS = ("pytest>=7", "scipy", "hypothesis")
 SECONDS = 1800  # for the tests of one cell
 
 # One or more tests that go through each module, and through what differs between releases: private names, dtypes,
