@@ -29,7 +29,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TENSORFLOWS = ("2.12", "2.15", "2.18", "2.21")
 MESH_TENSORFLOWS = ("0.1.18", "0.1.21")
 TEST_NEEDS = ("pytest>=7", "scipy", "hypothesis")
-SECONDS = 1800  # for the tests of one cell
+SECONDS = 3600  # for the tests of one cell, with what they wait for
 
 # One or more tests that go through each module, and through what differs between releases: private names, dtypes,
 # protobuf, the graph optimizer, sessions of several devices, functions, files. Each compares with golden data
