@@ -3,7 +3,11 @@
 tests/test_masks.py and tests/test_penalties.py hold each control by itself.
 """
 
+import dataclasses
 import functools
+import inspect
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -13,9 +17,12 @@ from helpers_loop import BATCH, LENGTH, STOP, VOCAB, Bigram, bigram, follow, loo
 from helpers_model import reference_config
 from scipy import stats
 
-from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling import GenerationOptions, TextGenerator, sample_autoregressive
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.arguments import parser
+from gpt_neo_sampling.chain import ROW_VALUES, SamplingOptions
 from gpt_neo_sampling.mtf_ops import host_call
+from gpt_neo_sampling.options import SAMPLING
 
 PROMPT = 5
 PROMPTS = prompts_of([PROMPT] * BATCH)
@@ -354,3 +361,17 @@ def exact(logits, ids, repetition_penalty=1, logit_bias=(), bad_words_ids=(), te
         if name in masks:
             z = np.where(keep(z[np.newaxis], masks[name])[0][0], z, -np.inf)
     return reference.softmax(z) if entmax_alpha is None else reference.entmax(z, entmax_alpha)
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_control_is_in_every_place(name):
+    """That CONTRIBUTING.md names."""
+    loop = {"top_k": "sampling_keep_top_k"}.get(name, name)
+    assert name in ROW_VALUES and loop in inspect.signature(sample_autoregressive).parameters
+    for options in (SamplingOptions, GenerationOptions):
+        assert name in {field.name for field in dataclasses.fields(options)}
+    assert re.search(rf"^ {{8}}{name} ", GenerationOptions.__doc__, re.MULTILINE)
+    for command in ("generate", "inspect"):
+        assert hasattr(parser().parse_args([command, "--prompt", "Emma"]), name)
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in page and re.search(rf"^### .*\b{name}\b", page, re.MULTILINE)
