@@ -5,6 +5,7 @@ The one file that knows their private names. Everything else takes `tf` (the
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -65,9 +66,11 @@ def _names_that_mtf_imports() -> Iterator[None]:
     """Puts back, for the time of one import, what mesh-tensorflow looks for.
 
     `tensorflow.compat.v1.estimator` is gone since TensorFlow 2.16, and
-    `ops.register_tensor_conversion_function` has moved since 2.13.
+    `ops.register_tensor_conversion_function` has moved since 2.13. And gin takes
+    names again that a bare import registered before it failed.
     """
     import tensorflow.compat.v1 as tf1
+    from gin import config as gin
     from tensorflow.python.framework import ops
     from tensorflow.python.training import basic_session_run_hooks
 
@@ -83,9 +86,11 @@ def _names_that_mtf_imports() -> Iterator[None]:
 
         ops.register_tensor_conversion_function = registry.register_tensor_conversion_function
         added.append((ops, "register_tensor_conversion_function"))
+    mode, gin._INTERACTIVE_MODE = gin._INTERACTIVE_MODE, True
     try:
         yield
     finally:
+        gin._INTERACTIVE_MODE = mode
         for module, name in added:
             delattr(module, name)
 
@@ -134,7 +139,10 @@ def quiet_logging() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@functools.cache
 def probe_devices() -> None:
-    """Has TensorFlow look for its devices, which it does once and not in silence."""
-    with quiet_stderr():
+    """Has TensorFlow look for its devices and run a first graph, which it does once and not in silence."""
+    with quiet_stderr(), tf.Graph().as_default():
         tensorflow.config.list_physical_devices()
+        with tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as session:
+            session.run(tf.no_op())  # 2.18 reports a pass that is off, at any log level

@@ -63,6 +63,17 @@ def test_a_failed_import_of_mesh_tensorflow_does_no_harm():
     )
 
 
+def test_names_that_a_failed_import_left_with_gin_do_no_harm():
+    """As mesh-tensorflow 0.1.18 leaves them on TensorFlow 2.18."""
+    run(
+        "import gin\n"
+        "gin.external_configurable(lambda: None, name='rewrite_stack_variables', module='mesh_tensorflow.ops.Graph')\n"
+        "gin.external_configurable(lambda: None, name='rewrite_stack_variables', module='mesh_tensorflow.ops')\n"
+        "import gpt_neo_sampling\n"
+        "assert not gin.config._INTERACTIVE_MODE\n"
+    )
+
+
 def test_generating_leaves_the_callers_graph_and_seed_alone():
     run(
         "import tensorflow.compat.v1 as tf, random\n"

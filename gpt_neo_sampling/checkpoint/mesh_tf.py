@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import quiet_logging, tf
+from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
 from gpt_neo_sampling._types import Params, StrPath
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
@@ -191,6 +191,7 @@ def _save_part(prefix: str, values: dict[str, np.ndarray]) -> None:
 
 
 def _cpu_session() -> tf.Session:
+    probe_devices()
     return tf.Session(config=tf.ConfigProto(device_count={"GPU": 0}))
 
 
