@@ -21,6 +21,7 @@ from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
 from gpt_neo_sampling.rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
 
 SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
+UNIFORM_MARGIN = 2.0**-24  # and what the bits add that float32 has no room for
 
 
 def _fold_sum(x: tf.Tensor) -> tf.Tensor:
@@ -131,7 +132,7 @@ def _search_near(
     cdf = _near_cdf(tf.gather(weights, which, batch_dims=1)[:, 0])
     total = cdf[:, -1:]
     margin = margin * total if isinstance(margin, float) else tf.gather(margin, which, batch_dims=1)
-    margin += 2.0**-24 * total  # what bits are left out of the uniform
+    margin += UNIFORM_MARGIN * total
     target = _as_float32(u) * total
     entry = tf.reduce_sum(tf.cast(cdf <= target, tf.int32), -1, keepdims=True)
     doubt = tf.reduce_min(tf.abs(cdf - target), -1, keepdims=True) < margin

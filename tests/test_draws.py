@@ -509,8 +509,8 @@ def score_build(size, padded=None):
 def margins(value):
     """Programs that are made in here have these margins: at 2.0 every draw is in doubt, at 0.0 none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draws, "SOFTMAX_MARGIN", value)
-        patch.setattr(draws, "ENTMAX_MARGIN", value)
+        for name in ("SOFTMAX_MARGIN", "ENTMAX_MARGIN", "UNIFORM_MARGIN"):
+            patch.setattr(draws, name, value)
         yield
 
 
