@@ -25,11 +25,16 @@ def quiet_stderr() -> Iterator[None]:
     """
     try:
         sys.stderr.flush()
-        saved = os.dup(2)
-    except (OSError, AttributeError, ValueError):  # no stderr to speak of
+        held = tempfile.TemporaryFile()
+    except (OSError, AttributeError, ValueError):  # no stderr to speak of, or no place to hold it
         yield
         return
-    with tempfile.TemporaryFile() as held:
+    with held:
+        try:
+            saved = os.dup(2)
+        except OSError:
+            yield
+            return
         os.dup2(held.fileno(), 2)
         try:
             yield

@@ -23,6 +23,7 @@ from gpt_neo_sampling._types import Prompt, Tokenizer
 from gpt_neo_sampling.arguments import PROGRAM, parser
 from gpt_neo_sampling.checkpoint import convert_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
+from gpt_neo_sampling.checkpoint.tokenizer import decoded
 from gpt_neo_sampling.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster, serve
 from gpt_neo_sampling.export import export_saved_model
 from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
@@ -222,7 +223,7 @@ class _TextWriter:
 def _prompt_text(prompt: Prompt, tokenizer: Tokenizer | None) -> str:
     if isinstance(prompt, str):
         return prompt
-    return tokenizer.decode(list(prompt)) if tokenizer else " ".join(map(str, prompt)) + " "
+    return decoded(tokenizer, prompt) if tokenizer else " ".join(map(str, prompt)) + " "
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -41,12 +41,13 @@ def _fold_sum(x: tf.Tensor) -> tf.Tensor:
 def _near_cdf(weights: tf.Tensor) -> tf.Tensor:
     """Cumulative sums over the last axis, as near as `near_sum`; the last of them may be repeated."""
     size = size_of(weights, -1)
-    if size <= 16:
+    if size <= 32:
         return tf.cumsum(weights, -1)
-    part, shape = math.isqrt(size), weights.shape.as_list()[:-1]
+    part, shape = min(math.isqrt(size), 32), weights.shape.as_list()[:-1]
     within = tf.cumsum(tf.reshape(pad_last(weights, after=-size % part), shape + [-1, part]), -1)
-    before = tf.cumsum(within[..., -1:], -2, exclusive=True)
-    return tf.reshape(before + within, shape + [-1])
+    n_parts = size_of(within, -2)
+    before = pad_last(_near_cdf(within[..., -1])[..., : n_parts - 1], before=1)
+    return tf.reshape(before[..., tf.newaxis] + within, shape + [-1])
 
 
 def _scan(x: tf.Tensor, combine: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> tf.Tensor:
@@ -317,6 +318,8 @@ class _DrawOperation(MeshOperation):
         for u in (group_uniform, entry_uniform):
             if u.shape != shape:
                 raise ValueError(f"{name}: uniforms of shape {u.shape} where {shape} is needed")
+            if u.dtype not in (tf.float32, tf.int32):
+                raise ValueError(f"{name}: uniforms of dtype {u.dtype.name}; float32 or int32 is needed")
         if size is not None and not 1 <= size <= dim.size:
             raise ValueError(f"{name}: size={size} of {dim}; from 1 to {dim.size} is needed")
         super().__init__(inputs, [(shape, tf.int32)], name)
@@ -447,7 +450,7 @@ class _ScoreDrawOperation(_DrawOperation):
         self._of = dim.size if size is None else size  # what the ids are entries of
         self._more = {"factor": factor, "alpha": alpha, "ids": ids, "only": only}
         inputs = [scores, group_uniform, entry_uniform, *(t for t in self._more.values() if t is not None)]
-        super().__init__(inputs, dim, None, None if ids else size, "score_draw")
+        super().__init__(inputs, dim, None, size if ids is None else None, "score_draw")
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_whole
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
+from gpt_neo_sampling.checkpoint.tokenizer import encoded
 from gpt_neo_sampling.cluster import Cluster
 from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
 from gpt_neo_sampling.inspection import ChainStep
@@ -351,12 +352,7 @@ class TextGenerator:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise ValueError(f"a text is not Unicode: {e}") from None
-            try:
-                ids = self.tokenizer.encode(text).ids
-            except KeyboardInterrupt:
-                raise
-            except BaseException as e:  # see load_tokenizer
-                raise ValueError(f"the model's tokenizer cannot encode {text[:60]!r}: {e}") from None
+            ids = encoded(self.tokenizer, text)
         else:
             ids = _list_of(text, "a prompt or text", "a str or a list of token ids")
         n_vocab = self.params["n_vocab"]

@@ -537,12 +537,13 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
       mtf.Tensor of `dtype`, scalar or with dims among `rows`.
 
     Raises:
-      ValueError: for a shape that is neither, what is no number, or half of one where `dtype` is of whole numbers.
+      ValueError: for a shape that is neither, what is no number, or where `dtype` is int32 half of one, or one that
+        it does not hold.
     """
     rows = mtf.Shape(rows)
-    if dtype.is_integer and isinstance(value, (float, np.floating, np.ndarray)):
-        if not np.all(np.isfinite(value) & (np.floor(value) == value)):
-            raise ValueError(f"{name}={value!r}; whole numbers are needed")
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    if not any(isinstance(v, (mtf.Tensor, tf.Tensor)) for v in listed):
+        value = _checked_numbers(np.asarray(value), dtype, name)
     value = value if isinstance(value, mtf.Tensor) else tf.convert_to_tensor(value)
     if not (value.dtype.is_integer or value.dtype.is_bool or value.dtype.is_floating):
         raise ValueError(f"{name} is of dtype {value.dtype.name}; {dtype.name} is needed")
@@ -557,6 +558,19 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
     if shape != rows.to_integer_list:
         raise ValueError(f"{name} has shape {shape}; it must be one value, or one a row: {rows}")
     return mtf.import_tf_tensor(mesh, value, rows)
+
+
+def _checked_numbers(values: np.ndarray, dtype: tf.DType, name: str) -> np.ndarray:
+    if values.dtype.kind in "OSUM":
+        raise ValueError(f"{name} holds {values.flat[0] if values.size else values!r}; numbers are needed")
+    if dtype.is_integer and values.dtype.kind in "biuf":
+        wrong = values[~(np.isfinite(values) & (np.floor(values) == values))]
+        if wrong.size:
+            raise ValueError(f"{name}={wrong[0].item()!r}; whole numbers are needed")
+        wrong = values[(values < dtype.min) | (values > dtype.max)]
+        if wrong.size:
+            raise ValueError(f"{name}={wrong[0].item()!r}; from {dtype.min} to {dtype.max} is allowed")
+    return values
 
 
 def row_index(mesh: mtf.Mesh, rows: ShapeLike) -> mtf.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._types import Streamer, Tokenizer
+from gpt_neo_sampling.checkpoint.tokenizer import decoded
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
 
@@ -30,7 +31,7 @@ class TextStream:
     def push(self, token: int, is_last: bool = False) -> str:
         """The text that this token completes: whole characters, and nothing of a stop string."""
         self._ids.append(token)
-        before, text = self._tokenizer.decode(self._ids[: self._n_out]), self._tokenizer.decode(self._ids)
+        before, text = (decoded(self._tokenizer, ids) for ids in (self._ids[: self._n_out], self._ids))
         # where the prompt ends with half a character, all of that is new
         out = before if text.startswith(before) else before.rstrip(REPLACEMENT)
         new = ""

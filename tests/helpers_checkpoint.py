@@ -269,23 +269,23 @@ def in_index(name, change):
     return edit
 
 
-def table(entries):
-    """A LevelDB table of one block, and its index."""
+def table(entries, first_restart=0):
+    """A LevelDB table of one block, and its index; readers begin at the first restart."""
     blocks = b""
 
-    def put_block(items):
+    def put_block(items, first_restart=0):
         nonlocal blocks
         block, restarts = b"", []
         for key, value in items:
             restarts.append(len(block))
             block += bytes([0]) + number(len(key)) + number(len(value)) + key + value
-        restarts = restarts or [0]
+        restarts[:1] = [first_restart]
         block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
         handle = number(len(blocks)) + number(len(block))
         blocks += block + b"\0" + masked_checksum(block + b"\0")
         return handle
 
-    data, meta = put_block(sorted(entries.items())), put_block([])
+    data, meta = put_block(sorted(entries.items()), first_restart), put_block([])
     footer = meta + put_block([(b"\xff", data)])
     return blocks + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
 

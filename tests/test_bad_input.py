@@ -6,6 +6,7 @@ What belongs to one module alone (a layout that does not fit, a damaged index) i
 import contextlib
 import json
 import os
+import pickle
 import resource
 import shutil
 import struct
@@ -31,6 +32,7 @@ from helpers_checkpoint import (
     make_sharded,
     put,
     random_weights,
+    table,
     write_json,
 )
 from test_pytorch_files import Storage, tensor, write_zip
@@ -48,6 +50,7 @@ from gpt_neo_sampling import (
     open_checkpoint,
 )
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.checkpoint import tensorflow_index
 from gpt_neo_sampling.generate import DEMO_FOLDER
 
 GLOBAL = str(DATA / "gpt_neo_checkpoints" / "global")
@@ -406,6 +409,14 @@ def pickle_file(pickle, members=(), compression=zipfile.ZIP_STORED, name="archiv
     return make
 
 
+def pytorch_model(content):
+    def make(folder):
+        pickle_file(b"")(folder)
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return make
+
+
 def tensor_file(*args, key="0"):
     def make(folder):
         pickle_file(b"")(folder)
@@ -502,6 +513,11 @@ def index_entry(**fields):
     return mesh_tf(in_index(b"gpt2/wte", change))
 
 
+def hidden_entries(folder):
+    entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
+    (folder / INDEX_FILE).write_bytes(table(entries, first_restart=7))
+
+
 WTE = "transformer.wte.weight"
 CANARY = "touch canary"
 NOT_RUN = "which is no part of a tensor, and is not run; allowed: a dict of tensors"
@@ -509,6 +525,7 @@ NO_SAFETENSORS = "model.safetensors cannot be read as safetensors, damaged: "
 NESTED = b"\x80\x02})" + b"\x85" * 200_000 + b"Ns."  # {((((…),),),): None}
 DOUBLED = b"\x80\x02})" + b"2\x86" * 60 + b"Ns."  # a key of 2⁶⁰ empty tuples
 BIG = 10**30
+LEGACY = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
 
 MODELS = {
     # -- pickles that call something, each in another way
@@ -525,6 +542,15 @@ MODELS = {
     # -- pickles that take memory or time
     "memo of 2^28": (pickle_file(b"\x80\x02Nr\xff\xff\xff\x0f."), "it holds a NoneType, not a dict of tensors"),
     "tuples within each other": (pickle_file(NESTED), "a tuple in place of a tensor's name"),
+    "a name of tuples": (pickle_file(b"\x80\x04)" + b"\x85" * 3_000_000 + b"\x8c\x01a\x93."), "a name that is no text"),
+    "legacy, a key of tuples": (
+        pytorch_model(LEGACY + b"\x80\x02}." + b"\x80\x02])" + b"\x85" * 3_000_000 + b"a."),
+        "cannot be read as a PyTorch file, damaged: storages without names",
+    ),
+    "100,000 dims": (
+        tensor_file(0, (2**62,) * 100_000, (0,) * 100_000),
+        "a tensor without a storage, offset, shape and strides",
+    ),
     "a key of 2^60": (pickle_file(DOUBLED), "the instruction DUP, which no tensor needs"),
     "a text of 2^40": (
         pickle_file(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"."),
@@ -651,6 +677,11 @@ MODELS = {
         sizes(2**40, 2**40),
         "it is damaged: the shape of gpt2/wte is [1099511627776, 1099511627776]",
     ),
+    "sizes that overflow beside a 0": (
+        sizes(2**40, 2**40, 0),
+        "it is damaged: the shape of gpt2/wte is [1099511627776, ",
+    ),
+    "hidden entries": (mesh_tf(hidden_entries), "it is damaged: a block of it begins in the midst of an entry"),
     "300 dims": (sizes(*[1] * 300), "it is damaged: the shape of gpt2/wte is [1, 1, 1"),
     "another shape": (sizes(8, 11), "1 of wrong shape: gpt2/wte (is [8, 11], should be [11, 8])"),
     "no dtype": (index_entry(dtype=0), f"{INDEX_FILE} cannot be read, it is damaged: "),
@@ -728,6 +759,17 @@ def test_tokenizers(tmp_path, case):
     with pytest.raises(ValueError) as error:
         with_tokenizer(tmp_path / "m", change).encode("Emma Ω")
     assert message in str(error.value) and is_one_line(str(error.value))
+
+
+def test_a_tokenizer_that_cannot_decode(tmp_path):
+    """Its library panics on a token that is shorter than what is to be cut off."""
+    generator = with_tokenizer(
+        tmp_path / "m", lambda t: t.update(decoder={"type": "Strip", "content": "a", "start": 0, "stop": 5})
+    )
+    (a,) = generator.tokenizer.encode("a").ids
+    with pytest.raises(ValueError, match=f"the model's tokenizer cannot decode .*{a}.*: ") as error:
+        generator.generate("Emma", max_new_tokens=2, logit_bias={a: 100})
+    assert is_one_line(str(error.value))
 
 
 def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):

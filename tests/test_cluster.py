@@ -198,7 +198,7 @@ def test_a_worker_that_is_missing_is_named(workers, model, monkeypatch, capfd):
     with pytest.raises(ClusterError) as error:
         tokens(generator(model, addresses), "softmax")
     assert str(error.value) == message
-    assert time.monotonic() - start < 30  # most of it takes the graph
+    assert time.monotonic() - start < 120  # most of it takes the graph
 
     done = main(capfd, *command(model, "--cluster", addresses, "--mesh-shape", "x:2", "--layout", "batch:x"))
     assert done == (1, "", f"gpt-neo-sampling: error: {message}\n")
@@ -228,10 +228,10 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
     assert str(error.value) == f"worker:{which} at {own_workers.addresses[which]} has gone; what it held is lost"
     print(f"worker:{which}: {seconds:.1f} s from kill to error")
     record_property("seconds", seconds)
-    assert seconds < 30
+    assert seconds < 60
     start = time.monotonic()
     split.close()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # TensorFlow alone would wait for minutes
 
     own_workers.start(which)
     assert tokens(generator(model, own_workers.cluster), "softmax") == expected
@@ -248,7 +248,7 @@ def test_a_command_ends_soon_after_a_worker_is_killed(own_workers, model):
             while cpu_seconds(own_workers[1]) < busy:
                 time.sleep(0.2)
             own_workers.kill(1)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=120)
         finally:
             process.kill()
     assert (process.returncode, out) == (1, ""), err
@@ -273,7 +273,7 @@ def test_ports_where_something_else_listens(own_workers, model, monkeypatch, fir
         start = time.monotonic()
         with pytest.raises(ClusterError) as error:
             tokens(split, "softmax")
-        assert time.monotonic() - start < 40  # most of it takes the graph
+        assert time.monotonic() - start < 120  # most of it takes the graph
     zero, one = own_workers.addresses
     assert str(error.value) == (
         "the cluster accepts connections, but gave no answer within 1 s; "
@@ -299,7 +299,7 @@ def test_a_signal_ends_serve(own_workers, signal_number):
     own_workers.start(1)
     assert own_workers[1].stderr.readline() == f"serving worker:1 at {own_workers.addresses[1]}\n"
     own_workers[1].send_signal(signal_number)
-    assert own_workers[1].wait(timeout=10) == 0
+    assert own_workers[1].wait(timeout=60) == 0
     assert own_workers[1].stderr.read() == ""
 
 

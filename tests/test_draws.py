@@ -254,6 +254,34 @@ def test_rare_entries_beside_a_likely_one(runner):
     np.testing.assert_array_equal(many[0], np.resize(want, 200))
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_draw_from_millions(jit):
+    """The fast way and the exact one agree near borders however many entries their sums have."""
+    size, group = 2**22, 2**16
+    weight = np.float32(0.7234)
+    at = np.arange(1, 48) * (group // 48)
+    words = np.concatenate([2.0**32 * at / group + 2**32 * e for e in (-1.5e-6, -3e-7, -1e-8, 1e-8, 3e-7, 1.5e-6)])
+    words = np.floor(words).astype(np.uint32)
+    want = (words * 2.0**-32 * group).astype(int)
+
+    def build(u):
+        b, v, s = dims(batch=1, vocab=size, samples=1)
+
+        def draw(*samples):
+            def build(mesh, u):
+                u = [imp(mesh, tf.reshape(x, [1] * (1 + len(samples))), b, *samples) for x in (u * 0, u)]
+                return grouped_draw(imp(mesh, tf.fill([1, size], weight), b, v), *u, v, *samples)
+
+            return tf.reshape(lowered(build, u), [])
+
+        return tf.stack([draw(), draw(s)])
+
+    function = tensorflow.function(build, jit_compile=jit, autograph=False)
+    with quiet_logging():
+        got = np.array([function(tf.constant(u)).numpy() for u in words.view(np.int32)[::7]])
+    np.testing.assert_array_equal(got, np.stack([want[::7]] * 2, 1))
+
+
 def test_draw_at_every_scale():
     """From the smallest normal float32 to the largest, where plain sums under- or overflow."""
     rng = np.random.default_rng(13)

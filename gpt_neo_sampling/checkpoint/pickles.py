@@ -30,6 +30,9 @@ _STORAGES = {  # PyTorch's class: dtype, bytes of an element
 }
 
 
+_MOST_DIMS = 64  # PyTorch's
+
+
 class Storage(NamedTuple):
     dtype: str
     itemsize: int
@@ -137,6 +140,8 @@ def read_pickle(file: IO[bytes], path: Path) -> Any:
 
 def _named(module: Any, name: Any, path: Path) -> Any:
     """What stands for a function or a class of PyTorch's."""
+    if not (isinstance(module, str) and isinstance(name, str)):  # ahead of being hashed, or written out
+        raise ValueError("a name that is no text")
     if (module, name) in _FUNCTIONS:
         return _FUNCTIONS[module, name]
     if module == "torch" and name in _STORAGES:
@@ -170,8 +175,8 @@ def _storage(reference: Any) -> Storage:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient_and_hooks: object) -> Tensor:
-    sizes = (offset, *shape, *strides)
-    if not isinstance(storage, Storage) or len(shape) != len(strides) or not all(map(_is_size, sizes)):
+    is_whole = isinstance(storage, Storage) and len(shape) == len(strides) <= _MOST_DIMS
+    if not is_whole or not all(map(_is_size, (offset, *shape, *strides))):
         raise ValueError("a tensor without a storage, offset, shape and strides")
     if offset + span(shape, strides) > storage.size:
         raise ValueError(f"a tensor that ends behind its storage {storage.key}")
@@ -193,4 +198,4 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63

@@ -181,6 +181,8 @@ def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
         if load().get("little_endian") is not True:
             raise ValueError("its numbers are big-endian; allowed: little-endian")
         tensors, keys = load(), load()
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("storages without names")
         storages = {storage.key: storage for storage in _storages(tensors)}
         end, begins = os.fstat(file.fileno()).st_size, {}
         for key in keys:

@@ -28,7 +28,7 @@ def check_index(path: Path) -> None:
             raise ValueError(str(e)) from None
         sizes = [dim.size for dim in entry.shape.dim]
         extents = [n for s in entry.slices for extent in s.extent for n in (extent.start, extent.length)]
-        if len(sizes) > _MOST_DIMS or min([*sizes, *extents, 0]) < 0 or math.prod(sizes) >= 2**60:
+        if len(sizes) > _MOST_DIMS or min([*sizes, *extents, 0]) < 0 or math.prod(max(n, 1) for n in sizes) >= 2**60:
             raise ValueError(f"the shape of {name.decode(errors='replace')} is {sizes}")
 
 
@@ -42,18 +42,30 @@ def entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _block(table: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of each entry of a block. A key is stored as what differs from the one before it."""
+    """(key, value) of each entry of a block. A key is stored as what differs from the one before it.
+
+    At its restarts it is stored whole. TensorFlow begins there, so they have to be among the entries.
+    """
     block = table[begin : begin + size]
     if len(block) < max(size, 4) or table[begin + size] != 0:
         raise ValueError("a block of it is cut short, or compressed")
     (n_restarts,) = struct.unpack("<I", block[-4:])
-    block = block[: len(block) - 4 * (n_restarts + 1)]
+    end = len(block) - 4 * (n_restarts + 1)
+    if end < 0:
+        raise ValueError("a block of it is cut short")
+    first, *restarts = struct.unpack(f"<{n_restarts}I", block[end:-4]) or (0,)
+    block, starts = block[:end], set()
     at, key = 0, b""
     while at < len(block):
+        begin_of_entry = at
         shared, own, length, at = _numbers(block, 3, at)
+        if not shared:
+            starts.add(begin_of_entry)
         key = key[:shared] + block[at : at + own]
         yield key, block[at + own : at + own + length]
         at += own + length
+    if first != 0 or not starts.issuperset(restarts):
+        raise ValueError("a block of it begins in the midst of an entry")
 
 
 def _numbers(data: bytes, count: int, at: int = 0) -> list[int]:

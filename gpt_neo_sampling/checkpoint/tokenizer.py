@@ -1,6 +1,8 @@
 """The tokenizer of a model: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
+import contextlib
 import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,29 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if largest >= n_vocab:
         raise CheckpointError(f"{file} has the token {largest}; the model's vocabulary ends at {n_vocab - 1}")
     return tokenizer
+
+
+def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text; a ValueError where the tokenizer cannot."""
+    with _one_line_errors(f"encode {text[:60]!r}"):
+        return tokenizer.encode(text).ids
+
+
+def decoded(tokenizer: Tokenizer, ids: Iterable[int], **options: bool) -> str:
+    """The text of ids; a ValueError where the tokenizer cannot."""
+    ids = list(ids)
+    with _one_line_errors(f"decode {ids[:8]}"):
+        return tokenizer.decode(ids, **options)
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # see load_tokenizer
+        raise ValueError(f"the model's tokenizer cannot {what}: {e}") from None
 
 
 def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file: Path) -> Tokenizer:

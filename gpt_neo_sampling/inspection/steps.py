@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._types import Tokenizer
+from gpt_neo_sampling.checkpoint.tokenizer import decoded
 
 DEFAULT_COUNT = 16  # tokens that are shown
 MOST_TOKEN_WIDTH = 18  # characters of a token, in a table and in a picture
@@ -68,7 +69,7 @@ def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
     token = None if tokenizer is None else tokenizer.id_to_token(token_id)
     if tokenizer is None or token is None:  # a model's vocabulary may be larger than its tokenizer's
         return f"<{token_id}>"
-    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    text = decoded(tokenizer, [token_id], skip_special_tokens=False)
     with contextlib.suppress(KeyError):
         if "\ufffd" in text:
             return bytes(_byte_of()[c] for c in token).decode("utf-8", "backslashreplace")

@@ -20,11 +20,10 @@ from typing import Any
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
-from gpt_neo_sampling.models.utils import entmax_cross_entropy_with_logits, parse_inputs
+from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, resize, take, write_at
 
 NORM_EPSILON = 1e-5
-MASK = -1e10  # what GPT-Neo adds to the score of a key that may not be seen
 LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
 ATTENTION_TYPES = ("global", "local", "linear", "none")  # what GPT-Neo's configs may name
 

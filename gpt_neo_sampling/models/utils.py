@@ -110,8 +110,8 @@ def sample_categorical(
     is the same on every layout and backend.
 
     Args:
-      x: mtf.Tensor of weights, float32, bfloat16 or float16; they are summed in
-        float32 and need not be normalised.
+      x: mtf.Tensor of weights, float32, bfloat16 or float16; groups of them
+        are summed in float32, and they need not be normalised.
       dim: mtf.Dimension of x; the last by default.
       seed: an int in [−2³¹, 2³²), or an int32 tensor, scalar or [x.shape − dim];
         None draws a fresh one at each execution, in a loop at each iteration.
