@@ -562,7 +562,7 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
 
 def _checked_numbers(values: np.ndarray, dtype: tf.DType, name: str) -> np.ndarray:
     if values.dtype.kind in "OSUM":
-        raise ValueError(f"{name} holds {values.flat[0] if values.size else values!r}; numbers are needed")
+        raise ValueError(f"{name} holds {(values.ravel().tolist() or [values])[0]!r}; numbers are needed")
     if dtype.is_integer and values.dtype.kind in "biuf":
         wrong = values[~(np.isfinite(values) & (np.floor(values) == values))]
         if wrong.size:

@@ -799,7 +799,7 @@ OPERATIONS = {
     "another dim": (lambda x: g.entmax(x, 1.5, mtf.Dimension("vocabulary", 5)), NO_SUCH_DIM),
     "a dim of another size": (lambda x: g.top_p_mask(x, 0.5, mtf.Dimension("vocab", 6)), NO_SUCH_DIM),
     "a missing dim": (lambda x: g.entmax(mtf.reduce_sum(x)), "a tensor without dims has none to work along"),
-    "alpha in words": (lambda x: g.entmax(x, "1.5"), "alpha is of dtype string; float32 is needed"),
+    "alpha in words": (lambda x: g.entmax(x, "1.5"), "alpha holds '1.5'; numbers are needed"),
     "alpha above 2": (lambda x: g.entmax(x, 2.5), "alpha=2.5 is out of range: from 1 (softmax) to 2 (sparsemax)"),
     "alpha of other rows": (
         lambda x: g.entmax(x, [1.5] * 3),
@@ -808,9 +808,15 @@ OPERATIONS = {
     "steps": (lambda x: g.entmax(x, n_iter=1.5), "n_iter=1.5: a whole number of at least 1 is needed"),
     "complex top_p": (lambda x: g.top_p_mask(x, 0.5j), "top_p is of dtype complex128; float32 is needed"),
     "NaN for top_p": (lambda x: g.top_p_mask(x, float("nan")), "top_p=nan; a number from 0 to 1 is needed"),
+    "seeds of halves": (lambda x: g.sample_categorical(x, seed=[0.5, 1]), "seed=0.5; whole numbers are needed"),
+    "a step of 2^32": (
+        lambda x: g.sample_categorical(x, step=2**32),
+        "step=4294967296; from -2147483648 to 2147483647",
+    ),
+    "a step of 2^70": (lambda x: g.sample_categorical(x, step=2**70), "step holds 1180591620717411303424; numbers are"),
     "half a k": (
         lambda x: g.top_k_mask(x, np.array([2, 2.5]), max_top_k=3),
-        "top-k=array([2. , 2.5]); whole numbers are",
+        "top-k=2.5; whole numbers are needed",
     ),
     "half a seed": (lambda x: g.sample_categorical(x, seed=0.5), "seed=0.5; whole numbers are needed"),
     "a seed of NaN": (
