@@ -209,9 +209,9 @@ def text(cell):
     if "not_installed" in cell:
         return "pip: " + re.sub(r"ERROR: | \(from versions.*", "", cell["not_installed"])
     if "passed" not in cell:
-        return f"**{cell['error']}**"
+        return f"**{cell['error'][:100]}**"
     counts = [f"{cell[kind]} {kind}" for kind in ("passed", "failed", "skipped") if cell[kind] or kind == "passed"]
-    return ", ".join(counts) + (f": **{cell['error']}**" if "error" in cell else f" ({cell['seconds']} s)")
+    return ", ".join(counts) + (f": **{cell['error'][:100]}**" if "error" in cell else f" ({cell['seconds']} s)")
 
 
 def key(cell):
