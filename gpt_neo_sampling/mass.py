@@ -243,14 +243,18 @@ def top_p_cut(softmax: Softmax, top_p: LaidOut) -> Cut:
 def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:
     """Behind the fewest entries whose mass is at least typical_p, by how far −log p is from the entropy.
 
-    −log p − H is as far from 0 as x from the mean logit, Σ p·x.
+    −log p − H is as far from 0 as x from the mean logit, Σ p·x. A mean that is nearer to the largest than 2⁻²⁰ counts
+    as that: what is left of it there is rounding, which each layout has its own of.
     """
     mesh_impl = softmax.rows.mesh_impl
 
     def key(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)
 
-    mean = mesh_impl.slicewise(lambda top, depth: tf.cast(top, tf.float64) - depth, softmax.top, softmax.depth)
+    def mean_of(top: tf.Tensor, depth: tf.Tensor) -> tf.Tensor:
+        return tf.cast(top, tf.float64) - tf.where_v2(depth < 2.0**-20, tf.zeros_like(depth), depth)
+
+    mean = mesh_impl.slicewise(mean_of, softmax.top, softmax.depth)
     largest_key = mesh_impl.slicewise(tf.zeros_like, softmax.top)
     return _cut_at_mass(softmax, typical_p, largest_key, key, (mean,))
 

@@ -160,6 +160,17 @@ def test_a_border_that_float32_has_no_number_for(single):
     np.testing.assert_array_equal(got > LOWEST, [[True, True, False]] * 2)
 
 
+def test_typical_of_nearly_equal_logits():
+    """Where the mean logit is all rounding, layouts agree none the less."""
+    x = np.random.default_rng(4).standard_normal((2, 520)).astype(np.float32) * np.float32([[1e-25], [1e-15]])
+    b, v = dims(batch=2, vocab=520)
+    one, split = (
+        MeshRunner(*mesh)(lambda mesh, x: typical_p_mask(imported(mesh, x, b, v), 0.25), x) for mesh in MESHES[:2]
+    )
+    np.testing.assert_array_equal(split, one)
+    np.testing.assert_allclose((one > LOWEST).sum(1), 130, atol=1)
+
+
 @by_mask
 def test_gradient_flows_through_survivors(runner, mask):
     _, options, *_ = MASKS[mask]

