@@ -491,14 +491,14 @@ def tokens_of_the_chain(place, mesh, seed, alpha, *inputs):
 
     token, logprob, draw_logprob = draw(own, history, True)
     fixed = chain.SamplingOptions
-    threes = mtf.ones_like(history.position) * 3
+    three_or_all = mtf.mod(history.position, 2) * 3
     return {
         "own": token,
         "logprob": logprob,
         "draw_logprob": draw_logprob,
         "plain": draw(fixed(temperature=1)),
         "top 3": draw(fixed(temperature=1, top_k=3)),
-        "masked to 3": draw(fixed(temperature=1, top_k=threes, max_top_k=3)),
+        "3 or all": draw(fixed(temperature=1, top_k=three_or_all, max_top_k=3)),
         "greedy": draw(fixed(temperature=0)),
         "entmax": draw(fixed(temperature=0.7, use_entmax=True, entmax_alpha=alpha, min_p=0.01)),
     }
@@ -523,6 +523,7 @@ def test_next_token(sample, seed, row, busy):
     alpha = rng.choice(ALPHAS[:7], m)
     own = [np.where(rng.random(m) < busy, rng.choice(CHOICES[o], m), NEUTRAL[o]) for o in NEUTRAL]
     own = [a.astype(np.int32 if o == "top_k" else np.float32) for o, a in zip(NEUTRAL, own)]
+    own[0][rng.random(m) < 0.2] = 0
     inputs = seeds_of_rows, alpha, x, ids, position, *own
     out = run(tokens_of_the_chain, place, *inputs)
     drawn = {name: a for name, a in out.items() if a.dtype == np.int32}
@@ -534,11 +535,14 @@ def test_next_token(sample, seed, row, busy):
         bad = is_invalid(x) | (masked if name == "own" else nothing)
         assert ((token == -1) == bad).all(), name
         assert (x[~bad, token[~bad]] > -np.inf).all(), name
-    np.testing.assert_array_equal(out["top 3"], out["masked to 3"])
+    np.testing.assert_array_equal(out["3 or all"], np.where(position % 2, out["top 3"], out["plain"]))
     valid = ~(is_invalid(x) | masked)
     neutral = valid & np.stack([a == value for a, value in zip(own, NEUTRAL.values())]).all(0)
     np.testing.assert_array_equal(out["own"][neutral], out["plain"][neutral])
     np.testing.assert_array_equal(out["greedy"][valid], as_seen(x)[valid].argmax(-1))
+
+    first = valid & (own[0] == 0) & (own[-1] == 1)
+    np.testing.assert_array_equal(out["own"][first], out["greedy"][first])
 
     p = run(distributions_of_the_chain, place.on_one_device(), *inputs[2:])
     at, greedy = out["own"][valid], own[0][valid] == 0
