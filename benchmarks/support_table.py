@@ -72,7 +72,7 @@ tests/test_streaming.py::test_streamed_tokens_and_text_are_the_samples
 tests/test_prompts_file.py::test_an_output_cut_at_any_byte
 tests/test_inspection.py::test_picture
 tests/test_inspection.py::test_chain_of_a_model_is_the_references
-tests/test_inspection.py::test_the_docs_show_what_the_command_prints
+tests/test_inspection.py::test_command_prints_json
 tests/test_cli.py::test_json_of_golden_prompts[global]
 tests/test_cli.py::test_the_command_is_installed
 tests/test_mesh.py::test_the_commands_output_is_that_of_one_device
