@@ -105,6 +105,9 @@ def _import_mesh_tensorflow() -> None:
         return
     if importlib.util.find_spec("mesh_tensorflow") is None:
         raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow")
+    # modules that a failed import has left would not become attributes of the package
+    for name in [name for name in sys.modules if name.startswith("mesh_tensorflow.")]:
+        del sys.modules[name]
     with _names_that_mtf_imports():
         import mesh_tensorflow  # noqa: F401
 
@@ -120,6 +123,11 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGra
 # mesh-tensorflow's private names that the library stands on.
 LazyAllreduceSum = mtf.ops.LazyAllreduceSum
 PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
+
+
+def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:
+    """(dim, mesh axis) of each rule."""
+    return sorted(layout._pairs)
 
 
 def is_in_function() -> bool:

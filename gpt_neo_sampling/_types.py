@@ -37,3 +37,13 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_whole(value: object) -> TypeGuard[int]:
     """The same for integers."""
     return isinstance(value, numbers.Integral)
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """`is_number`, but for True and False, which a user who asks for a number does not mean."""
+    return is_number(value) and not isinstance(value, bool)
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """`is_whole`, likewise."""
+    return is_whole(value) and not isinstance(value, bool)

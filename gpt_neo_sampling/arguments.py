@@ -4,6 +4,7 @@ import argparse
 from typing import NoReturn
 
 import gpt_neo_sampling
+from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.export import CONTROLS, DEFAULT_TOP_K
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
@@ -17,72 +18,63 @@ PROGRAM = "gpt-neo-sampling"
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line; argparse would print its usage before it."""
-        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{PROGRAM}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The argparse.ArgumentParser of the command and its subcommands."""
-    top = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
-    top.add_argument("--version", action="version", version=f"{PROGRAM} {gpt_neo_sampling.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="PATH", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo, or "
+        "GPT-Neo's JSON config (default: the small model that comes with the package)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="what weights are held in and activations computed in; "
+        "bfloat16 takes half the memory and rounds more (default: %(default)s)")  # fmt: skip
 
-    def command(name: str, help: str, description: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=description, allow_abbrev=False)
 
-    def add_model_options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--model", metavar="PATH", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging "
-                            "Face GPT-Neo, or GPT-Neo's JSON config (default: the small model that comes with the "
-                            "package)")  # fmt: skip
-        parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what weights are held in and "
-                            "activations computed in; bfloat16 takes half the memory and rounds more "
-                            "(default: %(default)s)")  # fmt: skip
+def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("mesh", "where the work is done; what comes out is the same").add_argument
+    add("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
+    add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
+        "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
+    add("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
+        "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
+        "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
+    add("--cluster", metavar="host:port,host:port", help="processes started with serve "
+        "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
 
-    def add_mesh_options(parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument_group("mesh", "where the work is done; what comes out is the same").add_argument
-        add("--mesh-shape", metavar="x:2,y:2", help="axes of the mesh and their sizes (default: one device)")
-        add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
-            "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
-        add("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
-            "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
-            "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
-        add("--cluster", metavar="host:port,host:port", help="processes started with serve "
-            "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
 
-    def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-        """Those that say how a token is drawn, in the order of application."""
-        add = parser.add_argument_group(
-            "sampling", "in the order of application; each defaults to the model's own, and else changes nothing "
-            "(docs/sampling.md shows what they do)"
-        ).add_argument  # fmt: skip
-        add("--repetition-penalty", type=float, metavar="F", help="above 1: tokens that stand there already get less "
-            "likely, the prompt's too")  # fmt: skip
-        add("--presence-penalty", type=float, metavar="X", help="taken from the logits of new tokens that stand there")
-        add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
-        add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice; 0 is off")
-        add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
-        add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn")
-        add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
-        add("--min-new-tokens", type=int, metavar="N", help="no end before there are so many")
-        add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
-        add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
-            "(default: 0.9; with --entmax 1.0)")  # fmt: skip
-        add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone; 0 is off")
-        add("--top-p", type=float, metavar="P", help="from the fewest tokens that have probability P together")
-        add("--min-p", type=float, metavar="P", help="from tokens at least P times as likely as the likeliest")
-        add("--typical-p", type=float, metavar="P", help="from the fewest tokens with probability P whose information "
-            "is nearest the mean")  # fmt: skip
-        add("--epsilon-cutoff", type=float, metavar="P", help="from tokens of at least this probability")
-        add("--eta-cutoff", type=float, metavar="P", help="the same, less where the distribution is flat")
-        add("--entmax", "--entmax-alpha", dest="entmax_alpha", type=float, nargs="?", const=DEFAULT_ALPHA,
-            metavar="ALPHA", help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
-            "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Those that say how a token is drawn, in the order of application."""
+    add = parser.add_argument_group(
+        "sampling", "in the order of application; each defaults to the model's own, and else changes nothing "
+        "(docs/sampling.md shows what they do)"
+    ).add_argument  # fmt: skip
+    add("--repetition-penalty", type=float, metavar="F", help="above 1: tokens that stand there already get less "
+        "likely, the prompt's too")  # fmt: skip
+    add("--presence-penalty", type=float, metavar="X", help="taken from the logits of new tokens that stand there")
+    add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
+    add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice; 0 is off")
+    add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
+    add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn")
+    add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
+    add("--min-new-tokens", type=int, metavar="N", help="no end before there are so many")
+    add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
+    add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
+        "(default: 0.9; with --entmax 1.0)")  # fmt: skip
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone; 0 is off")
+    add("--top-p", type=float, metavar="P", help="from the fewest tokens that have probability P together")
+    add("--min-p", type=float, metavar="P", help="from tokens at least P times as likely as the likeliest")
+    add("--typical-p", type=float, metavar="P", help="from the fewest tokens with probability P whose information "
+        "is nearest the mean")  # fmt: skip
+    add("--epsilon-cutoff", type=float, metavar="P", help="from tokens of at least this probability")
+    add("--eta-cutoff", type=float, metavar="P", help="the same, less where the distribution is flat")
+    add("--entmax", "--entmax-alpha", dest="entmax_alpha", type=float, nargs="?", const=DEFAULT_ALPHA,
+        metavar="ALPHA", help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
+        "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
 
-    generate = command(
-        "generate", "continue prompts", "Continue prompts. The text goes to stdout, the prompts and notes to stderr."
-    )
-    add_model_options(generate)
-    add = generate.add_argument
-    prompts = generate.add_mutually_exclusive_group(required=True)
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    add = parser.add_argument
+    prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
     prompts.add_argument("--prompts-file", metavar="IN.jsonl", help='a prompt a line, as {"prompt": "Emma"} or '
@@ -98,17 +90,14 @@ def parser() -> argparse.ArgumentParser:
     add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
         "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
-    add_sampling_options(generate)
-    add_mesh_options(generate)
-    score = command(
-        "score",
-        "tell how likely a model finds texts",
-        "Tell how likely a model finds texts: a line each, with its perplexity, the sum of its tokens' "
-        "log-probabilities (in nats, each given those before it) and their number.",
-    )
-    add_model_options(score)
-    add = score.add_argument
-    texts = score.add_mutually_exclusive_group(required=True)
+    _add_sampling_options(parser)
+    _add_mesh_options(parser)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    add = parser.add_argument
+    texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts to score")
     texts.add_argument("--text-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
     texts.add_argument("--file", metavar="PATH", help="a text file, scored as one text; see --stride")
@@ -117,15 +106,13 @@ def parser() -> argparse.ArgumentParser:
     add("--add-start-token", action="store_true", help="read each text behind the model's first token, so that the "
         "text's own first token is scored too (default: it is left out)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, with each token's log-probability")
-    add_mesh_options(score)
-    inspect = command(
-        "inspect",
-        "show what each sampling option does to the next token",
-        "Show the distribution of the next token, and what each step of sampling makes of it.",
-    )
-    add_model_options(inspect)
-    add = inspect.add_argument
-    prompt = inspect.add_mutually_exclusive_group(required=True)
+    _add_mesh_options(parser)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    add = parser.add_argument
+    prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text ahead of the token")
     prompt.add_argument("--prompt-ids", metavar='"1 2 3"', help="the same as token ids")
     add("--continuation", metavar="TEXT", default="", help="new text that stands behind the prompt already, for the "
@@ -133,15 +120,13 @@ def parser() -> argparse.ArgumentParser:
     add("--show", type=int, default=DEFAULT_COUNT, metavar="N", help="tokens to show (default: %(default)s)")
     add("--plot", metavar="FILE", help="draw it too: a file whose suffix says the format, such as .png or .svg")
     add("--json", action="store_true", help="print one JSON object in place of the table")
-    add_sampling_options(inspect)
-    add_mesh_options(inspect)
-    export = command(
-        "export",
-        "write a model as a SavedModel",
-        "Write a model as a SavedModel, which runs with TensorFlow alone. Nothing goes to stdout.",
-    )
-    add_model_options(export)
-    add = export.add_argument
+    _add_sampling_options(parser)
+    _add_mesh_options(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    add = parser.add_argument
     add("--output", metavar="DIR", required=True, help="folder to write: a new or an empty one")
     add("--batch", type=int, required=True, metavar="N", help="rows of a request")
     add("--length", type=int, required=True, metavar="N", help="longest row, prompt and new tokens")
@@ -150,24 +135,46 @@ def parser() -> argparse.ArgumentParser:
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
     add("--controls", nargs="+", choices=CONTROLS, default=(), metavar="NAME", help="what else may be asked for, of "
         f"{', '.join(CONTROLS)}; each costs time in every step")  # fmt: skip
-    convert = command(
-        "convert",
-        "write a model in the other format",
-        "Write a model in the other format. Weights keep every bit in float32.",
-    )
-    convert.add_argument("source", metavar="SOURCE", help="what generate --model takes")
-    convert.add_argument("destination", metavar="DEST", help="a folder that is new or empty")
-    convert.add_argument("--to", choices=("mesh-tf", "huggingface"), help="default: the one that SOURCE is not")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                         help="of the weights (default: %(default)s; float16 for huggingface alone)")  # fmt: skip
-    convert.add_argument("--max-shard-size", metavar="SIZE", default=MAX_SHARD_SIZE, help="most that one file of "
-                         "huggingface holds, counted in float32 (default: %(default)s)")  # fmt: skip
-    serve = command(
-        "serve",
-        "lend this machine's devices to a cluster",
-        "Serve this process's devices to a mesh of several processes, until it is ended.",
-    )
-    serve.add_argument("--cluster", metavar="host:port,host:port", help="all processes (default: those of TF_CONFIG)")
-    serve.add_argument("--task", metavar="worker:1", help="which of them this is, from 0 (default: TF_CONFIG's)")
-    serve.add_argument("--cpus", type=int, default=1, metavar="N", help="CPU devices to offer (default: 1)")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="what generate --model takes")
+    parser.add_argument("destination", metavar="DEST", help="a folder that is new or empty")
+    parser.add_argument("--to", choices=("mesh-tf", "huggingface"), help="default: the one that SOURCE is not")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                        help="of the weights (default: %(default)s; float16 for huggingface alone)")  # fmt: skip
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="most that one file of huggingface holds, "
+                        f"counted in float32 (default: {MAX_SHARD_SIZE})")  # fmt: skip
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", metavar="host:port,host:port", help="all processes (default: those of TF_CONFIG)")
+    parser.add_argument("--task", metavar="worker:1", help="which of them this is, from 0 (default: TF_CONFIG's)")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="CPU devices to offer (default: 1)")
+
+
+_COMMANDS = (  # name, line in the list of commands, description, what adds its arguments
+    ("generate", "continue prompts",
+     "Continue prompts. The text goes to stdout, the prompts and notes to stderr.", _add_generate),
+    ("score", "tell how likely a model finds texts",
+     "Tell how likely a model finds texts: a line each, with its perplexity, the sum of its tokens' "
+     "log-probabilities (in nats, each given those before it) and their number.", _add_score),
+    ("inspect", "show what each sampling option does to the next token",
+     "Show the distribution of the next token, and what each step of sampling makes of it.", _add_inspect),
+    ("export", "write a model as a SavedModel",
+     "Write a model as a SavedModel, which runs with TensorFlow alone. Nothing goes to stdout.", _add_export),
+    ("convert", "write a model in the other format",
+     "Write a model in the other format. Weights keep every bit in float32.", _add_convert),
+    ("serve", "lend this machine's devices to a cluster",
+     "Serve this process's devices to a mesh of several processes, until it is ended.", _add_serve),
+)  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argparse.ArgumentParser of the command and its subcommands."""
+    top = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {gpt_neo_sampling.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, line, description, add_arguments in _COMMANDS:
+        add_arguments(commands.add_parser(name, help=line, description=description, allow_abbrev=False))
     return top

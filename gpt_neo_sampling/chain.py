@@ -81,7 +81,7 @@ class SamplingOptions:
       max_top_k: an int, needed where top_k is a tensor.
       top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: see `models.masks`.
       use_entmax: True for entmax in place of softmax.
-      entmax_alpha: from 1 to 2.
+      entmax_alpha: from 1 to 2, for use_entmax alone; None for 1.3.
       vocab_size: None, or where the vocabulary is padded an int: ids from there on
         are never drawn.
     """
@@ -104,7 +104,7 @@ class SamplingOptions:
     epsilon_cutoff: RowValue | None = None
     eta_cutoff: RowValue | None = None
     use_entmax: bool = False
-    entmax_alpha: RowValue = DEFAULT_ALPHA
+    entmax_alpha: RowValue | None = None
     vocab_size: int | None = None
 
     def check(self) -> None:
@@ -117,8 +117,15 @@ class SamplingOptions:
         if is_number(t) and not 0 <= t < float("inf"):
             raise ValueError(f"temperature={t}; 0 (argmax) or a finite number above 0 is needed")
         a = self.entmax_alpha
-        if self.use_entmax and is_number(a) and not 1 <= a <= 2:
+        if a is not None and not self.use_entmax:
+            raise ValueError("entmax_alpha is given, but entmax is not used; True is needed for it, or no entmax_alpha")
+        if is_number(a) and not 1 <= a <= 2:
             raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
+
+    @property
+    def alpha(self) -> RowValue:
+        """entmax_alpha, or its default."""
+        return DEFAULT_ALPHA if self.entmax_alpha is None else self.entmax_alpha
 
     def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
         """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers.
@@ -291,7 +298,7 @@ def chain_distributions(
         found.append((name, x))
     found = [(name, softmax(x, vocab_dim)) for name, x in found]
     if options.use_entmax:
-        return [*found, ("entmax", entmax(x, options.entmax_alpha, vocab_dim))]
+        return [*found, ("entmax", entmax(x, options.alpha, vocab_dim))]
     return [*found, ("softmax", found[-1][1])]
 
 
@@ -363,9 +370,9 @@ def _draw(
     """[token, and its log-probability if that is wanted], for temperatures above 0."""
     rows, mesh = logits.shape - dim, logits.mesh
     factor = inverse_temperature(mesh, options.temperature, rows)
-    alpha = import_rows(mesh, options.entmax_alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
+    alpha = import_rows(mesh, options.alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     masks = mask_steps(options)
-    size, n_chosen = options.vocab_size or dim.size, chosen_of(options.entmax_alpha)
+    size, n_chosen = options.vocab_size or dim.size, chosen_of(options.alpha)
 
     def draw(
         x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, only: mtf.Tensor | None = None

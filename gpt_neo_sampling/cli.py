@@ -56,10 +56,17 @@ def _convert(args: argparse.Namespace) -> None:
     convert_checkpoint(args.source, args.destination, to=args.to, dtype=args.dtype, max_shard_size=args.max_shard_size)
 
 
+def _int(text: str) -> int:
+    """Of ASCII digits alone: int takes 1_0 too."""
+    if not re.fullmatch(r"-?[0-9]+", text):
+        raise ValueError
+    return int(text)
+
+
 def _ids(text: str, option: str = "--prompt-ids") -> list[int]:
     words = re.split(r"[\s,]+", text.strip())
     try:
-        return [int(w) for w in words if w]
+        return [_int(w) for w in words if w]
     except ValueError:
         raise ValueError(f"{option} {text!r}: whole numbers with spaces between them are needed") from None
 
@@ -91,7 +98,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_sampling_options`, as those of `GenerationOptions`."""
+    """The options of `_add_sampling_options`, as those of `GenerationOptions`."""
     options = {name: getattr(args, name) for name in SAMPLING}
     return dict(
         options,
@@ -108,7 +115,7 @@ def _biases(texts: Sequence[str]) -> dict[int, float]:
     for text in texts:
         left, _, right = text.partition("=")
         try:
-            token, value = int(left), float(right)
+            token, value = _int(left), float(right)
         except ValueError:
             raise ValueError(f"--logit-bias {text!r}: a token's id and a number are needed, as in 13=-2.5") from None
         if token in biases:
@@ -170,7 +177,7 @@ def _generate_file(args: argparse.Namespace, generator: TextGenerator, options: 
 
 
 class _JsonWriter:
-    """Prints all samples at the end."""
+    """Prints all samples at the end, null for one that is missing."""
 
     def __init__(self, args: argparse.Namespace, generator: TextGenerator, prompts: Sequence[Prompt]) -> None:
         del args, generator, prompts
@@ -179,7 +186,7 @@ class _JsonWriter:
         """Nothing; that there is a streamer makes Ctrl-C heard."""
 
     def finish(self, samples: Sequence[Sample | None]) -> None:
-        _write(json.dumps({"samples": [s.as_dict() for s in samples if s is not None]}) + "\n")
+        _write(json.dumps({"samples": [s and s.as_dict() for s in samples]}) + "\n")
 
 
 class _TextWriter:
@@ -187,9 +194,8 @@ class _TextWriter:
 
     def __init__(self, args: argparse.Namespace, generator: TextGenerator, prompts: Sequence[Prompt]) -> None:
         self._prompts = [_prompt_text(p, generator.tokenizer) for p in prompts for _ in range(args.num_samples)]
-        self._pieces: dict[int, list[tuple[int | str, bool]]] = collections.defaultdict(
-            list
-        )  # of samples whose turn has not come
+        # of samples whose turn has not come
+        self._pieces: dict[int, list[tuple[int | str, bool]]] = collections.defaultdict(list)
         self._turn = 0
         self._in_sample = False
 
@@ -245,7 +251,7 @@ def _score(args: argparse.Namespace) -> None:
 def _read_text(path: str) -> str:
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8")
+            return file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"--file {path}: {e}") from None
 

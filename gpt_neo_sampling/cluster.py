@@ -54,7 +54,7 @@ class Cluster:
         if not addresses:
             raise ValueError(f"{what} names no address; allowed: host:port,host:port")
         for a in addresses:
-            m = re.fullmatch(r"(\[[^\]]+\]|[^:\s/]+):(\d+)", a)
+            m = re.fullmatch(r"(\[[^\]]+\]|[^:\s/]+):([0-9]{1,10})", a)
             if not m or not 0 < int(m[2]) < 65536:
                 raise ValueError(f"{what}: {a!r} is not an address; allowed: host:port")
         if len(set(addresses)) < len(addresses):

@@ -60,13 +60,13 @@ def _scan(x: tf.Tensor, combine: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) ->
 
 
 def _sums_and_last(weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """(sums, last) of weights [..., n], none below 0.
+    """(sums, last) of float32 weights [..., n], none below 0.
 
-    sums [..., n] are those up to each entry of weight above 0, and 0 at the others:
+    sums [..., n], float64, are those up to each entry of weight above 0, and 0 at the others:
     taken in log₂ steps they need not be monotone in floating point. last [...]
     int32 is the last entry of weight above 0, −1 where there is none.
     """
-    has_mass = weights > 0
+    has_mass, weights = weights > 0, tf.cast(weights, tf.float64)
     sums = tf.where_v2(has_mass, _scan(weights, tf.add), tf.zeros_like(weights))
     last = tf.reduce_max(tf.where_v2(has_mass, tf.range(size_of(weights, -1)), -1), -1)
     return sums, last
@@ -99,7 +99,7 @@ def _search(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
       −1 without mass.
     """
     rows, vectors, n = weights.shape.as_list()
-    weights, u = tf.cast(weights, tf.float64), _as_float64(u)
+    u = _as_float64(u)
     if size_of(u, 1) <= vectors:  # few draws: look only at what they draw from
         sums, last = _sums_and_last(tf.gather(weights, which, batch_dims=1))
         target = u[..., tf.newaxis] * tf.reduce_max(sums, -1, keepdims=True)

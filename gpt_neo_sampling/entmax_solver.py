@@ -1,12 +1,11 @@
 """The solver of entmax, for rows on a mesh."""
 
-import numbers
 from collections.abc import Callable
 
 import numpy as np
 
 from gpt_neo_sampling._compat import tf
-from gpt_neo_sampling._types import LaidOut, RowValue
+from gpt_neo_sampling._types import LaidOut, RowValue, is_number
 from gpt_neo_sampling.largest import largest
 from gpt_neo_sampling.mtf_ops import finite, size_of
 from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum
@@ -14,7 +13,7 @@ from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum
 
 def chosen_of(alpha: RowValue) -> int:
     """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
-    return 64 if isinstance(alpha, numbers.Real) and float(alpha) >= 1.45 else 256
+    return 64 if is_number(alpha) and alpha >= 1.45 else 256
 
 
 def entmax_by_chosen(

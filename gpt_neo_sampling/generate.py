@@ -8,14 +8,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_whole
+from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_int, is_whole
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
+from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import encoded
 from gpt_neo_sampling.cluster import Cluster
 from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
 from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh import DeviceMesh, device_mesh
-from gpt_neo_sampling.options import GenerationOptions, check_bool
+from gpt_neo_sampling.options import INT32_MAX, TOKEN_OPTIONS, GenerationOptions, check_bool
 from gpt_neo_sampling.program import DEMO_FOLDER, first_token_of
 from gpt_neo_sampling.request import Request, checked_request
 from gpt_neo_sampling.sample import INVALID
@@ -115,7 +116,7 @@ class TextGenerator:
         if checkpoint.ignored_generation_options:
             options = (f"{key}={value!r}" for key, value in checkpoint.ignored_generation_options.items())
             log.warning("the model's generation_config.json asks for what is not built and is left out: %s",
-                        ", ".join(options))  # fmt: skip
+                        one_line(", ".join(options)))  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -195,6 +196,8 @@ class TextGenerator:
             [' great deal too much to be done.', ' could not get a']
         """
         request = self._request(prompts, GenerationOptions(**options))
+        if not (streamer is None or callable(streamer)):
+            raise TypeError(f"streamer={streamer!r}; a function of (index, token, text, is_last) is needed")
         if streamer is not None and self.mesh.cluster is not None:
             raise ValueError("a streamer needs a mesh of this process's devices, not a cluster")
         for length, limit in zip(map(len, request.prompts), request.values["max_new_tokens"]):
@@ -242,7 +245,7 @@ class TextGenerator:
           prompt: a str or a list of token ids.
           continuation: the same: new tokens that stand behind the prompt already,
             for the options that look at new ones alone.
-          **options: see `GenerationOptions`; those that say how a token is drawn.
+          **options: those of `GenerationOptions` that say how a token is drawn.
 
         Returns:
           a list of `ChainStep`: the model's own distribution, then that behind each
@@ -262,7 +265,12 @@ class TextGenerator:
             top_k 40          40 tokens 2.63 bits
             softmax           40 tokens 2.63 bits
         """
-        new = self.encode(continuation) if len(continuation) else []
+        unknown = options.keys() - set(TOKEN_OPTIONS)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise TypeError(f"no option of how a token is drawn: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
+        new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation)
+        options["max_new_tokens"] = INT32_MAX  # it is no matter how many more there are to be
         request = self._request([self.encode(prompt) + new], GenerationOptions(**options))
         key = program_key(request, request.prompts, [0], 1, self.mesh)
         found = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
@@ -357,7 +365,7 @@ class TextGenerator:
             ids = _list_of(text, "a prompt or text", "a str or a list of token ids")
         n_vocab = self.params["n_vocab"]
         for i in ids:
-            if not is_whole(i) or isinstance(i, bool) or not 0 <= i < n_vocab:
+            if not is_int(i) or not 0 <= i < n_vocab:
                 raise ValueError(f"token id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
         return [int(i) for i in ids]
 

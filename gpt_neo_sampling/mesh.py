@@ -9,16 +9,17 @@ import collections
 import contextlib
 import dataclasses
 import math
-import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_stderr, tensorflow, tf
+from gpt_neo_sampling._compat import PlacementMeshImpl, layout_pairs, mtf, probe_devices, quiet_stderr, tensorflow, tf
+from gpt_neo_sampling._types import is_whole
 from gpt_neo_sampling.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
 
 AUTO = "auto"
 NAME = r"[A-Za-z_]\w*"  # of an axis or a dimension
+SIZE = r"[1-9][0-9]{0,9}"
 
 
 class MeshError(ValueError):
@@ -221,7 +222,7 @@ def device_mesh(
 
 def _parse_mesh_shape(mesh_shape: Any) -> mtf.Shape:
     dims: list[mtf.Dimension] = []
-    for axis, size in _pairs(mesh_shape, "mesh shape", "an axis and its size; allowed: such as x:2,y:2", r"[1-9]\d*"):
+    for axis, size in _pairs(mesh_shape, "mesh shape", "an axis and its size; allowed: such as x:2,y:2", SIZE):
         if axis in (d.name for d in dims):
             raise MeshError(f"mesh shape {mesh_shape!r} has the axis {axis} more than once")
         dims.append(mtf.Dimension(axis, int(size)))
@@ -251,7 +252,7 @@ def _pairs(value: Any, what: str, form: str, second: str) -> list[list[str]]:
     elif isinstance(value, mtf.Shape):
         parts = value.dims
     elif isinstance(value, mtf.LayoutRules):
-        parts = sorted(value._pairs)
+        parts = layout_pairs(value)
     elif isinstance(value, dict):
         parts = value.items()
     elif not isinstance(value, (list, tuple, set, frozenset)):
@@ -259,7 +260,7 @@ def _pairs(value: Any, what: str, form: str, second: str) -> list[list[str]]:
     pairs = []
     for part in parts:
         words = part.split(":") if isinstance(part, str) else part if isinstance(part, (list, tuple)) else []
-        words = [str(word).strip() if isinstance(word, (str, numbers.Integral)) else "" for word in words]
+        words = [str(word).strip() if isinstance(word, str) or is_whole(word) else "" for word in words]
         if len(words) != 2 or not re.fullmatch(NAME, words[0]) or not re.fullmatch(second, words[1]):
             raise MeshError(f"{what} {value!r}: {part!r} is not {form}")
         pairs.append(words)
@@ -284,7 +285,7 @@ def _parse_devices(devices: str | Sequence[str], cluster: Cluster | None) -> tup
 
 def _parse_device(name: Any, cluster: Cluster | None) -> str:
     m = isinstance(name, str) and re.fullmatch(
-        r"(?:(?:/job:)?(\w+)(?:/replica:0)?(?:/task)?:(\d+)/|/?)(?:device:)?([cCgG][pP][uU]):(\d+)",
+        r"(?:(?:/job:)?(\w+)(?:/replica:0)?(?:/task)?:([0-9]+)/|/?)(?:device:)?([cCgG][pP][uU]):([0-9]+)",
         name.strip().removeprefix("/job:localhost/replica:0/task:0"),
     )
     if not m:
@@ -292,7 +293,7 @@ def _parse_device(name: Any, cluster: Cluster | None) -> str:
     job, task, kind, number = m.groups()
     if len(number) > 4 or int(number) >= MOST_CPUS:
         raise MeshError(f"devices: {name!r}; allowed: numbers from 0 to {MOST_CPUS - 1}")
-    local = f"/device:{kind.upper()}:{number}"
+    local = f"/device:{kind.upper()}:{int(number)}"
     if (job is not None) != (cluster is not None):
         wanted = "it needs a machine, as in worker:1/cpu:0" if cluster else "there is no cluster (see --cluster)"
         raise MeshError(f"devices: {name!r}: {wanted}")

@@ -102,6 +102,11 @@ def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimensi
     return dim
 
 
+def union_shape(xs: Iterable[mtf.Tensor]) -> mtf.Shape:
+    """The dims of all these tensors, in the order in which they first come."""
+    return mtf.Shape(list(dict.fromkeys(d for x in xs for d in x.shape.dims)))
+
+
 def cwise_broadcast(
     fn: Callable[..., tf.Tensor],
     xs: Sequence[mtf.Tensor],
@@ -121,12 +126,7 @@ def cwise_broadcast(
     Returns:
       an mtf.Tensor. No gradient flows through it.
     """
-    if output_shape is None:
-        dims = []
-        for x in xs:
-            dims += [d for d in x.shape.dims if d not in dims]
-        output_shape = dims
-    output_shape = mtf.Shape(output_shape)
+    output_shape = union_shape(xs) if output_shape is None else mtf.Shape(output_shape)
     shapes = [x.shape for x in xs]
 
     def aligned_fn(*slices: tf.Tensor) -> tf.Tensor:

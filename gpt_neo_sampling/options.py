@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._types import LogitsProcessor, is_number, is_whole
+from gpt_neo_sampling._types import LogitsProcessor, is_int, is_real
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 INT32_MAX = 2**31 - 1
@@ -15,11 +15,12 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 def check_int(name: str, value: object, least: float, most: float | None = None) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least`, and at most `most` if that is given."""
-    if is_whole(value) and not isinstance(value, bool) and least <= value:
+    if is_int(value) and least <= value:
         if most is None or value <= most:
             return
     allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise ValueError(f"{name}={value!r}; a whole number {allowed} is needed")
+    shown = " ".join(repr(value).split())  # an array's has many lines
+    raise ValueError(f"{name}={shown}; a whole number {allowed} is needed")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -46,7 +47,7 @@ class RowOption:
 
     def check(self, value: object) -> None:
         """Raises ValueError for a value that is no such number, or out of range."""
-        if not is_number(value) or isinstance(value, bool):
+        if not is_real(value):
             raise ValueError(f"{self.name}={value!r}; a number is needed")
         if self.whole:
             check_int(self.name, value, self.least, self.most)
@@ -196,6 +197,9 @@ def per_prompt(name: str, value: Any, n_prompts: int) -> list[Any]:
 
 # What says how a token is drawn, and the rest of ROW_OPTIONS says where and how often.
 SAMPLING = tuple(name for name in ROW_OPTIONS if name not in ("max_new_tokens", "seed", "stream"))
+# The same, and what all rows have in common.
+TOKEN_OPTIONS = (*SAMPLING, "no_repeat_ngram_size", "logit_bias", "bad_words_ids", "eos_token_id", "do_sample",
+                 "logits_processors")  # fmt: skip
 
 
 def resolve(options: GenerationOptions, defaults: dict[str, Any], n_prompts: int) -> dict[str, np.ndarray]:

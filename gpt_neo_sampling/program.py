@@ -16,7 +16,7 @@ from gpt_neo_sampling.chain import History, SamplingOptions, chain_distributions
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA, biasmask_attn_weights
+from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.mtf_ops import host_call, take
 from gpt_neo_sampling.options import INT32_MAX, check_int
 from gpt_neo_sampling.sample import sample_autoregressive
@@ -118,7 +118,7 @@ def build(
         sampling_keep_top_k=-1 if top_k is None else top_k,
         max_top_k=key.max_top_k,
         sampling_use_entmax=alpha is not None,
-        entmax_alpha=DEFAULT_ALPHA if alpha is None else alpha,
+        entmax_alpha=alpha,
         bos_id=bos_id,
         seed=inputs.seed,
         stream=inputs.stream,

@@ -27,8 +27,9 @@ from tqdm import tqdm
 import gpt_neo_sampling
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import read_json
+from gpt_neo_sampling.files import write_whole
 from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError, Sample, TextGenerator
-from gpt_neo_sampling.options import ROW_OPTIONS, GenerationOptions
+from gpt_neo_sampling.options import INT32_MAX, ROW_OPTIONS, GenerationOptions
 
 # what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
 OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
@@ -125,7 +126,8 @@ def generate_file(
     if unknown:
         raise TypeError(f"no option of a file's run: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
     options = {name: value for name, value in options.items() if value is not None}
-    generator.check([[0]], **_columns([{**options, "seed": seed}]))
+    # before the file is looked at; how many new tokens fit is a matter of each line's prompt
+    generator.check([[0]], **_columns([{"max_new_tokens": INT32_MAX, **options, "seed": seed}]))
     output = Path(output).resolve()
     data = _read(prompts_file)
     if os.path.exists(output) and output.samefile(prompts_file):
@@ -139,8 +141,13 @@ def generate_file(
         "version": gpt_neo_sampling.__version__,
         **options,
     }
-    with _locked(output) as file:
-        seed = _begin(file, output, settings, seed)
+    with _locked(output) as (file, is_new):
+        try:
+            seed = _begin(file, output, settings, seed)
+        except BaseException:
+            if is_new:
+                output.unlink(missing_ok=True)
+            raise
         done = _resume(file, output, len(records))
         missing = len(records) - len(done)
         try:
@@ -191,6 +198,9 @@ def _records(generator: TextGenerator, data: bytes, source: StrPath, options: di
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
             if own["max_new_tokens"] < values["max_new_tokens"]:
                 cut.append(index + 1)
+            samples = int(own.get("num_return_sequences", 1))
+            if stream + samples - 1 > INT32_MAX:
+                raise ValueError(f"with its {samples} samples the file has more than {INT32_MAX + 1}, the most allowed")
         except ValueError as e:
             raise ValueError(f"{source}, line {index + 1}: {e}") from None
         records.append(_Record(index, given, prompt, own, stream, [request.greedy, *sorted(request.steps)]))
@@ -338,12 +348,13 @@ def _write(file: io.FileIO, batch: list[_Record], samples: Sequence[Sample | Non
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[io.FileIO]:
-    """The file for reading and appending, which no other process has; made if it is not there."""
+def _locked(path: Path) -> Iterator[tuple[io.FileIO, bool]]:
+    """The file for reading and appending, which no other process has; made if it is not there, and whether it was."""
     import fcntl  # Windows has none
 
     while True:
         try:
+            was_there = path.exists()
             file = open(path, "a+b", buffering=0)
         except OSError as e:
             raise ValueError(f"{path} cannot be written: {e.strerror}") from None
@@ -356,14 +367,17 @@ def _locked(path: Path) -> Iterator[io.FileIO]:
                 raise OSError(f"{path} is being written by another process") from None
             # a process that had the lock may just have put another file in this one's place
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                yield file
+                yield file, not was_there
                 return
 
 
 def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | None) -> int:
     """Begins an output that is empty; checks one that is not against what it was begun with. Returns the seed."""
     sidecar = output.with_name(output.name + SIDECAR)
-    found = read_json(sidecar) if sidecar.exists() else {}
+    try:
+        found = read_json(sidecar) if sidecar.exists() else {}
+    except OSError as e:  # its name is longer than the output's
+        raise ValueError(f"{sidecar} cannot be written: {e.strerror}") from None
     settings = {name: value for name, value in settings.items() if value is not None}
     settings = json.loads(json.dumps({**settings, "seed": found.get("seed") if seed is None else seed}))
     if found == settings:
@@ -384,9 +398,10 @@ def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | 
 
 def _resume(file: io.FileIO, output: Path, total: int) -> set[int]:
     """The set of records whose lines are there; cuts off what a death left unfinished behind them."""
-    done, whole = set(), 0
+    done: set[int] = set()
+    whole = 0
     for number, (index, _, end) in enumerate(_lines(file), 1):
-        if index in done or index not in range(total):
+        if index is None or index in done or index not in range(total):
             raise ValueError(
                 f"{output}, line {number}: {'twice the same' if index in done else 'no'} index of a prompt, 0 to "
                 f"{total - 1}; the file was changed: put it back as it was, or remove it to begin anew"
@@ -397,8 +412,8 @@ def _resume(file: io.FileIO, output: Path, total: int) -> set[int]:
     return done
 
 
-def _lines(file: io.FileIO) -> Iterator[tuple[Any, int, int]]:
-    """(index of its prompt, begin, end) of each line that stands whole."""
+def _lines(file: io.FileIO) -> Iterator[tuple[int | None, int, int]]:
+    """(index of its prompt, begin, end) of each line that stands whole; None for a line that has no such index."""
     begin = 0
     with open(file.fileno(), "rb", closefd=False) as reader:
         reader.seek(0)
@@ -408,9 +423,9 @@ def _lines(file: io.FileIO) -> Iterator[tuple[Any, int, int]]:
                 return
             try:
                 index = json.loads(line)["index"]
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 index = None
-            yield index, begin, begin + len(line)
+            yield index if type(index) is int else None, begin, begin + len(line)
             begin += len(line)
 
 
@@ -439,17 +454,16 @@ def _put_in_order(file: io.FileIO, output: Path) -> None:
 
 
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    """Writes a file whole or not at all, to the disk itself."""
+
+    def write(partial: Path) -> None:
         with _named(partial), open(partial, "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+
+    # one name for one file, so that what a death leaves is written over
+    write_whole(path, write, hashlib.sha256(path.name.encode()).hexdigest()[:32])
     with _named(path.parent):
         folder = os.open(path.parent, os.O_RDONLY)
         try:

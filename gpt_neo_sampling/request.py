@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._types import LogitsProcessor, Tokenizer, is_number
+from gpt_neo_sampling._types import LogitsProcessor, Tokenizer, is_real
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.options import (
     FLOAT32_MAX,
@@ -183,8 +183,8 @@ def _logit_bias(options: GenerationOptions, n_vocab: int) -> np.ndarray | None:
     bias = np.zeros(n_vocab, np.float32)
     for token, value in (given or {}).items():
         check_int("logit_bias: token id", token, 0, n_vocab - 1)
-        if not is_number(value) or isinstance(value, bool) or not value <= FLOAT32_MAX:
-            raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number, or -inf, is needed")
+        if not is_real(value) or not (abs(value) <= FLOAT32_MAX or value == -np.inf):
+            raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number of 32 bits, or -inf, is needed")
         bias[token] = value
     for word in banned or ():
         if not isinstance(word, (list, tuple)) or len(word) != 1:

@@ -15,7 +15,6 @@ from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, i
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE, History, SamplingOptions, next_token
 from gpt_neo_sampling.decoder import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.uniforms import import_seed
 
@@ -68,7 +67,7 @@ def sample_autoregressive(
     seed: RowValue | None = None,
     stream: RowValue | None = None,
     prompt_lengths: Tensor | None = None,
-    entmax_alpha: RowValue = DEFAULT_ALPHA,
+    entmax_alpha: RowValue | None = None,
     max_top_k: int | None = None,
     max_prompt_length: int | None = None,
     max_length: int | None = None,
@@ -141,7 +140,7 @@ def sample_autoregressive(
       prompt_lengths: int32 tensor [batch…]. By default a row's prompt is as
         long as it has tokens other than padding; give the lengths if a prompt
         may contain the padding id.
-      entmax_alpha: † in [1, 2].
+      entmax_alpha: † in [1, 2], for sampling_use_entmax alone; None is 1.3.
       max_top_k: an int, needed where sampling_keep_top_k is a tensor: the
         largest value that it may take.
       max_prompt_length: an int: no prompt is longer, so the first pass over the
@@ -244,6 +243,8 @@ def sample_autoregressive(
         max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
     if not has_partial_sequences:
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths are given with has_partial_sequences=False, which says that all are 0")
         prompt_lengths = 0
     whole_ids, initial_position = _prompts(partial_sequences, prompt_lengths, padding_id, bos_id)
     ids = resize(whole_ids, whole_length_dim, length)

@@ -4,7 +4,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, ShapeLike
-from gpt_neo_sampling.mtf_ops import MeshOperation, align, import_rows
+from gpt_neo_sampling.mtf_ops import MeshOperation, align, import_rows, union_shape
 
 
 def threefry_2x32(
@@ -62,10 +62,7 @@ def counter_bits(
       in [0, 1).
     """
     xs = [stream, seed, step] + ([] if sample is None else [sample])
-    dims = []
-    for x in xs:
-        dims += [d for d in x.shape.dims if d not in dims]
-    shape = mtf.Shape(dims)
+    shape = union_shape(xs)
     shapes = [x.shape for x in xs]
 
     def tf_fn(*slices: tf.Tensor) -> tuple[tf.Tensor, ...]:

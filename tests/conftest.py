@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 
 import numpy as np
@@ -12,6 +13,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 os.environ["TQDM_DISABLE"] = "1"
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
+
+# A shell has what it runs in the background ignore Ctrl-C, and its children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = pathlib.Path(__file__).parent / "data"
 DEVICES = 8

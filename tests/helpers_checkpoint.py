@@ -269,8 +269,8 @@ def in_index(name, change):
     return edit
 
 
-def table(entries, first_restart=0):
-    """A LevelDB table of one block, and its index; readers begin at the first restart."""
+def table(entries, first_restart=0, handles=1):
+    """A LevelDB table of one block, and its index, so many times; readers begin at the first restart."""
     blocks = b""
 
     def put_block(items, first_restart=0):
@@ -286,7 +286,7 @@ def table(entries, first_restart=0):
         return handle
 
     data, meta = put_block(sorted(entries.items()), first_restart), put_block([])
-    footer = meta + put_block([(b"\xff", data)])
+    footer = meta + put_block([(b"\xff", data)] * handles)
     return blocks + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
 
 

@@ -78,6 +78,7 @@ def folder(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"Zo\xeb")
     (tmp_path / "mine").write_text("kept")
     (tmp_path / "mine.run").write_text("[1]")
+    (tmp_path / "gone.run").write_text("[1]")
     (tmp_path / "begun.jsonl").write_text('{"index": 0}\n')
     (tmp_path / "begun.jsonl.run").write_text('{"seed": 1}')
     (tmp_path / "folder.png").mkdir()
@@ -99,11 +100,14 @@ COMMANDS = {
     "another command": (["sing"], "invalid choice: 'sing'"),
     # -- prompts
     "no prompt": (["generate"], "one of the arguments --prompt --prompt-ids --prompts-file is required"),
+    "a control character": ([*GENERATE, "--foo\nbar\x1b[31m"], "unrecognized arguments: --foo bar\\x1b[31m"),
+    "top-k of 6,000 digits": ([*GENERATE, "--top-k", "1" * 6000], "11111 … 11111"),
     "two kinds of prompt": ([*GENERATE, "--prompt-ids", "1"], "--prompt-ids: not allowed with argument --prompt"),
     "too long": (["generate", "--prompt", "word " * 400], "is longer than the context; at most 256 are allowed"),
     "id outside": (["generate", "--prompt-ids", "5 2048"], "2048 is outside the vocabulary; 0 to 2047 are allowed"),
     "id below 0": (["generate", "--prompt-ids=-5"], "token id -5 is outside the vocabulary; 0 to 2047 are allowed"),
     "id is a word": (["generate", "--prompt-ids", "5 x"], "'5 x': whole numbers with spaces between them are needed"),
+    "id with an underline": (["generate", "--prompt-ids", "1_0"], "'1_0': whole numbers with spaces between them are"),
     "id of 5,000 digits": (["generate", "--prompt-ids", "1" * 5000], "whole numbers with spaces between them"),
     "not Unicode": (["generate", "--prompt", "a\udcff"], "a text is not Unicode"),
     "text without a tokenizer": ([*GENERATE, "--model", GLOBAL], "no tokenizer.json, nor vocab.json and merges.txt"),
@@ -128,8 +132,10 @@ COMMANDS = {
         "eos_token_id has 300 tokens; at most 256 are allowed",
     ),
     "bias without a number": ([*GENERATE, "--logit-bias", "5"], "'5': a token's id and a number are needed, as in 13="),
+    "bias with an underline": ([*GENERATE, "--logit-bias", "1_0=1"], "'1_0=1': a token's id and a number are needed"),
     "bias twice": ([*GENERATE, "--logit-bias", "5=1", "5=2"], "--logit-bias has token 5 twice"),
-    "bias NaN": ([*GENERATE, "--logit-bias", "5=nan"], "logit_bias={5: nan}; a finite number, or -inf, is needed"),
+    "bias NaN": ([*GENERATE, "--logit-bias", "5=nan"], "{5: nan}; a finite number of 32 bits, or -inf, is ne"),
+    "bias of 1e39": ([*GENERATE, "--logit-bias", "5=-1e39"], "{5: -1e+39}; a finite number of 32 bits, or -inf, is"),
     "stop string of a token": ([*GENERATE, "--stop-strings", "<|endoftext|>"], "which no text does; give eos_token_id"),
     "greedy and top-k": (
         [*GENERATE, "--greedy", "--top-k", "3"],
@@ -147,6 +153,10 @@ COMMANDS = {
         "mesh shape 'x': 'x' is not an axis and its size; allowed: such as x:2",
     ),
     "mesh size": ([*IDS, "--mesh-shape", "x:0"], "'x:0' is not an axis and its size; allowed: such as x:2,y:2"),
+    "mesh size of 5,000 digits": (
+        [*IDS, "--mesh-shape", "x:" + "1" * 5000],
+        "is not an axis and its size; allowed: su",
+    ),
     "layout": ([*IDS, "--layout", "batch"], "layout 'batch': 'batch' is not a dimension and its axis; allowed: such"),
     "layout without a mesh": (
         [*IDS, "--layout", "batch:x"],
@@ -173,6 +183,11 @@ COMMANDS = {
         "(none) has 1 processor, but 2 devices are named (cpu:0, cpu:1)",
     ),
     "a device twice": ([*IDS, "--devices", "cpu:0,cpu:0", "--mesh-shape", "x:2"], "cpu:0 is named more than once"),
+    "a device twice, once with 00": (
+        [*IDS, "--devices", "cpu:0,cpu:00", "--mesh-shape", "x:2", "--layout", "batch:x"],
+        "cpu:0 is named more than once",
+    ),
+    "a device in full-width digits": ([*IDS, "--devices", "cpu:１"], "is not a device; allowed: cpu:0, gpu:1"),
     "no device": ([*IDS, "--devices", "disk:0"], "'disk:0' is not a device; allowed: cpu:0, gpu:1, in a cluster"),
     "a device's number": (
         [*IDS, "--devices", "cpu:99999999"],
@@ -181,6 +196,7 @@ COMMANDS = {
     "a device without a cluster": ([*IDS, "--devices", "worker:0/cpu:0"], "there is no cluster (see --cluster)"),
     "cluster": ([*IDS, "--cluster", "nowhere"], "cluster 'nowhere': 'nowhere' is not an address; allowed: host:port"),
     "cluster's port": ([*IDS, "--cluster", "host:99999"], "'host:99999' is not an address; allowed: host:port"),
+    "cluster's port of 5,000 digits": ([*IDS, "--cluster", "a:" + "1" * 5000], "is not an address; allowed: host:port"),
     "cluster of nobody": ([*IDS, "--cluster", ","], "cluster ',' names no address; allowed: host:port,host:port"),
     "serve's CPUs": (
         ["serve", "--cluster", "localhost:1", "--task", "worker:0", "--cpus", "99999"],
@@ -215,6 +231,8 @@ COMMANDS = {
     "output in no folder": ([*FILE, "TMP/no/o"], "no/o cannot be written: No such file or directory"),
     "output is a device": ([*FILE, "/dev/full"], "/dev/full is no regular file; only one can be gone on with"),
     "output is the prompts": ([*FILE, "TMP/link.jsonl"], "in.jsonl is the file of the prompts; give another output"),
+    "new output of a run": ([*FILE, "TMP/gone"], "gone.run holds a JSON list; allowed: an object"),
+    "output's name, with .run, too long": ([*FILE, f"TMP/{LONG[:253]}"], ".run cannot be written: File name too long"),
     "output's name too long": ([*FILE, f"TMP/{LONG}"], "cannot be written: File name too long"),
     # -- score, inspect
     "no text": (["score"], "one of the arguments --text --text-ids --file is required"),
@@ -239,6 +257,10 @@ COMMANDS = {
         [*INSPECT, "--plot", "TMP/folder.png"],
         "folder.png is a folder; a file is needed" if find_spec("matplotlib") else "plot needs the package matplotlib",
     ),
+    "plot in no folder": (
+        [*INSPECT, "--plot", "TMP/no/chain.png"],
+        "there is no folder" if find_spec("matplotlib") else "plot needs the package matplotlib",
+    ),
     # -- export, convert
     "batch": ([*EXPORT, "--batch", "0"], "batch=0; a whole number from 1 to 65536 is needed"),
     "batch too large": ([*EXPORT, "--batch", "2147483647"], "batch=2147483647; a whole number from 1 to 65536"),
@@ -260,6 +282,11 @@ COMMANDS = {
     "shards": (
         [*CONVERT, "TMP/m", "--max-shard-size", "0GB"],
         "max_shard_size '0GB'; allowed: bytes, or such as '500MB",
+    ),
+    "shards of 5,000 digits": ([*CONVERT, "TMP/m", "--max-shard-size", "1" * 5000], "; allowed: bytes, or such as"),
+    "shards of mesh-TF": (
+        ["convert", str(HUGGING_FACE), "TMP/m", "--max-shard-size", "1KB"],
+        "max_shard_size '1KB' is for huggingface; mesh-tf is one file",
     ),
     "convert's source": (
         ["convert", "TMP/in.jsonl", "TMP/m"],
@@ -518,6 +545,16 @@ def hidden_entries(folder):
     (folder / INDEX_FILE).write_bytes(table(entries, first_restart=7))
 
 
+def one_block(folder):
+    entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
+    (folder / INDEX_FILE).write_bytes(table(entries, handles=100_000))
+
+
+def long_name(folder):
+    entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
+    (folder / INDEX_FILE).write_bytes(table({**entries, b"x" * 5000: entries[b"gpt2/wte"]}))
+
+
 WTE = "transformer.wte.weight"
 CANARY = "touch canary"
 NOT_RUN = "which is no part of a tensor, and is not run; allowed: a dict of tensors"
@@ -682,6 +719,12 @@ MODELS = {
         "it is damaged: the shape of gpt2/wte is [1099511627776, ",
     ),
     "hidden entries": (mesh_tf(hidden_entries), "it is damaged: a block of it begins in the midst of an entry"),
+    "one block 100,000 times": (mesh_tf(one_block), "it is damaged: blocks of it overlap"),
+    "a name of 5,000 bytes": (mesh_tf(long_name), "it is damaged: a name of it has 5000 bytes"),
+    "a million empty lines": (
+        mesh_tf(lambda folder: (folder / "checkpoint").write_bytes(b"\n" * 10**6)),
+        'has no line model_checkpoint_path: "model.ckpt-N"',
+    ),
     "300 dims": (sizes(*[1] * 300), "it is damaged: the shape of gpt2/wte is [1, 1, 1"),
     "another shape": (sizes(8, 11), "1 of wrong shape: gpt2/wte (is [8, 11], should be [11, 8])"),
     "no dtype": (index_entry(dtype=0), f"{INDEX_FILE} cannot be read, it is damaged: "),
@@ -759,6 +802,24 @@ def test_tokenizers(tmp_path, case):
     with pytest.raises(ValueError) as error:
         with_tokenizer(tmp_path / "m", change).encode("Emma Ω")
     assert message in str(error.value) and is_one_line(str(error.value))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_tokenizer_of_a_terabyte(tmp_path, name):
+    shutil.copytree(DEMO_FOLDER, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    (tmp_path / "m" / "merges.txt").write_text("")
+    sparse(tmp_path / "m" / name)
+    with pytest.raises(CheckpointError, match=f"{name} has 1099511627776 bytes; allowed: at most 100000000"):
+        TextGenerator.from_pretrained(tmp_path / "m")
+
+
+def test_a_name_of_generation_config_for_a_terminal(tmp_path, caplog):
+    shutil.copytree(HUGGING_FACE, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"x\x1b[31m\n" + "y" * 10**6: 1}))
+    TextGenerator.from_pretrained(tmp_path / "m")
+    (record,) = caplog.records
+    assert "is left out: x\\x1b[31m" in record.getMessage() and is_one_line(record.getMessage())
 
 
 def test_a_tokenizer_that_cannot_decode(tmp_path):
@@ -899,6 +960,19 @@ CALLS = {
         "token id [1] is outside the voc",
     ),
     "continuation outside": (lambda tiny: tiny.inspect([5], [-1]), ValueError, "token id -1 is outside the vocabulary"),
+    "continuation is a number": (lambda tiny: tiny.inspect([5], 5), ValueError, "a prompt or text: 5; a str or a list"),
+    "inspect's samples": (
+        lambda tiny: tiny.inspect([5], num_return_sequences=7, seed=3),
+        TypeError,
+        "no option of how a token is drawn: num_return_sequences, seed; allowed: repetition_penalty, ",
+    ),
+    "streamer is a number": (options(streamer=5), TypeError, "streamer=5; a function of (index, token, text, is_last)"),
+    "stop tokens in a table": (
+        options(eos_token_id=np.zeros((2, 2), int)),
+        ValueError,
+        "a whole number from -1 to 126",
+    ),
+    "logit_bias of -10^400": (options(logit_bias={5: -(10**400)}), ValueError, "; a finite number of 32 bits, or -inf"),
     "stride is a bool": (
         lambda tiny: tiny.score([[5, 6]], stride=True),
         ValueError,

@@ -148,7 +148,7 @@ def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, tmp_path):
     model = spoiled(tmp_path / "model", "wpe", 3, np.nan)
     generate = ["generate", "--prompt-ids", "5 6 7 8", "--prompt-ids", "5", "--seed", 1, "--max-new-tokens", 3]
     (sound,) = TextGenerator.from_pretrained(GLOBAL).generate([[5]], seed=1, stream=1, max_new_tokens=3)
-    in_json = json.dumps({"samples": [sound.as_dict()]})
+    in_json = json.dumps({"samples": [None, sound.as_dict()]})
     for command, where, printed in (
         (generate, "prompt 0, sample 0, step 0", " ".join(map(str, sound.tokens)) + "\n"),
         ([*generate, "--json"], "prompt 0, sample 0, step 0", in_json + "\n"),

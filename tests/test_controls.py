@@ -363,15 +363,18 @@ def exact(logits, ids, repetition_penalty=1, logit_bias=(), bad_words_ids=(), te
     return reference.softmax(z) if entmax_alpha is None else reference.entmax(z, entmax_alpha)
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", sorted({*SAMPLING, *ROW_VALUES}))
 def test_a_control_is_in_every_place(name):
     """That CONTRIBUTING.md names."""
     loop = {"top_k": "sampling_keep_top_k"}.get(name, name)
-    assert name in ROW_VALUES and loop in inspect.signature(sample_autoregressive).parameters
+    assert name in ROW_VALUES and name in SAMPLING and loop in inspect.signature(sample_autoregressive).parameters
     for options in (SamplingOptions, GenerationOptions):
         assert name in {field.name for field in dataclasses.fields(options)}
     assert re.search(rf"^ {{8}}{name} ", GenerationOptions.__doc__, re.MULTILINE)
     for command in ("generate", "inspect"):
         assert hasattr(parser().parse_args([command, "--prompt", "Emma"]), name)
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    root = pathlib.Path(__file__).parents[1]
+    readme, page = ((root / path).read_text(encoding="utf-8") for path in ("README.md", "docs/sampling.md"))
+    option = {"entmax_alpha": "entmax"}.get(name, name.replace("_", "-"))
+    assert re.search(rf"`--{option}\b", readme)
     assert f"| `{name}` |" in page and re.search(rf"^### .*\b{name}\b", page, re.MULTILINE)

@@ -33,8 +33,9 @@ def test_there_and_back_keeps_every_bit(tmp_path, source):
         from test_pytorch_files import folder_of
 
         source = folder_of(tmp_path)
-    convert_checkpoint(source, tmp_path / "there", max_shard_size="100KB")
-    convert_checkpoint(tmp_path / "there", tmp_path / "back", max_shard_size=10**9)
+    sizes = ["100KB", None] if open_checkpoint(source).kind == "mesh-tf" else [None, 10**9]  # mesh-tf has no shards
+    convert_checkpoint(source, tmp_path / "there", max_shard_size=sizes[0])
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", max_shard_size=sizes[1])
     there, back, first = (open_checkpoint(f) for f in (tmp_path / "there", tmp_path / "back", source))
     assert first.kind == back.kind != there.kind
     all_equal(there, weights_of(source))

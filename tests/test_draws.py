@@ -578,7 +578,7 @@ def cumulative(scores, *alpha, exactly, jit=False):
     search, search_near, sums, doubts = draws._search, draws._search_near, [], []
 
     def note(weights, which, u):
-        sums.append(draws._scan(draws._sums_and_last(tf.cast(weights, tf.float64))[0], tf.maximum))
+        sums.append(draws._scan(draws._sums_and_last(weights)[0], tf.maximum))
         return search(weights, which, u)
 
     def note_near(weights, which, u, margin):

@@ -8,7 +8,7 @@ import reference
 from helpers_model import config, random_weights
 from test_cli import main
 
-from gpt_neo_sampling import MeshError, TextGenerator, device_mesh
+from gpt_neo_sampling import DeviceMesh, MeshError, TextGenerator, device_mesh
 from gpt_neo_sampling._compat import mtf, tensorflow
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 
@@ -100,6 +100,7 @@ X2 = [("x", 2)]
 )  # fmt: skip
 def test_what_a_description_comes_to(mesh_shape, layout, devices, dims, rules, names):
     mesh = device_mesh(mesh_shape, layout, devices)
+    assert isinstance(mesh, DeviceMesh)
     assert [(d.name, d.size) for d in mesh.shape.dims] == dims
     assert mesh.layout == rules
     assert mesh.devices == names

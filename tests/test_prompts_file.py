@@ -222,7 +222,8 @@ def test_what_is_on_disk_before_what(files, monkeypatch):
 
     def noted(name, of, fn):
         def call(*args):
-            calls.append(f"{name} {os.path.basename(of(*args))}")
+            path = re.sub(r"\.(out\..*)\.[0-9a-f]{32}\.partial$", r"\1.partial", os.path.basename(of(*args)))
+            calls.append(f"{name} {path}")
             return fn(*args)
 
         monkeypatch.setattr(os, name, call)
@@ -302,14 +303,16 @@ BAD_REQUESTS = [
     (b'{"prompt": "a", "num_return_sequences": 0}', "num_return_sequences=0"),
     (b'{"prompt": "a", "seed": 1e99}', "seed=1e+99"),
     (b'{"prompt": "a", "entmax_alpha": 3}', "entmax_alpha=3"),
+    (b'{"prompt": "a", "logit_bias": {"5": -1%s}}' % (b"0" * 400), "; a finite number of 32 bits, or -inf, is needed"),
+    (b'{"prompt": "a", "num_return_sequences": 2147483647}', "more than 2147483648, the most allowed"),
 ]
 
 
 @pytest.mark.parametrize("line, message", BAD_LINES + BAD_REQUESTS)
 def test_a_bad_line_is_named_before_anything_is_run(files, demo, line, message):
     source, output = files
-    source.write_bytes(b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
-    with pytest.raises(ValueError, match=re.escape(f"{source}, line 2: ") + ".*" + re.escape(message)):
+    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{source}, line 3: ") + ".*" + re.escape(message)):
         generate_file(demo, source, output)
     assert os.listdir(source.parent) == ["in.jsonl"]
 
@@ -354,7 +357,8 @@ def test_lines_that_no_run_wrote_are_refused(files):
     generate_file(Stub(), source, output, seed=4)
     written = output.read_bytes()
     first = written.splitlines(keepends=True)[0]
-    for line in (first, b"\n", b"a note\n", b"[]\n", b'{"index": 100}\n', b'{"index": null}\n'):
+    indices = [b'{"index": %s}\n' % index for index in (b"100", b"null", b"[0]", b"{}", b"true", b"0.0")]
+    for line in (first, b"\n", b"a note\n", b"[]\n", b"[" * 100_000 + b"\n", *indices):
         output.write_bytes(written + line)
         with pytest.raises(ValueError, match="line 101: .*the file was changed"):
             generate_file(Stub(), source, output, seed=4)
@@ -370,6 +374,24 @@ def test_outputs_that_cannot_be(files):
     source.write_bytes(b"")
     with pytest.raises(ValueError, match="is empty"):
         generate_file(Stub(), source, output)
+
+
+def test_files_of_other_names_are_left_alone(files):
+    source, output = files
+    others = [output.with_name(name) for name in ("out.jsonl.partial", "out.jsonl.run.partial")]
+    for other in others:
+        other.write_text("mine")
+    generate_file(Stub(), source, output)
+    assert [other.read_text() for other in others] == ["mine"] * 2
+    assert len(list(source.parent.iterdir())) == 5
+
+
+def test_limits_that_each_line_has_of_its_own(tmp_path, demo):
+    """Options are looked at before the file is, but not against a number of new tokens that no line has."""
+    prompts = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 70})
+    generate_file(demo, prompts, tmp_path / "out.jsonl", min_new_tokens=66, seed=1)
+    (line,) = read(tmp_path / "out.jsonl")
+    assert len(line["samples"][0]["tokens"]) >= 66
 
 
 def test_one_process_at_a_time(files):

@@ -4,6 +4,7 @@ The loop is tested by itself, with models of a few lines whose logits are a
 table's, and with the bundled model and GPT-Neo's checkpoints.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -596,15 +597,20 @@ def test_the_context():
         )
         first = model.contexts[0]
         assert first.inputs.shape == ids.shape
-        return out, first.inputs, first.initial_position, first.position, first.write_priority, first.read_priority
+        mtf_layers = [first.get_position(), dataclasses.replace(first, sequence_id=ids).nonpadding]
+        return (
+            out, first.inputs, first.initial_position, first.position, first.write_priority, first.read_priority,
+            *mtf_layers,
+        )  # fmt: skip
 
     run = Program(build, [(tf.int32, PROMPTS.shape)], {"table": TABLE})
-    out, inputs, initial, position, write_priority, read_priority = run(PROMPTS)
+    out, inputs, initial, position, write_priority, read_priority, first_position, nonpadding = run(PROMPTS)
     lengths = np.maximum((PROMPTS != PAD).sum(1), 1)
     at = np.arange(LENGTH)
     assert np.array_equal(initial, lengths)
     assert np.array_equal(inputs, np.where((at == 0) & (PROMPTS == PAD), BOS, PROMPTS))
-    assert np.array_equal(position, at)
+    assert np.array_equal(position, at) and np.array_equal(first_position, at)
+    assert nonpadding.dtype == np.float32 and np.array_equal(nonpadding, PROMPTS != PAD)
     assert np.array_equal(write_priority, np.where(at > lengths[:, None], at, 0))
     assert np.array_equal(read_priority, write_priority)
 
@@ -623,13 +629,13 @@ def test_the_context():
         assert c.encoder_length_dim == seen["encoder_output"].shape[1]
         assert [t.shape for t in c.encoder_layer_outputs] == [seen["encoder_output"].shape]
         assert list(c.shared_params) == ["a"]
-        assert hasattr(c, "sequence_id") and hasattr(c, "write_priority")
+        assert c.sequence_id is None and c.nonpadding is None and hasattr(c, "write_priority")
         assert c.initial_position.shape.dims == [batch_dim]
         assert c.new_states == [] and c.constant_states == []
     for c in steps:
         assert c.position.shape.dims == c.read_priority.shape.dims == [batch_dim]
         assert c.position.dtype == tf.int32 and c.inputs.shape == seen["shape"]
-        assert c.states == []
+        assert c.states == [] and c.get_position() is c.position
     check(out, PROMPTS, bigram, seed=1, bos=BOS)
 
 
@@ -1037,6 +1043,11 @@ REFUSED = [
     ({"sampling_keep_top_k": np.array([1, 2])}, r"top-k: .* max_top_k"),
     ({"sampling_keep_top_k": np.array([1, 2, 3]), "max_top_k": 3}, r"top_k has shape \[3\]"),
     ({"sampling_keep_top_k": np.array([1, 2]), "max_top_k": 0}, r"max_top_k"),
+    ({"entmax_alpha": 1.5}, "entmax_alpha is given, but entmax is not used"),
+    (
+        {"has_partial_sequences": False, "prompt_lengths": [1, 2]},
+        "prompt_lengths are given with has_",
+    ),
     ({"sampling_use_entmax": True, "entmax_alpha": 0.99}, r"entmax_alpha=0\.99 is out of range: from 1"),
     ({"sampling_use_entmax": True, "entmax_alpha": 2.01}, r"entmax_alpha=2\.01"),
     ({"sampling_use_entmax": True, "entmax_alpha": float("nan")}, r"entmax_alpha=nan"),

@@ -7,7 +7,7 @@ from conftest import DATA
 from helpers_checkpoint import spoiled
 from helpers_model import checkpoint, reference_config
 
-from gpt_neo_sampling import InvalidDistributionError, TextGenerator, score
+from gpt_neo_sampling import InvalidDistributionError, TextGenerator, TextScore, score
 
 MESH_TF = DATA / "gpt_neo_checkpoints"
 BOS = 1  # of the checkpoint "local": its eos_id
@@ -45,7 +45,7 @@ def assert_scores(got, texts, want):
     assert len(got) == len(texts)
     for s, text, logprobs in zip(got, texts, want, strict=True):
         unscored = len(text) - len(logprobs)
-        assert s.tokens == list(text)
+        assert isinstance(s, TextScore) and s.tokens == list(text)
         assert s.logprobs[:unscored] == [None] * unscored
         np.testing.assert_allclose(s.logprobs[unscored:], logprobs, rtol=0, atol=1e-4)
         assert s.sum_logprob == pytest.approx(logprobs.sum(), abs=1e-3)

@@ -5,17 +5,17 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
 from gpt_neo_sampling._compat import tf
-from gpt_neo_sampling._types import Params, Shape, StrPath
+from gpt_neo_sampling._types import Params, Shape, StrPath, is_int
+from gpt_neo_sampling.files import partial_beside
 from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types
 
 ALLOWED = (
@@ -254,10 +254,6 @@ def one_line(message: object) -> str:
 # ------------------------------------------------------------------ checks
 
 
-def is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def is_int32(value: object) -> bool:
     """Whether it is a whole number that TensorFlow can hold, as everything in a config must be."""
     return is_int(value) and -(2**31) <= value < 2**31
@@ -391,7 +387,7 @@ def check_new_folder(path: StrPath) -> Path:
 @contextlib.contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, where files are made before they move; gone afterwards."""
-    staging = folder.parent / f".{folder.name[:40]}.{uuid.uuid4().hex}.partial"
+    staging = partial_beside(folder)
     try:
         new_parents = [p for p in folder.parents if not p.exists()]
         staging.mkdir(parents=True)

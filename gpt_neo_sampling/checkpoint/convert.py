@@ -5,8 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
-from gpt_neo_sampling._types import StrPath
-from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, check_new_folder, is_int, staging_folder
+from gpt_neo_sampling._types import StrPath, is_int
+from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, check_new_folder, staging_folder
 from gpt_neo_sampling.checkpoint.hugging_face import save_hugging_face
 from gpt_neo_sampling.checkpoint.mesh_tf import save_mesh_tf
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
@@ -22,7 +22,7 @@ def convert_checkpoint(
     *,
     to: str | None = None,
     dtype: str = "float32",
-    max_shard_size: int | str = MAX_SHARD_SIZE,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes a model in another format, a few tensors at a time.
 
@@ -38,8 +38,8 @@ def convert_checkpoint(
       dtype: of the weights that are written, "float32" or "bfloat16", or for
         Hugging Face "float16".
       max_shard_size: for Hugging Face, how much of the weights a file may hold,
-        counted in float32: bytes, or a str such as "500MB" or "5GB". A tensor
-        is never cut.
+        counted in float32: bytes, or a str such as "500MB"; by default "5GB". A
+        tensor is never cut.
 
     Raises:
       CheckpointError: (a ValueError) if the source cannot be read, the
@@ -58,11 +58,13 @@ def convert_checkpoint(
     destination = check_new_folder(destination)
     if to not in (None, "mesh-tf", "huggingface"):
         raise CheckpointError(f"to {to!r}; allowed: 'mesh-tf', 'huggingface'")
-    max_shard_bytes = _bytes(max_shard_size)
+    max_shard_bytes = _bytes(MAX_SHARD_SIZE if max_shard_size is None else max_shard_size)
     with open_checkpoint(source) as checkpoint, staging_folder(destination) as staging:
         if to is None:
             to = "mesh-tf" if checkpoint.kind == "huggingface" else "huggingface"
         if to == "mesh-tf":
+            if max_shard_size is not None:
+                raise CheckpointError(f"max_shard_size {max_shard_size!r} is for huggingface; mesh-tf is one file")
             save_mesh_tf(staging, checkpoint.params, checkpoint.read, dtype)
         else:
             save_hugging_face(staging, checkpoint.params, checkpoint.read, dtype, max_shard_bytes)
@@ -83,7 +85,7 @@ def files_beside(checkpoint: Checkpoint) -> list[tuple[Path, str]]:
 
 
 def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*(\d+)\s*([kmg]i?b)?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,18})\s*([kmg]i?b)?\s*", str(size), re.IGNORECASE)
     if not match or not (is_int(size) or isinstance(size, str)) or int(match[1]) < 1:
         raise CheckpointError(f"max_shard_size {size!r}; allowed: bytes, or such as '500MB' or '5GB'")
     return int(match[1]) * _UNITS[(match[2] or "").upper()]

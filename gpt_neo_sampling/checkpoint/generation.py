@@ -1,18 +1,14 @@
 """How a model asks to be sampled: generation_config.json, and the ids of a config."""
 
-import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_neo_sampling._types import is_real
 from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int32, read_json
 
 # GPT-Neo's key of each of Hugging Face's.
 ID_KEYS = {"eos_token_id": "eos_id", "pad_token_id": "padding_id", "bos_token_id": "bos_id"}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_int_or_ints(value: object) -> bool:
@@ -21,7 +17,7 @@ def _is_int_or_ints(value: object) -> bool:
 
 _Check = tuple[Callable[[object], bool], str]  # and what it allows, in words
 _WHOLE = (is_int32, "a whole number of 32 bits")
-_NUMBER = (_is_number, "a number")
+_NUMBER = (is_real, "a number")
 _TOKEN_IDS = {
     "eos_token_id": (_is_int_or_ints, "a whole number, or a list of them, of 32 bits"),
     "pad_token_id": _WHOLE,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._compat import probe_devices, quiet_logging, tf
-from gpt_neo_sampling._types import Params, StrPath
+from gpt_neo_sampling._types import Params, StrPath, is_int
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
     LONGEST_TEXT,
@@ -23,7 +23,6 @@ from gpt_neo_sampling.checkpoint.base import (
     check_sizes,
     compare,
     in_batches,
-    is_int,
     is_int32,
     list_folder,
     progress_bar,
@@ -253,7 +252,7 @@ def _newest(folder: Path, files: list[str]) -> str:
     there = [f[: -len(".index")] for f in files if f.endswith(".index")]
     if "checkpoint" in files:
         text = read_text(folder / "checkpoint")
-        named = re.search(r'^\s*model_checkpoint_path\s*:\s*"([^"\n]+)"', text, re.MULTILINE)
+        named = re.search(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]+)"', text, re.MULTILINE)
         if not named:
             raise CheckpointError(f'{folder / "checkpoint"} has no line model_checkpoint_path: "model.ckpt-N"')
         base = re.split(r"[/\\]", named[1])[-1]

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 from gpt_neo_sampling._types import Shape
 from gpt_neo_sampling.checkpoint.base import CheckpointError
 
+_MOST_DIMS = 64  # PyTorch's
 _STORAGES = {  # PyTorch's class: dtype, bytes of an element
     "BFloat16Storage": ("bfloat16", 2),
     "BoolStorage": ("bool", 1),
@@ -28,9 +29,6 @@ _STORAGES = {  # PyTorch's class: dtype, bytes of an element
     "LongStorage": ("int64", 8),
     "ShortStorage": ("int16", 2),
 }
-
-
-_MOST_DIMS = 64  # PyTorch's
 
 
 class Storage(NamedTuple):

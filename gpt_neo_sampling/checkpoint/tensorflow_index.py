@@ -15,6 +15,7 @@ from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
 _FOOTER_BYTES = 48
 _MAGIC = 0xDB4775248B80FB57
 _MOST_DIMS = 8
+_LONGEST_NAME = 4096  # bytes; with no bound, a million names that share a million bytes would take hours
 
 
 def check_index(path: Path) -> None:
@@ -37,8 +38,13 @@ def entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = table[-_FOOTER_BYTES:]
     if len(table) < _FOOTER_BYTES or struct.unpack("<Q", footer[-8:]) != (_MAGIC,):
         raise ValueError("it is no table of TensorFlow's")
+    end = 0
     for _, handle in _block(table, *_numbers(footer, 4)[2:4]):
-        yield from _block(table, *_numbers(handle, 2)[:2])
+        begin, size = _numbers(handle, 2)[:2]
+        if begin < end:  # many of one block would take a time without end
+            raise ValueError("blocks of it overlap")
+        yield from _block(table, begin, size)
+        end = begin + size
 
 
 def _block(table: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -59,6 +65,8 @@ def _block(table: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]
     while at < len(block):
         begin_of_entry = at
         shared, own, length, at = _numbers(block, 3, at)
+        if shared > len(key) or shared + own > _LONGEST_NAME:
+            raise ValueError(f"a name of it has {shared + own} bytes")
         if not shared:
             starts.add(begin_of_entry)
         key = key[:shared] + block[at : at + own]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_neo_sampling._types import Tokenizer
-from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, read_json
+from gpt_neo_sampling.checkpoint.base import LONGEST_TEXT, Checkpoint, CheckpointError, check_file, read_json
 
 _ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 # Everything that may belong to a tokenizer, for what copies a model.
@@ -44,6 +44,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         if single is None and pair is not None:
             tokenizer = _byte_level_bpe(tokenizers, *pair)
         else:
+            check_file(file, LONGEST_TEXT)
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except (CheckpointError, KeyboardInterrupt):
         raise
@@ -85,6 +86,8 @@ def _one_line_errors(what: str) -> Iterator[None]:
 
 
 def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file: Path) -> Tokenizer:
+    for file in (vocab_file, merges_file):
+        check_file(file, LONGEST_TEXT)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merges_file)))
     config_file = vocab_file.parent / "tokenizer_config.json"
     config = read_json(config_file) if config_file.is_file() else {}

@@ -29,8 +29,7 @@ def plot_format(path: StrPath) -> str:
     """The format that a picture's suffix names, as "png".
 
     Raises:
-      ValueError: if matplotlib is not installed, or does not write that format.
-      OSError: if the folder is not there.
+      ValueError: if matplotlib is not installed or does not write that format, or there is no such folder.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -43,7 +42,7 @@ def plot_format(path: StrPath) -> str:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a file is needed")
     if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.resolve().parent}")
+        raise ValueError(f"{path}: there is no folder {path.resolve().parent}")
     return path.suffix[1:].lower()
 
 
