@@ -269,7 +269,7 @@ def in_index(name, change):
     return edit
 
 
-def table(entries, first_restart=0, handles=1):
+def table(entries, first_restart=0, handles=1, n_restarts=None, compression=0):
     """A LevelDB table of one block, and its index, so many times; readers begin at the first restart."""
     blocks = b""
 
@@ -280,9 +280,9 @@ def table(entries, first_restart=0, handles=1):
             restarts.append(len(block))
             block += bytes([0]) + number(len(key)) + number(len(value)) + key + value
         restarts[:1] = [first_restart]
-        block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+        block += struct.pack(f"<{len(restarts) + 1}I", *restarts, n_restarts or len(restarts))
         handle = number(len(blocks)) + number(len(block))
-        blocks += block + b"\0" + masked_checksum(block + b"\0")
+        blocks += block + bytes([compression]) + masked_checksum(block + bytes([compression]))
         return handle
 
     data, meta = put_block(sorted(entries.items()), first_restart), put_block([])

@@ -35,7 +35,7 @@ from helpers_checkpoint import (
     table,
     write_json,
 )
-from test_pytorch_files import Storage, tensor, write_zip
+from test_pytorch_files import Storage, pickled, tensor, write_zip
 
 import gpt_neo_sampling as g
 from gpt_neo_sampling import (
@@ -47,6 +47,8 @@ from gpt_neo_sampling import (
     device_mesh,
     export_saved_model,
     generate_file,
+    layers,
+    mtf_ops,
     open_checkpoint,
 )
 from gpt_neo_sampling._compat import mtf, tf
@@ -540,19 +542,44 @@ def index_entry(**fields):
     return mesh_tf(in_index(b"gpt2/wte", change))
 
 
-def hidden_entries(folder):
-    entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
-    (folder / INDEX_FILE).write_bytes(table(entries, first_restart=7))
+def written_index(change=lambda entries: None, **how):
+    """The index, in another way: see `table`."""
+
+    def edit(folder):
+        entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
+        change(entries)
+        (folder / INDEX_FILE).write_bytes(table(entries, **how))
+
+    return mesh_tf(edit)
 
 
-def one_block(folder):
-    entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
-    (folder / INDEX_FILE).write_bytes(table(entries, handles=100_000))
+def endless_number(folder):
+    data = (folder / INDEX_FILE).read_bytes()
+    (folder / INDEX_FILE).write_bytes(data[:-48] + b"\x80" * 40 + data[-8:])
 
 
-def long_name(folder):
-    entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
-    (folder / INDEX_FILE).write_bytes(table({**entries, b"x" * 5000: entries[b"gpt2/wte"]}))
+def legacy_tensor(size):
+    """A file before zip archives, whose storage says that it has so many numbers; it has 4."""
+    value = {"wte": tensor(Storage("FloatStorage", "0", 4), 0, (4,), (1,))}
+    return pytorch_model(LEGACY + pickled(value) + pickled(["0"]) + struct.pack("<q4f", size, 0, 0, 0, 0))
+
+
+def without_header(folder):
+    """A zip archive whose list of members leads to a storage that is none."""
+    tensor_file(0, (4,), (1,))(folder)
+    path = folder / "pytorch_model.bin"
+    data = path.read_bytes()
+    begin = data.rfind(b"PK\3\4", 0, data.index(b"archive/data/0"))
+    path.write_bytes(data[:begin] + b"XXXX" + data[begin + 4 :])
+
+
+def dataset(**config):
+    def edit(folder):
+        config_with(datasets=["austen"])(folder)
+        (folder / "dataset_configs").mkdir()
+        write_json(folder / "dataset_configs" / "austen.json", config)
+
+    return mesh_tf(edit)
 
 
 WTE = "transformer.wte.weight"
@@ -605,6 +632,18 @@ MODELS = {
         tensor_file(0, (4,), (1,), key="../../../etc/passwd"),
         "damaged: 'archive/data/../../../etc/passwd'",
     ),
+    "zip of no pickle": (pickle_file(b"}.", name="archive/other"), "a zip archive with 0 data.pkl; allowed: one"),
+    "big-endian zip": (
+        pickle_file(b"}.", [("archive/byteorder", b"big")]),
+        "its numbers are big-endian; allowed: little-endian",
+    ),
+    "big-endian legacy": (
+        pytorch_model(LEGACY.replace(pickle.dumps(True, 2)[2:-1], pickle.dumps(False, 2)[2:-1])),
+        "its numbers are big-endian; allowed: little-endian",
+    ),
+    "legacy, a storage of another size": (legacy_tensor(5), "storage 0 is not of the size that it should be"),
+    "zip member without a header": (without_header, "archive/data/0 in it has no header"),
+    "storage's key is a number": (tensor_file(0, (4,), (1,), key=0), "an unknown kind of storage"),
     "strides of 0": (tensor_file(0, (10**12,), (0,)), "a tensor that is larger than its storage 0"),
     # -- safetensors
     "header of 2^63": (header_size(2**63), NO_SAFETENSORS),
@@ -704,6 +743,10 @@ MODELS = {
     "mesh-TF padding of 10^30": (mesh_tf(config_with(padding_id=BIG)), "0; allowed: a whole number of 32 bits"),
     "mesh-TF radius of 10^30": (mesh_tf(config_with(local_attention_radius=BIG)), "at least 1 and at most 2147483647"),
     "a long value": (hugging_face(model_type="x" * 10**6), "xxxx … xxxx"),
+    "attention types that are none": (
+        hugging_face(attention_types=[["global"]]),
+        "config.json: ",
+    ),
     "defaults of NaN": (
         hugging_face(put("generation_config.json", b'{"top_k": NaN}')),
         "generation_config.json: top_k is nan; allowed: a whole number of 32 bits",
@@ -718,9 +761,20 @@ MODELS = {
         sizes(2**40, 2**40, 0),
         "it is damaged: the shape of gpt2/wte is [1099511627776, ",
     ),
-    "hidden entries": (mesh_tf(hidden_entries), "it is damaged: a block of it begins in the midst of an entry"),
-    "one block 100,000 times": (mesh_tf(one_block), "it is damaged: blocks of it overlap"),
-    "a name of 5,000 bytes": (mesh_tf(long_name), "it is damaged: a name of it has 5000 bytes"),
+    "hidden entries": (written_index(first_restart=7), "it is damaged: a block of it begins in the midst of an entry"),
+    "one block 100,000 times": (written_index(handles=100_000), "it is damaged: blocks of it overlap"),
+    "a name of 5,000 bytes": (
+        written_index(lambda entries: entries.update({b"x" * 5000: entries[b"gpt2/wte"]})),
+        "it is damaged: a name of it has 5000 bytes",
+    ),
+    "an entry that is none": (
+        written_index(lambda entries: entries.update({b"gpt2/wte": b"\xff\xff"})),
+        f"{INDEX_FILE} cannot be read, it is damaged: ",
+    ),
+    "a compressed block": (written_index(compression=1), "it is damaged: a block of it is cut short, or compressed"),
+    "a million restarts": (written_index(n_restarts=10**6), "it is damaged: a block of it is cut short"),
+    "a number without end": (mesh_tf(endless_number), "it is damaged: a number in it has no end"),
+    "a tokenizer's path is a number": (dataset(n_vocab=11, tokenizer_path=5), "tokenizer_path is 5; allowed: a path"),
     "a million empty lines": (
         mesh_tf(lambda folder: (folder / "checkpoint").write_bytes(b"\n" * 10**6)),
         'has no line model_checkpoint_path: "model.ckpt-N"',
@@ -765,7 +819,14 @@ def with_token(id_):
     return lambda tokenizer: tokenizer["model"]["vocab"].update({"<new>": id_})
 
 
+def moved(tokenizer):
+    """The last token, to a place outside."""
+    vocab = tokenizer["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 5000
+
+
 TOKENIZERS = {
+    "a token outside": (moved, "tokenizer.json has the token 5000; the model's vocabulary ends at 2047"),
     "one token more": (with_token(2048), "tokenizer.json has 2049 tokens; the model's vocabulary has 2048"),
     "id below 0": (with_token(-1), "tokenizer.json cannot be read as a tokenizer: "),
     "id of 2^33": (with_token(2**33), "tokenizer.json cannot be read as a tokenizer: "),
@@ -889,6 +950,24 @@ OPERATIONS = {
     "n-grams of half": (
         lambda x: g.no_repeat_ngram_mask(x, ids_of(x, batch=2, length=4), 4, 1.5),
         "a whole number of at least 1 is needed",
+    ),
+    "a bias of another dim": (
+        lambda x: g.logit_bias(x, mtf.zeros(x.mesh, mtf.Shape(dims(words=5)))),
+        "logit_bias has shape Shape[words=5]; its dims must be among those of logits, Shape[batch=2, vocab=5]",
+    ),
+    "a value of other rows": (
+        lambda x: mtf_ops.write_at(x, x, ids_of(x, batch=2), x.shape[-1]),
+        "write_at: value Shape[batch=2, vocab=5] along Dimension(name='vocab', size=5) of Shape[batch=2, vocab=5]",
+    ),
+    "memory of another size": (
+        lambda x: layers.attend(x, x, x, x, x.shape[-1]),
+        "attend: q Shape[batch=2, vocab=5], k Shape[batch=2, vocab=5]",
+    ),
+    "samples of no batch": (
+        lambda x: g.sample_autoregressive(
+            mtf.zeros(x.mesh, mtf.Shape(dims(length=4)), tf.int32), {}, {}, num_return_sequences=2
+        ),
+        "num_return_sequences=2: the prompts need a batch dim",
     ),
     "a bias of another length": (lambda x: g.logit_bias(x, np.zeros(6, np.float32)), "logit_bias has shape [6]"),
 }
@@ -1048,3 +1127,12 @@ def test_calls(tiny, tmp_path, monkeypatch, case):
         call(tiny)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_without_a_first_token(tmp_path):
+    make_hugging_face(tmp_path / "m")
+    write_json(tmp_path / "m" / "generation_config.json", {"bos_token_id": -1})
+    generator = TextGenerator.from_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="the model's first token is needed, and it names none"):
+        generator.generate([[]], max_new_tokens=1)
+    assert len(generator.generate([[5]], max_new_tokens=1)[0].tokens) == 1

@@ -130,6 +130,13 @@ def test_tokens_are_those_of_one_process(workers, model, expected, mesh_shape, l
     split.close()
 
 
+def test_a_streamer_is_refused(workers, model):
+    split = generator(model, workers.cluster)
+    with pytest.raises(ValueError, match="a streamer needs a mesh of this process's devices, not a cluster"):
+        split.generate([[5]], max_new_tokens=2, streamer=print)
+    split.close()
+
+
 def test_the_commands_output_is_that_of_one_process(workers, model, expected):
     on_cluster = ["--cluster", workers.cluster, "--mesh-shape", "x:2", "--layout", "batch:x"]
     done = run(*map(str, command(model, "--temperature", 1, *on_cluster)))
