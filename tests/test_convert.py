@@ -102,6 +102,7 @@ def test_what_stands_beside_the_weights_comes_along(tmp_path):
     ("source", "options", "message"),
     [
         (MESH_TF / "rotary", {}, "Hugging Face's GPT-Neo has no rotary_emb=True; allowed: to='mesh-tf'"),
+        (MESH_TF / "global", {"dtype": "float64"}, "dtype 'float64'; allowed: 'float32', 'float16', 'bfloat16'"),
         (HUGGING_FACE, {"dtype": "float16"}, "dtype 'float16'; allowed: 'float32', 'bfloat16'"),
         (HUGGING_FACE, {"to": "flax"}, "to 'flax'; allowed: 'mesh-tf', 'huggingface'"),
         (MESH_TF / "global", {"max_shard_size": "5 apples"}, "max_shard_size '5 apples'; allowed: bytes"),
@@ -113,6 +114,13 @@ def test_what_is_not_converted_leaves_nothing(tmp_path, source, options, message
         convert_checkpoint(source, tmp_path / "m", **options)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_activation_that_hugging_face_lacks_is_named(tmp_path):
+    write_mesh_tf_checkpoint(tmp_path / "a", {**TINY, "activation_fn": "relu"}, random_weights(TINY))
+    with pytest.raises(CheckpointError, match="Hugging Face's GPT-Neo has no activation_fn='relu'; allowed: to='mesh"):
+        convert_checkpoint(tmp_path / "a", tmp_path / "b")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_float16_overflow_is_named(tmp_path):

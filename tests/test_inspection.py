@@ -287,6 +287,14 @@ def test_penalties_of_new_tokens_count_the_continuation_alone(model):
     assert held.probabilities[7] == 0 < free.probabilities[7]
 
 
+def test_n_grams_that_stand_there_are_not_repeated(model):
+    (step,) = (s for s in model.inspect(PROMPT, no_repeat_ngram_size=2) if s.name == "no_repeat_ngram_size")
+    x = reference_logits(PROMPT)
+    x[9] = -np.inf  # 17 9 stands there, and 17 is the last token
+    assert step.label == "no_repeat_ngram_size 2"
+    np.testing.assert_allclose(step.probabilities, reference.softmax(x), atol=2e-6)
+
+
 def test_greedy_decoding_takes_the_likeliest(model):
     banned = int(reference_logits(PROMPT).argmax())
     steps = model.inspect(PROMPT, do_sample=False, bad_words_ids=[[banned]])

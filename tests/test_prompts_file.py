@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import kill_and_resume
 
-from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, generate_file
+from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, cli, generate_file
 from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
 
 
@@ -418,6 +418,20 @@ def test_a_full_disk(files, room):
     generate_file(Stub(), source, output, seed=4)
     assert output.read_bytes() == output.with_name("undisturbed").read_bytes()
     assert not [name for name in os.listdir(output.parent) if "partial" in name]
+
+
+def test_the_command_says_the_seed_that_it_chose(tmp_path, capfd):
+    source = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 3}, {"prompt": "She", "top_k": 5})
+    command = ["generate", "--prompts-file", str(source), "--max-new-tokens", "4", "--output"]
+    outputs = [tmp_path / name for name in ("a", "b")]
+    assert cli.main([*command, str(outputs[0])]) == 0
+    out, err = capfd.readouterr()
+    seed, done = err.splitlines()
+    assert (out, done) == ("", f"{outputs[0]}: 2 prompts, 2 of them done now")
+    word, number = seed.split()
+    assert word == "seed" and cli.main([*command, str(outputs[1]), "--seed", number]) == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert capfd.readouterr().err == f"{outputs[1]}: 2 prompts, 2 of them done now\n"
 
 
 def test_the_command_killed_and_interrupted(tmp_path):
