@@ -56,16 +56,16 @@ def tensor(storage, offset, shape, strides):
     return Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, offset, shape, strides, False, {}))
 
 
-def pickled(value):
+def pickled(value, protocol=2):
     file = io.BytesIO()
-    Pickler(file, 2).dump(value)
+    Pickler(file, protocol).dump(value)
     return file.getvalue()
 
 
-def write_zip(path, value, storages=None, compression=zipfile.ZIP_STORED):
+def write_zip(path, value, storages=None, compression=zipfile.ZIP_STORED, protocol=2):
     """A file as torch.save makes it: `value` pickled, and storages by key, arrays."""
     with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled(value))
+        archive.writestr("archive/data.pkl", pickled(value, protocol))
         archive.writestr("archive/byteorder", "little")
         for key, array in (storages or {}).items():
             archive.writestr(f"archive/data/{key}", array.tobytes())
@@ -75,14 +75,14 @@ def write_zip(path, value, storages=None, compression=zipfile.ZIP_STORED):
 KINDS = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
 
 
-def write_pytorch(path, tensors):
+def write_pytorch(path, tensors, protocol=2):
     """The same of tensors as `as_hugging_face` gives them."""
     value, storages = {}, {}
     for i, (name, (dtype, array)) in enumerate(tensors.items()):
         strides = tuple(s // array.itemsize for s in array.strides)
         value[name] = tensor(Storage(KINDS[dtype], str(i), array.size), 0, array.shape, strides)
         storages[str(i)] = array
-    write_zip(path, value, storages)
+    write_zip(path, value, storages, protocol=protocol)
 
 
 def folder_of(tmp_path, change=None, file="zip.bin"):
@@ -115,6 +115,14 @@ def test_shards_and_dtypes(tmp_path, dtype, scope):
     for file in files:
         write_pytorch(folder / file, {n: t for n, t in tensors.items() if weight_map[n] == file})
     all_equal(open_checkpoint(folder), {n: expected.read(n) for n in expected.names()})
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_pickles_of_other_protocols(tmp_path, protocol):
+    """torch.save takes pickle_protocol."""
+    folder = folder_of(tmp_path)
+    write_pytorch(folder / "pytorch_model.bin", as_hugging_face(random_weights(TINY)), protocol)
+    all_equal(open_checkpoint(folder), random_weights(TINY))
 
 
 def test_safetensors_win(tmp_path):
