@@ -106,6 +106,9 @@ OVERFLOWING = sample_of(Place("batch:4,vocab:1040"), Row("every magnitude"), wit
     ("-inf", 0.0), ("largest", 0.2), ("largest", 0.4)
 ))  # fmt: skip
 LOWEST_BEHIND_INFINITY = sample_of(SPLIT[0], with_planted(("-inf", 0.0), ("lowest", 0.5)))
+# sums along a first dim, which TensorFlow adds up one by one, were off by 9e-6 of them
+FIRST_DIM = Sample(Place("vocab:1040,batch:4", "x:2", "vocab:x"), (*[Row("normal")] * 3, Row("one-hot")))
+TIES = Sample(Place("vocab:130,batch:5"), (*[Row("normal")] * 4, Row("ties", 32758)))
 FAR_FROM_0 = sample_of(ONE_DEVICE[3], Row("far from 0"), Row("equal", 1))
 
 
@@ -133,6 +136,8 @@ def unit(dtype):
 
 @example(WIDE_NAN, 0)
 @example(OVERFLOWING, 0)
+@example(TIES, 230)
+@example(FIRST_DIM, 1)
 @given(samples(), seeds)
 def test_softmax_and_entmax(sample, seed):
     place, x = sample.place, sample.x
@@ -153,7 +158,9 @@ def test_softmax_and_entmax(sample, seed):
             want = reference.entmax_bisect(x[row], np.float64(of[row]))
             np.testing.assert_allclose(p[row], want, rtol=u, atol=4e-6)
             by_x = p[row][np.argsort(x[row], kind="stable")]
-            assert (np.diff(by_x) >= -1e-6 * by_x[1:] - least).all()
+            # entmax takes exp of a rounded log p, and a kernel's last entries may round otherwise than those before
+            rounding = 1e-6 - 2.0**-22 * np.log(np.maximum(by_x[1:], 1e-38))
+            assert (np.diff(by_x) >= -rounding * by_x[1:] - least).all()
             assert np.abs(dx[row].sum(dtype=np.float64)) <= 4 * u * np.abs(dx[row]).sum() + 1e-5
             assert np.isfinite(dx[row]).all() and not dx[row][p[row] == 0].any()
         np.testing.assert_allclose(again[name][valid], p[valid][:, order], rtol=2 * u, atol=4e-6)
@@ -172,6 +179,7 @@ def losses(place, mesh, x, target):
 LOSS_ALPHAS = (1, 1.3, 2)
 
 
+@example(FIRST_DIM, 0)
 @given(samples(), seeds)
 def test_entmax_loss(sample, seed):
     place, x = sample.place, sample.x

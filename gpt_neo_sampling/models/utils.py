@@ -344,8 +344,15 @@ def entmax_backward(
 
     s = mtf.cwise(weight, [mtf.cast(p, tf.float32), alpha], name="entmax_weight")
     dy = mtf.cast(dy, tf.float32)
-    mean = mtf.reduce_sum(s * dy, reduced_dim=dim) / mtf.reduce_sum(s, reduced_dim=dim)
+    mean = _sum(s * dy, dim) / _sum(s, dim)
     return [mtf.cast(s * (dy - mean), x.dtype)]
+
+
+def _sum(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
+    """Σ along `dim`, as the last: TensorFlow adds up the last in a tree, others one by one, which rounds more."""
+    if x.shape.dims[-1] != dim:
+        x = mtf.transpose(x, x.shape - dim + dim)
+    return mtf.reduce_sum(x, reduced_dim=dim)
 
 
 class _EntmaxOperation(MeshOperation):
@@ -488,7 +495,7 @@ def entmax_cross_entropy_with_logits(
     # Σ p = Σ t, so the logits may be taken from their largest: no cancellation
     # of large numbers, and an excluded logit of −inf adds exactly nothing.
     shifted = logits - mtf.stop_gradient(mtf.reduce_max(logits, reduced_dim=vocab_dim))
-    loss = mtf.reduce_sum(_times(p - targets, shifted), reduced_dim=vocab_dim)
+    loss = _sum(_times(p - targets, shifted), vocab_dim)
 
     def entropy_difference(p: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
         """Ω(t) − Ω(p), entry by entry."""
@@ -502,7 +509,7 @@ def entmax_cross_entropy_with_logits(
         return term(t) - term(p)
 
     omega = mtf.cwise(entropy_difference, [p, targets], grad_function=0, name="omega")
-    loss += mtf.reduce_sum(omega, reduced_dim=vocab_dim)
+    loss += _sum(omega, vocab_dim)
     if counts is not None:
         loss *= counts
     if z_loss:
