@@ -286,7 +286,7 @@ def log_softmax_at(x: mtf.Tensor, at: mtf.Tensor, dim: mtf.Dimension) -> mtf.Ten
     """
     top = mtf.reduce_max(x, reduced_dim=dim)
     x = cwise_broadcast(lambda x, top: tf.maximum(x - top, x.dtype.min), [x, top], x.shape)
-    return take(x, at, dim) - mtf.log(mtf.reduce_sum(mtf.exp(x), reduced_dim=dim))
+    return take(x, at, dim) - mtf.log(_sum(mtf.exp(x), dim))
 
 
 def _import_alpha(mesh: mtf.Mesh, alpha: RowValue, rows: mtf.Shape) -> mtf.Tensor:
