@@ -745,7 +745,7 @@ MODELS = {
     "a long value": (hugging_face(model_type="x" * 10**6), "xxxx … xxxx"),
     "attention types that are none": (
         hugging_face(attention_types=[["global"]]),
-        "config.json: ",
+        "config.json: attention_types is [['global']]; allowed: [[[types…], repeats], …]",
     ),
     "defaults of NaN": (
         hugging_face(put("generation_config.json", b'{"top_k": NaN}')),

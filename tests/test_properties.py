@@ -163,7 +163,7 @@ def test_softmax_and_entmax(sample, seed):
             np.testing.assert_allclose(p[row], want, rtol=u, atol=4e-6)
             by_x = p[row][np.argsort(x[row], kind="stable")]
             # entmax takes exp of a rounded log p, and a kernel's last entries may round otherwise than those before
-            rounding = 1e-6 - 2.0**-22 * np.log(np.maximum(by_x[1:], 1e-38))
+            rounding = np.maximum(1e-6, -(2.0**-22) * np.log(np.maximum(by_x[1:], 1e-38)))
             assert (np.diff(by_x) >= -rounding * by_x[1:] - least).all()
             assert np.abs(dx[row].sum(dtype=np.float64)) <= 4 * u * np.abs(dx[row]).sum() + 1e-5
             assert np.isfinite(dx[row]).all() and not dx[row][p[row] == 0].any()
