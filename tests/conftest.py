@@ -88,9 +88,18 @@ def pytest_configure():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of test_matrix.py, a line for each mesh implementation, mesh shape, layout and way of sampling."""
+    """What README.md gives figures of: the largest error of golden logits, and the table of test_matrix.py.
+
+    The table has a line for each mesh implementation, mesh shape, layout and way of sampling.
+    """
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
-    cells = [value for r in reports for name, value in r.user_properties if name == "cell"]
+    errors, cells = (
+        [value for r in reports for name, value in r.user_properties if name == wanted]
+        for wanted in ("golden logits", "cell")
+    )
+    if errors:
+        terminalreporter.section("logits against the golden checkpoints'")
+        terminalreporter.write_line(f"{len(errors)} checkpoints, largest error {max(errors):.1e}")
     if cells:
         terminalreporter.section("tokens against one CPU device")
         rows = [("mesh", "shape", "layout", "sampling", "tokens"), *sorted(map(tuple, cells))]

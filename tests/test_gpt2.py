@@ -44,11 +44,13 @@ def largest_difference(a, b):
 
 
 @pytest.mark.parametrize("name", ["global", "local", "padding_outside", "rotary"])
-def test_logits_of_the_checkpoints(name):
+def test_logits_of_the_checkpoints(name, record_property):
     params, weights, golden = checkpoint(name)
     logits = logits_program(params, weights, *golden["ids"].shape)(golden["ids"])
     assert logits.dtype == np.float32
-    assert largest_difference(logits, golden["logits"]) < LOGITS_TOLERANCE
+    difference = largest_difference(logits, golden["logits"])
+    record_property("golden logits", float(difference))
+    assert difference < LOGITS_TOLERANCE
 
 
 SHAPES = {
