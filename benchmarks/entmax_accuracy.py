@@ -13,7 +13,7 @@ import numpy as np
 
 common.use_tests()
 import reference  # noqa: E402
-from conftest import MeshRunner, dims  # noqa: E402
+from programs import MeshRunner, dims  # noqa: E402
 
 from gpt_neo_sampling import entmax  # noqa: E402
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_stderr  # noqa: E402

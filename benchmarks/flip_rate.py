@@ -30,8 +30,7 @@ import numpy as np
 from scipy import stats
 
 common.use_tests()
-from conftest import MeshRunner, dims  # noqa: E402
-from helpers_model import Program  # noqa: E402
+from programs import MeshRunner, Program, dims  # noqa: E402
 
 from gpt_neo_sampling import exact  # noqa: E402
 from gpt_neo_sampling._compat import (  # noqa: E402

@@ -32,8 +32,7 @@ from scipy import stats
 
 common.use_tests()
 import reference  # noqa: E402
-from conftest import MeshRunner, dims  # noqa: E402
-from helpers_model import Program  # noqa: E402
+from programs import MeshRunner, Program, dims  # noqa: E402
 
 from gpt_neo_sampling import entmax, sample_categorical  # noqa: E402
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, quiet_stderr, tf  # noqa: E402

@@ -205,8 +205,8 @@ class Decoder:
 def prompt_logits(n_ctx, prompts):
     """[vocab]: the library's logits behind the first prompt, by its model function in a graph of its own."""
     common.use_tests()
-    from helpers_model import Program as ModelProgram
     from helpers_model import call_model, features
+    from programs import Program as ModelProgram
 
     from gpt_neo_sampling import open_checkpoint
 

@@ -1,79 +1,48 @@
-"""What the tests share: running mtf graphs on CPU meshes, and the data folder."""
+"""What pytest is told: the data folder, hypothesis' profiles, what makes the suite fast, the tables at its end."""
 
+import gc
 import os
 import pathlib
 import signal
 import sys
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 # On a slow machine a bar would stand among what is compared, in the processes that tests start too.
 os.environ["TQDM_DISABLE"] = "1"
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
+from programs import ONE_DEVICE
 
 # A shell has what it runs in the background ignore Ctrl-C, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = pathlib.Path(__file__).parent / "data"
-DEVICES = 8
-
-
-class MeshRunner:
-    """Builds an mtf graph on a mesh and runs it.
-
-    mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y";
-    every processor is a virtual CPU device of its own.
-    """
-
-    def __init__(self, mesh_shape="", layout=""):
-        self.mesh_shape, self.layout = mesh_shape, layout
-        self.impl = PlacementMeshImpl(mesh_shape, layout, self.devices())
-
-    def devices(self):
-        size = mtf.convert_to_shape(self.mesh_shape).size
-        return [""] if size == 1 else [f"cpu:{i}" for i in range(size)]
-
-    def __call__(self, build, *arrays, times=None):
-        """Values of the mtf tensors that build(mesh, *placeholders) returns.
-
-        With `times`, the same session runs the graph that often: a list of results.
-        """
-        with tf.Graph().as_default():
-            mesh = mtf.Mesh(mtf.Graph(), "mesh")
-            holders = [tf.placeholder(tf.as_dtype(a.dtype), a.shape) for a in map(np.asarray, arrays)]
-            out = build(mesh, *holders)
-            single = isinstance(out, mtf.Tensor)
-            outs = [out] if single else list(out)
-            lowering = mtf.Lowering(mesh.graph, {mesh: self.impl}, autostack=False)
-            fetches = [lowering.export_to_tf_tensor(o) for o in outs]
-            config = tf.ConfigProto(device_count={"CPU": DEVICES}, inter_op_parallelism_threads=2)
-            with tf.Session(config=config) as session:
-                session.run(tf.global_variables_initializer())
-                session.run(lowering.copy_masters_to_slices())
-                feed = dict(zip(holders, arrays))
-                results = [session.run(fetches, feed) for _ in range(times or 1)]
-        results = [r[0] if single else r for r in results]
-        return results if times else results[0]
-
-    def __repr__(self):
-        return f"{self.mesh_shape or 'one device'} {self.layout}"
-
-
-def dims(**sizes):
-    """mtf.Dimensions by name, in order."""
-    return [mtf.Dimension(name, size) for name, size in sizes.items()]
 
 
 @pytest.fixture
 def single():
-    return MeshRunner()
+    return ONE_DEVICE
 
 
 def pytest_configure():
-    """Profiles of hypothesis: the same examples in every run; others each time with HYPOTHESIS_PROFILE=fuzz."""
+    build_graphs_faster()
+    set_profiles_of_hypothesis()
+
+
+def build_graphs_faster():
+    """Most of the suite's time goes into the nodes of TensorFlow's graphs, and a tenth of that each into looking for
+    garbage among so many objects again and again, and into noting where each node was made."""
+    from tensorflow.python.util import tf_stack
+
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    one_place = tf_stack.extract_stack()
+    tf_stack.extract_stack = lambda stacklevel=1: one_place
+
+
+def set_profiles_of_hypothesis():
+    """The same examples in every run; others each time with HYPOTHESIS_PROFILE=fuzz."""
     from hypothesis import HealthCheck, Phase, settings  # which the benchmarks, that use this file too, do without
 
     shared = dict(

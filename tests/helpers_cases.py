@@ -7,8 +7,8 @@ without XLA. test_simd.py and test_xla.py hold theirs against those.
 import functools
 
 import numpy as np
-from conftest import dims
-from helpers_model import Program, features
+from helpers_model import features
+from programs import Program, dims
 from simd import constant_weights
 
 from gpt_neo_sampling._compat import mtf, tf

@@ -6,8 +6,8 @@ drawn there.
 
 import numpy as np
 import reference
-from conftest import dims
-from helpers_model import Program, features
+from helpers_model import features
+from programs import Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sample import INVALID, sample_autoregressive

@@ -3,50 +3,15 @@
 import json
 
 import numpy as np
-from conftest import DATA, DEVICES, MeshRunner, dims
+from conftest import DATA
+from programs import dims
 
-from gpt_neo_sampling._compat import mtf, quiet_logging, tf
+from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.decoder import DecodeContext
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 
 FLOAT32 = mtf.VariableDType(tf.float32)
-
-
-class Program:
-    """An mtf graph on a mesh, built once and run as often as wanted.
-
-    build(mesh, *placeholders) returns mtf tensors, by themselves, in a list or in
-    a dict; there is a placeholder for each (dtype, shape) in `inputs`. `weights`
-    are loaded under their names with "gpt2/" before; they must be just the
-    variables that the graph has. Where they are None, variables start as their
-    initialisers say.
-    """
-
-    def __init__(self, build, inputs=(), weights=None, runner=None):
-        self.graph = tf.Graph()
-        with self.graph.as_default(), quiet_logging():
-            mesh = mtf.Mesh(mtf.Graph(), "mesh")
-            self._holders = [tf.placeholder(dtype, shape) for dtype, shape in inputs]
-            outputs = build(mesh, *self._holders)
-            lowering = mtf.Lowering(mesh.graph, {mesh: (runner or MeshRunner()).impl}, autostack=False)
-            self._fetches = tf.nest.map_structure(lowering.export_to_tf_tensor, outputs)
-            masters = {v.op.name: v for v in tf.global_variables() if "_slice_" not in v.op.name}
-            self.variables = {name: tuple(v.shape.as_list()) for name, v in masters.items()}
-            feed = {}
-            if weights is not None:
-                assert set(masters) == {"gpt2/" + name for name in weights}
-                feed = {masters["gpt2/" + name].initial_value: value for name, value in weights.items()}
-            options = tf.ConfigProto(device_count={"CPU": DEVICES})
-            if runner is not None and runner.mesh_shape:  # or it takes longer than all else that is run
-                options.graph_options.rewrite_options.disable_meta_optimizer = True
-            self._session = tf.Session(config=options)
-            self._session.run(tf.global_variables_initializer(), feed)
-            self._session.run(lowering.copy_masters_to_slices())
-
-    def __call__(self, *arrays):
-        assert len(arrays) == len(self._holders)
-        return self._session.run(self._fetches, dict(zip(self._holders, arrays)))
 
 
 def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more):

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 
 import numpy as np
-from conftest import MeshRunner
 from hypothesis import strategies as st
+from programs import MeshRunner
 
 from gpt_neo_sampling._compat import mtf, tf
 

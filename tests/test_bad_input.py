@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from conftest import DATA, dims
+from conftest import DATA
 from helpers_checkpoint import (
     DATA_FILE,
     HUGGING_FACE,
@@ -35,6 +35,7 @@ from helpers_checkpoint import (
     table,
     write_json,
 )
+from programs import dims
 from test_pytorch_files import Storage, pickled, tensor, write_zip
 
 import gpt_neo_sampling as g

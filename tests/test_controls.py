@@ -12,9 +12,9 @@ import re
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner
 from helpers_loop import BATCH, LENGTH, STOP, VOCAB, Bigram, bigram, follow, loops, prompts_of, weights_of
 from helpers_model import reference_config
+from programs import MeshRunner
 from scipy import stats
 
 from gpt_neo_sampling import GenerationOptions, TextGenerator, sample_autoregressive

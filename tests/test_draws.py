@@ -8,25 +8,22 @@ anywhere at less than one choice of seeds in 100,000.
 """
 
 import contextlib
-import functools
 import itertools
 
 import numpy as np
 import pytest
 import reference
-from conftest import DEVICES, MeshRunner, dims
-from helpers_model import Program
+from programs import DEVICES, ONE_DEVICE, MeshRunner, Program, XlaProgram, compiled, dims, lowered
 from test_utils import chi_square_p
 
 from gpt_neo_sampling import draws, exact
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.rows import GROUPS, Rows, group_size, padded_size
 
 FALSE_ALARM = 1e-6
 GPT2_VOCAB = 50257
 LOWEST = np.finfo(np.float32).min
-ONE_DEVICE = PlacementMeshImpl([], [], [""])
 
 
 def imp(mesh, value, *shape):
@@ -35,10 +32,8 @@ def imp(mesh, value, *shape):
 
 def on_tensors(fn, *arrays, jit=False):
     """Values of what fn gives for tensors of these values, by itself or in a nest."""
-    probe_devices()
     with quiet_logging():
-        function = tensorflow.function(fn, jit_compile=jit, autograph=False)
-        return tf.nest.map_structure(lambda t: t.numpy(), function(*map(tf.constant, arrays)))
+        return tf.nest.map_structure(lambda t: t.numpy(), compiled(fn, jit)(*map(tf.constant, arrays)))
 
 
 def assert_same_bits(got, want, message=""):
@@ -276,7 +271,7 @@ def test_draw_from_millions(jit):
 
         return tf.stack([draw(), draw(s)])
 
-    function = tensorflow.function(build, jit_compile=jit, autograph=False)
+    function = compiled(build, jit)
     with quiet_logging():
         got = np.array([function(tf.constant(u)).numpy() for u in words.view(np.int32)[::7]])
     np.testing.assert_array_equal(got, np.stack([want[::7]] * 2, 1))
@@ -421,7 +416,7 @@ def test_exact_softmax_weights():
 
 def exact_entmax(z, alpha, jit=False, runner=None):
     """exact.entmax_weights of z [rows, V], alpha [rows]; a runner splits V along its mesh."""
-    impl = ONE_DEVICE if runner is None else runner.impl
+    impl = (runner or ONE_DEVICE).impl
     epsilon = (np.float32(alpha) - np.float32(1))[:, np.newaxis]
     axes = list(range(impl.ndims))
 
@@ -560,14 +555,6 @@ def opened_up(again, few=False, **replacements):
         for name, function in replacements.items():
             patch.setattr(draws, name, function)
         yield
-
-
-def lowered(build, *tensors):
-    """build on one device, within a graph or function."""
-    mesh = mtf.Mesh(mtf.Graph(), "mesh")
-    out = build(mesh, *tensors)
-    lowering = mtf.Lowering(mesh.graph, {mesh: ONE_DEVICE}, autostack=False)
-    return tf.nest.map_structure(lowering.export_to_tf_tensor, out)
 
 
 def cumulative(scores, *alpha, exactly, jit=False):
@@ -806,7 +793,7 @@ def check_fast_draws(rng, z, alpha, copies, passes, few=False):
     for jit in (False, True):
         doubted = 0
         with opened_up(again=False, few=few, _draw_near=note), quiet_logging():
-            function = tensorflow.function(tokens_and_doubts, jit_compile=jit, autograph=False)
+            function = compiled(tokens_and_doubts, jit)
             for u1, u2, right in zip(*u, want):
                 token, doubt = (t.numpy() for t in function(*map(tf.constant, (z, u1, u2, *alpha))))
                 np.testing.assert_array_equal(token[doubt == 0], right[doubt == 0])
@@ -818,22 +805,6 @@ def check_fast_draws(rng, z, alpha, copies, passes, few=False):
 
 
 # --- Draws from scores: the same everywhere -----------------------------------------------
-
-
-class OnXla:
-    """As helpers_model.Program, on one device and compiled by XLA."""
-
-    def __init__(self, build, inputs):
-        probe_devices()
-        with quiet_logging():
-            function = tensorflow.function(functools.partial(lowered, build), jit_compile=True, autograph=False)
-            self._function = function.get_concrete_function(*(tf.TensorSpec(shape, dtype) for dtype, shape in inputs))
-
-    def __call__(self, *arrays):
-        return self._function(*map(tf.constant, arrays)).numpy()
-
-    def __repr__(self):
-        return "XLA"
 
 
 @pytest.mark.parametrize(
@@ -862,7 +833,7 @@ def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, ent
     u = np.concatenate([u, uniforms(rng, 2, anywhere, rows)], 1)
 
     inputs = [(tf.float32, (rows, size))] + [(tf.float32, (rows,))] * (2 + len(alpha))
-    programs = {"one device": Program(score_build(size), inputs), "XLA": OnXla(score_build(size), inputs)}
+    programs = {"one device": Program(score_build(size), inputs), "XLA": XlaProgram(score_build(size), inputs)}
     with margins(2.0):
         programs["integers"] = Program(score_build(size), inputs)
     for mesh_shape in layouts:
@@ -883,7 +854,7 @@ def test_without_the_protection_backends_differ():
     u = near_borders(rng, z, passes=20)
     inputs = [(tf.float32, z.shape)] + [(tf.float32, (16,))] * 2
     with margins(0.0):
-        plain, xla = Program(score_build(GPT2_VOCAB), inputs), OnXla(score_build(GPT2_VOCAB), inputs)
+        plain, xla = Program(score_build(GPT2_VOCAB), inputs), XlaProgram(score_build(GPT2_VOCAB), inputs)
     right = Program(score_build(GPT2_VOCAB), inputs)
     tokens = [np.array([program(z, u1, u2) for u1, u2 in zip(*u)]) for program in (plain, xla, right)]
     differ = [(a != b).mean() for a, b in itertools.combinations(tokens, 2)]
@@ -978,7 +949,7 @@ def test_invalid_rows_of_scores(entmax):
     whole = MeshRunner("x:2,y:2", "batch:x,vocab:y"), padded_size(130, 2)
     fast = list(programs(cut, whole))
     with margins(2.0):
-        exactly = [*programs(cut), OnXla(score_build(130), inputs)]
+        exactly = [*programs(cut), XlaProgram(score_build(130), inputs)]
     want = fast[0](good, u1, u2, *alphas[: int(entmax)])
     assert want.min() >= 0
     want[[*INVALID_SCORES, *(INVALID_ALPHAS if entmax else [])]] = -1
@@ -1013,7 +984,7 @@ def test_draws_from_candidates_are_those_from_the_masked_row(entmax):
     from_masked = Program(score_build(size), [(tf.float32, (rows, size)), *per_row])
     for u1, u2 in zip(*uniforms(rng, 2, 30, rows)):
         np.testing.assert_array_equal(from_few(values, order, u1, u2, *alphas), from_masked(masked, u1, u2, *alphas))
-    others = [OnXla(few, inputs)]
+    others = [XlaProgram(few, inputs)]
     with margins(2.0):
         others.append(Program(few, inputs))
     for u1, u2 in zip(*near_borders(rng, masked, *alphas, passes=20)):

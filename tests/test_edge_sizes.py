@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
 from helpers_checkpoint import TINY, bfloat16_rounded, random_weights
 from helpers_loop import TABLE, Bigram, bigram_logits, check, loops, prompts_of
-from helpers_model import Program, features, reference_config
+from helpers_model import features, reference_config
 from helpers_model import random_weights as model_weights
+from programs import MeshRunner, Program, dims
 
 from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling._compat import mtf, tf

@@ -5,9 +5,7 @@ import functools
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner
 from helpers_model import (
-    Program,
     call_model,
     checkpoint,
     config,
@@ -18,6 +16,7 @@ from helpers_model import (
     reference_config,
     variable_shapes,
 )
+from programs import MeshRunner, Program
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models import gpt2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
+from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate

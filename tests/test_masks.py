@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
 from helpers_cases import LOWEST
+from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models.masks import epsilon_mask, eta_mask, min_p_mask, top_p_mask, typical_p_mask

@@ -1,19 +1,20 @@
-"""The same tokens on every mesh: the bundled model on every layout that GPT-Neo's configs use.
+"""The same tokens on every mesh: the bundled model, cut to two layers, on every layout that GPT-Neo's configs use.
 
 A cell of the table that pytest prints is a mesh implementation, a mesh shape, a
 layout and a way of sampling, whose tokens are those of one CPU device.
 """
 
 import functools
+import re
 
 import numpy as np
 import pytest
-from conftest import MeshRunner
-from helpers_model import Program, features
+from helpers_model import features
+from programs import MeshRunner, Program, XlaProgram
 from simd import UNAVAILABLE, SimdProgram, constant_weights
 
 from gpt_neo_sampling import sample
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, quiet_logging, tensorflow, tf
+from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.generate import DEMO_FOLDER
 from gpt_neo_sampling.mtf_ops import cwise_broadcast
@@ -43,18 +44,21 @@ SIMD_LAYOUTS = [
     ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
     ("x:2,y:4", "batch:x,memory_length:y,embd:y"),
 ]
-WAYS = {  # temperature, top-k, entmax's α
-    "greedy": (0.0, -1, None),
-    "temperature": (0.9, -1, None),
-    "top-k": (1.2, 40, None),
+WAYS = {  # temperature, top-k, α
+    "greedy": (0.0, -1, 1.0),
+    "temperature": (0.9, -1, 1.0),
+    "top-k": (1.2, 40, 1.0),
     "entmax": (1.0, -1, 1.3),
 }
 
 
 @functools.cache
 def bundled():
+    """(params, weights) of the bundled model's first two layers, one of each kind of attention, and all around them."""
     with open_checkpoint(DEMO_FOLDER) as checkpoint:
-        return {**checkpoint.params, "mode": "predict"}, {name: checkpoint.read(name) for name in checkpoint.names()}
+        attention = [[["global", "local"], 1]]
+        params = {**checkpoint.params, "mode": "predict", "n_layer": 2, "attention_types": attention}
+        return params, {n: checkpoint.read(n) for n in checkpoint.names() if not re.match("h[2-9]/", n)}
 
 
 def prompts():
@@ -63,69 +67,42 @@ def prompts():
     return np.where(np.arange(LENGTH) < lengths[:, np.newaxis], tokens, 0).astype(np.int32)
 
 
-def loop(mesh, ids, temperature, top_k, seed, *weights, use_entmax):
+def loop(mesh, ids, temperature, top_k, alpha, seed, *weights):
+    """A decode loop of every way: entmax at α = 1 is softmax, and a top-k of −1 keeps all."""
     params, names = bundled()
     shape, other = features(mesh, params, BATCH, LENGTH)
-    options = dict(sampling_use_entmax=True) if use_entmax else dict(sampling_keep_top_k=top_k, max_top_k=40)
-
-    def build():
-        ids_in = mtf.import_tf_tensor(mesh, ids, shape)
+    with constant_weights(dict(zip(names, weights))):
         return sample.sample_autoregressive(
-            ids_in, other, params, max_steps=NEW_TOKENS, temperature=temperature, seed=seed, **options
+            mtf.import_tf_tensor(mesh, ids, shape),
+            other,
+            params,
+            max_steps=NEW_TOKENS,
+            temperature=temperature,
+            sampling_keep_top_k=top_k,
+            max_top_k=40,
+            sampling_use_entmax=True,
+            entmax_alpha=alpha,
+            seed=seed,
         )
 
-    if not weights:
-        return build()
-    with constant_weights(dict(zip(names, weights))):
-        return build()
 
-
-INPUTS = [(tf.int32, (BATCH, LENGTH)), (tf.float32, ()), (tf.int32, ()), (tf.int32, ())]
+def inputs():
+    options = [(tf.float32, ()), (tf.int32, ()), (tf.float32, ()), (tf.int32, ())]
+    return [(tf.int32, (BATCH, LENGTH)), *options, *((tf.float32, w.shape) for w in bundled()[1].values())]
 
 
 class Cells:
-    """The tokens of each way of sampling on one mesh; a graph for softmax and one for entmax."""
+    """The tokens of each way of sampling on one mesh: make(loop, inputs) is its program."""
 
     def __init__(self, make):
-        self._programs = {use_entmax: make(functools.partial(loop, use_entmax=use_entmax)) for use_entmax in (0, 1)}
+        self._program = make(loop, inputs())
 
     def __call__(self, way, seed=5):
-        temperature, top_k, alpha = WAYS[way]
-        return self._programs[alpha is not None](prompts(), np.float32(temperature), np.int32(top_k), np.int32(seed))
+        return self._program(prompts(), *WAYS[way], seed, *bundled()[1].values())
 
 
 def on_placement_mesh(mesh_shape="", layout=""):
-    runner = MeshRunner(mesh_shape, layout)
-    return Cells(lambda build: Program(build, INPUTS, weights=bundled()[1], runner=runner))
-
-
-def with_weights(program):
-    weights = bundled()[1].values()
-    return lambda *arrays: program(*arrays, *weights)
-
-
-def on_simd_mesh(mesh_shape, layout):
-    inputs = INPUTS + [(tf.float32, w.shape) for w in bundled()[1].values()]
-    return Cells(lambda build: with_weights(SimdProgram(build, inputs, mesh_shape, layout)))
-
-
-def under_xla():
-    def make(build):
-        def one_device(*tensors):
-            mesh = mtf.Mesh(mtf.Graph(), "mesh")
-            out = build(mesh, *tensors)
-            impl = PlacementMeshImpl([], [], [""])
-            return mtf.Lowering(mesh.graph, {mesh: impl}, autostack=False).export_to_tf_tensor(out)
-
-        function = tensorflow.function(one_device, jit_compile=True, autograph=False)
-
-        def run(*arrays):
-            with quiet_logging():
-                return function(*map(tf.constant, arrays)).numpy()
-
-        return with_weights(run)
-
-    return Cells(make)
+    return Cells(functools.partial(Program, runner=MeshRunner(mesh_shape, layout)))
 
 
 @functools.cache
@@ -152,11 +129,17 @@ def test_placement_meshes(mesh_shape, layout, record_property):
 @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 @pytest.mark.parametrize("mesh_shape, layout", SIMD_LAYOUTS)
 def test_simd_meshes(mesh_shape, layout, record_property):
-    check(on_simd_mesh(mesh_shape, layout), record_property, "simd", mesh_shape, layout)
+    check(
+        Cells(functools.partial(SimdProgram, mesh_shape=mesh_shape, layout=layout)),
+        record_property,
+        "simd",
+        mesh_shape,
+        layout,
+    )
 
 
 def test_xla(record_property):
-    check(under_xla(), record_property, "placement, XLA", "one device", "")
+    check(Cells(XlaProgram), record_property, "placement, XLA", "one device", "")
 
 
 def test_the_table_tells_samples_apart():

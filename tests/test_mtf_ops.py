@@ -6,7 +6,7 @@ Building a graph costs more than running it, so a test puts its cases into one.
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
+from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.largest import largest, top_k

@@ -9,10 +9,9 @@ import functools
 import hypothesis
 import numpy as np
 import reference
-from conftest import MeshRunner
-from helpers_model import Program
 from hypothesis import example, given
 from hypothesis import strategies as st
+from programs import MeshRunner, Program
 from strategies import ONE_DEVICE, SPLIT, Place, Row, Sample, info, rounded, samples, seeds
 
 from gpt_neo_sampling import chain, mtf_ops

@@ -15,7 +15,6 @@ import sys
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
 from helpers_loop import (
     BATCH,
     BOS,
@@ -44,7 +43,8 @@ from helpers_loop import (
     token_at,
     weights_of,
 )
-from helpers_model import Program, checkpoint, config, random_weights, reference_config
+from helpers_model import checkpoint, config, random_weights, reference_config
+from programs import MeshRunner, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sample import INVALID, sample_autoregressive

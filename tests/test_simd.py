@@ -9,7 +9,6 @@ import functools
 import numpy as np
 import pytest
 import simd
-from conftest import dims
 from helpers_cases import (
     BATCH,
     DECODED,
@@ -22,6 +21,7 @@ from helpers_cases import (
     PENALTIES,
     assert_same,
 )
+from programs import dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models.utils import sample_categorical

@@ -6,8 +6,8 @@ looked at. What such a program computes is what test_simd.py runs.
 
 import numpy as np
 import pytest
-from conftest import dims
 from helpers_cases import TableModel
+from programs import dims
 
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling.sample import sample_autoregressive

@@ -16,7 +16,7 @@ import textwrap
 import numpy as np
 import pytest
 import reference
-from conftest import MeshRunner, dims
+from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.models.utils import (

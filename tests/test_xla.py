@@ -21,23 +21,7 @@ from helpers_cases import (
     STOP,
     assert_same,
 )
-
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, tensorflow, tf
-
-
-def on_xla(case):
-    """The case's values, from one program that XLA compiles as a whole."""
-
-    def lowered(*tensors):
-        mesh = mtf.Mesh(mtf.Graph(), "mesh")
-        outputs = case.build(mesh, *tensors)
-        lowering = mtf.Lowering(mesh.graph, {mesh: PlacementMeshImpl([], [], [""])}, autostack=False)
-        return tf.nest.map_structure(lowering.export_to_tf_tensor, outputs)
-
-    probe_devices()
-    with quiet_logging():
-        function = tensorflow.function(lowered, jit_compile=True, autograph=False)
-        return tf.nest.map_structure(lambda t: t.numpy(), function(*map(tf.constant, case.arrays)))
+from programs import XlaProgram
 
 
 @pytest.mark.parametrize(
@@ -46,7 +30,7 @@ def on_xla(case):
     ids=str,
 )
 def test_same_with_xla_and_without(case, atol):
-    assert_same(on_xla(case), case.single, atol)
+    assert_same(XlaProgram(case.build, case.inputs)(*case.arrays), case.single, atol)
 
 
 # --- What is compared is worth comparing ----------------------------------------------------
