@@ -86,9 +86,11 @@ class Program:
                 self._session.run(tf.global_variables_initializer(), feed)
                 self._session.run(lowering.copy_masters_to_slices())
 
-    def __call__(self, *arrays):
+    def __call__(self, *arrays, only=None):
+        """What build returned, or of a dict the entry `only`."""
         assert len(arrays) == len(self._holders)
-        return self._session.run(self._fetches, dict(zip(self._holders, arrays)))
+        fetches = self._fetches if only is None else self._fetches[only]
+        return self._session.run(fetches, dict(zip(self._holders, arrays)))
 
     def close(self):
         self._session.close()

@@ -1,10 +1,12 @@
 """The masks that keep likelier entries, against their definitions in float64. (top_k_mask: test_utils.py.)"""
 
+import functools
+
 import numpy as np
 import pytest
 import reference
 from helpers_cases import LOWEST
-from programs import MeshRunner, dims
+from programs import MeshRunner, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models.masks import epsilon_mask, eta_mask, min_p_mask, top_p_mask, typical_p_mask
@@ -18,12 +20,52 @@ MASKS = {
     eta_mask: (reference.eta_keep, [3e-4, 0.5], 0, [-0.1, 1, float("nan")]),
 }
 by_mask = pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__)
-MESHES = [("", ""), ("x:4", "vocab:x"), ("x:2,y:2", "batch:x,vocab:y")]
+ROWS, SIZE = 1000, 520
+BATCH, VOCAB = dims(batch=ROWS, vocab=SIZE)
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: mesh[1] or "one device")
-def runner(request):
-    return MeshRunner(*request.param)
+class Masked:
+    """All the masks in one graph on a mesh, for the tests to feed with rows of 520 entries."""
+
+    def __init__(self, *mesh):
+        inputs = [(tf.float32, (ROWS, SIZE))] * 2 + [(tf.float32, (ROWS,))] * len(MASKS)
+        self._program = Program(self._build, inputs, runner=MeshRunner(*mesh))
+
+    @staticmethod
+    def _build(mesh, x, dy, *options):
+        x, dy = imported(mesh, x, BATCH, VOCAB), imported(mesh, dy, BATCH, VOCAB)
+        turned = mtf.transpose(x, [VOCAB, BATCH])
+        out = {}
+        for mask, option in zip(MASKS, options):
+            own, number = imported(mesh, option, BATCH), MASKS[mask][1][1]
+            y = mask(x, own)
+            gradient = mtf.gradients([mtf.reduce_sum(y * dy)], [x])[0]
+            out[mask.__name__] = [y, mtf.transpose(mask(turned, own, VOCAB), x.shape), mask(x, number), gradient]
+        return out
+
+    def __call__(self, mask, x, own, dy=0):
+        """For a row's own options: what is left of x, the same along another order of dims, for the second of the
+        numbers to try in place of the tensor, and x's gradient for dy."""
+
+        def rows(a, *shape):  # repeated, as many as the graph has
+            return np.resize(np.broadcast_to(a, (len(x), *shape)), (ROWS, *shape))
+
+        options = [own if m is mask else neutral for m, (_, _, neutral, _) in MASKS.items()]
+        out = self._program(rows(x, SIZE), rows(dy, SIZE), *map(rows, options), only=mask.__name__)
+        return [a[: len(x)] for a in out]
+
+
+@functools.cache
+def masked_on(mesh):
+    return Masked(*mesh)
+
+
+MESHES = [("", ""), ("x:2", "vocab:x"), pytest.param(("x:2,y:2", "batch:x,vocab:y"), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=MESHES, ids=lambda mesh: mesh[1] or "one device")
+def masked(request):
+    return masked_on(request.param)
 
 
 def imported(mesh, x, *shape):
@@ -54,27 +96,18 @@ def assert_kept(got, x, definition, option, low=LOWEST):
 
 
 @by_mask
-def test_kept_are_those_of_the_definition(runner, mask):
-    """1,000 rows; one number for all, and a row's own, dims in either order, with the neutral one among them."""
+def test_kept_are_those_of_the_definition(masked, mask):
+    """1,000 rows, each with its own number, the neutral one among them, or one number for all; dims in either order."""
     definition, options, neutral, _ = MASKS[mask]
-    x = tied_rows(1000, 520)
-    own = np.random.default_rng(0).choice(options, 1000).astype(np.float32)
+    x = tied_rows(ROWS, SIZE)
+    own = np.random.default_rng(0).choice(options, ROWS).astype(np.float32)
     own[::9] = neutral
-    b, v = dims(batch=1000, vocab=520)
-
-    def build(mesh, x, own):
-        x, own = imported(mesh, x, b, v), imported(mesh, own, b)
-        if runner.impl.size > 1:  # a split graph takes seconds to build
-            return [mask(x, own), mask(mtf.transpose(x, [v, b]), own, v)]
-        return [mask(x, own), mask(mtf.transpose(x, [v, b]), own, v), *(mask(x, option, v) for option in options)]
-
-    by_row, moved, *by_number = runner(build, x, own)
-    np.testing.assert_array_equal(moved, by_row.T)
+    by_row, moved, by_number, _ = masked(mask, x, own)
+    np.testing.assert_array_equal(moved, by_row)
     np.testing.assert_array_equal(by_row[::9], x[::9])
     rest = own != neutral
     assert_kept(by_row[rest], x[rest], definition, own[rest, np.newaxis])
-    for got, option in zip(by_number, options):
-        assert_kept(got, x, definition, option)
+    assert_kept(by_number, x, definition, options[1])
 
 
 @by_mask
@@ -90,20 +123,20 @@ def test_sizes(mask, batch, size):
         assert_kept(got, x, definition, option)
 
 
-def test_ties_go_to_the_lower_index(runner):
+def test_ties_go_to_the_lower_index(masked):
     """Hundreds of them, across the shards' borders, where rounding leaves no doubt: by counting."""
-    size = 1200
-    x = np.zeros((4, size), np.float32)
-    x[1, 600:] = -1e4
+    x = np.zeros((4, SIZE), np.float32)
+    x[1, 260:] = -1e4
     x[2, ::2] = -np.inf
-    x[3, 7] = np.log(size - 1)  # half of the mass
-    b, v = dims(batch=4, vocab=size)
-    got = runner(lambda mesh, x: [f(imported(mesh, x, b, v), 0.75) for f in (top_p_mask, typical_p_mask)], x)
-    at = np.arange(size)
-    for kept in got:
-        np.testing.assert_array_equal(kept[:3] == 0, [at < 900, at < 450, (at % 2 > 0) & (at < 900)])
-    assert kept[3, 7] == LOWEST or got[0][3, 7] == x[3, 7]
-    assert abs(np.sum(got[0][3] == 0) - (size - 1) / 2) <= 1 and np.all(np.diff(np.flatnonzero(got[0][3] == 0)) <= 2)
+    x[3, 7] = np.log(SIZE - 1)  # half of the mass
+    at = np.arange(SIZE)
+    for mask in (top_p_mask, typical_p_mask):
+        kept = masked(mask, x, 0.75)[0]
+        np.testing.assert_array_equal(kept[:3] == 0, [at < 390, at < 195, (at % 2 > 0) & (at < 390)])
+        if mask is top_p_mask:
+            assert kept[3, 7] == x[3, 7]
+            assert abs(np.sum(kept[3] == 0) - (SIZE - 1) / 2) <= 1
+            assert np.all(np.diff(np.flatnonzero(kept[3] == 0)) <= 2)
 
 
 @by_mask
@@ -124,10 +157,10 @@ def test_half_precision(mask, dtype):
 
 
 @by_mask
-def test_invalid_rows_stay_invalid(runner, mask):
+def test_invalid_rows_stay_invalid(masked, mask):
     """NaN, +inf and options out of range make their own rows NaN; a row of nothing but −inf stays."""
     _, options, neutral, wrong = MASKS[mask]
-    x = tied_rows(16, 520)
+    x = tied_rows(16, SIZE)
     bad = x.copy()
     bad[0, 3] = bad[1, -1] = np.nan
     bad[2, 0] = bad[3, -1] = np.inf
@@ -136,14 +169,8 @@ def test_invalid_rows_stay_invalid(runner, mask):
     own[6 : 6 + len(wrong)] = wrong
     own[12] = neutral
     bad[12, 5] = np.nan
-    b, v = dims(batch=16, vocab=520)
-
-    def build(mesh, bad, x, own):
-        own = imported(mesh, own, b)
-        bad, x = imported(mesh, bad, b, v), imported(mesh, x, b, v)
-        return [mask(bad, own), mask(x, options[1]), mask(bad, options[1])]
-
-    got, good, by_number = runner(build, bad, x, own)
+    got, _, by_number, _ = masked(mask, bad, own)
+    good = masked(mask, x, own)[2]
     assert np.isnan(by_number[[0, 1, 2, 3, 12]]).all() and not np.isnan(by_number[5:12]).any()
     invalid = [0, 1, 2, 3, *range(6, 6 + len(wrong)), 12]
     assert np.isnan(got[invalid]).all()
@@ -162,28 +189,17 @@ def test_a_border_that_float32_has_no_number_for(single):
 
 def test_typical_of_nearly_equal_logits():
     """Where the mean logit is all rounding, layouts agree none the less."""
-    x = np.random.default_rng(4).standard_normal((2, 520)).astype(np.float32) * np.float32([[1e-25], [1e-15]])
-    b, v = dims(batch=2, vocab=520)
-    one, split = (
-        MeshRunner(*mesh)(lambda mesh, x: typical_p_mask(imported(mesh, x, b, v), 0.25), x) for mesh in MESHES[:2]
-    )
+    x = np.random.default_rng(4).standard_normal((2, SIZE)).astype(np.float32) * np.float32([[1e-25], [1e-15]])
+    one, split = (masked_on(mesh)(typical_p_mask, x, 0.25)[0] for mesh in MESHES[:2])
     np.testing.assert_array_equal(split, one)
     np.testing.assert_allclose((one > LOWEST).sum(1), 130, atol=1)
 
 
 @by_mask
-def test_gradient_flows_through_survivors(runner, mask):
-    _, options, *_ = MASKS[mask]
-    x = np.random.default_rng(2).standard_normal((4, 300)).astype(np.float32)
+def test_gradient_flows_through_survivors(masked, mask):
+    x = np.random.default_rng(2).standard_normal((4, SIZE)).astype(np.float32)
     dy = np.random.default_rng(3).standard_normal(x.shape).astype(np.float32)
-    b, v = dims(batch=4, vocab=300)
-
-    def build(mesh, x, dy):
-        x = imported(mesh, x, b, v)
-        y = mask(x, options[1])
-        return [y, mtf.gradients([mtf.reduce_sum(y * imported(mesh, dy, b, v))], [x])[0]]
-
-    y, dx = runner(build, x, dy)
+    y, _, _, dx = masked(mask, x, MASKS[mask][1][1], dy)
     assert 0 < np.mean(y == LOWEST) < 1
     np.testing.assert_array_equal(dx, np.where(y == LOWEST, 0, dy))
 
