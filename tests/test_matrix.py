@@ -19,6 +19,7 @@ from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.generate import DEMO_FOLDER
 from gpt_neo_sampling.mtf_ops import cwise_broadcast
 
+slow = pytest.mark.slow
 BATCH, LENGTH, NEW_TOKENS = 8, 24, 10
 GPT_NEO_LAYOUTS = [
     ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
@@ -121,11 +122,12 @@ def check(cells, record_property, *place):
     assert not any(differ.values()), differ
 
 
-@pytest.mark.parametrize("mesh_shape, layout", LAYOUTS)
+@pytest.mark.parametrize("mesh_shape, layout", LAYOUTS[:1] + [pytest.param(*m, marks=slow) for m in LAYOUTS[1:]])
 def test_placement_meshes(mesh_shape, layout, record_property):
     check(on_placement_mesh(mesh_shape, layout), record_property, "placement", mesh_shape, layout)
 
 
+@slow
 @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 @pytest.mark.parametrize("mesh_shape, layout", SIMD_LAYOUTS)
 def test_simd_meshes(mesh_shape, layout, record_property):
@@ -138,6 +140,7 @@ def test_simd_meshes(mesh_shape, layout, record_property):
     )
 
 
+@slow
 def test_xla(record_property):
     check(Cells(XlaProgram), record_property, "placement, XLA", "one device", "")
 
@@ -151,6 +154,7 @@ def test_the_table_tells_samples_apart():
     assert (cells("temperature") == single()["temperature"]).all()
 
 
+@slow
 def test_a_seed_derived_from_the_layout_is_caught(monkeypatch):
     """Rows numbered within their shard, not within the request: right on one device, wrong on two."""
 

@@ -16,7 +16,7 @@ import textwrap
 import numpy as np
 import pytest
 import reference
-from programs import MeshRunner, dims
+from programs import ONE_DEVICE, MeshRunner, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.models.utils import (
@@ -35,7 +35,9 @@ FALSE_ALARM = 1e-4
 GPT2_VOCAB = 50257
 ALPHAS = (1.0, 1.05, 1.3, 1.5, 1.9, 2.0)
 
-LAYOUTS = (MeshRunner(), MeshRunner("x:4", "vocab:x"), MeshRunner("x:2,y:2", "batch:x,vocab:y"))
+slow = pytest.mark.slow
+BOTH_SPLIT = MeshRunner("x:2,y:2", "batch:x,vocab:y")
+LAYOUTS = (ONE_DEVICE, MeshRunner("x:2", "vocab:x"), pytest.param(BOTH_SPLIT, marks=slow))
 
 
 @pytest.fixture(params=LAYOUTS, ids=str)
@@ -99,7 +101,7 @@ def test_small_vocabularies_exactly():
             outs.append(sample_categorical(imp(mesh, rows, b, v), seed=n, samples_dim=samples))
         return outs
 
-    for (name, weights), drawn in zip(SMALL.items(), MeshRunner()(build), strict=True):
+    for (name, weights), drawn in zip(SMALL.items(), ONE_DEVICE(build), strict=True):
         assert drawn.shape == (4, 50_000) and drawn.dtype == np.int32
         by_row = np.stack([np.bincount(row, minlength=len(weights)) for row in drawn])
         live = weights > 0
@@ -116,7 +118,7 @@ def test_draws_are_independent():
         flat = mtf.ones(mesh, [b, v])
         return [sample_categorical(flat, seed=3, step=step, samples_dim=s) for step in (0, 1)]
 
-    first, second = MeshRunner()(build)
+    first, second = ONE_DEVICE(build)
     pairs = {
         "neighbours": (first[0, ::2], first[0, 1::2]),
         "rows": (first[0], first[1]),
@@ -185,6 +187,7 @@ MILLION_DRAWS = r"""
 """
 
 
+@slow
 def test_million_draws_from_gpt2s_vocabulary(tmp_path):
     """Zipf's law over 50,257, batch 8: the right law, no entry of weight 0, in 1.5 GB for the process.
 
@@ -266,7 +269,7 @@ def test_same_coordinates_same_draw():
         ]
         return same + wrapped + other
 
-    got = MeshRunner()(build, x, np.array([5, -7], np.int32))
+    got = ONE_DEVICE(build, x, np.array([5, -7], np.int32))
     for g in got[1:6]:
         np.testing.assert_array_equal(g, got[0])
     np.testing.assert_array_equal(got[6], got[7])
@@ -275,7 +278,7 @@ def test_same_coordinates_same_draw():
     for a, c in itertools.combinations(rows, 2):
         assert np.mean(a == c) < 0.3
     # One draw is the first of many, and a layout changes nothing, whatever form the options have.
-    for layout in (MeshRunner(), MeshRunner("x:2,y:2", "batch:x,vocab:y")):
+    for layout in (ONE_DEVICE, BOTH_SPLIT):
         options = {"seed": [5] * 4, "stream": np.arange(4), "step": np.zeros(4)}
         single = layout(lambda m, x, o=options: sample_categorical(imp(m, x, b, v), **o), x)
         np.testing.assert_array_equal(single, got[0][:, 0])
@@ -299,7 +302,7 @@ def test_draw_does_not_depend_on_the_batch():
             sample_categorical(imp(mesh, tf.reshape(w, [2, 3, 512]), *dims(p=2, q=3), v), seed=9, samples_dim=s),
         ]
 
-    whole, cut, alone, bare, folded = MeshRunner()(build, w)
+    whole, cut, alone, bare, folded = ONE_DEVICE(build, w)
     np.testing.assert_array_equal(cut, whole[order])
     np.testing.assert_array_equal(alone, whole[3:4])
     np.testing.assert_array_equal(bare, whole[3])
@@ -317,8 +320,8 @@ def test_draw_is_the_same_on_every_layout():
         x = imp(mesh, w, b, v)
         return [sample_categorical(x, seed=1), sample_categorical(x, seed=1, samples_dim=s)]
 
-    single, many = MeshRunner()(build, w)
-    for runner in (MeshRunner(), MeshRunner("x:2,y:2", "batch:x,vocab:y")):
+    single, many = ONE_DEVICE(build, w)
+    for runner in (ONE_DEVICE, BOTH_SPLIT):
         got = runner(build, padded)
         np.testing.assert_array_equal(got[0], single, err_msg=repr(runner))
         np.testing.assert_array_equal(got[1], many, err_msg=repr(runner))
@@ -330,7 +333,7 @@ def test_draw_is_the_same_on_every_layout():
         np.testing.assert_array_equal(many[row, :200], want)
 
 
-@pytest.mark.parametrize("runner", [LAYOUTS[0], LAYOUTS[2]], ids=str)
+@pytest.mark.parametrize("runner", LAYOUTS[::2], ids=str)
 def test_no_seed_is_a_fresh_draw_each_time(runner):
     """Between runs, ops, rows and rounds of a loop. Two of 40 rows alike: p < 1e-40."""
     b, v, s, r = dims(batch=4, vocab=1024, samples=16, rounds=3)
@@ -443,7 +446,7 @@ def test_entmax_at_gpt2s_vocabulary():
         x = imp(mesh, x, *dims(batch=9, vocab=GPT2_VOCAB))
         return [entmax(x, alpha) for alpha in alphas]
 
-    for alpha, p in zip(alphas, MeshRunner()(build, x), strict=True):
+    for alpha, p in zip(alphas, ONE_DEVICE(build, x), strict=True):
         want = reference.entmax(x, alpha)
         error = np.abs(p - want).max(-1)
         assert error.max() <= 1e-6, (alpha, error)
@@ -459,9 +462,24 @@ def test_entmax_at_gpt2s_vocabulary():
             assert far[1:3].mean() > 0.9 and not p[far].any()
 
 
+ALPHAS_BY_ROW = np.array([1.3, 1.5, 2.0, 1.05], np.float32)
+
+
+@functools.cache
+def entmax_of_4096(*mesh):
+    """A Program of float32 [4, 4096]: entmax of three alphas, and of one a row."""
+    b, v = dims(batch=4, vocab=4096)
+
+    def build(mesh, x):
+        x = imp(mesh, x, b, v)
+        return [entmax(x, alpha, v) for alpha in (1.3, 1.5, 2.0, imp(mesh, tf.constant(ALPHAS_BY_ROW), b))]
+
+    return Program(build, [(tf.float32, (4, 4096))], runner=MeshRunner(*mesh))
+
+
 @pytest.mark.parametrize("support", [1, 50, 255, 256, 257, 500, 4096, "mixed"])
-@pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2", "vocab:x")], ids=str)
-def test_entmax_of_every_size_of_support(support, runner):
+@pytest.mark.parametrize("mesh", [(), ("x:2", "vocab:x")], ids=["one device", "x:2 vocab:x"])
+def test_entmax_of_every_size_of_support(mesh, support):
     """Solved among few entries, or among all where the support is larger, in one row or in all of them."""
     rng = np.random.default_rng(28)
     supports = [1, 50, 500, 4096] if support == "mixed" else [support] * 4
@@ -469,22 +487,13 @@ def test_entmax_of_every_size_of_support(support, runner):
     for row, n in zip(x, supports):
         row[rng.permutation(4096)[:n]] = 0.05 * rng.random(n) if n < 4096 else 1e-4 * rng.random(n)
     x = x.astype(np.float32)
-    alphas = (1.3, 1.5, 2.0)
-
-    def build(mesh, x):
-        b, v = dims(batch=4, vocab=4096)
-        x = imp(mesh, x, b, v)
-        rows = imp(mesh, tf.constant([1.3, 1.5, 2.0, 1.05]), b)
-        return [entmax(x, alpha, v) for alpha in (*alphas, rows)]
-
-    *found, by_row = runner(build, x)
-    for alpha, p in zip(alphas, found, strict=True):
+    *found, by_row = entmax_of_4096(*mesh)(x)
+    for alpha, p in zip((1.3, 1.5, 2.0), found, strict=True):
         want = reference.entmax(x, alpha)
         if alpha == 1.3:  # all that were meant to be in the support are
             np.testing.assert_array_equal((want > 0).sum(1), supports)
         np.testing.assert_allclose(p, want, rtol=0, atol=2.5e-7)
-    want = entmax_by_row(x, np.float32([1.3, 1.5, 2.0, 1.05]))
-    np.testing.assert_allclose(by_row, want, rtol=0, atol=2.5e-7)
+    np.testing.assert_allclose(by_row, entmax_by_row(x, ALPHAS_BY_ROW), rtol=0, atol=2.5e-7)
 
 
 def test_softmax(runner):
@@ -589,7 +598,7 @@ def test_entmax_needs_one_step_where_it_says_so():
         x = imp(mesh, x, *dims(batch=2, vocab=64))
         return [entmax(x, 1.0, n_iter=1)] + [entmax(x, alpha, n_iter=1) for alpha in (1.3, 2.0)]
 
-    softmax, *others = MeshRunner()(build, x)
+    softmax, *others = ONE_DEVICE(build, x)
     np.testing.assert_allclose(softmax, reference.softmax(x), atol=1e-6)
     for p in others:
         np.testing.assert_allclose(p[1], 1 / 64, rtol=1e-6)
@@ -715,7 +724,7 @@ def test_entmax_gradient_at_gpt2s_vocabulary():
         x, dy = (imp(mesh, a, *dims(batch=9, vocab=GPT2_VOCAB)) for a in (x, dy))
         return [mtf.gradients([mtf.reduce_sum(entmax(x, alpha) * dy)], [x])[0] for alpha in (1.3, 2.0)]
 
-    for alpha, grad in zip((1.3, 2.0), MeshRunner()(build, x, dy), strict=True):
+    for alpha, grad in zip((1.3, 2.0), ONE_DEVICE(build, x, dy), strict=True):
         p = reference.entmax(x, alpha)
         assert np.isfinite(grad).all()
         # At alpha = 2 the gradient jumps at the support's edge: only rows on whose support float32 can be exact.
