@@ -1,9 +1,12 @@
 # make demo    prints a continuation that the bundled model samples
-# make test    runs the whole test suite
-# make test-compat  runs it, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12 and mesh-tensorflow 0.1.18
+# make test    runs the tests, some minutes of them; PYTEST_ARGS="-k masks" for a part
+# make test-slow  runs those that it leaves out: more layouts, sizes and repetitions
+# make test-all  runs all of them
+# make test-compat  runs the tests of make test, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12
+#              and mesh-tensorflow 0.1.18
 # make fuzz    runs the property tests on random values; FUZZ_EXAMPLES=500 for so many of each test
 # make check   looks the code over: ruff (rules and format) and mypy (types)
-# make coverage  runs the suite and lists the lines and branches of the package that it does not reach
+# make coverage  runs all tests and lists the lines and branches of the package that they do not reach
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
 # make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
 #              (docs/support.md); SUPPORT_ARGS="--python PATH --tensorflow 2.18" for some cells
@@ -17,7 +20,7 @@ BENCH_VENV := $(VENV)-bench
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check test test-compat fuzz coverage bench support clean
+.PHONY: demo check test test-slow test-all test-compat fuzz coverage bench support clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -29,19 +32,24 @@ check: $(VENV)/check.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: $(VENV)/test.installed
+# A file's tests go to one process, which makes the file's fixtures once.
+PYTEST := bin/python -m pytest -q -n 2 --dist loadfile -rs
+test test-compat: MARKED = not slow
+test-slow: MARKED = slow
+test-all: MARKED =
+test test-slow test-all: $(VENV)/test.installed
 test-compat: $(COMPAT_VENV)/compat.installed
-test test-compat:
+test test-slow test-all test-compat:
 	@$(<D)/bin/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), \
 	  *(p + " " + m.version(p) for p in ("tensorflow", "mesh-tensorflow", "numpy")), sep=", ")'
-	$(<D)/bin/python -m pytest -q -n 2 -rs $(PYTEST_ARGS)
+	$(<D)/$(PYTEST) -m "$(MARKED)" $(PYTEST_ARGS)
 
 fuzz: $(VENV)/test.installed
 	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/test_properties.py \
 	  $(PYTEST_ARGS)
 
 coverage: $(VENV)/test.installed
-	$(BIN)/python -m pytest -q -n 2 --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	$(VENV)/$(PYTEST) --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)
