@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Iterator
 
@@ -21,8 +22,17 @@ def quiet_stderr() -> Iterator[None]:
     """Keeps TensorFlow's C++ start-up lines off file descriptor 2.
 
     They are written below Python, some before any log level is read. What was
-    held back is shown after all if the body raises.
+    held back is shown after all if the body raises. One thread at a time: the
+    descriptor is the whole process's.
     """
+    with _stderr_lock:
+        yield from _quiet_stderr()
+
+
+_stderr_lock = threading.RLock()
+
+
+def _quiet_stderr() -> Iterator[None]:
     try:
         sys.stderr.flush()
         held = tempfile.TemporaryFile()
@@ -142,20 +152,59 @@ def is_in_function() -> bool:
 
 @contextlib.contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Holds back TensorFlow's Python warnings (deprecations that mtf causes)."""
+    """Holds back TensorFlow's Python warnings (deprecations that mtf causes), in any number of threads at once."""
+    global _n_quiet, _level
     logger = tf.get_logger()
-    level = logger.level
-    logger.setLevel("ERROR")
+    with _logging_lock:
+        if _n_quiet == 0:
+            _level = logger.level
+            logger.setLevel("ERROR")
+        _n_quiet += 1
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _logging_lock:
+            _n_quiet -= 1
+            if _n_quiet == 0:
+                logger.setLevel(_level)
+
+
+_logging_lock, _n_quiet, _level = threading.Lock(), 0, 0
+
+
+def extend_when_told(session: tf.Session) -> None:
+    """Has a session see new nodes of its graph at `extend_session` alone, not at each run: by then another thread may
+    have made half of a loop, and a node that a session has seen cannot be changed any more."""
+    session._extend_graph = lambda: None
+
+
+def extend_session(session: tf.Session) -> None:
+    """Has a session see all of its graph."""
+    type(session)._extend_graph(session)
 
 
 @functools.cache
 def probe_devices() -> None:
     """Has TensorFlow look for its devices and run a first graph, which it does once and not in silence."""
+    os.register_at_fork(after_in_child=_note_fork)
     with quiet_stderr(), tf.Graph().as_default():
         tensorflow.config.list_physical_devices()
         with tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as session:
             session.run(tf.no_op())  # 2.18 reports a pass that is off, at any log level
+
+
+_is_fork = False
+
+
+def _note_fork() -> None:
+    global _is_fork
+    _is_fork = True
+
+
+def check_not_forked() -> None:
+    """Raises RuntimeError in a process that was forked from one that had used TensorFlow, which would hang in it."""
+    if _is_fork:
+        raise RuntimeError(
+            "this process was forked from one that had used TensorFlow, which hangs in such a process; start it with "
+            'multiprocessing.get_context("spawn"), or use the library in the new processes alone'
+        )

@@ -86,6 +86,12 @@ class TextGenerator:
     each size of request that it has met, rounded up to a few sizes; at most
     `graphs.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
 
+    Any number of threads may use one at once, and a streamer may use the generator that calls it: each
+    call gives what it gives alone. Graphs are built one at a time and run side by
+    side. Processes are another matter: TensorFlow hangs in one that was forked from a process
+    that had used it, so there a call raises RuntimeError; start processes with multiprocessing's
+    "spawn".
+
     Attributes:
       checkpoint: the `Checkpoint`.
       tokenizer: a `tokenizers.Tokenizer`, or None.
@@ -170,7 +176,8 @@ class TextGenerator:
           streamer: a function of (index, token, text, is_last), called for each new
             token as soon as it is drawn: which of the samples, the token's id, the
             text that it completes (whole characters alone; None without a tokenizer),
-            and whether it is the sample's last.
+            and whether it is the sample's last. It is called in the caller's thread, while more
+            is drawn.
           **options: see `GenerationOptions`.
 
         Returns:
@@ -185,6 +192,7 @@ class TextGenerator:
             or all tokens are masked, in some sample; it has the others, and names
             sample, step and a weight that holds such numbers, if one does.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
+          RuntimeError: in a process that was forked from one that had used TensorFlow.
           Interrupted: (a KeyboardInterrupt) at Ctrl-C: within a step if there is a
             streamer, and else when a graph has run to its end.
 

@@ -1,12 +1,25 @@
 """One copy of a model's weights in a session, and graphs of a few sizes that run on it."""
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tf
+from gpt_neo_sampling._compat import (
+    check_not_forked,
+    extend_session,
+    extend_when_told,
+    mtf,
+    probe_devices,
+    quiet_logging,
+    tf,
+)
 from gpt_neo_sampling._types import DType, Params
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.cluster import ClusterError
@@ -53,8 +66,10 @@ class Graphs:
             variable_dtype,
         )
         self._checkpoint = checkpoint
-        self._session: tf.Session | None = None
-        self._programs: dict[tuple[type[Any], Any], Any] = {}
+        self._build_lock = threading.Lock()  # not held while a graph runs
+        self._builder: int | None = None  # the thread that holds it
+        self._state_lock = threading.Lock()  # of what follows, for moments
+        self._loaded: _Loaded | None = None
 
     def run(
         self,
@@ -64,7 +79,7 @@ class Graphs:
         run: Callable[[Callable[[], Any]], Any] | None = None,
         **more: Any,
     ) -> Any:
-        """What a graph gives for a request.
+        """What a graph gives for a request. Any number of threads may run graphs at once, and others build meanwhile.
 
         Args:
           kind: one of the classes below, or `ScoreProgram`.
@@ -74,47 +89,118 @@ class Graphs:
 
         Returns:
           what the graph's `results` are, as ndarrays.
+
+        Raises:
+          RuntimeError: in a process that was forked from one that had used TensorFlow, and from within a function
+            that this very graph is being built with.
         """
+        check_not_forked()
+        loaded = self._loaded_with(kind, key)
         try:
-            program = self._program(kind, key)
+            program = loaded.programs[kind, key]
             feeds = program.feeds(key, *request, **more)
-            run_graph = functools.partial(self.mesh.run, self._session, program.results, feeds)
+            run_graph = functools.partial(self.mesh.run, loaded.session, program.results, feeds)
             return run_graph() if run is None else run(run_graph)
         except ClusterError:
-            self.close()  # what the processes held is lost: the next request begins anew
+            self._retire(loaded)  # what the processes held is lost: the next request begins anew
             raise
+        finally:
+            self._release(loaded)
 
     def close(self) -> None:
-        """Frees the weights and the graphs; the next run makes them anew."""
-        if self._session is not None:
-            self._session.close()
-        self._session, self._programs = None, {}
+        """Frees the weights and the graphs, once what runs has ended; the next run makes them anew."""
+        if (loaded := self._loaded) is not None:
+            self._retire(loaded)
 
-    def _program(self, kind: type[Any], key: Any) -> Any:
-        """The graph of a kind for a key, built in the one tf.Graph that holds the weights."""
-        if (kind, key) in self._programs:
-            return self._programs[kind, key]
-        if len(self._programs) >= MAX_PROGRAMS:
-            self.close()  # nodes cannot be taken out of a graph, only the graph dropped
-        first = self._session is None
-        if first:
+    def _loaded_with(self, kind: type[Any], key: Any) -> "_Loaded":
+        """What has the graph of a kind for a key, built if need be, to be released in the end."""
+        with self._state_lock:
+            if self._loaded is not None and (kind, key) in self._loaded.programs:
+                return self._loaded.taken()
+        if self._builder == threading.get_ident():
+            raise RuntimeError("a logits processor cannot use the generator that it is built into")
+        with self._build_lock:
+            self._builder = threading.get_ident()
+            try:
+                return self._built(kind, key)
+            finally:
+                self._builder = None
+
+    def _built(self, kind: type[Any], key: Any) -> "_Loaded":
+        with self._state_lock:
+            loaded = self._loaded
+            if loaded is not None:
+                loaded.taken()
+        if loaded is not None and (kind, key) not in loaded.programs and len(loaded.programs) >= MAX_PROGRAMS:
+            self._retire(loaded)  # nodes cannot be taken out of a graph, only the graph dropped
+            self._release(loaded)
+            loaded = None
+        if loaded is None:
             probe_devices()
-        graph = tf.Graph() if self._session is None else self._session.graph
-        with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            if first:
-                self._session = self._loaded_session(graph, add_variables(*self._model))
-            self._programs[kind, key] = kind(key, *self._model)
-        return self._programs[kind, key]
-
-    def _loaded_session(self, graph: tf.Graph, weights: dict[str, Any]) -> tf.Session:
-        session = self.mesh.session(graph)
+            loaded = _Loaded(self._session_with_weights()).taken()
+            with self._state_lock:
+                self._loaded = loaded
         try:
-            _, _, mesh_impl, _ = self._model
-            load_weights(self._checkpoint, weights, mesh_impl, functools.partial(self.mesh.run, session))
+            if (kind, key) not in loaded.programs:
+                with self._open(loaded.session.graph):
+                    program = kind(key, *self._model)
+                extend_session(loaded.session)
+                loaded.programs[kind, key] = program
         except BaseException:
-            session.close()
+            self._release(loaded)
             raise
+        return loaded
+
+    def _retire(self, loaded: "_Loaded") -> None:
+        """No more runs begin in it, and it is closed when those of now have ended."""
+        with self._state_lock:
+            loaded.retired = True
+            if self._loaded is loaded:
+                self._loaded = None
+            unused = loaded.n_users == 0
+        if unused:
+            loaded.session.close()
+
+    def _release(self, loaded: "_Loaded") -> None:
+        with self._state_lock:
+            loaded.n_users -= 1
+            unused = loaded.retired and loaded.n_users == 0
+        if unused:
+            loaded.session.close()
+
+    @contextlib.contextmanager
+    def _open(self, graph: tf.Graph) -> Iterator[None]:
+        with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
+            yield
+
+    def _session_with_weights(self) -> tf.Session:
+        graph = tf.Graph()
+        with self._open(graph):
+            weights = add_variables(*self._model)
+            session = self.mesh.session(graph)
+            try:
+                extend_when_told(session)
+                extend_session(session)
+                _, _, mesh_impl, _ = self._model
+                load_weights(self._checkpoint, weights, mesh_impl, functools.partial(self.mesh.run, session))
+            except BaseException:
+                session.close()
+                raise
         return session
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """Weights in a session, and the graphs on them."""
+
+    session: tf.Session
+    programs: dict[tuple[type[Any], Any], Any] = dataclasses.field(default_factory=dict)
+    n_users: int = 0  # how many runs there are now
+    retired: bool = False
+
+    def taken(self) -> "_Loaded":
+        self.n_users += 1
+        return self
 
 
 class DecodeProgram:
@@ -182,12 +268,22 @@ class WatchedProgram(DecodeProgram):
     """A decode graph that calls a `Watcher` after each step."""
 
     def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
-        self._watcher: Any = None
-        return build(key, self._inputs, *model, on_tokens=lambda tokens, n_drawn: self._watcher(tokens, n_drawn))
+        self._number = tf.placeholder(tf.int32, [])  # of the watcher that a run is for
+        self._watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
+        return build(key, self._inputs, *model, on_tokens=self._watch, run_number=self._number)
+
+    def _watch(self, tokens: np.ndarray, n_drawn: np.ndarray, number: np.ndarray) -> np.ndarray:
+        return self._watchers[int(number)](tokens, n_drawn)
 
     def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
-        self._watcher = watcher  # of the run that comes
-        return super().feeds(*args)
+        """watcher: of this run, which keeps it as long as it lasts."""
+        assert watcher is not None
+        number = next(_numbers) % 2**31
+        self._watchers[number] = watcher
+        return {**super().feeds(*args), self._number: number}
+
+
+_numbers = itertools.count()
 
 
 class ChainProgram(DecodeProgram):

@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16")  # of weights and activations
 
 # The model's part of the arguments of `build`: config, entries of the vocabulary's dimension, mesh, dtypes.
 ModelArguments = tuple[Params, int, mtf.MeshImpl, mtf.VariableDType]
-OnTokens = Callable[[np.ndarray, np.ndarray], np.ndarray]  # see `build`
+OnTokens = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # see `build`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ def build(
     variable_dtype: mtf.VariableDType,
     bos_id: int = 0,
     on_tokens: OnTokens | None = None,
+    run_number: tf.Tensor | None = None,
 ) -> list[tf.Tensor]:
     """Adds a decode graph to the one that is open, its variables in the scope "gpt2".
 
@@ -90,8 +91,9 @@ def build(
       variable_dtype: mtf.VariableDType.
       bos_id: int, what an empty prompt stands for.
       on_tokens: None, or a function called after each step with ndarrays [rows]:
-        each row's last token, and how many new ones it has; it returns a float32
-        one, 1.0 for rows that are done.
+        each row's last token, and how many new ones it has, and with `run_number`; it returns
+        a float32 one, 1.0 for rows that are done.
+      run_number: int32 scalar tf.Tensor, which run of the graph it is; with on_tokens.
 
     Returns:
       a list: int32 tf.Tensor [rows, length], and with the key's return_logprobs two
@@ -103,7 +105,8 @@ def build(
 
     def watch(on_tokens: OnTokens, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
         begin = mtf.import_tf_tensor(mesh, prompt_lengths, position.shape)
-        return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - begin])
+        number = mtf.import_tf_tensor(mesh, run_number, mtf.Shape([]))
+        return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - begin, number])
 
     options = dict(inputs.options)
     top_k, alpha = options.pop("top_k", None), options.pop("entmax_alpha", None)

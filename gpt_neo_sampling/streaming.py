@@ -1,6 +1,8 @@
 """Tokens as text while they are drawn: whole characters, stop strings, and a way to end early."""
 
 import concurrent.futures
+import contextlib
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,7 +63,10 @@ def _overlap(text: str, stop_string: str) -> int:
 
 
 class Watcher:
-    """Sees each token of a batch as it is drawn, and says which rows are done."""
+    """Sees each token of a batch as it is drawn, and says which rows are done.
+
+    Belongs to one run of a graph. TensorFlow's threads call it; the caller of `run` hands the tokens on.
+    """
 
     def __init__(
         self, rows: Sequence[tuple[TextStream | None, int, Sequence[int]]], on_token: Streamer | None = None
@@ -71,8 +76,9 @@ class Watcher:
         self._rows = rows
         self._on_token = on_token
         self._drawn = np.zeros(len(rows), int)
+        self._events: queue.SimpleQueue[tuple[int, int, str | None, bool] | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._error: BaseException | None = None  # what on_token raised
+        self._error: BaseException | None = None  # what watching raised
         self.finished = np.zeros(len(rows), bool)  # rows whose last token was drawn
         self.interrupted = False  # by Ctrl-C
 
@@ -99,17 +105,18 @@ class Watcher:
             text = stream.push(token, is_last)
             is_last = is_last or stream.stopped
         if self._on_token is not None:
-            self._on_token(row, token, text, is_last)
+            self._events.put((row, token, text, is_last))
         self.finished[row] = is_last
         return is_last
 
     def run(self, fn: Callable[[], Any]) -> Any:
         """The result of fn(), which calls this watcher meanwhile.
 
-        It runs in a thread of its own, so that Ctrl-C is heard: then all rows end, and
-        `interrupted` is True. What was raised while watching is raised here.
+        It runs in a thread of its own. This one calls `on_token`, which may do what it likes, another run
+        included, and hears Ctrl-C: then all rows end, and `interrupted` is True. What `on_token`
+        raises ends the rows too, and is raised here.
         """
-        begin = threading.Event()
+        begin = threading.Event()  # once Ctrl-C is caught
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def work() -> None:
@@ -118,15 +125,29 @@ class Watcher:
                 future.set_result(fn())
             except BaseException as e:
                 future.set_exception(e)
+            self._events.put(None)  # wakes the other thread
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            begin.set()
-            result = future.result()
-        except KeyboardInterrupt:
-            self.interrupted = True
+            try:
+                begin.set()
+                self._hand_on(future)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                self._cancelled.set()
+                self._hand_on(future)  # what was drawn before
+        finally:
             self._cancelled.set()
-            result = future.result()
+            concurrent.futures.wait([future])
+        result = future.result()
         if self._error is not None:
             raise self._error
         return result
+
+    def _hand_on(self, future: "concurrent.futures.Future[Any]") -> None:
+        """Calls on_token for each token that is drawn until there are no more."""
+        while not (future.done() and self._events.empty()):
+            with contextlib.suppress(queue.Empty):
+                event = self._events.get(timeout=1)
+                if event is not None and self._on_token is not None:
+                    self._on_token(*event)

@@ -1,0 +1,169 @@
+"""One TextGenerator and several callers: threads, streamers that call it again, a process that was forked."""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import threading
+
+import pytest
+from conftest import DATA
+
+from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling._compat import quiet_logging, quiet_stderr, tf
+
+MODEL = DATA / "hf_gpt_neo_tiny"
+PROMPTS = [[5, 17], [3]]
+# (options, whether a streamer looks on); sizes and steps of more graphs than one
+REQUESTS = [
+    (dict(max_new_tokens=6), False),
+    (dict(max_new_tokens=9, top_k=5), True),
+    (dict(max_new_tokens=20), True),
+    (dict(max_new_tokens=12, entmax_alpha=1.5), True),
+]
+
+
+@pytest.fixture
+def generator():
+    generator = TextGenerator.from_pretrained(MODEL)
+    yield generator
+    generator.close()
+
+
+def in_threads(functions):
+    """What each function returns, of all at once."""
+    results, start = [None] * len(functions), threading.Barrier(len(functions))
+
+    def work(i):
+        start.wait()
+        try:
+            results[i] = functions[i]()
+        except BaseException as e:
+            results[i] = e
+
+    threads = [threading.Thread(target=work, args=[i]) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def streamed(generator, options, seed):
+    """The samples' tokens, and those that the streamer saw."""
+    seen = {}
+
+    def streamer(index, token, text, is_last):
+        seen.setdefault(index, []).append(token)
+
+    samples = generator.generate(PROMPTS, seed=seed, streamer=streamer, **options)
+    return [s.tokens for s in samples], [seen[i] for i in range(len(samples))]
+
+
+def call(generator, options, is_streamed, seed):
+    if is_streamed:
+        tokens, seen = streamed(generator, options, seed)
+        assert tokens == seen
+        return tokens
+    return [s.tokens for s in generator.generate(PROMPTS, seed=seed, **options)]
+
+
+def test_threads_on_a_generator_that_has_built_nothing(generator):
+    calls = [(*request, seed) for request, seed in itertools.product(REQUESTS, range(2))]
+    found = in_threads([lambda c=c: [call(generator, *c) for _ in range(3)] for c in calls])
+    assert found == [[call(generator, *c)] * 3 for c in calls]
+    assert len({str(f) for f in found}) == len(calls)
+
+
+@pytest.mark.slow
+def test_stop_strings_of_several_threads():
+    """Each cuts its own text alone, and graphs are dropped and built anew all the while."""
+    generator = TextGenerator.from_pretrained()
+    calls = [
+        dict(prompts="It was the duty of", stop_strings=[s], max_new_tokens=40, seed=seed, top_k=k)
+        for (s, k), seed in itertools.product([("the", 0), (",", 50), ("e", 0), (".", 50)], range(4))
+    ]
+    found = in_threads([lambda c=c: [generator.generate(**c) for _ in range(2)] for c in calls])
+    assert found == [[generator.generate(**c)] * 2 for c in calls]
+
+
+def test_a_streamer_that_generates(generator):
+    """With the same graph, and with one that is not built yet."""
+    inner = []
+
+    def streamer(index, token, text, is_last):
+        inner.append((token, call(generator, *REQUESTS[len(inner) % 2], token)))
+
+    (sample,) = generator.generate([[5]], seed=1, max_new_tokens=4, streamer=streamer)
+    assert [token for token, _ in inner] == sample.tokens
+    for n, (token, tokens) in enumerate(inner):
+        assert tokens == call(generator, *REQUESTS[n % 2], token)
+
+
+def test_closed_by_a_streamer(generator):
+    """What runs goes on to its end, and the next call makes its graph anew."""
+    want = call(generator, *REQUESTS[2], 7)
+    closed = []
+
+    def streamer(*_):
+        if not closed:
+            closed.append(generator.close())
+
+    samples = generator.generate(PROMPTS, seed=7, streamer=streamer, **REQUESTS[2][0])
+    assert closed and [s.tokens for s in samples] == want == call(generator, *REQUESTS[2], 7)
+
+
+def test_a_processor_that_generates_is_an_error(generator):
+    def processor(logits, ids, position):
+        generator.generate([[5]], max_new_tokens=1)
+
+    with pytest.raises(RuntimeError, match="a logits processor cannot use the generator that it is built into"):
+        generator.generate([[5]], max_new_tokens=1, logits_processors=[processor])
+    assert len(generator.generate([[5]], max_new_tokens=2)[0].tokens) == 2
+
+
+def generate_in(pipe, generator):
+    for make in (lambda: generator, lambda: TextGenerator.from_pretrained(MODEL)):
+        try:
+            make().generate([[5]], max_new_tokens=1)
+            pipe.send("no error")
+        except RuntimeError as e:
+            pipe.send(str(e))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_gets_an_error(generator):
+    """The generator that was used, and a new one."""
+    generator.generate([[5]], max_new_tokens=1)
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=generate_in, args=[theirs, generator])
+    child.start()
+    try:
+        for _ in range(2):
+            assert ours.poll(60)
+            assert "was forked from one that had used TensorFlow" in ours.recv()
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_what_is_held_back_is_so_in_threads_too(capfd):
+    """Standard error and TensorFlow's log level are the process's own, and are what they were when all are done."""
+    logger = tf.get_logger()
+    level = logger.level
+    inside = threading.Barrier(2)
+
+    def held(first):
+        for _ in range(200):
+            with quiet_stderr():
+                os.write(2, b"held back\n")
+        with quiet_logging():
+            inside.wait()
+            if first:
+                assert logger.level == logging.ERROR
+        return first
+
+    assert in_threads([lambda: held(True), lambda: held(False)]) == [True, False]
+    assert logger.level == level
+    os.write(2, b"shown\n")
+    assert capfd.readouterr().err == "shown\n"
