@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gpt_neo_sampling import _json
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Prompt, Tokenizer
 from gpt_neo_sampling.arguments import PROGRAM, parser
@@ -86,7 +86,7 @@ def _inspect(args: argparse.Namespace) -> None:
     shown = _prompt_text(prompt, generator.tokenizer) + args.continuation
     if args.json:
         found = to_json(steps, text if generator.tokenizer else None, args.show)
-        _write(json.dumps({"prompt_tokens": generator.encode(prompt), **found}) + "\n")
+        _write(_json.dumps({"prompt_tokens": generator.encode(prompt), **found}) + "\n")
     else:
         sys.stderr.write(shown + "\n\n")
         sys.stderr.flush()
@@ -186,7 +186,7 @@ class _JsonWriter:
         """Nothing; that there is a streamer makes Ctrl-C heard."""
 
     def finish(self, samples: Sequence[Sample | None]) -> None:
-        _write(json.dumps({"samples": [s and s.as_dict() for s in samples]}) + "\n")
+        _write(_json.dumps({"samples": [s and s.as_dict() for s in samples]}) + "\n")
 
 
 class _TextWriter:
@@ -241,7 +241,7 @@ def _score(args: argparse.Namespace) -> None:
         texts = [_ids(text, "--text-ids") for text in args.text_ids]
     scores = _generator(args).score(texts, add_start_token=args.add_start_token, stride=args.stride)
     if args.json:
-        _write(json.dumps({"scores": [dataclasses.asdict(s) for s in scores]}) + "\n")
+        _write(_json.dumps({"scores": [dataclasses.asdict(s) for s in scores]}) + "\n")
         return
     for s in scores:
         n = len(s.logprobs) - s.logprobs.count(None)

@@ -1,7 +1,6 @@
 """A model as a SavedModel: tokens from plain TensorFlow, without this package."""
 
 import functools
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_neo_sampling import _json
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tensorflow, tf
 from gpt_neo_sampling._types import DType, StrPath
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
@@ -242,4 +242,4 @@ def _write_extras(
         "signatures": list(SIGNATURES),
         "tensorflow_version": tensorflow.__version__,
     }
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / "export.json").write_text(_json.dumps(facts, indent=1) + "\n", encoding="utf-8")

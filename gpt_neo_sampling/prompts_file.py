@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 import gpt_neo_sampling
+from gpt_neo_sampling import _json
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import read_json
 from gpt_neo_sampling.files import write_whole
@@ -277,7 +278,7 @@ def _batches(records: list[_Record]) -> list[list[_Record]]:
     for record in records:
         shared = {name: value for name, value in record.options.items() if name not in ROW_OPTIONS}
         # and the same steps, so that few graphs are built, and one after the other
-        groups.setdefault(json.dumps([record.steps, shared], sort_keys=True), []).append(record)
+        groups.setdefault(_json.dumps([record.steps, shared], sort_keys=True), []).append(record)
     batches = []
     for group in groups.values():
         group.sort(key=lambda r: (r.options["max_new_tokens"], len(r.prompt)), reverse=True)
@@ -339,7 +340,7 @@ def _write(file: io.FileIO, batch: list[_Record], samples: Sequence[Sample | Non
         own = [s for s in samples[i * record.samples : (i + 1) * record.samples] if s is not None]
         if record.index not in done and len(own) == record.samples:
             line = {"index": record.index, **record.given, "samples": [sample.as_dict() for sample in own]}
-            lines.append(json.dumps(line).encode() + b"\n")
+            lines.append(_json.dumps(line).encode() + b"\n")
             done.add(record.index)
     _append(file, b"".join(lines))
 
@@ -379,7 +380,7 @@ def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | 
     except OSError as e:  # its name is longer than the output's
         raise ValueError(f"{sidecar} cannot be written: {e.strerror}") from None
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings = json.loads(json.dumps({**settings, "seed": found.get("seed") if seed is None else seed}))
+    settings = json.loads(_json.dumps({**settings, "seed": found.get("seed") if seed is None else seed}))
     if found == settings:
         return settings["seed"]
     if os.fstat(file.fileno()).st_size:
@@ -392,7 +393,7 @@ def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | 
         raise ValueError(f"{output} was begun with {', '.join(differing)}; give the same, or remove it to begin anew")
     settings["seed"] = secrets.randbits(32) if seed is None else seed
     # on disk before the first line is
-    _replace(sidecar, [json.dumps(settings, indent=1).encode() + b"\n"])
+    _replace(sidecar, [_json.dumps(settings, indent=1).encode() + b"\n"])
     return settings["seed"]
 
 

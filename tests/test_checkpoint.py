@@ -104,6 +104,14 @@ def test_hugging_face_config_is_translated():
     assert checkpoint.generation_defaults == {"eos_token_id": 1, "bos_token_id": 1}
 
 
+def test_a_folder_named_checkpoint_is_no_tensorflow_checkpoint(tmp_path):
+    (make_hugging_face(tmp_path / "m") / "checkpoint").mkdir()
+    assert open_checkpoint(tmp_path / "m").kind == "huggingface"
+    (make_mesh_tf(tmp_path / "n") / "checkpoint").unlink()
+    (tmp_path / "n" / "checkpoint").mkdir()
+    assert open_checkpoint(tmp_path / "n").kind == "mesh-tf"
+
+
 def test_names_and_shapes():
     shapes = variable_shapes(TINY)
     assert set(shapes) == TINY_NAMES
@@ -212,7 +220,7 @@ def with_double_precision(folder):
     save_variables(folder, {"gpt2/" + n: v.astype(np.float64) for n, v in random_weights(TINY).items()})
 
 
-HEAD = {"lm_head.weight": ("F32", np.ones((11, 8), np.float32))}
+HEAD = {"lm_head.weight": ("F32", np.ones((12, 8), np.float32))}
 
 BAD_FOLDERS = {
     # -- what is there
@@ -394,9 +402,9 @@ BAD_FOLDERS = {
         hugging_face(tensors={"transformer.wpe.weight": ("I8", np.zeros((6, 8), np.int8))}),
         "1 variables of an unsupported dtype: transformer.wpe.weight (I8); allowed: float32, float16, bfloat16",
     ),
-    "untied": (
-        hugging_face(config={"tie_word_embeddings": False}, tensors=HEAD),
-        "tie_word_embeddings is false and lm_head.weight is not transformer.wte.weight; allowed: an output tied",
+    "a head of another shape": (
+        hugging_face(tensors=HEAD),
+        "1 of wrong shape: lm_head.weight (is [12, 8], should be [11, 8])",
     ),
 }
 

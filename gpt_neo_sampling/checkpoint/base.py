@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, StrPath, is_int
 from gpt_neo_sampling.files import partial_beside
-from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types
+from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head
 
 ALLOWED = (
     "allowed: a GPT-Neo mesh-TF checkpoint (a JSON config, model.ckpt-N.index, model.ckpt-N.data-*) or a Hugging Face "
@@ -65,7 +65,8 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
       params: a dict of GPT-Neo's config keys: n_vocab, n_ctx, n_embd, n_layer
         and attention_types (nested, or one type a layer); with rotary_emb there
         is no "wpe", and a layer of attention type "none" has neither norm_1 nor
-        attention variables.
+        attention variables; with tie_word_embeddings False, a key of Hugging Face's,
+        there is a "lm_head".
 
     Returns:
       a dict from name, without the scope `gpt2/`, to shape, a tuple of ints.
@@ -80,6 +81,8 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
     for layer, attention_type in enumerate(expand_attention_types(params["attention_types"], params["n_layer"])):
         for name, multiples in (_MLP if attention_type == "none" else {**_ATTENTION, **_MLP}).items():
             shapes[f"h{layer}/{name}"] = tuple(m * n_embd for m in multiples)
+    if has_own_head(params):
+        shapes["lm_head"] = shapes["wte"]
     return {**shapes, "ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
 
 
@@ -373,7 +376,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def check_new_folder(path: StrPath) -> Path:

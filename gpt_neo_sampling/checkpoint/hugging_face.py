@@ -1,6 +1,7 @@
 """Hugging Face's format: config.json, and safetensors or PyTorch files, in one piece or in shards."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -29,12 +30,15 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation, token_ids
 from gpt_neo_sampling.checkpoint.tensor_files import StoredTensor, TensorFiles, list_pytorch, list_safetensors
-from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types
+from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head
+
+log = logging.getLogger(__name__)
 
 # What lists the tensors of a file of each kind; the first kind that is there is read.
 FILES = {"model.safetensors": list_safetensors, "pytorch_model.bin": list_pytorch}
 
 _SCOPE = "transformer."
+_HEAD = "lm_head.weight"  # which has no scope
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")  # constant masks
 _DTYPES = {
     "float32": ("F32", np.float32),
@@ -44,6 +48,7 @@ _DTYPES = {
 _NAMES = {
     "wte": "wte.weight",
     "wpe": "wpe.weight",
+    "lm_head": _HEAD,
     "ln_f/g": "ln_f.weight",
     "ln_f/b": "ln_f.bias",
 }
@@ -87,23 +92,32 @@ def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
 
     store = TensorFiles(folder, _tensors(folder, files))
     scope = _SCOPE if any(n.startswith(_SCOPE) for n in store.shapes) else ""  # a bare GPTNeoModel has none
+    _note_head(config, config_file, params, store, scope)
     shapes = variable_shapes(params)
-    sources = {name: (scope + _name(name), _is_kernel(name, shape)) for name, shape in shapes.items()}
+    sources = {n: (_stored_name(scope, n), _is_kernel(n, shape)) for n, shape in shapes.items()}
+    wte = sources["wte"][0]
+    if wte not in store.shapes and _HEAD in store.shapes and config.get("tie_word_embeddings") is not False:
+        sources["wte"] = (_HEAD, False)  # the one name that safetensors' save_model keeps of a tensor with two
     expected = {sources[n][0]: s[::-1] if sources[n][1] else s for n, s in shapes.items()}
-    found = {n: s for n, s in store.shapes.items() if not _BUFFER.fullmatch(n) and n != "lm_head.weight"}
+    found = {n: s for n, s in store.shapes.items() if not _BUFFER.fullmatch(n) and (n != _HEAD or n in expected)}
     compare(folder, expected, found, params)
     store.check_dtypes(expected)
-    if config.get("tie_word_embeddings") is False and "lm_head.weight" in store.shapes:
-        store.check_dtypes(["lm_head.weight"])
-        wte = sources["wte"][0]
-        if store.shapes["lm_head.weight"] != store.shapes[wte] or not np.array_equal(
-            store.read("lm_head.weight"), store.read(wte)
-        ):
-            raise CheckpointError(
-                f"{config_file}: tie_word_embeddings is false and lm_head.weight is not {wte}; "
-                "allowed: an output tied to the token table"
-            )
     return Checkpoint("huggingface", folder, params, generation, store, sources)
+
+
+def _note_head(config: dict[str, Any], config_file: Path, params: Params, store: TensorFiles, scope: str) -> None:
+    """Puts into params whether the output is a table of its own, by the tensors and not by what the config says."""
+    wte = _stored_name(scope, "wte")
+    if _HEAD not in store.shapes:
+        if config.get("tie_word_embeddings") is False:
+            log.warning(
+                "%s: tie_word_embeddings is false, but there is no %s: the output is %s", config_file, _HEAD, wte
+            )
+    elif wte in store.shapes and not store.are_one(_HEAD, wte):
+        store.check_dtypes([_HEAD, wte])
+        same_shape = store.shapes[_HEAD] == store.shapes[wte]
+        if not same_shape or not np.array_equal(store.read(_HEAD), store.read(wte), equal_nan=True):
+            params["tie_word_embeddings"] = False
 
 
 def save_hugging_face(
@@ -131,7 +145,7 @@ def save_hugging_face(
         for file, names in zip(files, shards):
             _write_safetensors(folder / file, {n: shapes[n] for n in names}, read, dtype, progress)
     if len(shards) > 1:
-        weight_map = {_SCOPE + _name(name): file for file, names in zip(files, shards) for name in names}
+        weight_map = {_stored_name(_SCOPE, name): file for file, names in zip(files, shards) for name in names}
         total = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(_DTYPES[dtype][1]).itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
@@ -150,8 +164,8 @@ def _write_safetensors(
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * np.dtype(numpy_dtype).itemsize
         stored_shape = shape[::-1] if _is_kernel(name, shape) else shape
-        header[_SCOPE + _name(name)] = {"dtype": code, "shape": stored_shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+        header[_stored_name(_SCOPE, name)] = {"dtype": code, "shape": stored_shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -165,11 +179,11 @@ def _write_safetensors(
             progress.update(4 * value.size)
 
 
-def _name(name: str) -> str:
+def _stored_name(scope: str, name: str) -> str:
     if name in _NAMES:
-        return _NAMES[name]
+        return ("" if name == "lm_head" else scope) + _NAMES[name]
     layer, name_in_layer = name.split("/", 1)
-    return f"h.{layer[1:]}.{_NAMES_IN_LAYER[name_in_layer]}"
+    return f"{scope}h.{layer[1:]}.{_NAMES_IN_LAYER[name_in_layer]}"
 
 
 def _is_kernel(name: str, shape: Shape) -> bool:
@@ -243,7 +257,7 @@ def _config(params: Params) -> dict[str, Any]:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "intermediate_size": None,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": not has_own_head(params),
         "eos_token_id": None,  # or transformers takes GPT-2's
         "bos_token_id": None,
         **ids,

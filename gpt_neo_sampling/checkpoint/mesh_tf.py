@@ -35,7 +35,7 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
 from gpt_neo_sampling.checkpoint.tensorflow_index import check_index
-from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS
+from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, has_own_head
 
 SCOPE = "gpt2/"
 SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
@@ -156,6 +156,10 @@ def save_mesh_tf(
     if not is_int(step) or step < 0:
         raise CheckpointError(f"step {step!r}; allowed: a whole number of at least 0")
     types = check_sizes(params, "params")
+    if has_own_head(params):
+        raise CheckpointError(
+            "GPT-Neo's checkpoints have no output table of its own (lm_head); allowed: to='huggingface'"
+        )
     try:
         write_json(folder / "config.json", {**params, "attention_types": [[[t], 1] for t in types]})
     except (TypeError, ValueError) as e:
@@ -250,7 +254,7 @@ def _config_file(folder: Path, files: list[str]) -> Path:
 def _newest(folder: Path, files: list[str]) -> str:
     """The base name of the newest TensorFlow checkpoint, such as model.ckpt-7."""
     there = [f[: -len(".index")] for f in files if f.endswith(".index")]
-    if "checkpoint" in files:
+    if "checkpoint" in files and not (folder / "checkpoint").is_dir():
         text = read_text(folder / "checkpoint")
         named = re.search(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]+)"', text, re.MULTILINE)
         if not named:

@@ -58,7 +58,8 @@ def _opened(path: Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         return open_mesh_tf_config(path)
     files = list_folder(path)
-    mesh_tf = "checkpoint" in files or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
+    has_list = "checkpoint" in files and not (path / "checkpoint").is_dir()  # scripts keep folders of that name too
+    mesh_tf = has_list or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
     hugging_face = holds_hugging_face(files)
     if mesh_tf and hugging_face:
         raise CheckpointError(

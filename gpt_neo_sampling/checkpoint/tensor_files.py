@@ -49,6 +49,10 @@ class TensorFiles:
     def check_dtypes(self, names: Iterable[str]) -> None:
         check_dtypes(self._folder, {n: self._tensors[n].dtype for n in names})
 
+    def are_one(self, a: str, b: str) -> bool:
+        """Whether two names have one place in the files."""
+        return self._tensors[a] == self._tensors[b]
+
     def read(self, name: str) -> np.ndarray:
         t = self._tensors[name]
         dtype = np.dtype(_STORED_AS[t.dtype])

@@ -136,6 +136,11 @@ def _activation(params: Params) -> str:
     return params.get("activation_fn") or "gelu"
 
 
+def has_own_head(params: Params) -> bool:
+    """Whether the output is a table of its own, "lm_head", as a Hugging Face model may have it, and not the token's."""
+    return params.get("tie_word_embeddings") is False
+
+
 def splittable_dims(params: Params) -> dict[str, int | None]:
     """{name: size} of the model's dims that a layout may split.
 
@@ -239,8 +244,11 @@ def model(
             h = block(h)
 
     h = _layer_norm(h, "ln_f", variable_dtype)
+    head = wte
+    if has_own_head(params):
+        head = _variable(mesh, "lm_head", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
     with tf.variable_scope("wte_final_einsum"):
-        logits = matmul(h, wte)
+        logits = matmul(h, head)
         if incremental:
             logits = mtf.reshape(logits, [batch_dim, mtf.Dimension("sequence", 1), vocab_dim])
 
