@@ -271,14 +271,34 @@ DATASET = {"n_vocab": 11, "path": "gs://x", "tokenizer_is_pretrained": True, "to
 
 
 @pytest.mark.parametrize("datasets", [["pile"], [["pile", 25, "documents_random", 1.0]], [["books", None], "pile"]])
-def test_a_dataset_says_what_the_config_does_not(tmp_path, datasets):
+def test_a_datasets_ids(tmp_path, datasets):
+    """Its stop token and padding stand above the model's config's (4 and none), as in GPT-Neo, its vocabulary below."""
     config = config_elsewhere(tmp_path, "../model", DATASET, datasets=datasets, n_vocab=None, padding_id=None)
     checkpoint = open_checkpoint(config)
-    assert [checkpoint.params[k] for k in ("n_vocab", "padding_id", "eos_id")] == [11, 11, 4]
-    assert checkpoint.generation_defaults == {"eos_token_id": 4, "pad_token_id": 11}
+    assert [checkpoint.params[k] for k in ("n_vocab", "padding_id", "eos_id")] == [11, 11, 10]
+    assert checkpoint.generation_defaults == {"eos_token_id": 10, "pad_token_id": 11}
     assert (checkpoint.tokenizer_file, checkpoint.tokenizer_name) == (None, "gpt2")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     assert open_checkpoint(config).tokenizer_file.resolve() == tmp_path / "model" / "tokenizer.json"
+
+
+def test_the_last_datasets_ids_and_those_of_a_dataset_that_names_none(tmp_path):
+    config = config_elsewhere(tmp_path, "../model", DATASET, datasets=["pile", "books"])
+    write_json(tmp_path / "configs" / "dataset_configs" / "books.json", {"n_vocab": 99, "eos_id": 7})
+    params = open_checkpoint(config).params
+    assert [params[k] for k in ("n_vocab", "padding_id", "eos_id")] == [11, 0, 7]
+    write_json(tmp_path / "configs" / "dataset_configs" / "books.json", {})
+    assert [open_checkpoint(config).params[k] for k in ("padding_id", "eos_id")] == [0, 1]
+
+
+def test_a_datasets_tokenizer_from_the_working_directory(tmp_path, monkeypatch):
+    dataset = {**DATASET, "tokenizer_is_pretrained": False, "tokenizer_path": "tokenizers/bpe.json"}
+    config = config_elsewhere(tmp_path, "../model", dataset, datasets=["pile"])
+    (tmp_path / "work" / "tokenizers").mkdir(parents=True)
+    (tmp_path / "work" / "tokenizers" / "bpe.json").write_text("{}")
+    assert open_checkpoint(config).tokenizer_name == "tokenizers/bpe.json"
+    monkeypatch.chdir(tmp_path / "work")
+    assert open_checkpoint(config).tokenizer_file.resolve() == tmp_path / "work" / "tokenizers" / "bpe.json"
 
 
 def test_a_datasets_tokenizer(tmp_path):

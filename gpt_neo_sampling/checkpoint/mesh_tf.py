@@ -50,9 +50,10 @@ def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None
     config_file = _config_file(folder, files) if config_file is None else config_file
     params = read_json(config_file)
     dataset, dataset_file = _dataset(params, config_file, folder)
-    for key in ("n_vocab", "eos_id", "padding_id"):
-        if params.get(key) is None and dataset.get(key) is not None:
-            params[key] = dataset[key]
+    if dataset_file is not None:  # as GPT-Neo does it: these two are the dataset's, whatever the model's config says
+        params.update(eos_id=dataset.get("eos_id", 1), padding_id=dataset.get("padding_id", 0))
+        if params.get("n_vocab") is None and dataset.get("n_vocab") is not None:
+            params["n_vocab"] = dataset["n_vocab"]
     params["attention_types"] = check_sizes(params, config_file)
     if params.get("local_attention_radius") is None:
         params["local_attention_radius"] = LOCAL_RADIUS
@@ -202,17 +203,18 @@ def _cpu_session() -> tf.Session:
 
 
 def _dataset(params: Params, config_file: Path, folder: Path) -> tuple[dict[str, Any], Path | None]:
-    """The first dataset config that a model's config names and that is there, and its path; or {} and None."""
+    """The last dataset config that a model's config names and that is there, and its path; or {} and None."""
     datasets = params.get("datasets")
+    found: tuple[dict[str, Any], Path | None] = {}, None
     for entry in datasets if isinstance(datasets, list) else []:
         name = entry[0] if isinstance(entry, list) and entry else entry
         if not isinstance(name, str):
             raise CheckpointError(f"{config_file}: datasets has {entry!r}; allowed: a name, or [name, …]")
-        for place in (config_file.parent, folder):
+        for place in (folder, config_file.parent):
             dataset_file = place / "dataset_configs" / f"{os.path.basename(name).removesuffix('.json')}.json"
             if dataset_file.is_file():
-                return read_json(dataset_file), dataset_file
-    return {}, None
+                found = read_json(dataset_file), dataset_file
+    return found
 
 
 def _tokenizer(dataset: dict[str, Any], dataset_file: Path | None) -> dict[str, Any]:
@@ -222,8 +224,10 @@ def _tokenizer(dataset: dict[str, Any], dataset_file: Path | None) -> dict[str, 
         return {}
     if not isinstance(path, str):
         raise CheckpointError(f"{dataset_file}: tokenizer_path is {path!r}; allowed: a path or a name")
-    local = dataset_file.parent / path
-    return {"tokenizer": local} if local.exists() else {"tokenizer_name": path}
+    for local in (dataset_file.parent / path, Path(path)):  # as model_path is: beside the config, or from where one is
+        if local.exists():
+            return {"tokenizer": local}
+    return {"tokenizer_name": path}
 
 
 def _config_file(folder: Path, files: list[str]) -> Path:

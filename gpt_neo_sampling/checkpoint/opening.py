@@ -16,9 +16,10 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
     which the one that the file `checkpoint` names is taken (by its base name,
     so a folder may be moved), or without that file the highest N; and a config,
     `config.json` or else the only *.json file with an `n_embd`. Where the config
-    names `datasets`, and `dataset_configs/NAME.json` is beside it or in the
-    folder, that says what the config does not: n_vocab, eos_id, padding_id, and
-    the tokenizer, if its tokenizer_path is on this machine.
+    names `datasets`, and `dataset_configs/NAME.json` of one is beside it or in the
+    folder, the last of them says, as in GPT-Neo, what eos_id and padding_id are
+    (1 and 0 if it does not), and n_vocab if the config does not, and the tokenizer,
+    if its tokenizer_path is on this machine.
 
     A Hugging Face folder holds `config.json` and `model.safetensors`, or else
     `pytorch_model.bin`, either of them whole or as shards with an index
