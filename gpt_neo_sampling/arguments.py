@@ -53,9 +53,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
     add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice; 0 is off")
     add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
-    add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn")
+    add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn, but for those "
+        "that end a continuation")  # fmt: skip
     add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
-    add("--min-new-tokens", type=int, metavar="N", help="no end before there are so many")
+    add("--min-new-tokens", type=int, metavar="N", help="no stop token before there are so many; a stop "
+        "string may end the text earlier")  # fmt: skip
     add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
     add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
         "(default: 0.9; with --entmax 1.0)")  # fmt: skip

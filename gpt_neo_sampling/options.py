@@ -115,8 +115,9 @@ class GenerationOptions:
         frequency_penalty     † the same, for each time that they stand there; 0
         no_repeat_ngram_size  int: no sequence of so many tokens comes twice; 0, off
         logit_bias            dict, token id -> what is added to its logit; none
-        bad_words_ids         list of lists of one token id each, which are never drawn; none
-        min_new_tokens        † int: no stop token before there are so many new ones; 0
+        bad_words_ids         list of lists of one token id each, which are never drawn but for stop tokens; none
+        min_new_tokens        † int: no stop token before there are so many new ones (a stop string may end the
+                              text earlier); 0
         do_sample             False: greedy decoding, the likeliest token each time. None: True, also where the model
                               says otherwise and a prompt has a temperature or an option that only sampling has
         temperature           † larger is more random, 0 is greedy; 0.9, with entmax_alpha 1.0

@@ -102,6 +102,7 @@ def checked_request(
         raise ValueError(f"a prompt of {longest} tokens is longer than the context; at most {n_ctx} are allowed")
     if options.pad_token_id is not None:
         check_int("pad_token_id", options.pad_token_id, 0)
+    stop_tokens = stop_tokens_of(checkpoint, options.eos_token_id)
     return Request(
         prompts=prompts,
         options=dataclasses.replace(
@@ -110,9 +111,9 @@ def checked_request(
             logits_processors=_processors(options.logits_processors),
         ),
         values=values,
-        stop_tokens=stop_tokens_of(checkpoint, options.eos_token_id),
+        stop_tokens=stop_tokens,
         stop_strings=_stop_strings(options.stop_strings, tokenizer),
-        logit_bias=_logit_bias(options, n_vocab),
+        logit_bias=_logit_bias(options, stop_tokens, n_vocab),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
     )
@@ -171,7 +172,7 @@ def _stop_strings(stop_strings: Any, tokenizer: Tokenizer | None) -> tuple[str, 
     return tuple(stop_strings)
 
 
-def _logit_bias(options: GenerationOptions, n_vocab: int) -> np.ndarray | None:
+def _logit_bias(options: GenerationOptions, stop_tokens: list[int], n_vocab: int) -> np.ndarray | None:
     """What logit_bias and bad_words_ids add to the logits; None for nothing."""
     given, banned = options.logit_bias, options.bad_words_ids
     if not (given is None or isinstance(given, dict)):
@@ -190,5 +191,6 @@ def _logit_bias(options: GenerationOptions, n_vocab: int) -> np.ndarray | None:
         if not isinstance(word, (list, tuple)) or len(word) != 1:
             raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
         check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
-        bias[word[0]] = -np.inf
+        if word[0] not in stop_tokens:  # as in transformers: a row could not end
+            bias[word[0]] = -np.inf
     return bias
