@@ -277,7 +277,7 @@ class TextGenerator:
         if unknown:
             names = ", ".join(sorted(unknown))
             raise TypeError(f"no option of how a token is drawn: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
-        new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation)
+        new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation, is_begin=False)
         options["max_new_tokens"] = INT32_MAX  # it is no matter how many more there are to be
         request = self._request([self.encode(prompt) + new], GenerationOptions(**options))
         key = program_key(request, request.prompts, [0], 1, self.mesh)
@@ -355,7 +355,7 @@ class TextGenerator:
         """
         return self._ids(prompt) or [self._first_token()]
 
-    def _ids(self, text: Prompt) -> list[int]:
+    def _ids(self, text: Prompt, is_begin: bool = True) -> list[int]:
         if isinstance(text, str):
             if self.tokenizer is None:
                 name = self.checkpoint.tokenizer_name
@@ -368,7 +368,7 @@ class TextGenerator:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise ValueError(f"a text is not Unicode: {e}") from None
-            ids = encoded(self.tokenizer, text)
+            ids = encoded(self.tokenizer, text, is_begin)
         else:
             ids = _list_of(text, "a prompt or text", "a str or a list of token ids")
         n_vocab = self.params["n_vocab"]

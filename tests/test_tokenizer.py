@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers_checkpoint import make_mesh_tf, write_json
 
-from gpt_neo_sampling import CheckpointError, generate, open_checkpoint
+from gpt_neo_sampling import CheckpointError, TextGenerator, generate, open_checkpoint
 from gpt_neo_sampling.checkpoint import load_tokenizer
 
 TOKENIZER = generate.DEMO_FOLDER / "tokenizer.json"
@@ -55,11 +55,73 @@ def test_added_tokens_have_their_ids(folder):
     take_apart(folder)
     size = len(json.loads((folder / "vocab.json").read_text()))
     write_json(folder / "added_tokens.json", {"<b>": size + 1, "<a>": size})
-    with pytest.raises(CheckpointError, match=f"has {size + 2} tokens; the model's vocabulary has {size}"):
-        load_tokenizer(open_checkpoint(folder))
+    tokenizer = load_tokenizer(open_checkpoint(folder))
+    assert [tokenizer.token_to_id(text) for text in ("<a>", "<b>")] == [size, size + 1]
     write_json(folder / "added_tokens.json", {"<a>": size + 5})
     with pytest.raises(CheckpointError, match=f"<a> is to be token {size + 5}, but is token {size}"):
         load_tokenizer(open_checkpoint(folder))
+
+
+def test_more_tokens_than_the_model_has(folder):
+    """As where a padding token was added and the table was not made longer: only a prompt that uses it is refused."""
+    take_apart(folder)
+    write_json(folder / "added_tokens.json", {"<pad>": 2048})
+    generator = TextGenerator.from_pretrained(folder)
+    assert len(generator.generate("Emma", max_new_tokens=2, seed=1)[0].tokens) == 2
+    with pytest.raises(ValueError, match="token id 2048 is outside the vocabulary; 0 to 2047 are allowed"):
+        generator.generate("Emma <pad>")
+
+
+def added(**flags):
+    return {"added_tokens_decoder": {"2048": {"content": "<m>", "special": False, **flags}}}
+
+
+@pytest.mark.parametrize(
+    "flags, same",  # texts that come to the same pieces around <m>
+    [
+        (dict(lstrip=True), ("a <m>b", "a<m>b")),
+        (dict(rstrip=True), ("a<m> b", "a<m>b")),
+        (dict(single_word=True), None),
+    ],
+    ids=str,
+)
+def test_flags_of_added_tokens(folder, flags, same):
+    """lstrip and rstrip swallow spaces; a single word is none within another."""
+    take_apart(folder)
+
+    def tokens(config, text):
+        write_json(folder / "tokenizer_config.json", config)
+        return load_tokenizer(open_checkpoint(folder)).encode(text).ids
+
+    if same is None:
+        assert 2048 in tokens(added(), "a<m>b") and 2048 not in tokens(added(**flags), "a<m>b")
+    else:
+        assert tokens(added(**flags), same[0]) == tokens(added(**flags), same[1])
+        assert tokens(added(), same[0]) != tokens(added(), same[1])
+
+
+@pytest.mark.parametrize("bos", [{}, {"bos_token": "<|endoftext|>"}, {"bos_token": {"content": "She"}}], ids=str)
+def test_add_bos_token(folder, bos):
+    """Ahead of a prompt; not ahead of what stands behind one already."""
+    take_apart(folder)
+    plain = TextGenerator.from_pretrained(folder).encode("Emma was")
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": True, **bos})
+    generator = TextGenerator.from_pretrained(folder)
+    first = generator.tokenizer.token_to_id("She" if "She" in str(bos) else "<|endoftext|>")
+    assert generator.encode("Emma was") == [first, *plain]
+    whole = generator.inspect("Emma", " was", temperature=1)
+    assert whole[0].probabilities.tolist() == generator.inspect("Emma was", temperature=1)[0].probabilities.tolist()
+
+
+def test_what_is_not_honoured_is_named(folder, caplog):
+    take_apart(folder)
+    write_json(folder / "tokenizer_config.json", {"split_special_tokens": True, "add_eos_token": False})
+    load_tokenizer(open_checkpoint(folder))
+    assert "tokenizer_config.json: what it says of split_special_tokens is left out" in caplog.text
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>"})
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(open_checkpoint(folder))
+    assert tokenizer.encode("a").ids[0] == tokenizer.token_to_id("<s>") == 2048
 
 
 def test_damaged_pair(folder):

@@ -1,6 +1,7 @@
 """The tokenizer of a model: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
 import contextlib
+import logging
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 from gpt_neo_sampling._types import Tokenizer
 from gpt_neo_sampling.checkpoint.base import LONGEST_TEXT, Checkpoint, CheckpointError, check_file, read_json
+
+log = logging.getLogger(__name__)
 
 _ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 # Everything that may belong to a tokenizer, for what copies a model.
@@ -28,9 +31,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     Returns:
       a tokenizers.Tokenizer, or None if the model comes without one.
 
+    It may have more tokens than the model, whose ids no prompt may then have.
+
     Raises:
-      CheckpointError: if a file cannot be read, the tokenizer does not fit the
-        model, or the package tokenizers is not installed.
+      CheckpointError: if a file cannot be read, or the package tokenizers is not
+        installed.
     """
     single, pair = checkpoint.tokenizer_file, checkpoint.tokenizer_files
     file = single or (pair and pair[0])
@@ -53,19 +58,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     # which a tokenizer.json may ask for, and which would cut prompts, or add to them, without a word
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    size, n_vocab = tokenizer.get_vocab_size(), checkpoint.params["n_vocab"]
-    if size > n_vocab:
-        raise CheckpointError(f"{file} has {size} tokens; the model's vocabulary has {n_vocab}")
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= n_vocab:
-        raise CheckpointError(f"{file} has the token {largest}; the model's vocabulary ends at {n_vocab - 1}")
     return tokenizer
 
 
-def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text; a ValueError where the tokenizer cannot."""
+def encoded(tokenizer: Tokenizer, text: str, is_begin: bool = True) -> list[int]:
+    """The ids of a text, and if it `is_begin` those that the tokenizer puts ahead; a ValueError where it cannot."""
     with _one_line_errors(f"encode {text[:60]!r}"):
-        return tokenizer.encode(text).ids
+        return tokenizer.encode(text, add_special_tokens=is_begin).ids
 
 
 def decoded(tokenizer: Tokenizer, ids: Iterable[int], **options: bool) -> str:
@@ -94,30 +93,63 @@ def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file:
     with_space = bool(config.get("add_prefix_space"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=with_space)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    for id_, text, is_special in _added_tokens(vocab_file.parent, config):
-        token = tokenizers.AddedToken(text, special=is_special, normalized=False)
+    for id_, text, is_special, flags in _added_tokens(vocab_file.parent, config):
+        token = tokenizers.AddedToken(text, special=is_special, **flags)
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
         if id_ is not None and tokenizer.token_to_id(text) != id_:
             raise CheckpointError(
                 f"{vocab_file.parent}: {text} is to be token {id_}, but is token {tokenizer.token_to_id(text)}"
             )
+    if config.get("add_bos_token"):
+        bos = _content(config.get("bos_token")) or "<|endoftext|>"  # GPT-2's
+        if (id_ := tokenizer.token_to_id(bos)) is None:
+            raise CheckpointError(f"{config_file}: add_bos_token is true, but the vocabulary has no {bos!r}")
+        template = tokenizers.processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, id_)]
+        )
+        tokenizer.post_processor = template
+    odd = [key for key in _NOT_HONOURED if config.get(key)]
+    if odd:
+        log.warning("%s: what it says of %s is left out, and would change ids", config_file, ", ".join(odd))
     return tokenizer
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int | None, str, bool]]:
-    """(id or None, text, whether decoding leaves it out) of each token that is added, by id."""
-    tokens: dict[str, tuple[int | None, bool]] = {}
+# what else a tokenizer_config.json may ask for that changes which ids a text has
+_NOT_HONOURED = ("add_eos_token", "do_lower_case", "split_special_tokens")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+
+
+def _content(entry: Any) -> str | None:
+    """The text of a token that a config names, as a text or as an object."""
+    content = entry.get("content") if isinstance(entry, dict) else entry
+    return content if isinstance(content, str) else None
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int | None, str, bool, dict[str, bool]]]:
+    """(id or None, text, whether decoding leaves it out, flags of AddedToken) of each token that is added, by id."""
+    ids: dict[str, int | None] = {}
+    special: set[str] = set()
+    flags: dict[str, dict[str, bool]] = {}
+
+    def add(entry: Any, id_: int | None = None, is_special: bool = False) -> None:
+        if (text := _content(entry)) is None:
+            return
+        ids[text] = id_ if ids.get(text) is None else ids[text]
+        if is_special:
+            special.add(text)
+        if isinstance(entry, dict):
+            flags.setdefault(text, {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry})
+
     for id_, entry in (config.get("added_tokens_decoder") or {}).items():
-        tokens[entry["content"]] = (int(id_), bool(entry.get("special")))
+        add(entry, int(id_), bool(entry.get("special")))
     added_file, special_file = (folder / name for name in _ADDED_TOKENS[:2])
     for text, id_ in (read_json(added_file) if added_file.is_file() else {}).items():
-        tokens.setdefault(text, (id_, False))
+        add(text, id_)
     for entries in (config, read_json(special_file) if special_file.is_file() else {}):
         for key, entry in entries.items():
-            if key.endswith("_token") or key == "additional_special_tokens":
-                for token in entry if isinstance(entry, list) else [entry]:
-                    content = token.get("content") if isinstance(token, dict) else token
-                    if isinstance(content, str):
-                        tokens[content] = (tokens.get(content, (None,))[0], True)
-    by_id = sorted(tokens.items(), key=lambda token: (token[1][0] is None, token[1][0] or 0))
-    return [(id_, text, is_special) for text, (id_, is_special) in by_id]
+            if key.endswith("_token") or key in ("additional_special_tokens", "extra_special_tokens"):
+                named = isinstance(entry, dict) and "content" not in entry  # {name: token}
+                for token in entry.values() if named else entry if isinstance(entry, list) else [entry]:
+                    add(token, is_special=True)
+    by_id = sorted(ids, key=lambda text: (ids[text] is None, ids[text] or 0))
+    return [(ids[t], t, t in special, {"normalized": False, **flags.get(t, {})}) for t in by_id]
