@@ -109,6 +109,16 @@ def test_token_ids_and_generation_config(tmp_path):
     assert checkpoint.params["eos_id"] == 7
 
 
+def test_what_is_asked_for_and_not_built_is_kept(tmp_path):
+    """A token's id may be 0; what changes nothing is no demand."""
+    folder = make_hugging_face(tmp_path / "m")
+    asked = {"forced_eos_token_id": 0, "begin_suppress_tokens": [0], "num_beams": 4}
+    neutral = {"forced_bos_token_id": None, "suppress_tokens": [], "num_beam_groups": 1, "length_penalty": 1.0,
+               "min_length": 0, "renormalize_logits": False, "use_cache": True}  # fmt: skip
+    write_json(folder / "generation_config.json", {**asked, **neutral})
+    assert open_checkpoint(folder).ignored_generation_options == asked
+
+
 def test_tokenizer_files(tmp_path):
     folder = make_hugging_face(tmp_path / "m")
     (folder / "vocab.json").write_text("{}")

@@ -83,9 +83,14 @@ def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tupl
         for key, value in config.items()
         if key not in (*_TOKEN_IDS, *_OPTIONS)
         and not key.startswith(_WITHOUT_EFFECT)
-        and value not in (None, False, [], {}, _NEUTRAL.get(key))
+        and not _changes_nothing(key, value)
     }
     return defaults, ignored
+
+
+def _changes_nothing(key: str, value: object) -> bool:
+    # a 0 is not False, but a token's id
+    return value is None or value is False or value in ([], {}) or (key in _NEUTRAL and value == _NEUTRAL[key])
 
 
 def _checked(config: dict[str, Any], keys: Mapping[str, _Check], config_file: Path) -> dict[str, Any]:
