@@ -34,10 +34,17 @@ def write_prompts(path, count, rng, longest=120):
             print(json.dumps(record), file=file)
 
 
+def arguments(source, output):
+    """The command's."""
+    return [
+        *("generate", "--prompts-file", str(source), "--output", str(output)),
+        *("--seed", "1", "--max-new-tokens", "32"),
+    ]
+
+
 def start(source, output):
-    command = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate", "--prompts-file", source, "--output", output,
-               "--seed", "1", "--max-new-tokens", "32"]  # fmt: skip
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli", *arguments(source, output)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def end_at(process, output, size, delay, signum=signal.SIGKILL):

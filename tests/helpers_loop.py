@@ -7,7 +7,7 @@ drawn there.
 import numpy as np
 import reference
 from helpers_model import features
-from programs import Program, dims
+from programs import ONE_DEVICE, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sample import INVALID, sample_autoregressive
@@ -257,7 +257,7 @@ INPUTS = {
 }
 
 
-def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=None, weights=None, **params):
+def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=ONE_DEVICE, weights=None, **params):
     """One graph with a decode loop for each of `cases`, {name: options}.
 
     Returns a function of the prompts, int [batch, length], and of the Inputs

@@ -48,7 +48,9 @@ def main(folder, requests):
     for answer, request in zip(answers, requests):
         answer["again"] = answered(v2, *request)
 
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+    config = tf.compat.v1.ConfigProto()
+    config.graph_options.rewrite_options.disable_meta_optimizer = True  # which "v2" runs with, and which takes long
+    with tf.Graph().as_default(), tf.compat.v1.Session(config=config) as session:
         signatures = tf.compat.v1.saved_model.load(session, ["serve"], folder).signature_def
 
         def v1(signature, inputs):

@@ -111,6 +111,7 @@ def test_rise():
     assert long_run.growth([*(500_000 + rng.integers(0, 50_000, 40))], allowed)["grows"]  # cannot tell
 
 
+@pytest.mark.slow
 def test_nothing_grows_in_200_calls():
     """A seventh of them end with errors, in a graph and before it; then a file."""
     generator = long_run.TextGenerator.from_pretrained()
@@ -136,7 +137,10 @@ def test_tail_draws():
     assert 10_000 < (~original.reachable()).sum() < len(p)
 
 
-@pytest.mark.parametrize("dtype, alpha, shards", [("float32", 1.0, 1), ("bfloat16", 1.0, 4), ("bfloat16", 1.05, 1)])
+TAIL = [("float32", 1.0, 1), pytest.param("bfloat16", 1.0, 4, marks=pytest.mark.slow), ("bfloat16", 1.05, 1)]
+
+
+@pytest.mark.parametrize("dtype, alpha, shards", TAIL)
 def test_the_tail_is_drawn_as_often_as_it_should(dtype, alpha, shards):
     draw = tail_draws.Library(dtype, alpha, shards, samples=2**17)
     found = tail_draws.verdict(tail_draws.count(draw, 3_000_000), tail_draws.law(dtype, alpha))

@@ -1,7 +1,9 @@
-"""The command line, run as a user runs it."""
+"""The command line: in this process, and in a few of its own, as a user runs it."""
 
 import dataclasses
+import functools
 import json
+import logging
 import pathlib
 import subprocess
 import sys
@@ -32,20 +34,33 @@ def main(capfd, *args):
     return status, captured.out, captured.err
 
 
+@functools.cache
+def generator(*args, **kwargs):
+    return from_pretrained(*args, **kwargs)
+
+
+from_pretrained = TextGenerator.from_pretrained
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """Commands of this process with the same model take one generator, whose graphs are made once."""
+    monkeypatch.setattr(TextGenerator, "from_pretrained", generator)
+
+
 def to_stop_token(tokens, stop=1):
     return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 
 
-@pytest.mark.parametrize("name", ["global", "rotary"])
-def test_json_of_golden_prompts(name):
+@pytest.mark.parametrize("name", ["global", pytest.param("rotary", marks=pytest.mark.slow)])
+def test_json_of_golden_prompts(capfd, shared, name):
     folder = DATA / "gpt_neo_checkpoints" / name
     golden = np.load(folder / "golden.npz")
     prompts = [" ".join(map(str, row[:n])) for row, n in zip(golden["prompts"], golden["lengths"])]
-    done = run("generate", "--model", str(folder), "--prompt-ids", *prompts, "--temperature", "0",
-               "--max-new-tokens", "20", "--json")  # fmt: skip
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert json.loads(done.stdout) == {
+    status, out, err = main(capfd, "generate", "--model", folder, "--prompt-ids", *prompts, "--temperature", 0,
+                            "--max-new-tokens", 20, "--json")  # fmt: skip
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {
         "samples": [
             {
                 "prompt_tokens": row[:n].tolist(),
@@ -58,21 +73,29 @@ def test_json_of_golden_prompts(name):
     }
 
 
-def test_text_alone_goes_to_stdout():
-    args = ["generate", "--prompt", "The family of Dashwood", "--max-new-tokens", "12"]
-    done = run(*args, "--seed", "11")
-    assert done.returncode == 0
-    assert done.stderr == "The family of Dashwood"
-    again = json.loads(run(*args, "--seed", "11", "--json").stdout)["samples"]
-    assert done.stdout == again[0]["text"] + "\n"
-    fresh = run(*args)
-    assert fresh.stderr.startswith("seed ")
-    seed = fresh.stderr.split()[1]
-    assert run(*args, "--seed", seed).stdout == fresh.stdout
+EMMA = ["generate", "--prompt", "The family of Dashwood", "--max-new-tokens", "12"]
 
 
-def test_without_a_tokenizer_the_ids_are_printed(capfd):
-    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 6", "7,8", "--max-new-tokens", 4, "--seed", 1]
+def test_text_alone_goes_to_stdout(capfd, shared):
+    status, out, err = main(capfd, *EMMA, "--seed", 11)
+    assert (status, err) == (0, "The family of Dashwood")
+    again = json.loads(main(capfd, *EMMA, "--seed", 11, "--json")[1])["samples"]
+    assert out == again[0]["text"] + "\n"
+    _, fresh, err = main(capfd, *EMMA)
+    assert err.startswith("seed ")
+    seed = err.split()[1]
+    assert main(capfd, *EMMA, "--seed", seed)[1] == fresh
+
+
+@pytest.mark.slow
+def test_a_fresh_interpreter_prints_the_same(capfd, shared):
+    done = run(*EMMA, "--seed", "11")
+    assert (done.returncode, done.stdout, done.stderr) == main(capfd, *EMMA, "--seed", 11)
+
+
+def test_without_a_tokenizer_the_ids_are_printed(capfd, shared):
+    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 6", "7,8", "--num-samples", 2, "--max-new-tokens", 4]
+    args += ["--seed", 1]
     _, as_json, _ = main(capfd, *args, "--json")
     status, out, err = main(capfd, *args)
     assert status == 0
@@ -81,7 +104,7 @@ def test_without_a_tokenizer_the_ids_are_printed(capfd):
     ]
 
 
-def test_samples_are_in_the_order_of_the_prompts(capfd):
+def test_samples_are_in_the_order_of_the_prompts(capfd, shared):
     args = [
         "generate",
         "--model",
@@ -100,7 +123,7 @@ def test_samples_are_in_the_order_of_the_prompts(capfd):
 
 
 @pytest.mark.parametrize("options", [["--entmax"], ["--entmax", "1.3"]])
-def test_entmax_alone_is_alpha_1_3(capfd, options):
+def test_entmax_alone_is_alpha_1_3(capfd, shared, options):
     args = ["generate", "--model", GLOBAL, "--prompt-ids", "5", "--seed", 4, "--json"]
     _, out, _ = main(capfd, *args, *options)
     _, explicit, _ = main(capfd, *args, "--entmax", "1.3")
@@ -108,15 +131,16 @@ def test_entmax_alone_is_alpha_1_3(capfd, options):
     assert out == explicit != other
 
 
-def test_the_contexts_end_is_noted_on_stderr(capfd):
+def test_the_contexts_end_is_noted_on_stderr(capfd, shared, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, beside which the command adds none
     args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 " * 46, "--max-new-tokens", 10, "--seed", 1, "--json"]
-    done = run(*map(str, args))
-    assert done.returncode == 0
-    assert len(json.loads(done.stdout)["samples"][0]["tokens"]) <= 2
-    assert "note: " in done.stderr and "context" in done.stderr
+    status, out, err = main(capfd, *args)
+    assert status == 0
+    assert len(json.loads(out)["samples"][0]["tokens"]) <= 2
+    assert "note: " in err and "context" in err
 
 
-def test_score(capfd, tmp_path):
+def test_score(capfd, shared, tmp_path):
     """A line a text; with --json what TextGenerator.score gives; a file is one text."""
     texts = ["The family of Dashwood", "had long been settled in Sussex.\r\nÉ"]
     (tmp_path / "text.txt").write_bytes(texts[1].encode())
@@ -137,6 +161,7 @@ def test_score(capfd, tmp_path):
     assert [s["logprobs"].count(None) for s in json.loads(out)["scores"]] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_bad_value_has_no_traceback_in_a_process_of_its_own():
     done = run("generate", "--prompt", "a", "--top-k", "-1")
     assert done.returncode == 2
@@ -144,24 +169,41 @@ def test_a_bad_value_has_no_traceback_in_a_process_of_its_own():
     assert len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr
 
 
-def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, tmp_path):
-    model = spoiled(tmp_path / "model", "wpe", 3, np.nan)
-    generate = ["generate", "--prompt-ids", "5 6 7 8", "--prompt-ids", "5", "--seed", 1, "--max-new-tokens", 3]
-    (sound,) = TextGenerator.from_pretrained(GLOBAL).generate([[5]], seed=1, stream=1, max_new_tokens=3)
+@pytest.fixture(scope="module")
+def with_nan(tmp_path_factory):
+    return spoiled(tmp_path_factory.mktemp("nan") / "model", "wpe", 3, np.nan)
+
+
+def assert_nan_is_reported(capfd, model, command, where, printed):
+    status, out, err = main(capfd, command[0], "--model", model, *command[1:])
+    assert (status, out) == (2, printed)
+    assert f"error: {where}: the logits hold NaN" in err
+    assert err.endswith("(the weight wpe holds NaN or infinite numbers)\n")
+    assert err.count("\n") == 1
+
+
+def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, shared, with_nan):
+    command = ["generate", "--prompt-ids", "5 6 7 8", "--prompt-ids", "5", "--seed", 1, "--max-new-tokens", 3]
+    options = dict(seed=1, max_new_tokens=3, streamer=lambda *_: None)
+    (sound, *_) = generator(GLOBAL).generate([[5]] * 4, stream=1, **options)
+    where, text = "prompt 0, sample 0, step 0", " ".join(map(str, sound.tokens))
+    assert_nan_is_reported(capfd, with_nan, command, where, text + "\n")
     in_json = json.dumps({"samples": [None, sound.as_dict()]})
-    for command, where, printed in (
-        (generate, "prompt 0, sample 0, step 0", " ".join(map(str, sound.tokens)) + "\n"),
-        ([*generate, "--json"], "prompt 0, sample 0, step 0", in_json + "\n"),
-        (["score", "--text-ids", "5 6 7 8 9"], "text 0", ""),
-        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "behind 4 tokens, step 'model' of the chain", ""),
-    ):
-        status, out, err = main(capfd, command[0], "--model", model, *command[1:])
-        assert (status, out) == (2, printed)
-        assert f"error: {where}: the logits hold NaN" in err
-        assert err.endswith("(the weight wpe holds NaN or infinite numbers)\n")
-        assert err.count("\n") == 1
+    assert_nan_is_reported(capfd, with_nan, [*command, "--json"], where, in_json + "\n")
 
 
+@pytest.mark.parametrize(
+    "command, where",
+    [
+        (["score", "--text-ids", "5 6 7 8 9"], "text 0"),
+        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "behind 4 tokens, step 'model' of the chain"),
+    ],
+)
+def test_nan_is_reported_with_its_place_by_other_commands(capfd, shared, with_nan, command, where):
+    assert_nan_is_reported(capfd, with_nan, command, where, "")
+
+
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback():
     command = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate", "--model", str(GLOBAL), "--prompt-ids", "5",
                "--num-samples", "4", "--max-new-tokens", "5", "--seed", "1", "--json"]  # fmt: skip
@@ -181,6 +223,7 @@ def test_help_names_every_option(capfd):
         assert option in out
 
 
+@pytest.mark.slow
 def test_the_command_is_installed():
     command = pathlib.Path(sys.executable).parent / "gpt-neo-sampling"
     done = subprocess.run([command, "--help"], capture_output=True, text=True)

@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 
+import processes
 import pytest
-from test_cli import main, run
+from helpers_model import config, random_weights
+from test_cli import main
 from test_mesh import PROMPTS, command, tokens, write_model
 
 from gpt_neo_sampling import ClusterError, TextGenerator, cluster
+from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
 
 
@@ -53,12 +56,7 @@ class Workers:
         """Starts workers; `env` in place of the options --cluster and --task."""
         for i in indices:
             where = ["--cluster", self.cluster, "--task", f"worker:{i}"] if env is None else []
-            self._processes[i] = subprocess.Popen(
-                [sys.executable, "-m", "gpt_neo_sampling.cli", "serve", *where, *self._args],
-                stderr=subprocess.PIPE,
-                env={**os.environ, **(env or {})},
-                text=True,
-            )
+            self._processes[i] = processes.Command("serve", *where, *self._args, env={**os.environ, **(env or {})})
         for i in indices:
             end = time.monotonic() + 100
             while not answers(self.addresses[i]):
@@ -78,10 +76,7 @@ class Workers:
 
     def __exit__(self, *_):
         for process in self._processes.values():
-            process.kill()
-        for process in self._processes.values():
-            process.wait()
-            process.stderr.close()
+            process.close()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +117,11 @@ FOUR = [f"worker:{task}/cpu:{i}" for task in range(2) for i in range(2)]
 
 @pytest.mark.parametrize(
     ("mesh_shape", "layout", "devices"),
-    [("x:2", "batch:x", None), ("x:2", "vocab:x,heads:x", None), ("x:2,y:2", "batch:x,vocab:y", FOUR)],
+    [
+        ("x:2", "batch:x", None),
+        pytest.param("x:2", "vocab:x,heads:x", None, marks=pytest.mark.slow),
+        pytest.param("x:2,y:2", "batch:x,vocab:y", FOUR, marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_are_those_of_one_process(workers, model, expected, mesh_shape, layout, devices):
     split = generator(model, workers.cluster, mesh_shape, layout, devices)
@@ -139,12 +138,13 @@ def test_a_streamer_is_refused(workers, model):
 
 def test_the_commands_output_is_that_of_one_process(workers, model, expected):
     on_cluster = ["--cluster", workers.cluster, "--mesh-shape", "x:2", "--layout", "batch:x"]
-    done = run(*map(str, command(model, "--temperature", 1, *on_cluster)))
+    done = processes.run(*command(model, "--temperature", 1, *on_cluster))
     assert done.returncode == 0
     assert [list(map(int, line.split())) for line in done.stdout.splitlines()] == expected
     assert done.stderr == "".join(" ".join(map(str, prompt)) + " " for prompt in PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_program_that_is_a_task_itself(own_workers, model, expected):
     def tf_config(index):
         task = {"type": "worker", "index": index}
@@ -153,13 +153,13 @@ def test_a_program_that_is_a_task_itself(own_workers, model, expected):
     own_workers.start(1, env=tf_config(1))
     devices = "worker:0/cpu:0,worker:0/cpu:1,worker:1/cpu:0"
     on_mesh = ["--mesh-shape", "x:3", "--layout", "batch:x", "--devices", devices]
-    args = map(str, command(model, "--temperature", 1, *on_mesh))
-    done = run(*args, env={**os.environ, **tf_config(0)})
+    done = processes.run(*command(model, "--temperature", 1, *on_mesh), env={**os.environ, **tf_config(0)})
     assert done.returncode == 0
     assert [list(map(int, line.split())) for line in done.stdout.splitlines()] == expected
     assert done.stderr == "".join(" ".join(map(str, prompt)) + " " for prompt in PROMPTS)
 
 
+@pytest.mark.slow
 def test_what_a_generator_holds_is_its_own(workers, model, expected, tmp_path):
     """Variables of the same names in several models, on processes that outlive them."""
     other = write_model(tmp_path / "other", n_vocab=41, n_embd=32)
@@ -174,8 +174,12 @@ def test_what_a_generator_holds_is_its_own(workers, model, expected, tmp_path):
     two.close()
 
 
+@pytest.mark.slow
 def test_closing_frees_the_weights(workers, tmp_path):
-    long = write_model(tmp_path / "long", n_vocab=37, n_ctx=1_000_000)  # a position table of 64 MB
+    params = config(["global"], n_vocab=37, n_ctx=1_000_000)  # a position table of 64 MB
+    del params["mode"]
+    long = tmp_path / "long"
+    write_mesh_tf_checkpoint(long, params, random_weights(params))
     held = []
     for _ in range(5):
         split = generator(long, workers.cluster)
@@ -211,7 +215,7 @@ def test_a_worker_that_is_missing_is_named(workers, model, monkeypatch, capfd):
     assert done == (1, "", f"gpt-neo-sampling: error: {message}\n")
 
 
-@pytest.mark.parametrize("which", [1, 0])
+@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, expected, which, record_property):
     """Worker 0 is the one that the session is held with."""
     own_workers.start(0, 1)
@@ -245,19 +249,16 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
     assert tokens(split, "softmax") == expected
 
 
+@pytest.mark.slow
 def test_a_command_ends_soon_after_a_worker_is_killed(own_workers, model):
     own_workers.start(0, 1)
     on_cluster = ["--cluster", own_workers.cluster, "--mesh-shape", "x:2", "--layout", "batch:x"]
-    args = [sys.executable, "-m", "gpt_neo_sampling.cli", *command(model, "--num-samples", 50000, *on_cluster)]
-    with subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            busy = cpu_seconds(own_workers[1]) + 1.5  # more than it takes to be ready
-            while cpu_seconds(own_workers[1]) < busy:
-                time.sleep(0.2)
-            own_workers.kill(1)
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
+    with processes.Command(*command(model, "--num-samples", 50000, *on_cluster)) as process:
+        busy = cpu_seconds(own_workers[1]) + 1.5  # more than it takes to be ready
+        while cpu_seconds(own_workers[1]) < busy:
+            time.sleep(0.2)
+        own_workers.kill(1)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, ""), err
     assert err == (f"gpt-neo-sampling: error: worker:1 at {own_workers.addresses[1]} has gone; what it held is lost\n")
 
@@ -301,13 +302,28 @@ def test_a_device_that_a_worker_has_not(workers, model):
 # --- serve
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_serve(own_workers, signal_number):
-    own_workers.start(1)
-    assert own_workers[1].stderr.readline() == f"serving worker:1 at {own_workers.addresses[1]}\n"
-    own_workers[1].send_signal(signal_number)
-    assert own_workers[1].wait(timeout=60) == 0
-    assert own_workers[1].stderr.read() == ""
+def test_a_signal_ends_serve(own_workers):
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        own_workers.start(1)
+        assert own_workers[1].stderr.readline() == f"serving worker:1 at {own_workers.addresses[1]}\n"
+        own_workers[1].send_signal(signal_number)
+        assert own_workers[1].wait(timeout=60) == 0
+        assert own_workers[1].stderr.read() == ""
+        own_workers[1].close()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_fresh_interpreter_that_serves():
+    (address,) = free_addresses(1)
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli", "serve", "--cluster", address, "--task", "worker:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr.readline() == f"serving worker:0 at {address}\n"
+            process.terminate()
+            assert process.wait(timeout=60) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,18 @@ def script():
     return names
 
 
+@pytest.fixture(scope="module")
+def bundled():
+    generator = gpt_neo_sampling.TextGenerator.from_pretrained()
+    yield generator
+    generator.close()
+
+
 @pytest.mark.parametrize("name", DOCTESTS)
-def test_docstring(name, script):
+def test_docstring(name, script, bundled, monkeypatch):
     test = DOCTESTS[name]
+    if name.startswith("generate.TextGenerator."):
+        monkeypatch.setattr(gpt_neo_sampling.TextGenerator, "from_pretrained", lambda: bundled)
     test.globs = {**script, **test.globs}
     out = io.StringIO()
     assert doctest.DocTestRunner().run(test, out=out.write).failed == 0, out.getvalue()
@@ -133,14 +142,7 @@ def arguments(match):
 
 # each once, of two that are the same the last
 RUNS = {tuple(arguments(match)): place for place, match in COMMANDS.items()}
-RUNS = [place for args, place in RUNS.items() if not NOT_HERE.intersection(args)]
-
-
-@pytest.fixture(scope="module")
-def bundled():
-    generator = gpt_neo_sampling.TextGenerator.from_pretrained()
-    yield generator
-    generator.close()
+RUNS = {place: args for args, place in RUNS.items() if not NOT_HERE.intersection(args)}
 
 
 @contextlib.contextmanager
@@ -156,7 +158,16 @@ def test_the_command_takes_what_the_docs_give_it(place):
     parser().parse_args(arguments(COMMANDS[place]))
 
 
-@pytest.mark.parametrize("place", RUNS)
+def example(place, is_slow):
+    return pytest.param(place, marks=[pytest.mark.slow] * is_slow)
+
+
+def is_further(place, args):
+    """Whether a command of docs/ draws, on a graph of its own, or shows nothing that its output is compared with."""
+    return "README" not in place and (args[0] == "generate" or COMMANDS[place]["prompt"] != "$ ")
+
+
+@pytest.mark.parametrize("place", [example(place, is_further(place, args)) for place, args in RUNS.items()])
 def test_the_command_prints_what_the_docs_show(place, bundled, monkeypatch, tmp_path):
     match, args = COMMANDS[place], arguments(COMMANDS[place])
     monkeypatch.chdir(tmp_path)
@@ -173,8 +184,14 @@ def test_the_command_prints_what_the_docs_show(place, bundled, monkeypatch, tmp_
 
 
 # (tests/test_export.py runs what is exported)
-@pytest.mark.parametrize("place", [p for p in PYTHON if "saved_model.load" not in PYTHON[p]["code"]])
-def test_python(place):
+@pytest.mark.parametrize(
+    "place",
+    [example(place, "generator.generate(" in found["code"])
+     for place, found in PYTHON.items() if "saved_model.load" not in found["code"]],
+)  # fmt: skip
+def test_python(place, bundled, monkeypatch):
+    if "mesh_shape" not in PYTHON[place]["code"]:
+        monkeypatch.setattr(gpt_neo_sampling.TextGenerator, "from_pretrained", lambda: bundled)
     vocab_dim = mtf.Dimension("vocab", 4)
     with tf.Graph().as_default(), terminal() as text:
         names = {"vocab_dim": vocab_dim, "step": 0, "logits": mtf.zeros(mtf.Mesh(mtf.Graph(), "mesh"), [vocab_dim])}

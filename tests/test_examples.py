@@ -27,6 +27,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_train_entmax(text, tmp_path, monkeypatch, capsys):
     """Two steps: what the first losses must be, the same start, the files, and models that can be sampled."""
     small = {"n_ctx": 16, "n_embd": 16, "n_layer": 2, "attention_types": [[["global", "local"], 1]]}
@@ -106,6 +107,7 @@ def test_train_entmax_refuses(text, tmp_path, argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plot_settings(tmp_path, monkeypatch):
     """All four pictures, of few settings and a short text: PNGs of the right sizes, small, and not blank."""
     monkeypatch.setattr(plot_settings, "TOKENS", 4)

@@ -1,16 +1,21 @@
 """SavedModels: run without this package, they give what TextGenerator gives."""
 
+import functools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import DATA
+from helpers_model import config, random_weights
 from test_cli import main
 
 from gpt_neo_sampling import TextGenerator, export, export_saved_model
+from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.checkpoint import open_checkpoint, write_mesh_tf_checkpoint
 
 BATCH, LENGTH, PROMPT_LENGTH, TOP_K = 4, 40, 20, 8
 CLIENT = pathlib.Path(__file__).parent / "saved_model_client.py"
@@ -48,25 +53,42 @@ def padded(prompts, width=PROMPT_LENGTH):
 
 
 @pytest.fixture(scope="module")
-def generated():
-    """{request: TextGenerator's samples}, and the stop token."""
-    generator = TextGenerator.from_pretrained()
+def model(tmp_path_factory):
+    """A small model with the bundled one's vocabulary and tokenizer."""
+    folder = tmp_path_factory.mktemp("export") / "source"
+    params = config(["global", "local"], n_vocab=2048, n_ctx=48, local_attention_radius=5, eos_id=0)
+    del params["mode"]
+    weights = random_weights(params, seed=2)
+    weights["wpe"] *= 8  # else each token is followed by itself
+    weights["wte"] *= 0.2
+    write_mesh_tf_checkpoint(folder, params, weights)
+    shutil.copy(export.DEMO_FOLDER / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generated(model):
+    """A function: a request's name -> TextGenerator's samples; and the stop token."""
+    generator = TextGenerator.from_pretrained(model)
 
     def samples(inputs, options, **more):
         return generator.generate(PROMPTS, seed=inputs["seed"], max_new_tokens=12, **options, **more)
 
+    @functools.cache
+    def of(name):
+        if name == "defaults":
+            return samples(DEFAULTS, {})
+        _, inputs, options = REQUESTS[name]
+        return samples(inputs, options, eos_token_id=stop if name == "stop" else -1)
+
     stop = samples(*REQUESTS["greedy"][1:], eos_token_id=-1)[0].tokens[3]
-    found = {
-        name: samples(inputs, options, eos_token_id=stop if name == "stop" else -1)
-        for name, (_, inputs, options) in REQUESTS.items()
-    }
-    return {**found, "defaults": samples(DEFAULTS, {})}, stop
+    return of, stop
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "new" / "model"
-    export_saved_model(folder, batch=BATCH, length=LENGTH, prompt_length=PROMPT_LENGTH, max_top_k=TOP_K,
+    export_saved_model(folder, model, batch=BATCH, length=LENGTH, prompt_length=PROMPT_LENGTH, max_top_k=TOP_K,
                        controls=CONTROLS)  # fmt: skip
     return folder
 
@@ -97,21 +119,24 @@ def rows_of(answer):
     return [row[:n] for row, n in zip(answer["tokens"], answer["lengths"])]
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+FURTHER = ("controls", "entmax, top-k")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in FURTHER)) for n in REQUESTS])
 def test_tokens_are_those_of_generate(answers, generated, name):
-    assert rows_of(answers[name]["v2"]) == [s.prompt_tokens + s.tokens for s in generated[0][name]]
+    assert rows_of(answers[name]["v2"]) == [s.prompt_tokens + s.tokens for s in generated[0](name)]
     tails = [row[n:] for row, n in zip(answers[name]["v2"]["tokens"], answers[name]["v2"]["lengths"])]
     assert all(len(row) == LENGTH for row in answers[name]["v2"]["tokens"]) and not np.any(sum(tails, []))
 
 
 def test_the_stop_token_ends_its_row_alone(generated):
     samples, stop = generated
-    assert samples["stop"][0].tokens == samples["greedy"][0].tokens[:3] + [stop]
-    assert max(len(s.tokens) for s in samples["stop"]) == 12
+    assert samples("stop")[0].tokens == samples("greedy")[0].tokens[:3] + [stop]
+    assert max(len(s.tokens) for s in samples("stop")) == 12
 
 
 def test_rows_of_one_request_have_options_of_their_own(answers, generated):
-    greedy, softmax, top_k = (generated[0][name] for name in ("greedy", "softmax", "top-k"))
+    greedy, softmax, top_k = (generated[0](name) for name in ("greedy", "softmax", "top-k"))
     rows = rows_of(answers["mixed"]["v2"])
     assert rows[0] == PROMPTS[0] + greedy[0].tokens
     assert rows[1] == PROMPTS[1] + softmax[1].tokens[:5]
@@ -128,7 +153,7 @@ def test_sessions_threads_and_later_calls_give_the_same(answers, way):
 
 def test_a_session_may_leave_options_out(answers, generated):
     rows = rows_of(answers["defaults"]["v1"])
-    for row, sample in zip(rows, generated[0]["defaults"]):
+    for row, sample in zip(rows, generated[0]("defaults")):
         asked = sample.prompt_tokens + sample.tokens
         assert row[: len(asked)] == asked
     assert max(map(len, rows)) == LENGTH
@@ -146,13 +171,24 @@ def test_another_shape_is_tensorflows_error(answers):
     assert "(4, None)" in answers["shape"]["v1"]["error"] or "(4, ?)" in answers["shape"]["v1"]["error"]
 
 
-def test_what_is_exported_beside_the_graph(saved):
+def test_what_is_exported_beside_the_graph(saved, model):
     extra = saved / "assets.extra"
     facts = json.loads((extra / "export.json").read_text())
     assert facts.items() >= dict(batch=BATCH, length=LENGTH, prompt_length=PROMPT_LENGTH, max_top_k=TOP_K).items()
-    assert (extra / "tokenizer.json").read_bytes() == (export.DEMO_FOLDER / "tokenizer.json").read_bytes()
+    assert (extra / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert (saved / "saved_model.pb").stat().st_size < 4 * 2**20  # the weights are not in it
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_the_bundled_model_where_none_is_given(tmp_path):
+    export_saved_model(tmp_path / "model", batch=1, length=4, max_top_k=1)
+    facts = json.loads((tmp_path / "model" / "assets.extra" / "export.json").read_text())
+    config = json.loads((export.DEMO_FOLDER / "config.json").read_text())
+    assert (facts["n_vocab"], facts["n_ctx"]) == (config["n_vocab"], config["n_ctx"])
+    exported = tf.train.load_checkpoint(str(tmp_path / "model" / "variables" / "variables"))
+    with open_checkpoint(export.DEMO_FOLDER) as checkpoint:
+        np.testing.assert_array_equal(exported.get_tensor("gpt2/wpe"), checkpoint.read("wpe"))
 
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
@@ -165,8 +201,9 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_into_an_empty_folder(capfd, tmp_path):
-    status, out, err = main(capfd, "export", "--model", DATA / "gpt_neo_checkpoints" / "global", "--output", tmp_path,
-                            "--batch", 1, "--length", 6, "--max-top-k", 2)  # fmt: skip
+@pytest.mark.slow
+def test_the_command_writes_into_an_empty_folder(capfd, tmp_path, model):
+    sizes = ["--batch", 1, "--length", 6, "--max-top-k", 2]
+    status, out, err = main(capfd, "export", "--model", model, "--output", tmp_path, *sizes)
     assert (status, out, err) == (0, "", f"wrote {tmp_path}\n")
     assert {p.name for p in tmp_path.iterdir()} == {"saved_model.pb", "variables", "assets.extra"}

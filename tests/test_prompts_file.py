@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import pathlib
-import random
 import re
 import resource
 import signal
@@ -13,12 +12,15 @@ import types
 
 import numpy as np
 import pytest
+from helpers_model import config, random_weights
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import kill_and_resume
+import processes
 
 from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, cli, generate_file
+from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
 
 
@@ -169,7 +171,8 @@ def test_a_death_between_the_last_line_and_its_place(files, monkeypatch):
     ]  # fmt: skip
 
 
-def test_lines_are_what_each_prompt_gives_alone(files, demo, monkeypatch):
+@pytest.mark.parametrize("which", [[0, 4], pytest.param([0, 1, 2, 3, 4], marks=pytest.mark.slow)])
+def test_lines_are_what_each_prompt_gives_alone(files, demo, monkeypatch, which):
     """Also where the model says that nothing is to be sampled, which a call asks of all its prompts."""
     requests = [
         {},
@@ -179,14 +182,17 @@ def test_lines_are_what_each_prompt_gives_alone(files, demo, monkeypatch):
         {"entmax_alpha": 1.5, "num_return_sequences": 3, "logit_bias": {"13": 5.5}, "bad_words_ids": [[7]],
          "eos_token_id": [14, 15], "stop_strings": ["e"], "max_new_tokens": 4, "return_logprobs": True},
     ]  # fmt: skip
+    requests = [requests[i] for i in which]
     prompts = ["Emma was " + "very " * i for i in range(len(requests))]
     write(files[0], *({"prompt": prompt, **options} for prompt, options in zip(prompts, requests)))
     monkeypatch.setitem(demo.checkpoint.generation_defaults, "do_sample", False)
     generate_file(demo, *files, max_new_tokens=6, seed=4)
-    requests[4]["logit_bias"] = {13: 5.5}
+    requests[-1]["logit_bias"] = {13: 5.5}
     stream = 0
     for line, prompt, options in zip(read(files[1]), prompts, requests):
-        alone = demo.generate(prompt, **{"stream": stream, "seed": 4, "max_new_tokens": 6, **options})
+        # with a streamer, as the file has it: the same graphs
+        options = {"stream": stream, "seed": 4, "max_new_tokens": 6, "streamer": lambda *_: None, **options}
+        alone = demo.generate(prompt, **options)
         for sample, expected in zip(line["samples"], [sample.as_dict() for sample in alone]):
             for name in {"logprobs", "draw_logprobs"} & set(expected):  # other sizes, other last bits
                 np.testing.assert_allclose(sample.pop(name), expected.pop(name), rtol=1e-4)
@@ -386,6 +392,7 @@ def test_files_of_other_names_are_left_alone(files):
     assert len(list(source.parent.iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_limits_that_each_line_has_of_its_own(tmp_path, demo):
     """Options are looked at before the file is, but not against a number of new tokens that no line has."""
     prompts = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 70})
@@ -420,8 +427,9 @@ def test_a_full_disk(files, room):
     assert not [name for name in os.listdir(output.parent) if "partial" in name]
 
 
-def test_the_command_says_the_seed_that_it_chose(tmp_path, capfd):
-    source = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 3}, {"prompt": "She", "top_k": 5})
+def test_the_command_says_the_seed_that_it_chose(tmp_path, capfd, demo, monkeypatch):
+    monkeypatch.setattr(TextGenerator, "from_pretrained", lambda *_, **__: demo)
+    source = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 3}, {"prompt": "She"})
     command = ["generate", "--prompts-file", str(source), "--max-new-tokens", "4", "--output"]
     outputs = [tmp_path / name for name in ("a", "b")]
     assert cli.main([*command, str(outputs[0])]) == 0
@@ -435,21 +443,39 @@ def test_the_command_says_the_seed_that_it_chose(tmp_path, capfd):
 
 
 def test_the_command_killed_and_interrupted(tmp_path):
-    """SIGKILL within the first batches, Ctrl-C within the next: the file is that of an undisturbed run."""
-    source, output, undisturbed = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "undisturbed"))
-    kill_and_resume.write_prompts(source, 80, random.Random(20261123), longest=12)
-    whole = kill_and_resume.start(source, undisturbed)
-    status, _ = kill_and_resume.end_at(kill_and_resume.start(source, output), output, 1, 0.1)
-    assert status == -signal.SIGKILL
-    there = output.stat().st_size
-    status, err = kill_and_resume.end_at(kill_and_resume.start(source, output), output, there + 1, 0.1, signal.SIGINT)
-    assert status == 130 and "Traceback" not in err
-    assert "of 80 prompts are done, and the same command goes on" in err.splitlines()[-1]
-    _, err = whole.communicate()
-    assert whole.returncode == 0 and err.endswith(f"{undisturbed}: 80 prompts, 80 of them done now\n")
-    assert len(read(output)) < 80
-    again = kill_and_resume.start(source, output)
-    assert (again.wait(), output.read_bytes()) == (0, undisturbed.read_bytes())
+    """SIGKILL behind the first of three batches, Ctrl-C behind the next: the file is that of an undisturbed run.
+
+    Each batch has a graph of its own, which takes far longer to build than a signal to come.
+    """
+    rng = np.random.default_rng(20261123)
+    options = [{}, {"temperature": 0.5, "max_new_tokens": 9}, {"top_k": 7, "seed": 3}, {"num_return_sequences": 3}, {}]
+    records = [{"id": i, "prompt_ids": rng.integers(2, 127, 1 + i % 12).tolist(), **options[i % 5]} for i in range(40)]
+    source, output, undisturbed = write(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl", tmp_path / "whole"
+
+    model = tmp_path / "model"
+    params = config(["global"], n_vocab=127, n_ctx=48)
+    del params["mode"]
+    write_mesh_tf_checkpoint(model, params, random_weights(params))
+
+    def start(output):
+        return processes.Command(*kill_and_resume.arguments(source, output), "--model", model)
+
+    with start(undisturbed) as whole:
+        with start(output) as first:
+            status, _ = kill_and_resume.end_at(first, output, 1, 0.1)
+        assert status == -signal.SIGKILL
+        there = output.stat().st_size
+        with start(output) as second:
+            status, err = kill_and_resume.end_at(second, output, there + 1, 0.1, signal.SIGINT)
+        assert status == 130 and "Traceback" not in err
+        assert "of 40 prompts are done, and the same command goes on" in err.splitlines()[-1]
+        _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0 and err.endswith(f"{undisturbed}: 40 prompts, 40 of them done now\n")
+    assert 0 < there < output.stat().st_size < undisturbed.stat().st_size
+    assert len(read(output)) < 40
+    with start(output) as again:
+        assert again.wait(timeout=300) == 0
+    assert output.read_bytes() == undisturbed.read_bytes()
 
 
 def test_a_prompt_without_a_distribution_leaves_the_others(tmp_path, demo):

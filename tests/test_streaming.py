@@ -2,21 +2,20 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cli import main
+from test_docs import terminal
 
-from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling import TextGenerator, cli
 from gpt_neo_sampling.generate import Interrupted
 from gpt_neo_sampling.streaming import TextStream, Watcher
-
-COMMAND = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate"]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +89,10 @@ def test_special_tokens_are_not_text(tokenizer):
 PROMPTS = ["It was the duty of", "She was", "Mr. Darcy"]
 
 
+def ignored(*token):
+    """A streamer. Requests that have one share a graph, if they are of one size."""
+
+
 def test_streamed_tokens_and_text_are_the_samples(demo):
     seen = {}
 
@@ -119,22 +122,28 @@ def test_tokens_come_while_others_are_drawn(demo):
             raise Enough
 
     with pytest.raises(Enough):
-        demo.generate("It was", max_new_tokens=200, seed=1, streamer=streamer)
+        demo.generate(PROMPTS, max_new_tokens=40, seed=1, streamer=streamer)
     assert len(seen) == 10
 
 
+STOPPED = dict(seed=2, max_new_tokens=40, stop_strings=["the", ","])
+
+
 def test_a_stop_string_ends_its_row(demo):
-    options = dict(seed=2, max_new_tokens=40, stop_strings=["the", ","])
-    samples = demo.generate(PROMPTS, **options)
-    plain = demo.generate(PROMPTS, seed=2, max_new_tokens=40)
+    samples = demo.generate(PROMPTS, **STOPPED)
+    plain = demo.generate(PROMPTS, seed=2, max_new_tokens=40, streamer=ignored)
     assert any(s.finish_reason == "stop" for s in samples)
     for sample, whole in zip(samples, plain):
         assert whole.tokens[: len(sample.tokens)] == sample.tokens and whole.text.startswith(sample.text)
-        ends = [whole.text.find(s) for s in options["stop_strings"] if s in whole.text]
+        ends = [whole.text.find(s) for s in STOPPED["stop_strings"] if s in whole.text]
         assert sample.text == (whole.text[: min(ends)] if ends else whole.text)
         assert (sample.finish_reason == "stop") == bool(ends)
+
+
+@pytest.mark.slow
+def test_stop_strings_on_a_mesh(demo):
     split = TextGenerator.from_pretrained(mesh_shape="x:2", layout="vocab:x", devices="cpu:0,cpu:1")
-    assert split.generate(PROMPTS, **options) == samples
+    assert split.generate(PROMPTS, **STOPPED) == demo.generate(PROMPTS, **STOPPED)
 
 
 def test_what_a_streamer_raises_is_raised(demo):
@@ -142,8 +151,8 @@ def test_what_a_streamer_raises_is_raised(demo):
         raise OSError(28, "no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        demo.generate(PROMPTS, max_new_tokens=200, streamer=streamer)
-    assert demo.generate("She", max_new_tokens=2, seed=1)[0].tokens
+        demo.generate(PROMPTS, max_new_tokens=40, streamer=streamer)
+    assert all(s.tokens for s in demo.generate(PROMPTS, max_new_tokens=40, seed=1, streamer=ignored))
 
 
 def test_a_watcher_that_is_interrupted_ends_all_rows():
@@ -160,6 +169,7 @@ def test_a_watcher_that_is_interrupted_ends_all_rows():
     assert watcher.run(run) == "ended" and watcher.interrupted
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_samples(demo):
     """The first row is done early; Ctrl-C comes with the 30th token of the second."""
 
@@ -169,35 +179,47 @@ def test_ctrl_c_keeps_finished_samples(demo):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     options = dict(seed=4, max_new_tokens=[5, 230])
-    want = demo.generate(PROMPTS[:2], **options)
+    want = demo.generate(PROMPTS[:2], streamer=ignored, **options)
     count = np.zeros(2, int)
     with pytest.raises(Interrupted) as e:
         demo.generate(PROMPTS[:2], streamer=streamer, **options)
     assert e.value.samples == [want[0], None]
     assert count[0] == 5 and 30 <= count[1] < 230
-    assert demo.generate(PROMPTS[:2], **options) == want
+    assert demo.generate(PROMPTS[:2], streamer=ignored, **options) == want
 
 
 # --- The command --------------------------------------------------------------------------
 
 
-def test_ctrl_c_in_a_terminal():
-    args = ["--prompt", "It was the duty of", "--max-new-tokens", "230", "--seed", "3"]
-    process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-    first = process.stdout.read(1)  # it has begun
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    out = (first + out).decode()
-    assert process.returncode == 130 and err == b"It was the duty of"
+@pytest.fixture
+def here(demo, monkeypatch):
+    """Commands in this process take the one generator."""
+    monkeypatch.setattr(TextGenerator, "from_pretrained", lambda *_, **__: demo)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(capfd, here):
+    args = ["generate", "--prompt", "It was the duty of", "--max-new-tokens", "230", "--seed", "3"]
+    with processes.Command(*args) as process:
+        first = process.stdout.read(1)  # it has begun
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    out = first + out
+    assert process.returncode == 130 and err == "It was the duty of"
     assert out.endswith("\n")
-    whole = subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=300).stdout
+    _, whole, _ = main(capfd, *args)
     assert len(out) < len(whole) and whole.startswith(out[:-1])
 
 
-def test_samples_are_printed_in_turn_as_they_come():
-    args = ["--prompt", *PROMPTS, "--num-samples", "2", "--max-new-tokens", "24", "--seed", "5"]
-    done = subprocess.run([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
-    shown = done.stdout.decode()
-    as_json = subprocess.run([*COMMAND, *args, "--json"], capture_output=True, text=True, timeout=300).stdout
+@pytest.mark.parametrize("where", ["here", pytest.param("a process", marks=pytest.mark.slow)])
+def test_samples_are_printed_in_turn_as_they_come(capfd, here, where):
+    args = ["generate", "--prompt", *PROMPTS, "--num-samples", "2", "--max-new-tokens", "20", "--seed", "5"]
+    if where == "here":
+        with terminal() as text:
+            assert cli.main(args) == 0
+        shown = text()
+    else:  # where what is not flushed comes late
+        shown = processes.run(*args, stderr=processes.STDOUT).stdout
+    _, as_json, _ = main(capfd, *args, "--json")
     texts = [s["text"] for s in json.loads(as_json)["samples"]]
     assert shown == "".join(PROMPTS[i // 2] + text + "\n" for i, text in enumerate(texts))

@@ -1,41 +1,54 @@
-"""The library under XLA on one device: what it gives there is what it gives without.
+"""The library under XLA on one device, and under TensorFlow's optimizer: what it gives there is what it gives without.
 
-(jit_compile=True; several devices are test_simd.py's subject.)
+(jit_compile=True; several devices are test_simd.py's subject, models under XLA test_matrix.py's.)
 """
+
+import collections
 
 import numpy as np
 import pytest
 from helpers_cases import (
     BATCH,
-    DECODED,
     DRAWS,
     ENTMAX,
     KS,
     LIKELY_MASKS,
     LOWEST,
     MASKS,
+    MIXED_LOOP,
     MODEL,
     NEW_TOKENS,
+    OTHER_LOOPS,
     PENALTIES,
     SIZES,
     STOP,
     assert_same,
 )
-from programs import XlaProgram
+from programs import Program, XlaProgram
+
+slow = pytest.mark.slow
+ROUNDING = collections.defaultdict(float, {ENTMAX: 1e-6})  # how far values may differ
 
 
-@pytest.mark.parametrize(
-    "case, atol",
-    [(DRAWS, 0), (ENTMAX, 1e-6), (MASKS, 0), (LIKELY_MASKS, 0), (PENALTIES, 0), (DECODED, 0), (MODEL, 0)],
-    ids=str,
-)
-def test_same_with_xla_and_without(case, atol):
-    assert_same(XlaProgram(case.build, case.inputs)(*case.arrays), case.single, atol)
+def cases(fast, further):
+    return pytest.mark.parametrize("case", [*fast, *(pytest.param(case, marks=slow) for case in further)], ids=str)
+
+
+@cases([MASKS, PENALTIES, MIXED_LOOP], [DRAWS, ENTMAX, LIKELY_MASKS, OTHER_LOOPS])
+def test_same_with_xla_and_without(case):
+    assert_same(case.values(XlaProgram(case.build, case.inputs)), case.single, ROUNDING[case])
+
+
+@cases([MASKS, PENALTIES], [DRAWS, ENTMAX, LIKELY_MASKS, MIXED_LOOP, OTHER_LOOPS, MODEL])
+def test_same_with_tensorflows_optimizer_and_without(case):
+    """Programs of these tests do without it; TextGenerator's sessions have it."""
+    assert_same(case.values(Program(case.build, case.inputs, optimized=True)), case.single, ROUNDING[case])
 
 
 # --- What is compared is worth comparing ----------------------------------------------------
 
 
+@slow
 def test_draws_differ_and_invalid_rows_draw_nothing():
     for size in SIZES:
         one, many = DRAWS.single[f"{size} one"], DRAWS.single[f"{size} many"]
@@ -58,19 +71,22 @@ def test_top_k_keeps_k_entries():
         np.testing.assert_array_equal((MASKS.single[f"top {k}"] > LOWEST).sum(1), np.minimum(k, available))
 
 
+@slow
 def test_likely_masks_keep_some():
     for name, kept in LIKELY_MASKS.single.items():
         spread = kept[-2:] if "own" in name else kept[[0, 2, 3, 4, 5, 6]]
         assert np.all((spread > LOWEST).any(1) & (spread == LOWEST).any(1)), name
 
 
-def test_loops_draw_end_and_meet_invalid_rows():
-    for name, ids in DECODED.single.items():
+@cases([MIXED_LOOP], [OTHER_LOOPS])
+def test_loops_draw_end_and_meet_invalid_rows(case):
+    for name, ids in case.single.items():
         assert len(np.unique(ids)) > 10, name
         assert (ids == -1).any() == name.startswith("hard"), name
         assert (ids == STOP).any() != ("never_end" in name), name
 
 
+@slow
 def test_the_bundled_model_writes_new_tokens():
     written = (MODEL.single["tokens"] > 0).sum(1) - (MODEL.arrays[0] > 0).sum(1)
     np.testing.assert_array_equal(written, NEW_TOKENS)
