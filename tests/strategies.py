@@ -71,7 +71,7 @@ SPLIT = (
     Place("batch:4,vocab:520", "x:2", "vocab:x", "bfloat16"),
     Place("a:2,vocab:67,b:1", "x:2", "a:x", "float16"),  # on one device it is above
 )
-# A graph for each operation and place is what property tests take long for: these are for `make fuzz`.
+# A graph for each operation and place is what property tests take long for: these are for slow tests, and `make fuzz`.
 FURTHER = (
     Place("batch:2,vocab:1", dtype="bfloat16"),
     Place("batch:4,vocab:520", "x:2,y:2", "batch:x,vocab:y", "bfloat16"),

@@ -13,7 +13,7 @@ import reference
 from hypothesis import example, given
 from hypothesis import strategies as st
 from programs import MeshRunner, Program
-from strategies import ONE_DEVICE, SPLIT, Place, Row, Sample, info, rounded, samples, seeds
+from strategies import FURTHER, ONE_DEVICE, SPLIT, Place, Row, Sample, info, rounded, samples, seeds
 
 from gpt_neo_sampling import chain, mtf_ops
 from gpt_neo_sampling._compat import mtf, tf
@@ -642,3 +642,17 @@ def test_causal_mask(queries, more_keys, dtype):
     seen = np.tril(np.ones((nd.size, ns.size), bool), more_keys)
     got = MeshRunner()(build)
     assert not got[seen].any() and (got[~seen] < -6e4).all()
+
+
+# --- Further places -------------------------------------------------------------------------
+
+ROWS_TOO = (test_masks, test_draws_from_weights, test_draws_from_scores, test_penalties, test_primitives)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", [test_softmax_and_entmax, test_entmax_loss, *ROWS_TOO], ids=lambda t: t.__name__)
+def test_on_further_places(test):
+    """The same properties where a graph takes longest to build: on two mesh dims, and in other dtypes and sizes."""
+    some = samples(st.sampled_from(FURTHER), positive=test is test_draws_from_weights)
+    drawn = [some, seeds] + [st.integers(0, 5)] * (test in ROWS_TOO)
+    hypothesis.settings(max_examples=12)(given(*drawn)(test.hypothesis.inner_test))()
