@@ -14,7 +14,7 @@ import processes
 import pytest
 from helpers_model import config, random_weights
 from test_cli import main
-from test_mesh import PROMPTS, command, tokens, write_model
+from test_mesh import PROMPTS, command, write_model
 
 from gpt_neo_sampling import ClusterError, TextGenerator, cluster
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
@@ -100,7 +100,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    return tokens(TextGenerator.from_pretrained(model), "softmax")
+    return tokens(TextGenerator.from_pretrained(model))
+
+
+def tokens(generator, prompts=PROMPTS, **more):
+    options = {**dict(max_new_tokens=12, seed=7, eos_token_id=-1, temperature=1), **more}
+    return [s.tokens for s in generator.generate(prompts, **options)]
 
 
 def generator(model, addresses, mesh_shape="x:2", layout="batch:x", devices=None):
@@ -125,7 +130,7 @@ FOUR = [f"worker:{task}/cpu:{i}" for task in range(2) for i in range(2)]
 )
 def test_tokens_are_those_of_one_process(workers, model, expected, mesh_shape, layout, devices):
     split = generator(model, workers.cluster, mesh_shape, layout, devices)
-    assert tokens(split, "softmax") == expected
+    assert tokens(split) == expected
     split.close()
 
 
@@ -164,12 +169,12 @@ def test_what_a_generator_holds_is_its_own(workers, model, expected, tmp_path):
     """Variables of the same names in several models, on processes that outlive them."""
     other = write_model(tmp_path / "other", n_vocab=41, n_embd=32)
     one, two = generator(model, workers.cluster), generator(other, workers.cluster)
-    assert tokens(one, "softmax") == expected
-    of_other = tokens(two, "softmax")
+    assert tokens(one) == expected
+    of_other = tokens(two)
     assert of_other != expected
     one.close()
-    assert tokens(two, "softmax") == of_other
-    assert tokens(one, "softmax") == expected
+    assert tokens(two) == of_other
+    assert tokens(one) == expected
     one.close()
     two.close()
 
@@ -183,7 +188,7 @@ def test_closing_frees_the_weights(workers, tmp_path):
     held = []
     for _ in range(5):
         split = generator(long, workers.cluster)
-        tokens(split, "softmax", [[1], [2]], max_new_tokens=2)
+        tokens(split, [[1], [2]], max_new_tokens=2)
         split.close()
         held.append(resident_megabytes(workers[1]))
     assert held[-1] < held[1] + 100, held  # without closing: 190 and more
@@ -207,7 +212,7 @@ def test_a_worker_that_is_missing_is_named(workers, model, monkeypatch, capfd):
     addresses = f"{workers.addresses[0]},{nobody}"
     start = time.monotonic()
     with pytest.raises(ClusterError) as error:
-        tokens(generator(model, addresses), "softmax")
+        tokens(generator(model, addresses))
     assert str(error.value) == message
     assert time.monotonic() - start < 120  # most of it takes the graph
 
@@ -221,7 +226,7 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
     own_workers.start(0, 1)
     split = generator(model, own_workers.cluster)
     request = dict(prompts=[[1], [2]] * 16, num_return_sequences=1000, max_new_tokens=46)
-    tokens(split, "softmax", **{**request, "num_return_sequences": 1})  # the graph
+    tokens(split, **{**request, "num_return_sequences": 1})  # the graph
     killed = []
 
     def kill():
@@ -232,7 +237,7 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
     timer.start()
     try:
         with pytest.raises(ClusterError) as error:
-            tokens(split, "softmax", **request)
+            tokens(split, **request)
         seconds = time.monotonic() - killed[0]
     finally:
         timer.join()
@@ -245,8 +250,8 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
     assert time.monotonic() - start < 60  # TensorFlow alone would wait for minutes
 
     own_workers.start(which)
-    assert tokens(generator(model, own_workers.cluster), "softmax") == expected
-    assert tokens(split, "softmax") == expected
+    assert tokens(generator(model, own_workers.cluster)) == expected
+    assert tokens(split) == expected
 
 
 @pytest.mark.slow
@@ -280,7 +285,7 @@ def test_ports_where_something_else_listens(own_workers, model, monkeypatch, fir
         split = generator(model, own_workers.cluster)
         start = time.monotonic()
         with pytest.raises(ClusterError) as error:
-            tokens(split, "softmax")
+            tokens(split)
         assert time.monotonic() - start < 120  # most of it takes the graph
     zero, one = own_workers.addresses
     assert str(error.value) == (
@@ -292,7 +297,7 @@ def test_ports_where_something_else_listens(own_workers, model, monkeypatch, fir
 def test_a_device_that_a_worker_has_not(workers, model):
     split = generator(model, workers.cluster, devices="worker:0/cpu:0,worker:1/cpu:2")
     with pytest.raises(ClusterError) as error:
-        tokens(split, "softmax")
+        tokens(split)
     assert str(error.value) == (
         "the cluster has no worker:1/cpu:2; it has worker:0/cpu:0, worker:0/cpu:1, worker:1/cpu:0, worker:1/cpu:1 "
         "(gpt-neo-sampling serve --cpus N makes more CPUs)"
