@@ -776,7 +776,7 @@ def near_borders(rng, scores, *alpha, passes, away=0.0, few=False):
     ],
 )
 def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax):
-    """270,000 draws with each backend, all within a few margins of a border."""
+    """260,000 draws with each backend, all within a few margins of a border."""
     rng = np.random.default_rng(22)
     z = mixed_rows(rng, distinct, size)
     alpha = [mixed_alphas(rng, distinct)] if entmax else []
