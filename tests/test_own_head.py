@@ -70,6 +70,7 @@ def test_a_head_of_its_own_is_used(folder):
     np.testing.assert_allclose(model.probabilities, np.exp(want[-1]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_and_exported(tmp_path):
     folder = write(tmp_path / "m", negated)
     options = dict(max_new_tokens=6, seed=3, eos_token_id=-1)

@@ -374,6 +374,7 @@ def score_draws(place, mesh, x, u1, u2, factor, alpha):
     }
 
 
+@pytest.mark.slow
 @example(ONE_NAN, 0, 0)
 @example(LOWEST_BEHIND_INFINITY, 0, 0)
 @given(samples(), seeds, st.integers(0, 5))

@@ -100,6 +100,7 @@ def test_a_streamer_that_generates(generator):
         assert tokens == call(generator, *REQUESTS[n % 2], token)
 
 
+@pytest.mark.slow
 def test_closed_by_a_streamer(generator):
     """What runs goes on to its end, and the next call makes its graph anew."""
     want = call(generator, *REQUESTS[2], 7)
