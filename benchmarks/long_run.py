@@ -174,7 +174,8 @@ class Calls:
         self._streamed(KeyboardInterrupt())
 
     def _biased(self, every=False):
-        self._generate(1, bad_words_ids=[[i] for i in (range(2048) if every else {*self._ids(9)})])
+        banned = range(2048) if every else {*self._ids(9)}
+        self._generate(1, bad_words_ids=[[i] for i in banned], eos_token_id=-1)  # a stop token would not be banned
 
     def _score(self):
         self._generator.score([ids + [0, 1] for ids in self._prompts(4)])
