@@ -45,6 +45,11 @@ SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
 _OPTIMIZER_STATE = re.compile(r".*(/adam_[mv]|/v[rc]|_slot_(vr|vc|v|m))|(gpt2/)?global_step")
 
 
+def lists_checkpoints(folder: Path, files: list[str]) -> bool:
+    """Whether a folder with these files has TensorFlow's list of checkpoints; scripts keep folders of that name too."""
+    return "checkpoint" in files and not (folder / "checkpoint").is_dir()
+
+
 def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None) -> Checkpoint:
     """The `Checkpoint` of a folder that holds these files; its config, unless it is elsewhere, among them."""
     config_file = _config_file(folder, files) if config_file is None else config_file
@@ -258,7 +263,7 @@ def _config_file(folder: Path, files: list[str]) -> Path:
 def _newest(folder: Path, files: list[str]) -> str:
     """The base name of the newest TensorFlow checkpoint, such as model.ckpt-7."""
     there = [f[: -len(".index")] for f in files if f.endswith(".index")]
-    if "checkpoint" in files and not (folder / "checkpoint").is_dir():
+    if lists_checkpoints(folder, files):
         text = read_text(folder / "checkpoint")
         named = re.search(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]+)"', text, re.MULTILINE)
         if not named:

@@ -6,7 +6,7 @@ from pathlib import Path
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import ALLOWED, Checkpoint, CheckpointError, list_folder, some
 from gpt_neo_sampling.checkpoint.hugging_face import holds_hugging_face, open_hugging_face
-from gpt_neo_sampling.checkpoint.mesh_tf import open_mesh_tf, open_mesh_tf_config
+from gpt_neo_sampling.checkpoint.mesh_tf import lists_checkpoints, open_mesh_tf, open_mesh_tf_config
 
 
 def open_checkpoint(path: StrPath) -> Checkpoint:
@@ -59,8 +59,7 @@ def _opened(path: Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         return open_mesh_tf_config(path)
     files = list_folder(path)
-    has_list = "checkpoint" in files and not (path / "checkpoint").is_dir()  # scripts keep folders of that name too
-    mesh_tf = has_list or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
+    mesh_tf = lists_checkpoints(path, files) or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
     hugging_face = holds_hugging_face(files)
     if mesh_tf and hugging_face:
         raise CheckpointError(
