@@ -6,17 +6,14 @@ against those.
 """
 
 import functools
-import re
 
 import numpy as np
-from helpers_model import features
+from helpers_model import features, two_layers
 from programs import Program, dims
 from simd import constant_weights
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.draws import grouped_draw, score_draw
-from gpt_neo_sampling.generate import DEMO_FOLDER
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
@@ -379,16 +376,8 @@ _MODEL_OPTIONS = dict(
 )
 
 
-@functools.cache
-def _bundled():
-    """(params, weights) of the first two layers, one of each kind of attention, and all around them."""
-    with open_checkpoint(DEMO_FOLDER) as checkpoint:
-        params = {**checkpoint.params, "mode": "predict", "n_layer": 2, "attention_types": [[["global", "local"], 1]]}
-        return params, {n: checkpoint.read(n) for n in checkpoint.names() if not re.match("h([2-9]|[1-9][0-9]+)/", n)}
-
-
 def _model_loop(mesh, ids, *weights):
-    params, names = _bundled()
+    params, names = two_layers()
     shape, other = features(mesh, params, _MODEL_BATCH, _MODEL_LENGTH)
     with constant_weights(dict(zip(names, weights))):
         ids = mtf.import_tf_tensor(mesh, ids, shape)
@@ -401,4 +390,4 @@ def _model_prompts():
     return np.where(np.arange(_MODEL_LENGTH) < lengths[:, np.newaxis], tokens, 0).astype(np.int32)
 
 
-MODEL = Case("bundled model", _model_loop, [_model_prompts(), *_bundled()[1].values()])
+MODEL = Case("bundled model", _model_loop, [_model_prompts(), *two_layers()[1].values()])

@@ -1,13 +1,17 @@
 """The bundled model on a mesh, with weights of the test's own."""
 
+import functools
 import json
+import re
 
 import numpy as np
 from conftest import DATA
 from programs import dims
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.checkpoint import open_checkpoint
 from gpt_neo_sampling.decoder import DecodeContext
+from gpt_neo_sampling.generate import DEMO_FOLDER
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 
@@ -85,6 +89,14 @@ def checkpoint(name):
         if key.startswith("gpt2/")
     }
     return params, weights, dict(np.load(folder / "golden.npz"))
+
+
+@functools.cache
+def two_layers():
+    """(params, weights) of the bundled model's first two layers, one of each kind of attention, and all around them."""
+    with open_checkpoint(DEMO_FOLDER) as opened:
+        params = {**opened.params, "mode": "predict", "n_layer": 2, "attention_types": [[["global", "local"], 1]]}
+        return params, {n: opened.read(n) for n in opened.names() if not re.match("h([2-9]|[1-9][0-9]+)/", n)}
 
 
 def reference_config(params):

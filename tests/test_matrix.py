@@ -5,18 +5,15 @@ layout and a way of sampling, whose tokens are those of one CPU device.
 """
 
 import functools
-import re
 
 import numpy as np
 import pytest
-from helpers_model import features
+from helpers_model import features, two_layers
 from programs import MeshRunner, Program, XlaProgram
 from simd import UNAVAILABLE, SimdProgram, constant_weights
 
 from gpt_neo_sampling import sample
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.checkpoint import open_checkpoint
-from gpt_neo_sampling.generate import DEMO_FOLDER
 from gpt_neo_sampling.mtf_ops import cwise_broadcast
 
 slow = pytest.mark.slow
@@ -53,24 +50,15 @@ WAYS = {  # temperature, top-k, α
 }
 
 
-@functools.cache
-def bundled():
-    """(params, weights) of the bundled model's first two layers, one of each kind of attention, and all around them."""
-    with open_checkpoint(DEMO_FOLDER) as checkpoint:
-        attention = [[["global", "local"], 1]]
-        params = {**checkpoint.params, "mode": "predict", "n_layer": 2, "attention_types": attention}
-        return params, {n: checkpoint.read(n) for n in checkpoint.names() if not re.match("h[2-9]/", n)}
-
-
 def prompts():
-    tokens = np.random.default_rng(1).integers(1, bundled()[0]["n_vocab"], (BATCH, LENGTH))
+    tokens = np.random.default_rng(1).integers(1, two_layers()[0]["n_vocab"], (BATCH, LENGTH))
     lengths = np.array([1, 5, 12, 3, 14, 2, 9, 7])
     return np.where(np.arange(LENGTH) < lengths[:, np.newaxis], tokens, 0).astype(np.int32)
 
 
 def loop(mesh, ids, temperature, top_k, alpha, seed, *weights):
     """A decode loop of every way: entmax at α = 1 is softmax, and a top-k of −1 keeps all."""
-    params, names = bundled()
+    params, names = two_layers()
     shape, other = features(mesh, params, BATCH, LENGTH)
     with constant_weights(dict(zip(names, weights))):
         return sample.sample_autoregressive(
@@ -89,7 +77,7 @@ def loop(mesh, ids, temperature, top_k, alpha, seed, *weights):
 
 def inputs():
     options = [(tf.float32, ()), (tf.int32, ()), (tf.float32, ()), (tf.int32, ())]
-    return [(tf.int32, (BATCH, LENGTH)), *options, *((tf.float32, w.shape) for w in bundled()[1].values())]
+    return [(tf.int32, (BATCH, LENGTH)), *options, *((tf.float32, w.shape) for w in two_layers()[1].values())]
 
 
 class Cells:
@@ -99,7 +87,7 @@ class Cells:
         self._program = make(loop, inputs())
 
     def __call__(self, way, seed=5):
-        return self._program(prompts(), *WAYS[way], seed, *bundled()[1].values())
+        return self._program(prompts(), *WAYS[way], seed, *two_layers()[1].values())
 
 
 def on_placement_mesh(mesh_shape="", layout=""):
