@@ -31,7 +31,7 @@ from gpt_neo_sampling.prompts_file import generate_file
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.score import TextScore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ChainStep",

@@ -7,8 +7,8 @@ import numpy as np
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut, RowValue, is_number
 from gpt_neo_sampling.largest import largest
-from gpt_neo_sampling.mtf_ops import finite, size_of
-from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum
+from gpt_neo_sampling.mtf_ops import size_of
+from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum, sum_across
 
 
 def chosen_of(alpha: RowValue) -> int:
@@ -54,8 +54,8 @@ def entmax_by_chosen(
         return solve_all()
     values, ids = mesh_impl.slicewise(lambda x: largest(x, n_chosen), x)
     z = scores_of(values)
-    start = rows.across_shards(mesh_impl.slicewise(_least_delta, z, epsilon), "MAX")
-    p, slope = solve_entmax(rows, z, epsilon, n_iter, start)
+    bounds = rows.across_shards(mesh_impl.slicewise(lambda *args: -_bound(*args), z, epsilon), "MAX")
+    p, slope = solve_entmax(rows, z, epsilon, n_iter, mesh_impl.slicewise(tf.negative, bounds))
 
     def may_differ(p: tf.Tensor) -> tf.Tensor:
         last = p[:, -1:]
@@ -65,14 +65,14 @@ def entmax_by_chosen(
     return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
 
 
-def _least_delta(z: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
-    """A δ that entmax's is not below, [rows, 1]: m weights of at least [1 + ε(zₘ − δ)]₊^(1/ε) sum to no more than 1.
+def _bound(z: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
+    """A β that entmax's is not above, [rows, 1]: m weights of at least [β + εzₘ]^(1/ε) sum to no more than 1.
 
-    z: float32 [rows, n], scores in descending order. (0, for which this is true too, in a row with NaN.)
+    z: float32 [rows, n], scores in descending order. (1, for which this is true too, in a row with NaN.)
     """
     log_m = tf.log(tf.range(1.0, size_of(z, 1) + 1.0))
-    gain = tf.where_v2(epsilon > 0, -tf.math.expm1(-epsilon * log_m) / epsilon, log_m)
-    return tf.maximum(finite(tf.reduce_max(z + gain, -1, keepdims=True)), 0.0)
+    bound = tf.reduce_min(tf.exp(-epsilon * log_m) - tf.maximum(epsilon * z, -1.0), -1, keepdims=True)
+    return tf.where_v2(bound < 1, bound, 1.0)
 
 
 def solve_entmax(
@@ -80,9 +80,11 @@ def solve_entmax(
 ) -> tuple[LaidOut, LaidOut]:
     """α-entmax of laid-out rows, by Newton's method.
 
-    With y = z − δ and ε = α − 1, p = [1 + εy]₊^(1/ε), which is exp(y) at ε = 0,
-    and δ is sought: Σp = 1 at the root, more to its left. (Σp)^ε as a function
-    of δ is convex, so no step passes the root, but by rounding.
+    With ε = α − 1 and u = z/β, p = q/Σq of q = [1 + εu]₊^(1/ε), which is exp(u) at
+    ε = 0, and β in (0, 1] is sought: β = (Σq)^−ε, the largest p to the power of ε.
+    β·(Σq)^ε, a norm of [β + εz]₊, is convex in β, so no step down from above
+    passes the root, but by rounding. Nothing cancels in rows that are nearly flat,
+    as 1 + ε(z − δ) does, for β is as exact as it is small.
 
     Args:
       rows: Rows.
@@ -90,70 +92,90 @@ def solve_entmax(
         row; a row that holds NaN comes out as NaN.
       epsilon: laid-out float32 [rows, 1].
       n_iter: int, the most steps.
-      start: None or laid-out like epsilon: a δ that is not above the one sought.
+      start: None or laid-out like epsilon: a β that is not below the one sought.
 
     Returns:
       (p, slope), laid-out like z: p sums to 1 along its rows; slope is by how much
-      each entry of it moves with y, at the most: ∂p/∂y, and at the edge of the
+      each entry of it moves with u, at the most: ∂p/∂u, and at the edge of the
       support what it rises to.
     """
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
+    like = mesh_impl.LaidOutTensor.from_tensor_list
 
-    def evaluate(z: tf.Tensor, eps: tf.Tensor, delta: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """p, ∂p/∂y and 1 + εy, and [2, rows, 1] with Σp and Σ∂p/∂y, over this shard."""
-        y = z - delta
-        base = 1.0 + eps * y
+    def entries_of(u: tf.Tensor, eps: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """q, ∂q/∂u and 1 + εu."""
+        base = 1.0 + eps * u
         inside = tf.logical_or(base > 0, tf.equal(eps, 0.0))
-        log_p = tf.where_v2(eps > 0, tf.log1p(eps * y) / eps, y)
-        # XLA may compute εy + 1 more than once, rounded once here and twice there. So no
-        # entry at the edge may depend on equal answers, and p/base must not get large.
-        p = tf.where_v2(tf.is_nan(y), y, tf.exp(tf.where_v2(inside, log_p, -np.inf)))
-        slope = tf.where_v2(tf.logical_and(p > 0, eps > 0), p / tf.maximum(base, 2.0**-24), p)
-        return p, slope, base, tf.stack([near_sum(p), near_sum(slope)])
+        log_q = tf.where_v2(eps > 0, tf.log1p(eps * u) / eps, u)
+        # XLA may compute εu + 1 more than once, rounded once here and twice there. So no
+        # entry at the edge may depend on equal answers, and q/base must not get large.
+        q = tf.where_v2(tf.is_nan(u), u, tf.exp(tf.where_v2(inside, log_q, -np.inf)))
+        slope = tf.where_v2(tf.logical_and(q > 0, eps > 0), q / tf.maximum(base, 2.0**-24), q)
+        return q, slope, base
 
-    def newton_step(sums: tf.Tensor, eps: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+    def sums_of(z: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+        """[2, rows, 1] with Σq and Σ∂q/∂u, over this shard."""
+        q, slope, _ = entries_of(z / beta, eps)
+        return tf.stack([near_sum(q), near_sum(slope)])
+
+    def newton_step(sums: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
         total, slope = sums[0], sums[1]
-        log_total = tf.log(total)
-        gain = tf.where_v2(eps > 0, -tf.math.expm1(-eps * log_total) / eps, log_total)
+        step = (beta - tf.exp(-eps * tf.log(total))) * (total / slope)
         # Back it goes where rounding made the last step too long, and not all the way
         # to where that began: past the edge of many ties it would, for ever.
-        return tf.maximum(gain * total / slope, -0.5 * tf.abs(last))
+        return tf.maximum(step, -0.5 * tf.abs(last))
 
     every_axis = list(range(mesh_impl.ndims))
-    like = mesh_impl.LaidOutTensor.from_tensor_list
 
     def body(
         i: tf.Tensor, _: list[tf.Tensor], *slices: list[tf.Tensor]
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-        step, delta = map(like, slices)
-        *_, sums = slicewise(evaluate, z, epsilon, delta)
-        step = slicewise(newton_step, rows.across_shards(sums, "SUM"), epsilon, step)
-        delta = slicewise(tf.add, delta, step)
+        step, beta = map(like, slices)
+        sums = rows.across_shards(slicewise(sums_of, z, epsilon, beta), "SUM")
+        step = slicewise(newton_step, sums, epsilon, beta, step)
+        beta = slicewise(tf.subtract, beta, step)
 
         # NaN is not greater: an invalid row never keeps the loop going.
-        def moving(step: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
-            return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * (1.0 + tf.abs(delta)), tf.float32))
+        def moving(step: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+            return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * beta, tf.float32))
 
-        going = mesh_impl.allreduce(slicewise(moving, step, delta), every_axis, "MAX")
-        return i + 1, going.tensor_list, step.tensor_list, delta.tensor_list
+        going = mesh_impl.allreduce(slicewise(moving, step, beta), every_axis, "MAX")
+        return i + 1, going.tensor_list, step.tensor_list, beta.tensor_list
 
-    delta = start or slicewise(tf.zeros_like, epsilon)
+    beta = start or slicewise(tf.ones_like, epsilon)
     step = slicewise(tf.ones_like, epsilon)
-    going = slicewise(lambda d: tf.ones([], tf.float32), delta)
-    *_, delta = tf.while_loop(
+    going = slicewise(lambda b: tf.ones([], tf.float32), beta)
+    *_, beta = tf.while_loop(
         lambda i, going, *_: tf.logical_and(i < n_iter, going[0] > 0),
         body,
-        (tf.constant(0), going.tensor_list, step.tensor_list, delta.tensor_list),
+        (tf.constant(0), going.tensor_list, step.tensor_list, beta.tensor_list),
     )
+    beta = like(beta)
+
+    def last_step(total: tf.Tensor, slope: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+        """β in float64, which holds all of it."""
+        beta, eps = tf.cast(beta, tf.float64), tf.cast(eps, tf.float64)
+        return beta - (beta - tf.exp(-eps * tf.log(total))) * total / tf.cast(slope, tf.float64)
+
+    def scale(z: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.cast(z, tf.float64) * (1.0 / beta), tf.float32)  # rounded once
+
+    def with_total(u: LaidOut) -> tuple[LaidOut, LaidOut, LaidOut, LaidOut]:
+        """entries_of, and Σq in float64: what float32 rounds there would move all of p."""
+        q, slope, base = slicewise(entries_of, u, epsilon)
+        return q, slope, base, sum_across(rows, slicewise(lambda q: near_sum(tf.cast(q, tf.float64)), q))
 
     def normalise(
-        p: tf.Tensor, slope: tf.Tensor, base: tf.Tensor, sums: tf.Tensor, eps: tf.Tensor
+        q: tf.Tensor, slope: tf.Tensor, base: tf.Tensor, total: tf.Tensor, eps: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         near_edge = 1e-6
         at_edge = tf.exp((1.0 / tf.maximum(eps, 2.0**-23) - 1.0) * np.log(2 * near_edge))
         slope = tf.where_v2(tf.abs(base) < near_edge, at_edge, slope)
-        return p / sums[0], slope / sums[0]
+        p = tf.cast(tf.cast(q, tf.float64) * (1.0 / total), tf.float32)  # rounded once
+        return p, slope / tf.cast(total, tf.float32)
 
-    *entries, sums = slicewise(evaluate, z, epsilon, like(delta))
-    return slicewise(normalise, *entries, rows.across_shards(sums, "SUM"), epsilon)
+    _, slope, _, total = with_total(slicewise(tf.divide, z, beta))
+    slope_total = rows.across_shards(slicewise(near_sum, slope), "SUM")
+    beta = slicewise(last_step, total, slope_total, epsilon, beta)
+    return slicewise(normalise, *with_total(slicewise(scale, z, beta)), epsilon)

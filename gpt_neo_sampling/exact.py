@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.rows import as_list
 
 _ONE = 1 << 30
 _FARTHEST = 127.0  # how far below the largest score a weight is taken for 0
+_SCALE_BITS = 5  # of the power of two that entmax's scores are scaled by
 _DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16, where ln of the vocabulary's size is the most
 _CANDIDATES = 1024  # entries of a shard that entmax's threshold is looked for among
 _LOG2_E = round(math.log2(math.e) * _ONE)
@@ -91,10 +93,12 @@ def _entmax_exponent(y: tf.Tensor, eps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor
     return tf.where_v2(near, t_near, t_far), inside
 
 
-def _distance(z: tf.Tensor) -> tf.Tensor:
-    """−z as Q24, of float32 z ≤ 0 (what is not, NaN too, counts as 0)."""
-    far = tf.where_v2(z <= 0, tf.minimum(-z, _FARTHEST), 0.0)
-    return tf.cast(far * 2.0**24, tf.int64)  # a power of two: no rounding
+def _distance(z: tf.Tensor, scale: tf.Tensor | None = None) -> tf.Tensor:
+    """−z·2^scale as Q24, of float32 z ≤ 0 (what is not, NaN too, counts as 0)."""
+    far = tf.where_v2(z <= 0, -z, 0.0)
+    if scale is not None:
+        far *= tf.bitcast(tf.cast(_shift_left(scale + 127, 23), tf.int32), tf.float32)
+    return tf.cast(tf.minimum(far, _FARTHEST) * 2.0**24, tf.int64)  # powers of two: no rounding but down
 
 
 def softmax_weights(z: tf.Tensor) -> tf.Tensor:
@@ -117,10 +121,12 @@ def _softmax_exponent(distance: tf.Tensor) -> tf.Tensor:
 def entmax_weights(
     mesh_impl: mtf.MeshImpl, z: LaidOut, epsilon: LaidOut, sum_over_shards: Callable[[LaidOut], LaidOut]
 ) -> LaidOut:
-    """The α-entmax of scores, but for a factor near 1: [1 + ε(z − δ)]₊^(1/ε).
+    """The α-entmax of scores, but for a factor: [1 + ε(2ⁿz − δ)]₊^(1/ε), which is p·2^(n/ε).
 
-    δ is the largest multiple of 2⁻²⁴ at which the weights still sum to more
-    than 1, found bit by bit.
+    n, and then δ as a multiple of 2⁻²⁴, are the largest at which these, taken for p,
+    still sum to more than 1, found bit by bit. With n = 0 alone the base would have
+    few bits left in rows that are nearly flat; so it is in (1/2, 1] for the largest
+    score, if n is not 0.
 
     Args:
       mesh_impl: mtf.MeshImpl.
@@ -134,51 +140,63 @@ def entmax_weights(
       laid-out float32 like z.
     """
     slicewise = mesh_impl.slicewise
-    distance = slicewise(_distance, z)
     # exact: α is in [1, 2], so ε is a multiple of 2⁻²³
     eps = slicewise(lambda e: tf.cast(e * 2.0**24, tf.int64), epsilon)
 
-    def total(distance: tf.Tensor, eps: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
-        """[2, rows, 1]: halves of Σ weights, which float32 adds without rounding (over 64 shards at most)."""
-        t, inside = _entmax_exponent(distance + delta, eps)
+    def exponent(z: tf.Tensor, eps: tf.Tensor, scale: tf.Tensor, delta: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return _entmax_exponent(_distance(z, scale) + delta, eps)
+
+    def total(z: tf.Tensor, eps: tf.Tensor, scale: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
+        """[2, rows, 1]: halves of Σp, which float32 adds without rounding (over 64 shards at most)."""
+        t, inside = exponent(z, eps, scale, delta)
+        # 2^(−n/ε), Q30; nothing is left of it where that has no room
+        t += _shift_left(scale, 54) // tf.maximum(eps, _shift_left(tf.maximum(scale, _int(1)), 18))
         total = tf.reduce_sum(tf.where_v2(inside, _to_q40(t), _int(0)), -1, keepdims=True)
         total = tf.minimum(total, _int(1 << 41))
         halves = [_shift_right(total, 18), tf.bitwise.bitwise_and(total, _int((1 << 18) - 1))]
         return tf.cast(tf.stack(halves), tf.float32)
 
-    def add(sums: tf.Tensor, delta: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        """delta + step where the weights there still sum to more than 1."""
+    def choose(sums: tf.Tensor, now: tf.Tensor, trial: tf.Tensor) -> tf.Tensor:
+        """The trial where p still sums to more than 1 there."""
         sums = tf.cast(sums, tf.int64)
-        return tf.where_v2(_shift_left(sums[0], 18) + sums[1] > _int(1 << 40), delta + step, delta)
+        return tf.where_v2(_shift_left(sums[0], 18) + sums[1] > _int(1 << 40), trial, now)
 
     like = mesh_impl.LaidOutTensor.from_tensor_list
 
-    def find_delta(distance: LaidOut) -> list[tf.Tensor]:
-        def body(bit: tf.Tensor, delta: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
-            delta, step = like(delta), _shift_left(_int(1), bit)
-            trial = slicewise(lambda d, step: d + step, delta, step)
-            sums = sum_over_shards(slicewise(total, distance, eps, trial))
-            return bit - 1, slicewise(add, sums, delta, step).tensor_list
+    def find(z: LaidOut) -> list[list[tf.Tensor]]:
+        """[slices of n, slices of δ]"""
 
-        delta = slicewise(lambda d: tf.zeros_like(d[:, :1]), distance)
-        return tf.while_loop(lambda bit, _: bit >= 0, body, (_int(_DELTA_BITS - 1), delta.tensor_list))[1]
+        def body(bit: tf.Tensor, *slices: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
+            one, in_scale = _int(1), bit >= _DELTA_BITS
+            steps = [
+                tf.where_v2(in_scale, _shift_left(one, tf.maximum(bit - _DELTA_BITS, 0)), _int(0)),
+                tf.where_v2(in_scale, _int(0), _shift_left(one, bit)),
+            ]
+            found = [like(s) for s in slices]
+            trial = [slicewise(lambda f, step=step: f + step, f) for f, step in zip(found, steps, strict=True)]
+            sums = sum_over_shards(slicewise(total, z, eps, *trial))
+            scale, delta = (slicewise(choose, sums, f, t).tensor_list for f, t in zip(found, trial, strict=True))
+            return bit - 1, scale, delta
 
-    if distance.slice_shape[-1] <= 2 * _CANDIDATES:
-        delta = find_delta(distance)
+        zeros = slicewise(tf.zeros_like, eps).tensor_list
+        start = (_int(_DELTA_BITS + _SCALE_BITS - 1), zeros, zeros)
+        return tf.while_loop(lambda bit, *_: bit >= 0, body, start)[1:]
+
+    if z.slice_shape[-1] <= 2 * _CANDIDATES:
+        found = find(z)
     else:  # as a rule, few entries are near enough to count
-        nearest = slicewise(lambda z: _distance(tf.math.top_k(z, _CANDIDATES)[0]), z)
+        nearest = slicewise(lambda z: tf.math.top_k(z, _CANDIDATES)[0], z)
 
         def may_count(nearest: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
-            near = tf.logical_or(_int(1 << 48) - eps * nearest[:, -1:] > 0, tf.equal(eps, _int(0)))
+            near = tf.logical_or(_int(1 << 48) - eps * _distance(nearest[:, -1:]) > 0, tf.equal(eps, _int(0)))
             return tf.reduce_max(tf.cast(near, tf.float32))
 
         all_axes = list(range(mesh_impl.ndims))
         too_few = mesh_impl.allreduce(slicewise(may_count, nearest, eps), all_axes, "MAX").tensor_list[0] > 0.5
-        delta = tf.cond(too_few, lambda: find_delta(distance), lambda: find_delta(nearest))
-        delta = delta if isinstance(delta, (list, tuple)) else [delta]
+        found = tf.cond(too_few, lambda: find(z), lambda: find(nearest))
 
-    def weights(distance: tf.Tensor, eps: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
-        t, inside = _entmax_exponent(distance + delta, eps)
+    def weights(z: tf.Tensor, eps: tf.Tensor, scale: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
+        t, inside = exponent(z, eps, scale, delta)
         return tf.where_v2(inside, _to_float32(t), 0.0)
 
-    return slicewise(weights, distance, eps, like(delta))
+    return slicewise(weights, z, eps, *(like(as_list(f)) for f in found))

@@ -15,7 +15,7 @@ from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
 from gpt_neo_sampling.largest import has_invalid, largest
 from gpt_neo_sampling.mtf_ops import MeshOperation, pad_last, size_of
-from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum, spread_rows
+from gpt_neo_sampling.rows import Rows, any_of, as_list, near_sum, spread_rows, sum_across
 
 _FEW = 128  # entries of a shard that are looked at one by one
 _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of
@@ -70,7 +70,9 @@ class _MaskOperation(MeshOperation):
         def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *more: tf.Tensor) -> tf.Tensor:
             of_row, pcoord = more[: len(cut.of_row)], more[len(cut.of_row) :]
             at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
-            ends = tf.where_v2(top > float(x.dtype.min), ends, _EVERYTHING)
+            # Not by the maximum alone, in which XLA loses a row of nothing but NaN.
+            has_mass = tf.logical_or(top > float(x.dtype.min), tf.is_nan(ends[:, :1]))
+            ends = tf.where_v2(has_mass, ends, _EVERYTHING)
             ends = tf.where_v2(tf.is_nan(option), np.nan, ends)
             least, last = ends[:, :1], ends[:, 1:]
             key = cut.key(tf.cast(x, tf.float32), *of_row)
@@ -113,7 +115,7 @@ class Softmax:
 
     def __init__(self, rows: Rows, x: LaidOut) -> None:
         self.rows, self.x = rows, x
-        # At NaN the largest number: nothing in the row is above it.
+        # Finite in any row: what is invalid shows in the sums, for XLA's maximum passes over NaN.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
         self.top = rows.across_shards(top, "MAX")
 
@@ -151,33 +153,6 @@ def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
     return tf.exp(tf.cast(x - top, tf.float64))
 
 
-def sum_across(rows: Rows, x: LaidOut) -> LaidOut:
-    """Laid-out float64 numbers, none below 0 or above 2²⁴, summed over the shards of a row; NaN for what is not finite.
-
-    As multiples of 2⁻⁵⁴, in four float32 parts that up to 64 shards add without rounding: TPUs send no float64, and
-    the order of additions is a mesh's own affair.
-    """
-    slicewise = rows.mesh_impl.slicewise
-    if rows.mesh_axis is None:
-        return slicewise(lambda x: tf.where_v2(x < np.inf, x, tf.constant(np.nan, tf.float64)), x)
-
-    def split(x: tf.Tensor) -> tf.Tensor:
-        valid = tf.logical_and(x >= 0, x < np.inf)
-        parts, rest = [tf.where_v2(valid, 0.0, 1.0)], tf.where_v2(valid, x, tf.zeros_like(x))
-        for _ in range(4):
-            whole = tf.floor(rest)
-            parts.append(tf.cast(whole, tf.float32))
-            rest = (rest - whole) * 2.0**18
-        return tf.stack(parts)
-
-    def join(parts: tf.Tensor) -> tf.Tensor:
-        invalid, *parts = tf.unstack(tf.cast(parts, tf.float64))
-        total = sum(part * 2.0 ** (-18 * i) for i, part in enumerate(parts))
-        return tf.where_v2(invalid > 0, tf.constant(np.nan, tf.float64), total)
-
-    return slicewise(join, rows.across_shards(slicewise(split, x), "SUM"))
-
-
 # --- Cuts by probability ----------------------------------------------------------------
 
 
@@ -207,7 +182,7 @@ def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
 
     def depth(eta: tf.Tensor, total: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         log_eta, log_total = tf.log(tf.cast(eta, tf.float64)), tf.log(total)
-        entropy = log_total + mean
+        entropy = tf.where_v2(total > 0, log_total + mean, tf.zeros_like(mean))  # of −inf alone: not NaN
         return -tf.minimum(log_eta, 0.5 * log_eta - entropy) - log_total
 
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, eta, softmax.total, softmax.depth))

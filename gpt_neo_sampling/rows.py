@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mtf_ops import align, pad_last, size_of
@@ -195,6 +197,33 @@ def near_sum(x: tf.Tensor) -> tf.Tensor:
         x = pad_last(x, after=-size % part)
     parts = tf.reshape(x, x.shape.as_list()[:-1] + [part, -1])
     return tf.reduce_sum(tf.reduce_sum(parts, -1), -1, keepdims=True)
+
+
+def sum_across(rows: Rows, x: LaidOut) -> LaidOut:
+    """Laid-out float64 numbers, none below 0 or above 2²⁴, summed over the shards of a row; NaN for what is not finite.
+
+    As multiples of 2⁻⁵⁴, in four float32 parts that up to 64 shards add without rounding: TPUs send no float64, and
+    the order of additions is a mesh's own affair.
+    """
+    slicewise = rows.mesh_impl.slicewise
+    if rows.mesh_axis is None:
+        return slicewise(lambda x: tf.where_v2(x < np.inf, x, tf.constant(np.nan, tf.float64)), x)
+
+    def split(x: tf.Tensor) -> tf.Tensor:
+        valid = tf.logical_and(x >= 0, x < np.inf)
+        parts, rest = [tf.where_v2(valid, 0.0, 1.0)], tf.where_v2(valid, x, tf.zeros_like(x))
+        for _ in range(4):
+            whole = tf.floor(rest)
+            parts.append(tf.cast(whole, tf.float32))
+            rest = (rest - whole) * 2.0**18
+        return tf.stack(parts)
+
+    def join(parts: tf.Tensor) -> tf.Tensor:
+        invalid, *parts = tf.unstack(tf.cast(parts, tf.float64))
+        total = sum(part * 2.0 ** (-18 * i) for i, part in enumerate(parts))
+        return tf.where_v2(invalid > 0, tf.constant(np.nan, tf.float64), total)
+
+    return slicewise(join, rows.across_shards(slicewise(split, x), "SUM"))
 
 
 def any_of(mesh_impl: mtf.MeshImpl, flags: LaidOut) -> tf.Tensor:

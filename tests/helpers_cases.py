@@ -357,7 +357,10 @@ MIXED_LOOP = Case(
     {"hard, ": [_prompts(), _HARD]},
 )
 OTHER_LOOPS = Case(
-    "other loops", functools.partial(_loops, [name for name in LOOPS if name != "mixed rows"]), [_prompts(), _TABLE]
+    "other loops",
+    functools.partial(_loops, [name for name in LOOPS if name != "mixed rows"]),
+    [_prompts(), _TABLE],
+    {"hard, ": [_prompts(), _HARD]},
 )
 
 # --- The bundled model --------------------------------------------------------------------

@@ -462,6 +462,33 @@ def test_entmax_at_gpt2s_vocabulary():
             assert far[1:3].mean() > 0.9 and not p[far].any()
 
 
+@pytest.mark.parametrize("size", [2, 50, 2000, pytest.param(GPT2_VOCAB, marks=slow)])
+def test_entmax_of_rows_of_any_width(size):
+    """From nearly flat to far apart: p within 2e-7 of its row's largest, its support, and the gradient."""
+    rng = np.random.default_rng(30)
+    x = (rng.normal(size=(11, size)) * 10.0 ** np.arange(-6, 5)[:, np.newaxis]).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    b, v = dims(batch=11, vocab=size)
+
+    def build(mesh, x, dy, alphas):
+        x, dy = imp(mesh, x, b, v), imp(mesh, dy, b, v)
+        p = entmax(x, imp(mesh, alphas, b))
+        return p, mtf.gradients([mtf.reduce_sum(p * dy)], [x])[0]
+
+    program = Program(build, [(tf.float32, x.shape), (tf.float32, x.shape), (tf.float32, (11,))])
+    for alpha in np.float32([1.01, 1.1, 1.3, 1.5, 1.8, 1.99, 2]):
+        p, dx = program(x, dy, np.full(11, alpha))
+        want, epsilon = reference.entmax(x, float(alpha)), float64(alpha) - 1
+        top = want.max(1, keepdims=True)
+        assert (np.abs(p - want) / top).max() < 2e-7, alpha
+        base = 1 - epsilon * (x.max(1, keepdims=True) - float64(x)) / top**epsilon  # 0 at the edge of the support
+        at_edge = (np.abs(base) < 1e-6) | ((want > 0) & (want < 1e-36))
+        assert np.all(((p > 0) == (want > 0)) | at_edge), alpha
+        right = closed_form(np.where(p > 0, want, 0), dy, float(alpha))
+        error = np.abs(dx - right) / top ** (1 - epsilon)
+        assert error.max() < 1e-4, alpha  # p^(2 − α) is steep at the edge
+
+
 ALPHAS_BY_ROW = np.array([1.3, 1.5, 2.0, 1.05], np.float32)
 
 
