@@ -139,9 +139,10 @@ def test_files_of_a_training_loop(tmp_path, file, caplog):
 def test_weights_under_a_key(tmp_path, key, caplog):
     folder = folder_of(tmp_path)
     tensors = as_hugging_face(random_weights(TINY))
-    write_pytorch(folder / "pytorch_model.bin", tensors, beside=lambda value: {key: value, "config": {"lr": 0.1}})
+    milestones = {"milestones": Call(Name("collections", "Counter"), ({30: 1, 60: 1},)), "base_lrs": [0.1]}
+    write_pytorch(folder / "pytorch_model.bin", tensors, beside=lambda value: {key: value, "schedule": milestones})
     all_equal(open_checkpoint(folder), random_weights(TINY))
-    assert f"under '{key}'; passed over: config" in caplog.text
+    assert f"under '{key}'; passed over: schedule" in caplog.text
 
 
 def test_safetensors_win(tmp_path):

@@ -187,15 +187,16 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradi
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor: Any, *_gradient_and_hooks: object) -> Any:
-    return tensor
+def _first(value: Any, *_gradient_and_hooks: object) -> Any:
+    return value
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "Counter"): _first,  # of a dict: what schedules of learning rates hold
     ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter"): _first,
 }
 
 
