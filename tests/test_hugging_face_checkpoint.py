@@ -127,7 +127,7 @@ def test_what_mesh_tf_cannot_say_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError) as error:
         convert_checkpoint(folder, tmp_path / "out")
     assert str(error.value) == (
-        "GPT-Neo's checkpoints have no intermediate_size=12 (but 4 * n_embd), layer_norm_epsilon=0.3 (but 1e-05), "
+        "GPT-Neo's checkpoints have no intermediate_size=12 (only 4 * n_embd), layer_norm_epsilon=0.3 (only 1e-05), "
         "activation_fn='gelu_erf'; allowed: to='huggingface'"
     )
     convert_checkpoint(folder, tmp_path / "out", to="huggingface")
@@ -210,7 +210,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, caplog):
     write_safetensors(folder / "model.safetensors", as_hugging_face(random_weights(params), "F16"))
     with caplog.at_level(logging.WARNING):
         assert open_checkpoint(folder).params == params
-    assert "config.json does not give these, taken as transformers takes them: vocab_size 50257, " in caplog.text
+    assert "config.json leaves these out; transformers' defaults are used: vocab_size 50257, " in caplog.text
     assert "num_heads 16" in caplog.text and "hidden_size" not in caplog.text
 
 
@@ -223,7 +223,7 @@ def test_what_is_left_out_of_a_small_config(tmp_path, caplog):
     gone = ["num_layers", "eos_token_id", "bos_token_id", "activation_function"]
     write_json(folder / "config.json", without({**TINY_HF, "num_hidden_layers": 2}, *gone))
     assert open_checkpoint(folder).params == without(plain, "eos_id", "bos_id")
-    assert caplog.text.count("takes them: activation_function gelu_new\n") == 1
+    assert caplog.text.count("defaults are used: activation_function gelu_new\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_names_of_wrapped_models(tmp_path, caplog, rename, scope):
     if scope:
         tensors[rename("lm_head.weight")] = tensors[rename("transformer.wte.weight")]
     all_equal(open_checkpoint(make_hugging_face(tmp_path / "m", tensors=tensors)), random_weights(TINY))
-    assert caplog.text.count("passed over in the names of tensors: ") == 1
+    assert caplog.text.count("dropped from the names of tensors: ") == 1
 
 
 def test_a_tensor_under_two_wrappers(tmp_path):
@@ -265,7 +265,7 @@ def test_float64(tmp_path, caplog):
     weights["ln_f/b"][0] = np.inf
     tensors["transformer.ln_f.weight"][1][3] = -1e39
     checkpoint = open_checkpoint(make_hugging_face(tmp_path / "m", tensors=tensors))
-    assert "float64 is rounded to float32, of 30 variables: " in caplog.text
+    assert "30 float64 variables are rounded to float32: " in caplog.text
     with pytest.raises(CheckpointError, match="m: ln_f/g holds numbers beyond float32's 3.4e38"):
         checkpoint.read("ln_f/g")
     for name in weights.keys() - {"ln_f/g"}:

@@ -87,7 +87,7 @@ def test_float64_variables(tmp_path, caplog):
     weights = {n: v.astype(np.float64) + 1e-12 for n, v in random_weights(TINY).items()}
     checkpoint = open_checkpoint(save_variables(tmp_path / "m", {"gpt2/" + n: v for n, v in weights.items()}))
     all_equal(checkpoint, {n: v.astype(np.float32) for n, v in weights.items()})
-    assert "float64 is rounded to float32, of 30 variables: " in caplog.text
+    assert "30 float64 variables are rounded to float32: " in caplog.text
 
 
 def test_float16_variables(tmp_path):

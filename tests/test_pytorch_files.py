@@ -130,9 +130,9 @@ def test_files_of_a_training_loop(tmp_path, file, caplog):
     """PyTorch's of a compiled model of float64 in DataParallel, with Adam's state, an epoch, a random state."""
     with open_checkpoint(folder_of(tmp_path, file=file)) as checkpoint:
         all_equal(checkpoint, random_weights(TINY))
-    assert "the weights are what it holds under 'state_dict'; passed over: epoch, loss, optimizer, rng" in caplog.text
-    assert "passed over in the names of tensors: module., _orig_mod." in caplog.text
-    assert "float64 is rounded to float32" in caplog.text
+    assert "the weights are read from its key 'state_dict'; ignored: epoch, loss, optimizer, rng" in caplog.text
+    assert "dropped from the names of tensors: module., _orig_mod." in caplog.text
+    assert "float64 variables are rounded to float32" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
@@ -142,7 +142,7 @@ def test_weights_under_a_key(tmp_path, key, caplog):
     milestones = {"milestones": Call(Name("collections", "Counter"), ({30: 1, 60: 1},)), "base_lrs": [0.1]}
     write_pytorch(folder / "pytorch_model.bin", tensors, beside=lambda value: {key: value, "schedule": milestones})
     all_equal(open_checkpoint(folder), random_weights(TINY))
-    assert f"under '{key}'; passed over: schedule" in caplog.text
+    assert f"from its key '{key}'; ignored: schedule" in caplog.text
 
 
 def test_safetensors_win(tmp_path):

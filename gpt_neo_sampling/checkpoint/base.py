@@ -160,7 +160,7 @@ class Checkpoint:
         self._shapes = variable_shapes(params)
         doubles = [name for name, (stored, _) in sources.items() if store.dtypes[stored] == "float64"]
         if doubles:
-            log.warning("%s: float64 is rounded to float32, of %d variables: %s", folder, len(doubles), some(doubles))
+            log.warning("%s: %d float64 variables are rounded to float32: %s", folder, len(doubles), some(doubles))
 
     def names(self) -> list[str]:
         """The variables' names, without the scope `gpt2/`: a sorted list of strings."""

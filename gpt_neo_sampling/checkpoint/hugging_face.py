@@ -258,7 +258,7 @@ def _read_config(config_file: Path) -> dict[str, Any]:
     absent |= {k: v for k, v in _DEFAULT_IDS.items() if k not in config and is_int(vocab_size) and v < vocab_size}
     if absent:
         shown = ", ".join(f"{key} {value}" for key, value in absent.items())
-        log.warning("%s does not give these, taken as transformers takes them: %s", config_file, shown)
+        log.warning("%s leaves these out; transformers' defaults are used: %s", config_file, shown)
     return {**config, **absent}
 
 
@@ -351,7 +351,7 @@ def _unwrapped(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, Stor
         if plain.setdefault(plain_name, tensor) != tensor:
             raise CheckpointError(f"{folder} holds {plain_name} twice, under {name} and another name")
     if wrappers:
-        log.warning("%s: passed over in the names of tensors: %s", folder, ", ".join(f"{w}." for w in wrappers))
+        log.warning("%s: dropped from the names of tensors: %s", folder, ", ".join(f"{w}." for w in wrappers))
     return plain
 
 

@@ -199,9 +199,9 @@ def _beyond_gpt_neo(params: Params) -> list[str]:
     """What a Hugging Face model of these params has, and GPT-Neo's code cannot be told by a config."""
     odd = ["output table of its own (lm_head)"] * has_own_head(params)
     if intermediate_size(params) != 4 * params["n_embd"]:
-        odd.append(f"intermediate_size={params['intermediate_size']!r} (but 4 * n_embd)")
+        odd.append(f"intermediate_size={params['intermediate_size']!r} (only 4 * n_embd)")
     if norm_epsilon(params) != NORM_EPSILON:
-        odd.append(f"layer_norm_epsilon={params['layer_norm_epsilon']!r} (but {NORM_EPSILON})")
+        odd.append(f"layer_norm_epsilon={params['layer_norm_epsilon']!r} (only {NORM_EPSILON})")
     if params.get("activation_fn") in list(HUGGING_FACE_ACTIVATIONS):
         odd.append(f"activation_fn={params['activation_fn']!r}")
     return odd

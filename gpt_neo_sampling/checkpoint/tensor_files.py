@@ -124,7 +124,7 @@ def list_pytorch(path: Path) -> dict[str, StoredTensor]:
         nested = [key for key in _NESTED if isinstance(tensors.get(key), dict)]
         if len(nested) == 1:
             beside = some(str(key) for key in tensors if key != nested[0])
-            log.warning(one_line(f"{path}: the weights are what it holds under {nested[0]!r}; passed over: {beside}"))
+            log.warning(one_line(f"{path}: the weights are read from its key {nested[0]!r}; ignored: {beside}"))
             tensors = tensors[nested[0]]
         others = [str(name) for name, t in tensors.items() if not isinstance(name, str) or not isinstance(t, Tensor)]
         if others:
