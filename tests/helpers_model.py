@@ -36,6 +36,7 @@ def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more
 def variable_shapes(params):
     """GPT-Neo's variables, as its checkpoints hold them: {name less "gpt2/": shape}."""
     v, c, e = params["n_vocab"], params["n_ctx"], params["n_embd"]
+    inner = params.get("intermediate_size", 4 * e)
     shapes = {"wte": (v, e), "ln_f/g": (e,), "ln_f/b": (e,)}
     if not params.get("rotary_emb"):
         shapes["wpe"] = (c, e)
@@ -51,9 +52,9 @@ def variable_shapes(params):
             "attn/compute_output_bias/o_b": (e,),
             "norm_2/g": (e,),
             "norm_2/b": (e,),
-            "mlp/conv1d_main/c_fc/kernel": (e, 4 * e),
-            "mlp/conv1d_main/c_fc/bias": (4 * e,),
-            "mlp/conv1d_main/c_proj/kernel": (4 * e, e),
+            "mlp/conv1d_main/c_fc/kernel": (e, inner),
+            "mlp/conv1d_main/c_fc/bias": (inner,),
+            "mlp/conv1d_main/c_proj/kernel": (inner, e),
             "mlp/conv1d_main/c_proj/bias": (e,),
         }.items():
             if kind != "none" or name.startswith(("norm_2", "mlp")):
@@ -108,6 +109,7 @@ def reference_config(params):
         "padding_id": params["padding_id"],
         "rotary_emb": params.get("rotary_emb", False),
         "activation_fn": params.get("activation_fn", "gelu"),
+        "layer_norm_epsilon": params.get("layer_norm_epsilon", 1e-5),
     }
 
 

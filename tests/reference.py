@@ -16,6 +16,8 @@ Papers named below:
 * Su et al. 2021, "RoFormer", arXiv 2104.09864
 """
 
+import math
+
 import numpy as np
 
 # --------------------------------------------------------------------------
@@ -57,19 +59,34 @@ def _softplus(x):
     return np.logaddexp(0, x)
 
 
-# By the names of GPT-Neo's `activation_fn`.
+def _gelu_erf(x):
+    """GELU itself, x times the normal distribution function."""
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+
+
+# By the names of `activation_fn`: GPT-Neo's, and those of transformers' functions that GPT-Neo lacks.
 ACTIVATIONS = {
     "elu": _elu,
     "gelu": _gelu,
+    "gelu_erf": _gelu_erf,
+    "gelu_erf_10": lambda x: np.clip(_gelu_erf(x), -10, 10),
+    "hardswish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+    "id": lambda x: x,
+    # a normal distribution function, of mean 1/sqrt(2) and variance 1/(4 pi), both rounded
+    "laplace": lambda x: (1 + np.vectorize(math.erf)((x - 0.707107) / 0.282095 / np.sqrt(2))) / 2,
     "lrelu001": lambda x: np.where(x > 0, x, 0.01 * x),
     "lrelu020": lambda x: np.where(x > 0, x, 0.2 * x),
     "mish": lambda x: x * np.tanh(_softplus(x)),  # Misra 2019, arXiv 1908.08681
+    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.where(x > 0, x, 0) ** 2,
+    "relu6": lambda x: np.clip(x, 0, 6),
     # Klambauer et al. 2017, arXiv 1706.02515: ELU of alpha 1.67326, times 1.0507
     "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * _elu(x)),
     "sigmoid": _sigmoid,
     "silu": lambda x: x * _sigmoid(x),
     "softplus": _softplus,
+    "sqrtsoftplus": lambda x: np.sqrt(_softplus(x)),
     "softsign": lambda x: x / (1 + np.abs(x)),
     "swish": lambda x: x * _sigmoid(x),
     "tanh": np.tanh,
@@ -101,10 +118,10 @@ def _may_attend(length, kind, radius):
     raise ValueError(f"the reference knows 'global' and 'local' attention, not {kind!r}")
 
 
-def _attention(h, w, p, n_head, seen, rotary_emb):
+def _attention(h, w, p, n_head, seen, rotary_emb, eps):
     """What the attention of the layer with prefix p adds to h [B, T, E]."""
     batch, length, embd = h.shape
-    x = layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"])
+    x = layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"], eps)
     q, k, v = ((x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head) for name in "qkv")
     if rotary_emb:
         q, k = _rotate(q), _rotate(k)
@@ -114,9 +131,9 @@ def _attention(h, w, p, n_head, seen, rotary_emb):
     return mixed @ w[p + "attn/o"] + w[p + "attn/compute_output_bias/o_b"]
 
 
-def mlp(h, w, p, activation_fn="gelu"):
+def mlp(h, w, p, activation_fn="gelu", eps=1e-5):
     """What the second half of the layer with prefix p adds to h [B, T, E]."""
-    x, m = layer_norm(h, w[p + "norm_2/g"], w[p + "norm_2/b"]), p + "mlp/conv1d_main/"
+    x, m = layer_norm(h, w[p + "norm_2/g"], w[p + "norm_2/b"], eps), p + "mlp/conv1d_main/"
     x = ACTIVATIONS[activation_fn](x @ w[m + "c_fc/kernel"] + w[m + "c_fc/bias"])
     return x @ w[m + "c_proj/kernel"] + w[m + "c_proj/bias"]
 
@@ -131,6 +148,7 @@ def gpt_neo_forward(
     padding_id=None,
     rotary_emb=False,
     activation_fn="gelu",
+    layer_norm_epsilon=1e-5,
 ):
     """Logits of GPT-Neo's full forward pass.
 
@@ -165,10 +183,11 @@ def gpt_neo_forward(
         if kind == "none":
             h = h + h
         else:
-            h = h + _attention(h, w, p, n_head, _may_attend(length, kind, local_attention_radius), rotary_emb)
-        h = h + mlp(h, w, p, activation_fn)
+            seen = _may_attend(length, kind, local_attention_radius)
+            h = h + _attention(h, w, p, n_head, seen, rotary_emb, layer_norm_epsilon)
+        h = h + mlp(h, w, p, activation_fn, layer_norm_epsilon)
 
-    h = layer_norm(h, w["ln_f/g"], w["ln_f/b"])
+    h = layer_norm(h, w["ln_f/g"], w["ln_f/b"], layer_norm_epsilon)
     return h @ w["wte"].T
 
 

@@ -216,8 +216,8 @@ def with_another_variable(folder):
     save_variables(folder, {**variables, "gpt2/h2/attn/q": np.zeros((8, 8), np.float32)})
 
 
-def with_double_precision(folder):
-    save_variables(folder, {"gpt2/" + n: v.astype(np.float64) for n, v in random_weights(TINY).items()})
+def with_whole_numbers(folder):
+    save_variables(folder, {"gpt2/" + n: v.astype(np.int32) for n, v in random_weights(TINY).items()})
 
 
 HEAD = {"lm_head.weight": ("F32", np.ones((12, 8), np.float32))}
@@ -303,20 +303,25 @@ BAD_FOLDERS = {
         mesh_tf(config_with(attention_types=[[["none", "local"], 1]], scalenorm=True)),
         "(the config sets scalenorm=True, which is not supported): 7 left over",
     ),
-    "float64": (with_double_precision, "30 variables of an unsupported dtype: gpt2/wte (float64)"),
+    "int32": (with_whole_numbers, "30 variables of an unsupported dtype: gpt2/wte (int32)"),
     # -- Hugging Face: config
     "no config.json": (hugging_face(remove("config.json")), "has weights but no config.json"),
     "damaged config.json": (hugging_face(cut("config.json", 30)), "config.json is not JSON"),
     "another model": (hugging_face(config={"model_type": "gptj"}), "model_type is 'gptj'; allowed: 'gpt_neo'"),
     "activation": (
-        hugging_face(config={"activation_function": "gelu"}),
-        "activation_function is 'gelu'; allowed: 'gelu_new', 'gelu_pytorch_tanh'",
+        hugging_face(config={"activation_function": "prelu"}),
+        "activation_function is 'prelu'; allowed: gelu, gelu_10, gelu_accurate, ",
     ),
+    "activation is a list": (hugging_face(config={"activation_function": ["gelu"]}), "is ['gelu']; allowed: gelu, "),
     "intermediate_size": (
         hugging_face(config={"intermediate_size": 16}),
-        "intermediate_size is 16; allowed: null or 4 * hidden_size = 32",
+        "6 of wrong shape: transformer.h.0.mlp.c_fc.weight (is [32, 8], should be [16, 8])",
     ),
-    "epsilon": (hugging_face(config={"layer_norm_epsilon": 1e-6}), "layer_norm_epsilon is 1e-06; allowed: 1e-05"),
+    "no intermediate_size": (
+        hugging_face(config={"intermediate_size": 0}),
+        "intermediate_size is 0; allowed: a whole number, at least 1",
+    ),
+    "epsilon": (hugging_face(config={"layer_norm_epsilon": -1e-6}), "layer_norm_epsilon is -1e-06; allowed: a number"),
     "epsilon is not a number": (hugging_face(config={"layer_norm_epsilon": float("nan")}), "layer_norm_epsilon is nan"),
     "hidden_size missing": (hugging_face(config={"hidden_size": None}), "config.json does not give hidden_size"),
     "window_size": (hugging_face(config={"window_size": 0}), "window_size is 0; allowed: a whole number, at least 1"),

@@ -117,8 +117,8 @@ def test_what_is_not_converted_leaves_nothing(tmp_path, source, options, message
 
 
 def test_an_activation_that_hugging_face_lacks_is_named(tmp_path):
-    write_mesh_tf_checkpoint(tmp_path / "a", {**TINY, "activation_fn": "relu"}, random_weights(TINY))
-    with pytest.raises(CheckpointError, match="Hugging Face's GPT-Neo has no activation_fn='relu'; allowed: to='mesh"):
+    write_mesh_tf_checkpoint(tmp_path / "a", {**TINY, "activation_fn": "selu"}, random_weights(TINY))
+    with pytest.raises(CheckpointError, match="Hugging Face's GPT-Neo has no activation_fn='selu'; allowed: to='mesh"):
         convert_checkpoint(tmp_path / "a", tmp_path / "b")
     assert os.listdir(tmp_path) == ["a"]
 

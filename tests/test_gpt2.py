@@ -69,6 +69,8 @@ SHAPES = {
     "layers without attention": (config(["none", "global", "none"]), 2, 12),
     "no attention at all": (config(["none"], activation_fn="silu"), 2, 12),
     "another activation function": (config(["global"], activation_fn="relu"), 2, 12),
+    "what only Hugging Face's configs say": (
+        config(["local", "global"], activation_fn="gelu_erf", intermediate_size=21, layer_norm_epsilon=0.3), 2, 12),
 }  # fmt: skip
 
 
@@ -394,6 +396,11 @@ BAD_OPTIONS = [
     ({"attention_types": []}, r"attention_types"),
     ({"local_attention_radius": 0}, r"local_attention_radius=0"),
     ({"local_attention_radius": -5}, r"local_attention_radius=-5"),
+    ({"intermediate_size": 0}, r"intermediate_size=0: a whole number of at least 1"),
+    ({"intermediate_size": "64"}, r"intermediate_size='64'"),
+    ({"layer_norm_epsilon": -1e-5}, r"layer_norm_epsilon=-1e-05: a number of at least 0"),
+    ({"layer_norm_epsilon": float("nan")}, r"layer_norm_epsilon=nan"),
+    ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon=10000"),
 ]
 
 

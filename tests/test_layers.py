@@ -6,7 +6,16 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
+from gpt_neo_sampling.layers import (
+    ACTIVATIONS,
+    HUGGING_FACE_ACTIVATIONS,
+    activate,
+    attend,
+    layer_norm,
+    matmul,
+    rotary_table,
+    rotate,
+)
 from gpt_neo_sampling.mtf_ops import resize, settle, take, write_at
 
 B, S, IN, OUT, P = dims(batch=4, sequence=3, inner=16, outer=8, parts=2)
@@ -113,21 +122,36 @@ def test_layer_norm_and_its_gradient(runner):
     close(db, dy.sum((0, 1)), 1e-4)
 
 
+def test_layer_norm_with_any_epsilon():
+    """Of rows whose variance is far below and far above it; of 0 too."""
+    x = normal(4, 3, 16) * np.float32([1e-4, 1e-2, 1, 30])[:, np.newaxis, np.newaxis]
+    epsilons = (0.0, 1e-12, 1e-6, 0.1, 10)
+
+    def build(mesh, x):
+        x, one, zero = imp(mesh, x, B, S, IN), mtf.ones(mesh, [IN]), mtf.zeros(mesh, [IN])
+        return [layer_norm(x, one, zero, epsilon) for epsilon in epsilons]
+
+    for y, epsilon in zip(MeshRunner()(build, x), epsilons, strict=True):
+        close(y, reference.layer_norm(x.astype(np.float64), 1, 0, epsilon), 4e-6)
+
+
 def test_activation_functions_and_their_gradients():
     x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)  # without 0, where some have a corner
-    assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
+    names = [*ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS]
+    assert set(names) == set(reference.ACTIVATIONS)
 
     def build(mesh, x):
         x = imp(mesh, x, B, IN)
-        y = [activate(x, name) for name in ACTIVATIONS]
+        y = [activate(x, name) for name in names]
         return y + [mtf.gradients([mtf.reduce_sum(each)], [x])[0] for each in y]
 
     results = MeshRunner()(build, x)
     x = x.astype(np.float64)
-    for name, y, dx in zip(ACTIVATIONS, results, results[len(ACTIVATIONS) :]):
+    for name, y, dx in zip(names, results, results[len(names) :]):
         expected = reference.ACTIVATIONS[name]
-        close(y, expected(x), 2e-6)
-        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 5e-6)
+        size = max(1, np.abs(expected(x)).max() / 12)  # more than 1 of those that grow faster than x
+        close(y, expected(x), 2e-6 * size)
+        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 5e-6 * size)
 
 
 def test_rotate(runner):

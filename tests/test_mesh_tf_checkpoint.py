@@ -74,6 +74,22 @@ def test_optimizer_state_is_passed_over(tmp_path):
     all_equal(open_checkpoint(save_variables(tmp_path / "model", variables)), weights)
 
 
+def test_keys_of_hugging_face_s_configs_are_not_read(tmp_path):
+    """As GPT-Neo does not: its models have one epsilon, one width and one table."""
+    folder = make_mesh_tf(tmp_path / "m")
+    before = open_checkpoint(folder).params
+    others = {"layer_norm_epsilon": 1e-12, "intermediate_size": 16, "tie_word_embeddings": False}
+    write_json(folder / "config.json", {**TINY, **others})
+    assert open_checkpoint(folder).params == before
+
+
+def test_float64_variables(tmp_path, caplog):
+    weights = {n: v.astype(np.float64) + 1e-12 for n, v in random_weights(TINY).items()}
+    checkpoint = open_checkpoint(save_variables(tmp_path / "m", {"gpt2/" + n: v for n, v in weights.items()}))
+    all_equal(checkpoint, {n: v.astype(np.float32) for n, v in weights.items()})
+    assert "30 float64 variables are rounded to float32: " in caplog.text
+
+
 def test_float16_variables(tmp_path):
     weights = {n: v.astype(np.float16) for n, v in random_weights(TINY).items()}
     all_equal(open_checkpoint(save_variables(tmp_path / "m", {"gpt2/" + n: v for n, v in weights.items()})), weights)

@@ -2,7 +2,7 @@
 
 tests/data/pytorch/*.bin are from torch.save (PyTorch 2.13, either format), of
 TINY's random weights: kernels not contiguous, ln_f's two vectors in one storage,
-a parameter, the tied output, mask buffers.
+a parameter, the tied output, mask buffers. trainer_*.bin are what a training loop saves of the same.
 """
 
 import collections
@@ -72,17 +72,17 @@ def write_zip(path, value, storages=None, compression=zipfile.ZIP_STORED, protoc
         archive.writestr("archive/version", "3\n")
 
 
-KINDS = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
+KINDS = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage", "F64": "DoubleStorage"}
 
 
-def write_pytorch(path, tensors, protocol=2):
-    """The same of tensors as `as_hugging_face` gives them."""
+def write_pytorch(path, tensors, protocol=2, beside=lambda value: value):
+    """The same of tensors as `as_hugging_face` gives them. beside: makes what is written of the dict of them."""
     value, storages = {}, {}
     for i, (name, (dtype, array)) in enumerate(tensors.items()):
         strides = tuple(s // array.itemsize for s in array.strides)
         value[name] = tensor(Storage(KINDS[dtype], str(i), array.size), 0, array.shape, strides)
         storages[str(i)] = array
-    write_zip(path, value, storages, protocol=protocol)
+    write_zip(path, beside(value), storages, protocol=protocol)
 
 
 def folder_of(tmp_path, change=None, file="zip.bin"):
@@ -123,6 +123,26 @@ def test_pickles_of_other_protocols(tmp_path, protocol):
     folder = folder_of(tmp_path)
     write_pytorch(folder / "pytorch_model.bin", as_hugging_face(random_weights(TINY)), protocol)
     all_equal(open_checkpoint(folder), random_weights(TINY))
+
+
+@pytest.mark.parametrize("file", ["trainer_zip.bin", "trainer_legacy.bin"])
+def test_files_of_a_training_loop(tmp_path, file, caplog):
+    """PyTorch's of a compiled model of float64 in DataParallel, with Adam's state, an epoch, a random state."""
+    with open_checkpoint(folder_of(tmp_path, file=file)) as checkpoint:
+        all_equal(checkpoint, random_weights(TINY))
+    assert "the weights are read from its key 'state_dict'; ignored: epoch, loss, optimizer, rng" in caplog.text
+    assert "dropped from the names of tensors: module., _orig_mod." in caplog.text
+    assert "float64 variables are rounded to float32" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_weights_under_a_key(tmp_path, key, caplog):
+    folder = folder_of(tmp_path)
+    tensors = as_hugging_face(random_weights(TINY))
+    milestones = {"milestones": Call(Name("collections", "Counter"), ({30: 1, 60: 1},)), "base_lrs": [0.1]}
+    write_pytorch(folder / "pytorch_model.bin", tensors, beside=lambda value: {key: value, "schedule": milestones})
+    all_equal(open_checkpoint(folder), random_weights(TINY))
+    assert f"from its key '{key}'; ignored: schedule" in caplog.text
 
 
 def test_safetensors_win(tmp_path):
@@ -192,7 +212,23 @@ DAMAGED = {
     "garbage": ("zip.bin", lambda path: path.write_bytes(b"\x80\x02garbage"), "damaged"),
     "a bare pickle": ("zip.bin", lambda path: path.write_bytes(pickled({"wte": 1})), "it is not one"),
     "not a dict": ("zip.bin", lambda path: write_zip(path, [1]), "it holds a list"),
-    "not tensors": ("zip.bin", lambda path: write_zip(path, {"step": 3}), "1 things that are not tensors: step"),
+    "not tensors": (
+        "zip.bin",
+        lambda path: write_zip(path, {"step": 3}),
+        "1 things that are not tensors: step; allowed",
+    ),
+    "not tensors under a key": (
+        "zip.bin",
+        lambda path: write_zip(path, {"model": {"step": 3}}),
+        "1 things that are not tensors: step; allowed",
+    ),
+    "weights under two keys": (
+        "zip.bin",
+        lambda path: write_zip(path, {"model": {}, "state_dict": {}, 7: 1}),
+        "3 things that are not tensors: model, state_dict, 7; allowed: a dict of tensors, or one under one of the keys "
+        "state_dict, model_state_dict, model, module",
+    ),
+    "a name of a tuple": ("zip.bin", lambda path: write_zip(path, {(1, 2): 3}), "a tuple in place of a tensor's name"),
     "outside its storage": ("zip.bin", holding(shape=(5,)), "ends behind its storage"),
     "offset outside": ("zip.bin", holding(offset=1), "ends behind its storage"),
     "negative stride": ("zip.bin", holding(strides=(-1,)), "a tensor without a storage, offset, shape and strides"),

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,13 +17,15 @@ from tqdm import tqdm
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, StrPath, is_int
 from gpt_neo_sampling.files import partial_beside
-from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head
+from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head, intermediate_size
+
+log = logging.getLogger(__name__)
 
 ALLOWED = (
     "allowed: a GPT-Neo mesh-TF checkpoint (a JSON config, model.ckpt-N.index, model.ckpt-N.data-*) or a Hugging Face "
     "GPT-Neo model (config.json with model_type gpt_neo, model.safetensors or pytorch_model.bin)"
 )
-STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 PROGRESS_DELAY = 1.5  # seconds after which a progress bar appears
 _BLOCK, _BLOCKS = 4096, 1024  # bytes, and how many of them of a file of weights, tell it from another
 _LISTED = 5  # names that an error shows before it goes over to a count
@@ -31,7 +34,7 @@ LONGEST_TEXT = 10**8  # bytes of a config or an index
 _MOST_LAYERS = 10_000
 _LONGEST_MESSAGE = 1000  # characters
 
-# A layer's variables: GPT-Neo's name, and the shape in multiples of n_embd.
+# A layer's variables: GPT-Neo's name, and the shape: 1 is n_embd, 4 the intermediate size, which as a rule is 4 of it.
 _ATTENTION = {
     "norm_1/g": (1,),
     "norm_1/b": (1,),
@@ -65,8 +68,8 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
       params: a dict of GPT-Neo's config keys: n_vocab, n_ctx, n_embd, n_layer
         and attention_types (nested, or one type a layer); with rotary_emb there
         is no "wpe", and a layer of attention type "none" has neither norm_1 nor
-        attention variables; with tie_word_embeddings False, a key of Hugging Face's,
-        there is a "lm_head".
+        attention variables; with tie_word_embeddings False there is a "lm_head", and
+        with an intermediate_size c_fc is of that width (both keys of Hugging Face's).
 
     Returns:
       a dict from name, without the scope `gpt2/`, to shape, a tuple of ints.
@@ -80,7 +83,7 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
         shapes["wpe"] = (params["n_ctx"], n_embd)
     for layer, attention_type in enumerate(expand_attention_types(params["attention_types"], params["n_layer"])):
         for name, multiples in (_MLP if attention_type == "none" else {**_ATTENTION, **_MLP}).items():
-            shapes[f"h{layer}/{name}"] = tuple(m * n_embd for m in multiples)
+            shapes[f"h{layer}/{name}"] = tuple({1: n_embd, 4: intermediate_size(params)}[m] for m in multiples)
     if has_own_head(params):
         shapes["lm_head"] = shapes["wte"]
     return {**shapes, "ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
@@ -90,9 +93,8 @@ class Store(Protocol):
     """Where a format keeps its tensors."""
 
     shapes: dict[str, Shape]
+    dtypes: dict[str, str]
     files: list[Path]  # which tell one model's weights from another's
-
-    def check_dtypes(self, names: Iterable[str]) -> None: ...
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -110,8 +112,11 @@ class Checkpoint:
       params: dict in GPT-Neo's config keys. Always there: n_vocab, n_ctx,
         n_embd, n_head, n_layer (ints), attention_types (a list of one type a
         layer) and local_attention_radius (int). padding_id, eos_id and bos_id
-        (ints) are there if the model names them. The other keys of a mesh-TF
-        config are there as they stood.
+        (ints) are there if the model names them. Where a Hugging Face model
+        differs from all of GPT-Neo's: intermediate_size (int), layer_norm_epsilon
+        (a number), tie_word_embeddings (False), activation_fn (str). The other keys
+        of a mesh-TF config are there as they stood, but the first three of these,
+        which GPT-Neo does not read.
       generation_defaults: dict of how the model asks to be sampled, with those
         of these keys that it gives: eos_token_id (int, or a list of ints),
         pad_token_id, bos_token_id; and those options of Hugging Face's that
@@ -153,6 +158,9 @@ class Checkpoint:
         self._weight_files = store.files
         self._sources = sources
         self._shapes = variable_shapes(params)
+        doubles = [name for name, (stored, _) in sources.items() if store.dtypes[stored] == "float64"]
+        if doubles:
+            log.warning("%s: %d float64 variables are rounded to float32: %s", folder, len(doubles), some(doubles))
 
     def names(self) -> list[str]:
         """The variables' names, without the scope `gpt2/`: a sorted list of strings."""
@@ -186,14 +194,18 @@ class Checkpoint:
 
         Raises:
           CheckpointError: if `names()` does not have the name, the file turns
-            out to be damaged, or the checkpoint is closed.
+            out to be damaged, a number is beyond float32, or the checkpoint is closed.
         """
         self.shape(name)
         if self._store is None:
             raise CheckpointError(f"{self.folder} is closed; open it again to read {name!r}")
         stored_name, transposed = self._sources[name]
         value = self._store.read(stored_name)
-        return aligned(value.T if transposed else value, np.float32)
+        with np.errstate(over="ignore"):
+            result = aligned(value.T if transposed else value, np.float32)
+        if value.dtype == np.float64 and np.isinf(result).sum() > np.isinf(value).sum():
+            raise CheckpointError(f"{self.folder}: {name} holds numbers beyond float32's 3.4e38")
+        return result
 
     def first_not_finite(self) -> str | None:
         """The name of a variable that holds NaN or infinite numbers, the first in `names()`, or None. Reads them all.
@@ -272,7 +284,7 @@ def check_sizes(params: Params, source: object, names: dict[str, str] | None = N
     absent = [names.get(k, k) for k in (*required, "attention_types") if params.get(k) is None]
     if absent:
         raise CheckpointError(f"{source} does not give {', '.join(absent)}")
-    for key in (*required, "local_attention_radius"):
+    for key in (*required, "local_attention_radius", "intermediate_size"):
         value = params.get(key)
         most = _MOST_LAYERS if key == "n_layer" else 2**31 - 1
         if value is not None and not (is_int(value) and 1 <= value <= most):

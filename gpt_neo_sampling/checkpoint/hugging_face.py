@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt_neo_sampling._compat import tf
-from gpt_neo_sampling._types import Params, Shape
+from gpt_neo_sampling._types import Params, Shape, is_int, is_real
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
     Checkpoint,
     CheckpointError,
+    check_dtypes,
     check_file,
     check_sizes,
     compare,
@@ -30,7 +31,14 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation, token_ids
 from gpt_neo_sampling.checkpoint.tensor_files import StoredTensor, TensorFiles, list_pytorch, list_safetensors
-from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head
+from gpt_neo_sampling.models.gpt2 import (
+    LOCAL_RADIUS,
+    NORM_EPSILON,
+    UNSUPPORTED_OPTIONS,
+    expand_attention_types,
+    has_own_head,
+    norm_epsilon,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +47,9 @@ FILES = {"model.safetensors": list_safetensors, "pytorch_model.bin": list_pytorc
 
 _SCOPE = "transformer."
 _HEAD = "lm_head.weight"  # which has no scope
+# What stands among the names of a tensor where the model was saved inside of torch.compile, DataParallel, FSDP,
+# recomputation, Lightning or its Fabric.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "_forward_module")
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")  # constant masks
 _DTYPES = {
     "float32": ("F32", np.float32),
@@ -74,6 +85,46 @@ _SIZES = {
     "n_head": "num_heads",
     "n_layer": "num_layers",
 }
+_OTHER_KEYS = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # which transformers takes first
+# What transformers takes for a key that a config leaves out, of those that count here.
+_DEFAULTS = {
+    "vocab_size": 50257,
+    "max_position_embeddings": 2048,
+    "hidden_size": 2048,
+    "num_layers": 24,
+    "attention_types": [[["global", "local"], 12]],
+    "num_heads": 16,
+    "window_size": LOCAL_RADIUS,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": NORM_EPSILON,
+}
+_DEFAULT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}  # which a small vocabulary does not have
+# transformers' activation functions, and the model's name of each. (Its prelu and xielu have weights of their own.)
+_ACTIVATIONS = {
+    "gelu_new": "gelu",
+    "gelu_accurate": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_python_tanh": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
+    "gelu_10": "gelu_erf_10",
+    "hardswish": "hardswish",
+    "laplace": "laplace",
+    "leaky_relu": "lrelu001",
+    "linear": "id",
+    "mish": "mish",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu6": "relu6",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "sqrtsoftplus": "sqrtsoftplus",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+_ACTIVATIONS_OUT = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())} | {"swish": "swish"}
 
 
 def holds_hugging_face(files: list[str]) -> bool:
@@ -86,11 +137,11 @@ def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
     config_file = folder / "config.json"
     if "config.json" not in files:
         raise CheckpointError(f"{folder} has weights but no config.json; {ALLOWED}")
-    config = read_json(config_file)
+    config = _read_config(config_file)
     params = _params(config, config_file)
     generation = read_generation(token_ids(config, config_file), folder, files)
 
-    store = TensorFiles(folder, _tensors(folder, files))
+    store = TensorFiles(_unwrapped(_tensors(folder, files), folder))
     scope = _SCOPE if any(n.startswith(_SCOPE) for n in store.shapes) else ""  # a bare GPTNeoModel has none
     _note_head(config, config_file, params, store, scope)
     shapes = variable_shapes(params)
@@ -101,7 +152,7 @@ def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
     expected = {sources[n][0]: s[::-1] if sources[n][1] else s for n, s in shapes.items()}
     found = {n: s for n, s in store.shapes.items() if not _BUFFER.fullmatch(n) and (n != _HEAD or n in expected)}
     compare(folder, expected, found, params)
-    store.check_dtypes(expected)
+    check_dtypes(folder, {name: store.dtypes[name] for name in expected})
     return Checkpoint("huggingface", folder, params, generation, store, sources)
 
 
@@ -114,7 +165,7 @@ def _note_head(config: dict[str, Any], config_file: Path, params: Params, store:
                 "%s: tie_word_embeddings is false, but there is no %s: the output is %s", config_file, _HEAD, wte
             )
     elif wte in store.shapes and not store.are_one(_HEAD, wte):
-        store.check_dtypes([_HEAD, wte])
+        check_dtypes(config_file.parent, {name: store.dtypes[name] for name in (_HEAD, wte)})
         same_shape = store.shapes[_HEAD] == store.shapes[wte]
         if not same_shape or not np.array_equal(store.read(_HEAD), store.read(wte), equal_nan=True):
             params["tie_word_embeddings"] = False
@@ -194,21 +245,37 @@ def _is_kernel(name: str, shape: Shape) -> bool:
 # ----------------------------------------------------------------- configs
 
 
+def _read_config(config_file: Path) -> dict[str, Any]:
+    """A config.json of a GPT-Neo, with what transformers takes for keys that are not there."""
+    config = read_json(config_file)
+    if config.get("model_type") != "gpt_neo":
+        raise CheckpointError(f"{config_file}: model_type is {config.get('model_type')!r}; allowed: 'gpt_neo'")
+    config.update({key: config[other] for other, key in _OTHER_KEYS.items() if other in config})
+    absent = {key: value for key, value in _DEFAULTS.items() if key not in config}
+    if config.get("attention_layers"):
+        absent.pop("attention_types", None)
+    vocab_size = config.get("vocab_size", _DEFAULTS["vocab_size"])
+    absent |= {k: v for k, v in _DEFAULT_IDS.items() if k not in config and is_int(vocab_size) and v < vocab_size}
+    if absent:
+        shown = ", ".join(f"{key} {value}" for key, value in absent.items())
+        log.warning("%s leaves these out; transformers' defaults are used: %s", config_file, shown)
+    return {**config, **absent}
+
+
 def _params(config: dict[str, Any], config_file: Path) -> Params:
     """GPT-Neo's config keys for a Hugging Face config, checked."""
 
     def refuse(key: str, allowed: str) -> NoReturn:
         raise CheckpointError(f"{config_file}: {key} is {config.get(key)!r}; allowed: {allowed}")
 
-    if config.get("model_type") != "gpt_neo":
-        refuse("model_type", "'gpt_neo'")
-    if config.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        refuse("activation_function", "'gelu_new', 'gelu_pytorch_tanh'")
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(epsilon, float) or not abs(epsilon - 1e-5) < 1e-12:
-        refuse("layer_norm_epsilon", "1e-05")
+    activation, epsilon = config["activation_function"], config["layer_norm_epsilon"]
+    if activation not in list(_ACTIVATIONS):
+        refuse("activation_function", ", ".join(sorted(_ACTIVATIONS)))
+    if not is_real(epsilon) or not 0 <= epsilon <= float(tf.float32.max):
+        refuse("layer_norm_epsilon", "a number, at least 0")
 
-    params: Params = {key: config.get(hf_key) for key, hf_key in _SIZES.items()}
+    params: Params = {key: config[hf_key] for key, hf_key in _SIZES.items()}
+    params["intermediate_size"] = config.get("intermediate_size")
     params["local_attention_radius"] = LOCAL_RADIUS if config.get("window_size") is None else config["window_size"]
     # Both name a type a layer; the library that wrote them builds attention_layers.
     params["attention_types"] = config.get("attention_layers") or config.get("attention_types")
@@ -224,8 +291,13 @@ def _params(config: dict[str, Any], config_file: Path) -> Params:
         if t not in ("global", "local"):
             raise CheckpointError(f"{config_file}: attention type {t!r}; allowed: 'global', 'local'")
     params["attention_types"] = types
-    if config.get("intermediate_size") not in (None, 4 * params["n_embd"]):
-        refuse("intermediate_size", f"null or 4 * hidden_size = {4 * params['n_embd']}")
+    # Of what GPT-Neo's own models have one value of, any other
+    if params["intermediate_size"] in (None, 4 * params["n_embd"]):
+        del params["intermediate_size"]
+    if np.float32(epsilon) != np.float32(NORM_EPSILON):
+        params["layer_norm_epsilon"] = epsilon
+    if _ACTIVATIONS[activation] != "gelu":
+        params["activation_fn"] = _ACTIVATIONS[activation]
     for hf_key, value in token_ids(config, config_file).items():
         params[ID_KEYS[hf_key]] = value[0] if isinstance(value, list) else value
     return params
@@ -240,8 +312,9 @@ def _config(params: Params) -> dict[str, Any]:
     types = expand_attention_types(params["attention_types"], params["n_layer"])
     odd = [f"{key}={params[key]!r}" for key in ("rotary_emb", *UNSUPPORTED_OPTIONS) if params.get(key)]
     odd += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
-    if params.get("activation_fn") not in (None, "gelu"):
-        odd.append(f"activation_fn={params['activation_fn']!r}")
+    activation = params.get("activation_fn") or "gelu"
+    if activation not in list(_ACTIVATIONS_OUT):
+        odd.append(f"activation_fn={activation!r}")
     if odd:
         raise CheckpointError(f"Hugging Face's GPT-Neo has no {', '.join(dict.fromkeys(odd))}; allowed: to='mesh-tf'")
     ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
@@ -254,9 +327,9 @@ def _config(params: Params) -> dict[str, Any]:
         "attention_types": [[[t], 1] for t in types],
         "attention_layers": types,
         "window_size": params.get("local_attention_radius") or LOCAL_RADIUS,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "intermediate_size": None,
+        "activation_function": _ACTIVATIONS_OUT[activation],
+        "layer_norm_epsilon": norm_epsilon(params),
+        "intermediate_size": params.get("intermediate_size"),
         "tie_word_embeddings": not has_own_head(params),
         "eos_token_id": None,  # or transformers takes GPT-2's
         "bos_token_id": None,
@@ -265,6 +338,21 @@ def _config(params: Params) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------- files
+
+
+def _unwrapped(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The tensors by the names that the model itself gives them."""
+    plain: dict[str, StoredTensor] = {}
+    wrappers: dict[str, None] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        wrappers.update(dict.fromkeys(part for part in parts if part in _WRAPPERS))
+        plain_name = ".".join(part for part in parts if part not in _WRAPPERS)
+        if plain.setdefault(plain_name, tensor) != tensor:
+            raise CheckpointError(f"{folder} holds {plain_name} twice, under {name} and another name")
+    if wrappers:
+        log.warning("%s: dropped from the names of tensors: %s", folder, ", ".join(f"{w}." for w in wrappers))
+    return plain
 
 
 def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:

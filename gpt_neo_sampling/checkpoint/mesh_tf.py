@@ -4,7 +4,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,15 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
 from gpt_neo_sampling.checkpoint.tensorflow_index import check_index
-from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, has_own_head
+from gpt_neo_sampling.layers import HUGGING_FACE_ACTIVATIONS
+from gpt_neo_sampling.models.gpt2 import (
+    HUGGING_FACE_OPTIONS,
+    LOCAL_RADIUS,
+    NORM_EPSILON,
+    has_own_head,
+    intermediate_size,
+    norm_epsilon,
+)
 
 SCOPE = "gpt2/"
 SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
@@ -53,7 +61,7 @@ def lists_checkpoints(folder: Path, files: list[str]) -> bool:
 def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None) -> Checkpoint:
     """The `Checkpoint` of a folder that holds these files; its config, unless it is elsewhere, among them."""
     config_file = _config_file(folder, files) if config_file is None else config_file
-    params = read_json(config_file)
+    params = {key: value for key, value in read_json(config_file).items() if key not in HUGGING_FACE_OPTIONS}
     dataset, dataset_file = _dataset(params, config_file, folder)
     if dataset_file is not None:  # as GPT-Neo does it: these two are the dataset's, whatever the model's config says
         params.update(eos_id=dataset.get("eos_id", 1), padding_id=dataset.get("padding_id", 0))
@@ -73,7 +81,7 @@ def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None
     expected = {SCOPE + name: shape for name, shape in shapes.items()}
     found = {name: shape for name, shape in store.shapes.items() if not _OPTIMIZER_STATE.fullmatch(name)}
     compare(folder, expected, found, params)
-    store.check_dtypes(expected)
+    check_dtypes(folder, {name: store.dtypes[name] for name in expected})
     return Checkpoint(
         "mesh-tf", folder, params, read_generation(ids, folder, files), store, sources,
         **_tokenizer(dataset, dataset_file),
@@ -162,10 +170,9 @@ def save_mesh_tf(
     if not is_int(step) or step < 0:
         raise CheckpointError(f"step {step!r}; allowed: a whole number of at least 0")
     types = check_sizes(params, "params")
-    if has_own_head(params):
-        raise CheckpointError(
-            "GPT-Neo's checkpoints have no output table of its own (lm_head); allowed: to='huggingface'"
-        )
+    odd = _beyond_gpt_neo(params)
+    if odd:
+        raise CheckpointError(f"GPT-Neo's checkpoints have no {', '.join(odd)}; allowed: to='huggingface'")
     try:
         write_json(folder / "config.json", {**params, "attention_types": [[[t], 1] for t in types]})
     except (TypeError, ValueError) as e:
@@ -186,6 +193,18 @@ def save_mesh_tf(
     (folder / "checkpoint").write_text(
         f'model_checkpoint_path: "{base}"\nall_model_checkpoint_paths: "{base}"\n', encoding="utf-8"
     )
+
+
+def _beyond_gpt_neo(params: Params) -> list[str]:
+    """What a Hugging Face model of these params has, and GPT-Neo's code cannot be told by a config."""
+    odd = ["output table of its own (lm_head)"] * has_own_head(params)
+    if intermediate_size(params) != 4 * params["n_embd"]:
+        odd.append(f"intermediate_size={params['intermediate_size']!r} (only 4 * n_embd)")
+    if norm_epsilon(params) != NORM_EPSILON:
+        odd.append(f"layer_norm_epsilon={params['layer_norm_epsilon']!r} (only {NORM_EPSILON})")
+    if params.get("activation_fn") in list(HUGGING_FACE_ACTIVATIONS):
+        odd.append(f"activation_fn={params['activation_fn']!r}")
+    return odd
 
 
 def _save_part(prefix: str, values: dict[str, np.ndarray]) -> None:
@@ -283,7 +302,7 @@ def _newest(folder: Path, files: list[str]) -> str:
 
 
 class _TensorFlowStore:
-    """The tensors of a TensorFlow checkpoint. shapes: name -> tuple of ints; files: what holds their checksums."""
+    """The tensors of a TensorFlow checkpoint: a `Store`, of whose files the first holds the checksums."""
 
     # What TensorFlow's reader raises for damaged files: some of its C++ errors
     # come out as Python's own types (a short file as an IndexError).
@@ -302,10 +321,10 @@ class _TensorFlowStore:
             self._prefix = str(self._without_wildcards(folder) / base)
             self._reader = tf.train.NewCheckpointReader(self._prefix)
             self.shapes = {n: tuple(s) for n, s in self._reader.get_variable_to_shape_map().items()}
-            self._dtypes = {n: tf.as_dtype(d).name for n, d in self._reader.get_variable_to_dtype_map().items()}
+            self.dtypes = {n: tf.as_dtype(d).name for n, d in self._reader.get_variable_to_dtype_map().items()}
         except self._ERRORS as e:
             raise CheckpointError(f"{self._path}.index cannot be read, it is damaged: {e}") from None
-        needed = sum(STORED_BYTES.get(self._dtypes[n], 0) * math.prod(s) for n, s in self.shapes.items())
+        needed = sum(STORED_BYTES.get(self.dtypes[n], 0) * math.prod(s) for n, s in self.shapes.items())
         there = sum((folder / f).stat().st_size for f in shards)
         if there < needed:
             raise CheckpointError(f"{self._path}.data-* is cut short: {there} bytes of at least {needed}")
@@ -319,12 +338,9 @@ class _TensorFlowStore:
         link.symlink_to(folder.resolve())
         return link
 
-    def check_dtypes(self, names: Iterable[str]) -> None:
-        check_dtypes(self._path, {n: self._dtypes[n] for n in names})
-
     def read(self, name: str) -> np.ndarray:
         try:
-            if self._dtypes[name] == "bfloat16":
+            if self.dtypes[name] == "bfloat16":
                 return self._read_bfloat16(name)
             return self._reader.get_tensor(name)
         except self._ERRORS as e:

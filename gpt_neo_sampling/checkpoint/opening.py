@@ -23,7 +23,11 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
 
     A Hugging Face folder holds `config.json` and `model.safetensors`, or else
     `pytorch_model.bin`, either of them whole or as shards with an index
-    (`model.safetensors.index.json`). No weights are read yet.
+    (`model.safetensors.index.json`); a pytorch_model.bin of a training loop may have
+    the weights under `state_dict`, `model_state_dict`, `model` or `module`. What a
+    wrapper (torch.compile, DataParallel, …) put into tensors' names is passed over, and
+    a key that the config leaves out has transformers' default; either is logged. No
+    weights are read yet.
 
     Args:
       path: of a folder, or of a mesh-TF model's JSON config; the folder is then

@@ -50,8 +50,10 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if all(shape) else 0
 
 
-def read_pickle(file: IO[bytes], path: Path) -> Any:
-    """What the pickle at the file's position holds: texts, numbers, lists, tuples, dicts by text, `Tensor`s.
+def read_pickle(file: IO[bytes], path: Path) -> tuple[Any, set[Storage]]:
+    """What the pickle at the file's position holds, and the storages that it names.
+
+    That is texts, numbers, lists, tuples, dicts by text or whole number (as an optimizer's are), `Tensor`s.
 
     Args:
       file: a file that is open for reading bytes; it then stands behind the pickle.
@@ -64,6 +66,7 @@ def read_pickle(file: IO[bytes], path: Path) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    storages: set[Storage] = set()
 
     def to_mark() -> list[Any]:
         begin = marks.pop()
@@ -130,10 +133,11 @@ def read_pickle(file: IO[bytes], path: Path) -> Any:
                 last(1)
             case "BINPERSID":
                 stack.append(_storage(*last(1)))
+                storages.add(stack[-1])
             case other:
                 raise ValueError(f"the instruction {other}, which no tensor needs")
     (value,) = stack
-    return value
+    return value, storages
 
 
 def _named(module: Any, name: Any, path: Path) -> Any:
@@ -152,13 +156,13 @@ def _named(module: Any, name: Any, path: Path) -> Any:
 
 def _set_items(target: Any, pairs: Iterable[Any]) -> None:
     for key, value in pairs:
-        if not isinstance(target, dict) or not isinstance(key, str):
+        if not isinstance(target, dict) or type(key) not in (str, int):
             raise ValueError(f"a {type(key).__name__} in place of a tensor's name")
         target[key] = value
 
 
-def _ordered_dict(items: Iterable[Any] = ()) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _ordered_dict(items: Iterable[Any] = ()) -> dict[str | int, Any]:
+    result: dict[str | int, Any] = {}
     _set_items(result, items)
     return result
 
@@ -183,15 +187,16 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradi
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor: Any, *_gradient_and_hooks: object) -> Any:
-    return tensor
+def _first(value: Any, *_gradient_and_hooks: object) -> Any:
+    return value
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "Counter"): _first,  # of a dict: what schedules of learning rates hold
     ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter"): _first,
 }
 
 

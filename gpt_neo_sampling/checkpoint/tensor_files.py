@@ -7,21 +7,25 @@ the storages. See `pickles`: they only say where the tensors lie.
 
 import dataclasses
 import json
+import logging
 import os
 import struct
 import zipfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from gpt_neo_sampling._types import Shape
-from gpt_neo_sampling.checkpoint.base import CheckpointError, aligned_empty, check_dtypes, some
-from gpt_neo_sampling.checkpoint.pickles import Storage, Tensor, read_pickle, span
+from gpt_neo_sampling.checkpoint.base import CheckpointError, aligned_empty, one_line, some
+from gpt_neo_sampling.checkpoint.pickles import Tensor, read_pickle, span
 
-_STORED_AS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy has no bfloat16
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+log = logging.getLogger(__name__)
+
+_STORED_AS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}  # numpy has no bfloat16
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_NESTED = ("state_dict", "model_state_dict", "model", "module")  # under which trainers keep a model's tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -38,22 +42,20 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """The store of a checkpoint whose tensors lie in files. shapes: name -> tuple of ints; files: their paths."""
+    """The `Store` of a checkpoint whose tensors lie in files."""
 
-    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
-        self._folder = folder
+    def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self._tensors = tensors
         self.shapes = {name: t.shape for name, t in tensors.items()}
+        self.dtypes = {name: t.dtype for name, t in tensors.items()}
         self.files = sorted({t.path for t in tensors.values()})
-
-    def check_dtypes(self, names: Iterable[str]) -> None:
-        check_dtypes(self._folder, {n: self._tensors[n].dtype for n in names})
 
     def are_one(self, a: str, b: str) -> bool:
         """Whether two names have one place in the files."""
         return self._tensors[a] == self._tensors[b]
 
     def read(self, name: str) -> np.ndarray:
+        """A tensor, in float32 unless float64 is stored."""
         t = self._tensors[name]
         dtype = np.dtype(_STORED_AS[t.dtype])
         size = span(t.shape, t.strides)
@@ -66,6 +68,8 @@ class TensorFiles:
         if len(stored) < size:
             raise CheckpointError(f"{name} in {t.path} cannot be read: the file is cut short")
         stored = np.lib.stride_tricks.as_strided(stored, t.shape, [s * dtype.itemsize for s in t.strides])
+        if t.dtype == "float64":
+            return stored
         value = aligned_empty(t.shape, np.float32)
         if t.dtype == "bfloat16":  # the upper half of a float32
             np.left_shift(stored, np.uint32(16), out=value.view(np.uint32), dtype=np.uint32)
@@ -110,16 +114,24 @@ def list_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def list_pytorch(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a PyTorch file that holds a dict of them: name -> StoredTensor."""
+    """The same of a PyTorch file, which holds a dict of tensors, or one under a key of `_NESTED`."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
         tensors, begins = (_list_zip if is_zip else _list_legacy)(path)
         if not isinstance(tensors, dict):
             raise ValueError(f"it holds a {type(tensors).__name__}, not a dict of tensors")
+        nested = [key for key in _NESTED if isinstance(tensors.get(key), dict)]
+        if len(nested) == 1:
+            beside = some(str(key) for key in tensors if key != nested[0])
+            log.warning(one_line(f"{path}: the weights are read from its key {nested[0]!r}; ignored: {beside}"))
+            tensors = tensors[nested[0]]
         others = [str(name) for name, t in tensors.items() if not isinstance(name, str) or not isinstance(t, Tensor)]
         if others:
-            raise ValueError(f"it holds {len(others)} things that are not tensors: {some(others)}")
+            raise ValueError(
+                f"it holds {len(others)} things that are not tensors: {some(others)}; "
+                f"allowed: a dict of tensors, or one under one of the keys {', '.join(_NESTED)}"
+            )
         return {
             name: StoredTensor(
                 path, begins[t.storage.key] + t.offset * t.storage.itemsize, t.storage.dtype, t.shape, t.strides
@@ -163,9 +175,9 @@ def _list_zip(path: Path) -> tuple[Any, dict[str, int]]:
                 if stream.read(6) != b"little":
                     raise ValueError("its numbers are big-endian; allowed: little-endian")
         with opened(pickles[0]) as stream:
-            tensors = read_pickle(stream, path)
+            tensors, storages = read_pickle(stream, path)
         begins = {}
-        for storage in _storages(tensors):
+        for storage in storages:
             name = f"{prefix}data/{storage.key}"
             begins[storage.key] = begin(name)
             if members[name].file_size < storage.size * storage.itemsize:
@@ -178,16 +190,17 @@ def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
     with open(path, "rb") as file:
 
         def load() -> Any:
-            return read_pickle(file, path)
+            return read_pickle(file, path)[0]
 
         if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
             raise ValueError("it is not one; a pickle by itself is not read")
         if load().get("little_endian") is not True:
             raise ValueError("its numbers are big-endian; allowed: little-endian")
-        tensors, keys = load(), load()
+        tensors, named = read_pickle(file, path)
+        keys = load()
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise ValueError("storages without names")
-        storages = {storage.key: storage for storage in _storages(tensors)}
+        storages = {storage.key: storage for storage in named}
         end, begins = os.fstat(file.fileno()).st_size, {}
         for key in keys:
             storage = storages[key]
@@ -197,10 +210,6 @@ def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
             if file.seek(storage.size * storage.itemsize, os.SEEK_CUR) > end:
                 raise ValueError(f"storage {key} is cut short")
         return tensors, begins
-
-
-def _storages(tensors: Any) -> Collection[Storage]:
-    return {t.storage for t in tensors.values() if isinstance(t, Tensor)} if isinstance(tensors, dict) else ()
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:

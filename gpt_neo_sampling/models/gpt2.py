@@ -18,8 +18,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import Params
-from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
+from gpt_neo_sampling._types import Params, is_int, is_real
+from gpt_neo_sampling.layers import (
+    ACTIVATIONS,
+    HUGGING_FACE_ACTIVATIONS,
+    activate,
+    attend,
+    layer_norm,
+    matmul,
+    rotary_table,
+    rotate,
+)
 from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
 from gpt_neo_sampling.mtf_ops import cwise_broadcast, resize, take, write_at
 
@@ -56,6 +65,10 @@ UNSUPPORTED_OPTIONS = (
     "scalenorm",
     "share_parameters",
 )
+
+
+# Keys of Hugging Face's configs that the model follows. GPT-Neo does not read them: its models have one value of each.
+HUGGING_FACE_OPTIONS = ("intermediate_size", "layer_norm_epsilon", "tie_word_embeddings")
 
 
 def expand_attention_types(nested: Any, n_layer: int) -> list[str]:
@@ -106,9 +119,10 @@ def check_params(params: Params) -> None:
     for option in UNSUPPORTED_OPTIONS:
         if get(option):
             raise ValueError(f"config option {option}={get(option)!r} is not supported; leave it out or make it false")
-    if _activation(params) not in tuple(ACTIVATIONS):
+    activations = (*ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS)
+    if _activation(params) not in activations:
         raise ValueError(
-            f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(ACTIVATIONS)}"
+            f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(activations)}"
         )
     for option in ("n_layer", "n_head", "n_embd"):
         value = get(option)
@@ -129,6 +143,11 @@ def check_params(params: Params) -> None:
     radius = get("local_attention_radius")
     if radius is not None and radius < 1:
         raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
+    hidden, epsilon = intermediate_size(params), norm_epsilon(params)
+    if not is_int(hidden) or hidden < 1:
+        raise ValueError(f"config option intermediate_size={hidden!r}: a whole number of at least 1 is needed")
+    if not is_real(epsilon) or not 0 <= epsilon <= float(tf.float32.max):
+        raise ValueError(f"config option layer_norm_epsilon={epsilon!r}: a number of at least 0 is needed")
 
 
 def _activation(params: Params) -> str:
@@ -139,6 +158,18 @@ def _activation(params: Params) -> str:
 def has_own_head(params: Params) -> bool:
     """Whether the output is a table of its own, "lm_head", as a Hugging Face model may have it, and not the token's."""
     return params.get("tie_word_embeddings") is False
+
+
+def intermediate_size(params: Params) -> int:
+    """How many features a layer has between its two products: 4·n_embd, but in Hugging Face models of another size."""
+    size = params.get("intermediate_size")
+    return 4 * params["n_embd"] if size is None else size
+
+
+def norm_epsilon(params: Params) -> float:
+    """What layer norm adds to a variance: 1e-5, but in Hugging Face models that have another number."""
+    epsilon = params.get("layer_norm_epsilon")
+    return NORM_EPSILON if epsilon is None else epsilon
 
 
 def splittable_dims(params: Params) -> dict[str, int | None]:
@@ -153,7 +184,7 @@ def splittable_dims(params: Params) -> dict[str, int | None]:
         "memory_length": None,
         "embd": params["n_embd"],
         "heads": params["n_head"],
-        "intermediate_expanded": 4 * params["n_embd"],
+        "intermediate_expanded": intermediate_size(params),
     }
     return dims if params.get("rotary_emb") else {**dims, "embed_sequence": params["n_ctx"]}
 
@@ -233,17 +264,17 @@ def model(
                     x += x
                 else:
                     x += _attention(
-                        _layer_norm(x, "norm_1", variable_dtype), layer_type, biases[layer_type], tables, memory_dim,
-                        other_features, params, variable_dtype, context,
+                        _layer_norm(x, "norm_1", params, variable_dtype), layer_type, biases[layer_type], tables,
+                        memory_dim, other_features, params, variable_dtype, context,
                     )  # fmt: skip
-                return x + _mlp(_layer_norm(x, "norm_2", variable_dtype), params, variable_dtype)
+                return x + _mlp(_layer_norm(x, "norm_2", params, variable_dtype), params, variable_dtype)
 
         if params.get("recompute_grad") and params.get("mode") == "train":
             h = mtf.recompute_grad(block, [h])
         else:
             h = block(h)
 
-    h = _layer_norm(h, "ln_f", variable_dtype)
+    h = _layer_norm(h, "ln_f", params, variable_dtype)
     head = wte
     if has_own_head(params):
         head = _variable(mesh, "lm_head", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
@@ -296,12 +327,12 @@ def _dropout(x: mtf.Tensor, rate_option: str, params: Params) -> mtf.Tensor:
     return x * mtf.cast(mtf.less(noise, 1.0 - rate), x.dtype) * (1.0 / (1.0 - rate))
 
 
-def _layer_norm(x: mtf.Tensor, scope: str, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+def _layer_norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
     dim = x.shape[-1]
     with tf.variable_scope(scope):
         g = _variable(x.mesh, "g", [dim], variable_dtype, constant=1.0)
         b = _variable(x.mesh, "b", [dim], variable_dtype)
-        return layer_norm(x, g, b, NORM_EPSILON)
+        return layer_norm(x, g, b, float(norm_epsilon(params)))
 
 
 def _attention_bias(
@@ -466,7 +497,7 @@ def _up_to(x: mtf.Tensor, length: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
 
 def _mlp(x: mtf.Tensor, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
     embd_dim = x.shape[-1]
-    hidden_dim = mtf.Dimension("intermediate_expanded", 4 * embd_dim.size)
+    hidden_dim = mtf.Dimension("intermediate_expanded", intermediate_size(params))
     in_stddev = out_stddev = 0.02
     if params.get("scale_by_depth"):
         out_stddev *= params["n_layer"] ** -0.5
