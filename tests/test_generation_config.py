@@ -66,7 +66,10 @@ def test_a_file_that_samples_only_where_asked_says_so(asking, caplog):
     asking(repetition_penalty=1.2)
     assert caplog.text == ""
     asking(temperature=0.8, top_p=0.9)
-    assert "generation_config.json has no do_sample: as in transformers, its temperature, top_p count" in caplog.text
+    assert (
+        "no do_sample, so requests are greedy, as in transformers; what it says of sampling (temperature, top_p)"
+        in (caplog.text)
+    )
 
 
 def test_options_of_an_old_config_are_named(tmp_path, caplog):
@@ -216,6 +219,22 @@ def test_a_model_may_ask_for_greedy_tokens(asking):
     assert model.generate(prompt) == greedy
     options = dict(seed=3, temperature=0.7, top_k=5, max_new_tokens=12)
     assert model.generate(prompt, **options) == plain.generate(prompt, **options) != greedy
+
+
+@slow
+@pytest.mark.parametrize(
+    ("file", "tokens"),
+    [
+        ({"do_sample": False, "bad_words_ids": [[139], [144]], "eos_token_id": [139, 13], "min_length": 8},
+         [[29, 123, 110, 116, 29, 139], [71, 11, 71, 125, 140, 94, 190, 149, 30, 116, 94, 155], [127, 127, 13]]),
+        ({"top_k": 5, "repetition_penalty": 1.3, "eos_token_id": 139},
+         [[29, 139], [71, 144, 51, 191, 116, 85, 29, 161], [139]]),
+    ],
+)  # fmt: skip
+def test_greedy_tokens_of_transformers(asking, file, tokens):
+    """Those that its generate (4.57.6 and 5.24.0) gave for the prompts one by one."""
+    model = asking(**file, max_new_tokens=len(tokens[1]))
+    assert [s.tokens for s in model.generate([[5, 17, 101, 7], [9], [200, 3, 3, 3, 3, 3]])] == tokens
 
 
 @slow

@@ -159,8 +159,8 @@ def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tupl
     if sampling:
         if "do_sample" not in given:
             log.warning(
-                "%s has no do_sample: as in transformers, its %s count only where a request asks for sampling "
-                "(a temperature, say); other requests are greedy",
+                "%s has no do_sample, so requests are greedy, as in transformers; what it says of sampling (%s) counts "
+                "for those that give a temperature, say",
                 config_file, ", ".join(sampling),
             )  # fmt: skip
         given = {**_WITH_SAMPLING, **given}
