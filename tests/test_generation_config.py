@@ -66,10 +66,8 @@ def test_a_file_that_samples_only_where_asked_says_so(asking, caplog):
     asking(repetition_penalty=1.2)
     assert caplog.text == ""
     asking(temperature=0.8, top_p=0.9)
-    assert (
-        "no do_sample, so requests are greedy, as in transformers; what it says of sampling (temperature, top_p)"
-        in (caplog.text)
-    )
+    assert "no do_sample, so requests are greedy, as in transformers; " in caplog.text
+    assert "(temperature, top_p)" in caplog.text
 
 
 def test_options_of_an_old_config_are_named(tmp_path, caplog):
