@@ -91,6 +91,8 @@ def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
     generation = read_generation(token_ids(config, config_file), folder, files)
     if "generation_config.json" not in files:
         note_old_options(config, config_file)
+    if "adapter_config.json" in files:
+        log.warning("%s holds an adapter (adapter_config.json), which is left out; merge it into the weights", folder)
 
     store = TensorFiles(folder, _tensors(folder, files))
     scope = _SCOPE if any(n.startswith(_SCOPE) for n in store.shapes) else ""  # a bare GPTNeoModel has none
