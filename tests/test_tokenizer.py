@@ -131,6 +131,7 @@ def test_what_is_not_honoured_is_named(folder, caplog):
         ("tokenizer_config.json", {"added_tokens_decoder": {"2048": {"content": "<m>"}}}, "token <m>"),
         ("special_tokens_map.json", {"additional_special_tokens": ["<m>"]}, "token <m>"),
         ("added_tokens.json", {"<m>": 2048}, "token <m>"),
+        ("special_tokens_map.json", {"eos_token": "She"}, "token She"),  # else a piece that others may take part of
         ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space"),
         ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"2048": "<m>"}}, "cannot be read, and is left out"),

@@ -77,11 +77,11 @@ def _note_beside(tokenizer: Tokenizer, file: Path) -> None:
     config_file = file.parent / "tokenizer_config.json"
     try:
         config = read_json(config_file) if config_file.is_file() else {}
-        added = [text for _, text, _, _ in _added_tokens(file.parent, config) if tokenizer.token_to_id(text) is None]
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        odd = [f"token {text}" for _, text, _, _ in _added_tokens(file.parent, config) if text not in known]
     except (AttributeError, TypeError, ValueError) as e:
         log.warning("%s: what stands beside it cannot be read, and is left out: %s", file, one_line(e))
         return
-    odd = [f"token {text}" for text in added]
     odd += ["split_special_tokens"] if config.get("split_special_tokens") else []
     if config.get("add_prefix_space"):
         splitting = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
