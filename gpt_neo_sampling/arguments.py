@@ -53,8 +53,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
     add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice; 0 is off")
     add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
-    add("--bad-words-ids", type=int, nargs="+", metavar="ID", help="tokens that are never drawn, but for those "
-        "that end a continuation")  # fmt: skip
+    add("--bad-words-ids", type=int, nargs="*", metavar="ID", help="tokens that are never drawn, but for those "
+        "that end a continuation; the option alone: none")  # fmt: skip
     add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
     add("--min-new-tokens", type=int, metavar="N", help="no stop token before there are so many; a stop "
         "string may end the text earlier")  # fmt: skip
@@ -86,9 +86,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
         f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
     add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
-    add("--num-samples", "--num-return-sequences", type=int, default=1, metavar="N",
-        help="continuations of each prompt (default: 1)")  # fmt: skip
-    add("--stop-strings", nargs="+", metavar="TEXT", help="texts that end a continuation, which stops ahead of them")
+    add("--num-samples", "--num-return-sequences", type=int, metavar="N", help="continuations of each prompt "
+        "(default: the model's own, or else 1)")  # fmt: skip
+    add("--stop-strings", nargs="*", metavar="TEXT", help="texts that end a continuation, which stops ahead of them; "
+        "the option alone: none (default: the model's own, or else none)")  # fmt: skip
     add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
         "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")

@@ -104,7 +104,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         options,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         logit_bias=_biases(args.logit_bias or ()),
-        bad_words_ids=[[i] for i in args.bad_words_ids or ()],
+        bad_words_ids=None if args.bad_words_ids is None else [[i] for i in args.bad_words_ids],
         eos_token_id=args.eos_token_id,
         do_sample=False if args.greedy else None,
     )
@@ -160,7 +160,7 @@ def _generate(args: argparse.Namespace) -> None:
     request = generator.check(prompts, seed=seed, **options)  # what is wrong is said alone
     if args.seed is None and not request.greedy:
         print(f"seed {seed}", file=sys.stderr)
-    writer = (_JsonWriter if args.json else _TextWriter)(args, generator, prompts)
+    writer = _JsonWriter() if args.json else _TextWriter(generator, prompts, request.num_return_sequences)
     streamer = None if generator.mesh.cluster else writer.on_token
     try:
         writer.finish(generator.generate(prompts, streamer=streamer, seed=seed, **options))
@@ -179,9 +179,6 @@ def _generate_file(args: argparse.Namespace, generator: TextGenerator, options: 
 class _JsonWriter:
     """Prints all samples at the end, null for one that is missing."""
 
-    def __init__(self, args: argparse.Namespace, generator: TextGenerator, prompts: Sequence[Prompt]) -> None:
-        del args, generator, prompts
-
     def on_token(self, *args: object) -> None:
         """Nothing; that there is a streamer makes Ctrl-C heard."""
 
@@ -192,8 +189,8 @@ class _JsonWriter:
 class _TextWriter:
     """Prints samples in turn, each as its tokens come. In a terminal a prompt stands right before its continuation."""
 
-    def __init__(self, args: argparse.Namespace, generator: TextGenerator, prompts: Sequence[Prompt]) -> None:
-        self._prompts = [_prompt_text(p, generator.tokenizer) for p in prompts for _ in range(args.num_samples)]
+    def __init__(self, generator: TextGenerator, prompts: Sequence[Prompt], n_samples: int) -> None:
+        self._prompts = [_prompt_text(p, generator.tokenizer) for p in prompts for _ in range(n_samples)]
         # of samples whose turn has not come
         self._pieces: dict[int, list[tuple[int | str, bool]]] = collections.defaultdict(list)
         self._turn = 0

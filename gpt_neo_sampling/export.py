@@ -1,6 +1,7 @@
 """A model as a SavedModel: tokens from plain TensorFlow, without this package."""
 
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tensorfl
 from gpt_neo_sampling._types import DType, StrPath
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
-from gpt_neo_sampling.checkpoint.base import check_new_folder, staging_folder
+from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
 from gpt_neo_sampling.checkpoint.convert import files_beside
+from gpt_neo_sampling.checkpoint.generation import ID_KEYS
 from gpt_neo_sampling.mesh import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
@@ -42,6 +44,7 @@ SIGNATURES = {  # name -> what it has beside top-k
 }
 DEFAULT_TOP_K = 64
 MAX_BATCH = 2**16
+log = logging.getLogger(__name__)
 CONTROLS = tuple(
     name for name, o in ROW_OPTIONS.items() if o.neutral is not None and name not in ("top_k", "entmax_alpha")
 )
@@ -80,7 +83,8 @@ def export_saved_model(
         tokens            int32 [batch, length]; prompts, new tokens (the stop token among them), padding
         lengths           int32 [batch]; how many of a row are not padding
 
-    The tokens are those of `TextGenerator.generate` for the same options. A row
+    The tokens are those of `TextGenerator.generate` for the same options; of a
+    generation_config.json only the token ids are taken over. A row
     with a number out of range, or whose logits are NaN, gets −1 in place of its
     next token and ends there; one whose prompt is too long or has ids outside the
     vocabulary is −1 throughout.
@@ -119,6 +123,11 @@ def export_saved_model(
             if name not in CONTROLS:
                 raise ValueError(f"controls: {name!r}; allowed: {', '.join(CONTROLS)}")
         sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
+        asked = {**checkpoint.generation_defaults, **checkpoint.ignored_generation_options}
+        shown = ", ".join(f"{key}={value!r}" for key, value in asked.items() if key not in ID_KEYS)
+        if shown:
+            log.warning("the options of generation_config.json are not exported; requests have to give them: %s",
+                        one_line(shown))  # fmt: skip
         with staging_folder(folder) as staging:
             _write(staging, checkpoint, sizes, controls, variable_dtype)
             _write_extras(staging / "assets.extra", checkpoint, {**sizes, "controls": list(controls)}, variable_dtype)

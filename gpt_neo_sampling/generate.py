@@ -18,7 +18,7 @@ from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh import DeviceMesh, device_mesh
 from gpt_neo_sampling.options import INT32_MAX, TOKEN_OPTIONS, GenerationOptions, check_bool
 from gpt_neo_sampling.program import DEMO_FOLDER, first_token_of
-from gpt_neo_sampling.request import Request, checked_request
+from gpt_neo_sampling.request import Request, checked_request, models_stop_strings
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.score import ScoreProgram, TextScore, score_texts
 from gpt_neo_sampling.streaming import TextStream, Watcher
@@ -123,6 +123,11 @@ class TextGenerator:
             options = (f"{key}={value!r}" for key, value in checkpoint.ignored_generation_options.items())
             log.warning("the model's generation_config.json asks for what is not built and is left out: %s",
                         one_line(", ".join(options)))  # fmt: skip
+        _, unusable = models_stop_strings(checkpoint, tokenizer)
+        if unusable:
+            why = "there is no tokenizer" if tokenizer is None else "no text holds a special token"
+            log.warning("stop_strings of the model's generation_config.json are left out, as %s: %s",
+                        why, one_line(", ".join(map(repr, unusable))))  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -215,7 +220,7 @@ class TextGenerator:
                     length, limit, self.params["n_ctx"],
                 )  # fmt: skip
                 break
-        n_samples = request.options.num_return_sequences
+        n_samples = request.num_return_sequences
         samples: list[Sample | None] = [None] * (len(request.prompts) * n_samples)
         at_once = min(n_samples, MAX_BATCH)
         faults = []
@@ -279,7 +284,7 @@ class TextGenerator:
             raise TypeError(f"no option of how a token is drawn: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
         new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation, is_begin=False)
         options["max_new_tokens"] = INT32_MAX  # it is no matter how many more there are to be
-        request = self._request([self.encode(prompt) + new], GenerationOptions(**options))
+        request = self._request([self.encode(prompt) + new], GenerationOptions(**options), len(new))
         key = program_key(request, request.prompts, [0], 1, self.mesh)
         found = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
         steps = [
@@ -393,8 +398,8 @@ class TextGenerator:
             found = f"the weights cannot be looked at: {e}"
         return f"the logits hold NaN or +inf, or every token is masked ({found})"
 
-    def _request(self, prompts: Prompts, options: GenerationOptions) -> Request:
-        return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer)
+    def _request(self, prompts: Prompts, options: GenerationOptions, n_new: int = 0) -> Request:
+        return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer, n_new)
 
     def _sample(
         self, request: Request, index: int, prompt: list[int], drawn: np.ndarray, logprobs: list[np.ndarray]
@@ -406,7 +411,7 @@ class TextGenerator:
         new = new[:end]
         if INVALID in new:
             step = new.index(INVALID)
-            where = f"prompt {index // request.options.num_return_sequences}, sample {index}, step {step}"
+            where = f"prompt {index // request.num_return_sequences}, sample {index}, step {step}"
             reason = self._no_distribution
             raise InvalidDistributionError(f"{where}: {reason}", index, step, reason)
         text = None
@@ -428,7 +433,7 @@ class TextGenerator:
         part = [request.prompts[p] for p in prompts]
         wanted = request.values["max_new_tokens"][prompts.start : prompts.stop].tolist()
         limits = [min(n, self.params["n_ctx"] - len(p)) for p, n in zip(part, wanted)]
-        indices = [p * request.options.num_return_sequences + n for p in prompts for n in which]
+        indices = [p * request.num_return_sequences + n for p in prompts for n in which]
         rows = [(prompt, limit) for prompt, limit in zip(part, limits) for _ in which]
         watcher = None
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):

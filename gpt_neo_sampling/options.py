@@ -1,7 +1,8 @@
 """What a request may ask for: names, ranges, defaults, and a value for each row."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ class GenerationOptions:
     """What `TextGenerator.generate` may be asked for, by the names of Hugging Face's `generate`.
 
     Numbers marked † may also be lists, with a value for each prompt. None is the
-    model's own, if its generation_config.json names it (see
+    model's own, if its generation_config.json gives one (see
     `Checkpoint.generation_defaults`), and else as said here. In the order of
     application (docs/sampling.md shows what each does):
 
@@ -171,7 +172,7 @@ class GenerationOptions:
     stop_strings: str | Sequence[str] | None = None
     seed: PerPrompt = None
     stream: PerPrompt = None
-    num_return_sequences: int = 1
+    num_return_sequences: int | None = None
     pad_token_id: int | None = None
     return_logprobs: bool = False
 
@@ -203,13 +204,13 @@ TOKEN_OPTIONS = (*SAMPLING, "no_repeat_ngram_size", "logit_bias", "bad_words_ids
                  "logits_processors")  # fmt: skip
 
 
-def resolve(options: GenerationOptions, defaults: dict[str, Any], n_prompts: int) -> dict[str, np.ndarray]:
+def resolve(options: GenerationOptions, defaults: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """The numbers of SAMPLING for each prompt, none of them None.
 
     Args:
       options: GenerationOptions.
-      defaults: a dict of what stands for None; what it lacks is neutral.
-      n_prompts: int.
+      defaults: a list, for each prompt a dict of what stands for None; what it
+        lacks is neutral.
 
     Returns:
       a dict, name -> ndarray [n_prompts].
@@ -217,10 +218,10 @@ def resolve(options: GenerationOptions, defaults: dict[str, Any], n_prompts: int
     Raises:
       ValueError: for a number out of range, or options that exclude each other.
     """
-    given = {name: per_prompt(name, getattr(options, name), n_prompts) for name in SAMPLING}
+    given = {name: per_prompt(name, getattr(options, name), len(defaults)) for name in SAMPLING}
     rows = [
-        _resolve_row({name: values[i] for name, values in given.items()}, options.do_sample, defaults)
-        for i in range(n_prompts)
+        _resolve_row({name: values[i] for name, values in given.items()}, options.do_sample, own)
+        for i, own in enumerate(defaults)
     ]
     return {name: np.array([row[name] for row in rows], ROW_OPTIONS[name].dtype) for name in SAMPLING}
 
@@ -253,7 +254,14 @@ def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[s
 
 def check_default(name: str, value: object) -> None:
     """Raises ValueError for a value of generation_config.json that is out of range."""
-    try:
+    with of_the_model():
         ROW_OPTIONS[name].check(value)
+
+
+@contextlib.contextmanager
+def of_the_model() -> Iterator[None]:
+    """Where a ValueError is raised, it says that the value is one of generation_config.json."""
+    try:
+        yield
     except ValueError as e:
         raise ValueError(f"the model's generation_config.json: {e}") from None

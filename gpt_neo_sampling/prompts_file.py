@@ -68,7 +68,7 @@ class _Record:
 
     @property
     def samples(self) -> int:
-        return self.options.get("num_return_sequences", 1)
+        return self.options["num_return_sequences"]
 
     @property
     def most_tokens(self) -> int:
@@ -199,7 +199,7 @@ def _records(generator: TextGenerator, data: bytes, source: StrPath, options: di
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
             if own["max_new_tokens"] < values["max_new_tokens"]:
                 cut.append(index + 1)
-            samples = int(own.get("num_return_sequences", 1))
+            samples = own["num_return_sequences"] = request.num_return_sequences
             if stream + samples - 1 > INT32_MAX:
                 raise ValueError(f"with its {samples} samples the file has more than {INT32_MAX + 1}, the most allowed")
         except ValueError as e:

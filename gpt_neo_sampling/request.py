@@ -18,12 +18,15 @@ from gpt_neo_sampling.options import (
     check_bool,
     check_default,
     check_int,
+    of_the_model,
     per_prompt,
     resolve,
 )
 from gpt_neo_sampling.program import stop_tokens_of
 
 DEFAULT_NEW_TOKENS = 64
+# Options that all prompts share, and that a generation_config.json may give.
+_SHARED = ("bad_words_ids", "no_repeat_ngram_size", "num_return_sequences", "stop_strings")
 
 
 @dataclasses.dataclass
@@ -33,6 +36,7 @@ class Request:
     prompts: list[list[int]]
     options: GenerationOptions  # those that are not below
     values: dict[str, np.ndarray]  # of ROW_OPTIONS, each [prompts]
+    num_return_sequences: int
     stop_tokens: list[int]
     stop_strings: tuple[str, ...]
     logit_bias: np.ndarray | None  # float32 [vocab]
@@ -64,9 +68,15 @@ class Request:
 
 
 def checked_request(
-    prompts: list[list[int]], options: GenerationOptions, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+    prompts: list[list[int]],
+    options: GenerationOptions,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    n_new: int = 0,
 ) -> Request:
     """Takes a list of prompts, lists of ids, and GenerationOptions for a model; returns a Request.
+
+    The last `n_new` ids of each prompt count as new tokens.
 
     Raises:
       ValueError: for a value that is out of range; the message says what was given
@@ -74,17 +84,19 @@ def checked_request(
     """
     n_vocab, n_ctx = checkpoint.params["n_vocab"], checkpoint.params["n_ctx"]
     defaults = checkpoint.generation_defaults
-    check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
+    _check_shared(options, n_vocab)
     check_bool("return_logprobs", options.return_logprobs)
     if options.do_sample is not None:
         check_bool("do_sample", options.do_sample)
-    ngram_name, ngram_size = "no_repeat_ngram_size", options.no_repeat_ngram_size
-    if ngram_size is None:
-        ngram_name, ngram_size = "the model's no_repeat_ngram_size", defaults.get("no_repeat_ngram_size")
-    if ngram_size is not None:
-        check_int(ngram_name, ngram_size, 0, INT32_MAX)
+    own = {name: defaults[name] for name in _SHARED if name in defaults and getattr(options, name) is None}
+    if "stop_strings" in own:
+        own["stop_strings"], _ = models_stop_strings(checkpoint, tokenizer)
+    with of_the_model():
+        _check_shared(GenerationOptions(**own), n_vocab)
+    options = dataclasses.replace(options, **own)
+    n_samples = 1 if options.num_return_sequences is None else int(options.num_return_sequences)
 
-    values = resolve(options, defaults, len(prompts))
+    values = resolve(options, [_with_min_new_tokens(defaults, len(prompt) - n_new) for prompt in prompts])
     values["top_k"][values["top_k"] >= n_vocab] = 0  # all of them: no mask
     new_tokens = per_prompt("max_new_tokens", options.max_new_tokens, len(prompts))
     new_tokens = [_default_new_tokens(len(p), defaults) if n is None else n for p, n in zip(prompts, new_tokens)]
@@ -95,7 +107,7 @@ def checked_request(
     fresh = secrets.randbits(32)
     seeds = [fresh if s is None else int(s) for s in per_prompt("seed", options.seed, len(prompts))]
     values["seed"] = np.array([s % 2**32 for s in seeds], np.uint32).view(np.int32)
-    values["stream"] = _streams(options, len(prompts))
+    values["stream"] = _streams(options.stream, len(prompts), n_samples)
 
     longest = max(map(len, prompts))
     if longest > n_ctx:
@@ -107,16 +119,39 @@ def checked_request(
         prompts=prompts,
         options=dataclasses.replace(
             options,
-            no_repeat_ngram_size=ngram_size or None,  # 0 is off
+            no_repeat_ngram_size=options.no_repeat_ngram_size or None,  # 0 is off
             logits_processors=_processors(options.logits_processors),
         ),
         values=values,
+        num_return_sequences=n_samples,
         stop_tokens=stop_tokens,
         stop_strings=_stop_strings(options.stop_strings, tokenizer),
         logit_bias=_logit_bias(options, stop_tokens, n_vocab),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
     )
+
+
+def _check_shared(options: GenerationOptions, n_vocab: int) -> None:
+    """Raises ValueError if one of _SHARED is out of range, but for stop strings."""
+    if options.num_return_sequences is not None:
+        check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
+    if options.no_repeat_ngram_size is not None:
+        check_int("no_repeat_ngram_size", options.no_repeat_ngram_size, 0, INT32_MAX)
+    banned = options.bad_words_ids
+    if not (banned is None or isinstance(banned, (list, tuple))):
+        raise ValueError(f"bad_words_ids={banned!r}; a list is needed, as in [[50256]]")
+    for word in banned or ():
+        if not isinstance(word, (list, tuple)) or len(word) != 1:
+            raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
+        check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
+
+
+def _with_min_new_tokens(defaults: dict[str, Any], length: int) -> dict[str, Any]:
+    """The defaults for a prompt of `length` tokens, which a min_length counts too."""
+    if "min_new_tokens" in defaults or "min_length" not in defaults:
+        return defaults
+    return {**defaults, "min_new_tokens": max(0, defaults["min_length"] - length)}
 
 
 def _default_new_tokens(length: int, defaults: dict[str, Any]) -> int:
@@ -144,10 +179,10 @@ def _processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     return tuple(processors)
 
 
-def _streams(options: GenerationOptions, n_prompts: int) -> np.ndarray:
+def _streams(given: Any, n_prompts: int, n_samples: int) -> np.ndarray:
     """int32 [prompts]: that of each one's first sample. One for all is the first prompt's, and the others follow."""
-    given: Any = options.stream.tolist() if isinstance(options.stream, np.ndarray) else options.stream
-    streams, n_samples = per_prompt("stream", given, n_prompts), int(options.num_return_sequences)
+    given = given.tolist() if isinstance(given, np.ndarray) else given
+    streams = per_prompt("stream", given, n_prompts)
     if not isinstance(given, (list, tuple)):
         streams = [(given or 0) + i * n_samples for i in range(n_prompts)]
     elif None in streams:
@@ -163,13 +198,26 @@ def _stop_strings(stop_strings: Any, tokenizer: Tokenizer | None) -> tuple[str, 
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     if not isinstance(stop_strings, (list, tuple)) or not all(isinstance(s, str) and s for s in stop_strings):
         raise ValueError(f"stop_strings={stop_strings!r}; a text or a list of texts, none of them empty, is needed")
+    if not stop_strings:
+        return ()
     if tokenizer is None:
         raise ValueError("stop_strings need a tokenizer, and the model has none; give eos_token_id")
-    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
     for s in stop_strings:
-        if any(token in s for token in special):
+        if _holds_special(s, tokenizer):
             raise ValueError(f"stop_strings: {s!r} holds a special token, which no text does; give eos_token_id")
     return tuple(stop_strings)
+
+
+def _holds_special(text: str, tokenizer: Tokenizer) -> bool:
+    return any(token.content in text for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+
+
+def models_stop_strings(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[list[str], list[str]]:
+    """Of the stop strings of generation_config.json those that can come up, and the others."""
+    given = checkpoint.generation_defaults.get("stop_strings", [])
+    given = [given] if isinstance(given, str) else given
+    used = [s for s in given if tokenizer is not None and not _holds_special(s, tokenizer)]
+    return used, [s for s in given if s not in used]
 
 
 def _logit_bias(options: GenerationOptions, stop_tokens: list[int], n_vocab: int) -> np.ndarray | None:
@@ -177,8 +225,6 @@ def _logit_bias(options: GenerationOptions, stop_tokens: list[int], n_vocab: int
     given, banned = options.logit_bias, options.bad_words_ids
     if not (given is None or isinstance(given, dict)):
         raise ValueError(f"logit_bias={given!r}; a dict, token id -> number, is needed")
-    if not (banned is None or isinstance(banned, (list, tuple))):
-        raise ValueError(f"bad_words_ids={banned!r}; a list is needed, as in [[50256]]")
     if not given and not banned:
         return None
     bias = np.zeros(n_vocab, np.float32)
@@ -187,10 +233,7 @@ def _logit_bias(options: GenerationOptions, stop_tokens: list[int], n_vocab: int
         if not is_real(value) or not (abs(value) <= FLOAT32_MAX or value == -np.inf):
             raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number of 32 bits, or -inf, is needed")
         bias[token] = value
-    for word in banned or ():
-        if not isinstance(word, (list, tuple)) or len(word) != 1:
-            raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
-        check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
-        if word[0] not in stop_tokens:  # as in transformers: a row could not end
-            bias[word[0]] = -np.inf
+    for (token,) in banned or ():
+        if token not in stop_tokens:  # as in transformers: a row could not end
+            bias[token] = -np.inf
     return bias

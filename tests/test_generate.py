@@ -12,7 +12,6 @@ from conftest import DATA
 
 from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, graphs
 from gpt_neo_sampling._compat import tf
-from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
 
 MESH_TF = DATA / "gpt_neo_checkpoints"
 slow = pytest.mark.slow  # each size of graph, and set of options' names, costs seconds
@@ -350,90 +349,6 @@ def test_the_bundled_model_is_what_its_card_says(demo):
     for size in ("n_vocab", "n_ctx", "n_embd", "n_head"):
         assert demo.params[size] % 8 == 0
     assert sum(f.stat().st_size for f in generate.DEMO_FOLDER.iterdir()) <= 8 * 2**20
-
-
-# ------------------------------------------------- what the model asks for
-
-
-@pytest.fixture
-def asking(tmp_path):
-    """A function: the tiny Hugging Face model with this in its generation_config.json."""
-
-    def make(**generation):
-        folder = tmp_path / "asking"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(DATA / "hf_gpt_neo_tiny", folder, copy_function=shutil.copyfile)
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -1, **generation}))
-        return TextGenerator.from_pretrained(folder)
-
-    return make
-
-
-def test_the_models_options_are_used_where_none_are_given(asking):
-    plain, prompt = asking(), [5, 17, 101]
-    options = dict(do_sample=True, temperature=0.7, top_k=5, max_new_tokens=12)
-    drawn = plain.generate(prompt, seed=3, **options)
-    hot = plain.generate(prompt, seed=3, **{**options, "temperature": 1.5})
-    assert drawn != hot
-    model = asking(**options, num_beams=1)
-    assert model.generate(prompt, seed=3) == drawn
-    assert model.generate(prompt, seed=3, temperature=1.5) == hot
-
-
-@slow
-def test_a_model_may_ask_for_greedy_tokens(asking):
-    plain, prompt = asking(), [5, 17, 101]
-    greedy = plain.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert asking(top_k=5, max_new_tokens=12).generate(prompt, do_sample=False) == greedy
-    model = asking(do_sample=False, temperature=0.7, max_new_tokens=12)
-    assert model.generate(prompt) == greedy
-    options = dict(seed=3, temperature=0.7, top_k=5, max_new_tokens=12)
-    assert model.generate(prompt, **options) == plain.generate(prompt, **options) != greedy
-
-
-@slow
-def test_the_models_options_can_be_switched_off(asking):
-    plain, prompt = asking(), [5, 17, 101]
-    model = asking(top_k=2, no_repeat_ngram_size=1, top_p=0.5, temperature=2.0)
-    off = dict(top_k=0, no_repeat_ngram_size=0, top_p=1.0, temperature=0.9)
-    options = dict(seed=3, max_new_tokens=20)
-    assert model.generate(prompt, **options) != plain.generate(prompt, **options)
-    assert model.generate(prompt, **options, **off) == plain.generate(prompt, **options)
-
-
-@slow
-def test_a_prompt_that_asks_for_nothing_is_greedy_beside_one_that_samples(asking):
-    model, prompt = asking(do_sample=False, top_k=50), [5, 17, 101]
-    options = dict(seed=3, max_new_tokens=12)
-    greedy, sampled = model.generate([prompt, prompt], temperature=[None, 0.7], **options)
-    assert [greedy] == model.generate(prompt, **options)
-    assert [sampled] == model.generate(prompt, temperature=0.7, stream=1, **options)
-
-
-@pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(max_new_tokens=2**40), dict(typical_p=0), dict(top_k=-1)])
-def test_a_default_out_of_range_is_the_configs_fault(asking, bad):
-    with pytest.raises(ValueError, match=f"generation_config.json: {min(bad)}(=| is )"):
-        asking(**bad).generate([5])
-
-
-@slow
-def test_max_length_counts_the_prompt(asking):
-    model = asking(max_length=10)
-    assert len(model.generate([5] * 4)[0].tokens) == 6
-    assert len(model.generate([5] * 4, max_new_tokens=9)[0].tokens) == 9
-    with pytest.raises(ValueError, match="a prompt of 10 tokens leaves nothing of max_length=10"):
-        model.generate([5] * 10)
-    assert len(asking(max_length=10, max_new_tokens=3).generate([5] * 12)[0].tokens) == 3
-    assert len(asking(top_k=0).generate([5] * 4)[0].tokens) == DEFAULT_NEW_TOKENS - 4  # the context ends
-
-
-def test_what_is_not_built_is_named_once(asking, caplog):
-    asking(penalty_alpha=0.9, length_penalty=1.2, num_beams=1, use_cache=False, transformers_version="5")
-    assert caplog.text.count("\n") == 1
-    assert "left out: penalty_alpha=0.9, length_penalty=1.2" in caplog.text
-    caplog.clear()
-    asking(length_penalty=1.0, min_length=0, early_stopping=True)
-    assert caplog.text == ""
 
 
 def test_text_without_a_tokenizer_names_the_datasets(tmp_path):

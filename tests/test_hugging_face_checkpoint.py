@@ -298,6 +298,15 @@ def test_what_is_asked_for_and_not_built_is_kept(tmp_path):
     assert open_checkpoint(folder).ignored_generation_options == asked
 
 
+def test_an_adapter_is_named(tmp_path, caplog):
+    folder = make_hugging_face(tmp_path / "m")
+    open_checkpoint(folder)
+    assert caplog.text == ""
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    open_checkpoint(folder)
+    assert "holds an adapter (adapter_config.json), which is left out" in caplog.text
+
+
 def test_tokenizer_files(tmp_path):
     folder = make_hugging_face(tmp_path / "m")
     (folder / "vocab.json").write_text("{}")

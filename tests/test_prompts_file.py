@@ -44,7 +44,8 @@ class Stub:
 
     def check(self, prompts, max_new_tokens=(None,), **options):
         values = {"max_new_tokens": np.array([max_new_tokens[0] or 3])}
-        return types.SimpleNamespace(values=values, greedy=False, steps=frozenset())
+        samples = options.get("num_return_sequences", 1)
+        return types.SimpleNamespace(values=values, num_return_sequences=samples, greedy=False, steps=frozenset())
 
     def generate(self, prompts, *, stream, seed, max_new_tokens, streamer, num_return_sequences=1, **options):
         if len(self.calls) == self.dies_at:

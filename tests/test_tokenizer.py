@@ -124,6 +124,38 @@ def test_what_is_not_honoured_is_named(folder, caplog):
     assert tokenizer.encode("a").ids[0] == tokenizer.token_to_id("<s>") == 2048
 
 
+@pytest.mark.parametrize(
+    "name, content, named",
+    [
+        ("tokenizer_config.json", {"pad_token": "<pad>", "eos_token": "<|endoftext|>"}, "token <pad>"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": {"content": "<m>"}}}, "token <m>"),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<m>"]}, "token <m>"),
+        ("added_tokens.json", {"<m>": 2048}, "token <m>"),
+        ("special_tokens_map.json", {"eos_token": "She"}, "token She"),  # else a piece that others may take part of
+        ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space"),
+        ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": "<m>"}}, "cannot be read, and is left out"),
+        ("tokenizer_config.json", {"add_prefix_space": False, "model_max_length": 2, "chat_template": "x",
+                                   "bos_token": "<|endoftext|>", "add_bos_token": True}, None),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_tokenizer_json_is_named(folder, caplog, name, content, named):
+    """Where transformers (4.57 and 5) has other ids for it; those of tokenizer.json alone stay."""
+    plain = load_tokenizer(open_checkpoint(folder)).encode("Emma <m> <pad>").ids
+    write_json(folder / name, content)
+    assert load_tokenizer(open_checkpoint(folder)).encode("Emma <m> <pad>").ids == plain
+    assert (named in caplog.text) if named else not caplog.text
+
+
+def test_a_space_that_tokenizer_json_puts_ahead_itself(folder, caplog):
+    whole = json.loads(TOKENIZER.read_text())
+    whole["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    write_json(folder / "tokenizer.json", whole)
+    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})
+    load_tokenizer(open_checkpoint(folder))
+    assert not caplog.text
+
+
 def test_damaged_pair(folder):
     take_apart(folder)
     (folder / "vocab.json").write_text("{")

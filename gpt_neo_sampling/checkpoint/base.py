@@ -120,7 +120,9 @@ class Checkpoint:
       generation_defaults: dict of how the model asks to be sampled, with those
         of these keys that it gives: eos_token_id (int, or a list of ints),
         pad_token_id, bos_token_id; and those options of Hugging Face's that
-        `checkpoint.generation` lists, if there is a generation_config.json.
+        `checkpoint.generation` lists, if there is a generation_config.json. If
+        that says anything of how tokens are drawn, transformers' defaults of
+        do_sample, temperature and top_k are among them too.
       ignored_generation_options: dict of what else a generation_config.json
         asks for that would change what is sampled, and is not built here.
       tokenizer_file: pathlib.Path of the model's tokenizer.json, or None.

@@ -1,18 +1,33 @@
 """How a model asks to be sampled: generation_config.json, and the ids of a config."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt_neo_sampling._types import is_real
-from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int32, read_json
+from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int32, one_line, read_json
+
+log = logging.getLogger(__name__)
 
 # GPT-Neo's key of each of Hugging Face's.
 ID_KEYS = {"eos_token_id": "eos_id", "pad_token_id": "padding_id", "bos_token_id": "bos_id"}
 
 
 def _is_int_or_ints(value: object) -> bool:
-    return is_int32(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_int32, value)))
+    return is_int32(value) or _are_ints(value)
+
+
+def _are_ints(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(is_int32, value))
+
+
+def _are_words(value: object) -> bool:
+    return isinstance(value, list) and all(map(_are_ints, value))
+
+
+def _is_text_or_texts(value: object) -> bool:
+    return all(isinstance(text, str) and text for text in (value if isinstance(value, list) else [value]))
 
 
 _Check = tuple[Callable[[object], bool], str]  # and what it allows, in words
@@ -23,13 +38,10 @@ _TOKEN_IDS = {
     "pad_token_id": _WHOLE,
     "bos_token_id": _WHOLE,
 }
-_OPTIONS = {
+# What says how a token is drawn. A file with one of these is read as transformers reads it: what it says nothing of
+# is as in _WITH_SAMPLING. Without any of them the library's own defaults stand.
+_SAMPLING = {
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "max_length": _WHOLE,
-    "max_new_tokens": _WHOLE,
-    "min_new_tokens": _WHOLE,
-    "no_repeat_ngram_size": _WHOLE,
-    "repetition_penalty": _NUMBER,
     "temperature": _NUMBER,
     "top_k": _WHOLE,
     "top_p": _NUMBER,
@@ -37,6 +49,19 @@ _OPTIONS = {
     "typical_p": _NUMBER,
     "epsilon_cutoff": _NUMBER,
     "eta_cutoff": _NUMBER,
+}
+_WITH_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # the others' defaults are neutral
+_OPTIONS = {
+    **_SAMPLING,
+    "bad_words_ids": (_are_words, "a list of lists of whole numbers of 32 bits"),
+    "max_length": _WHOLE,
+    "max_new_tokens": _WHOLE,
+    "min_length": _WHOLE,
+    "min_new_tokens": _WHOLE,
+    "no_repeat_ngram_size": _WHOLE,
+    "num_return_sequences": _WHOLE,
+    "repetition_penalty": _NUMBER,
+    "stop_strings": (_is_text_or_texts, "a text or a list of texts, none of them empty"),
 }
 
 # transformers' options that are not built here: the value at which each changes nothing,
@@ -47,22 +72,49 @@ _NEUTRAL = {
     "encoder_repetition_penalty": 1,
     "guidance_scale": 1,
     "length_penalty": 1,
-    "min_length": 0,
     "num_beam_groups": 1,
     "num_beams": 1,
-    "num_return_sequences": 1,
+    "penalty_alpha": 0,
 }
-# What says how transformers computes or reports, and not what is sampled.
+# The same of the options that are built.
+_NEUTRAL_OPTIONS = {
+    **_WITH_SAMPLING,
+    "top_p": 1,
+    "min_p": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+}
+# What says how transformers computes or reports, and not what is sampled: what keys begin with.
 _WITHOUT_EFFECT = (
+    "_",
+    "assistant_",
     "cache_",
     "compile_config",
+    "continuous_batching_config",
+    "decoder_start_token_id",  # of models with an encoder
     "disable_compile",
     "early_stopping",  # of beam search
-    "return_",
+    "is_assistant",
+    "low_memory",
+    "max_cache_len",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
     "output_",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",  # speculates, as assistants do, on the same tokens
+    "renormalize_logits",
+    "return_",
+    "speculation_type",
+    "target_lookbehind",
     "transformers_version",
     "use_cache",
-    "_",
+    "use_mtp",
 )
 
 
@@ -71,26 +123,53 @@ def token_ids(config: dict[str, Any], config_file: Path) -> dict[str, Any]:
     return _checked(config, _TOKEN_IDS, config_file)
 
 
+def note_old_options(config: dict[str, Any], config_file: Path) -> None:
+    """Names in a note the options that a Hugging Face config has, as old ones may, and that count for nothing there."""
+    neutral = {**_NEUTRAL, **_NEUTRAL_OPTIONS}
+    odd = [
+        f"{key}={value!r}"
+        for key, value in config.items()
+        if key in (*_OPTIONS, *neutral) and not _changes_nothing(value, neutral.get(key))
+    ]
+    if odd:
+        log.warning("%s: options count in a generation_config.json alone; left out: %s",
+                    config_file, one_line(", ".join(odd)))  # fmt: skip
+
+
 def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(generation_defaults, ignored_generation_options) of a folder whose config names these ids."""
     if "generation_config.json" not in files:
         return ids, {}
     config_file = folder / "generation_config.json"
     config = read_json(config_file)
-    defaults = {**ids, **_checked(config, {**_TOKEN_IDS, **_OPTIONS}, config_file)}
+    given = _checked(config, {**_TOKEN_IDS, **_OPTIONS}, config_file)
     ignored = {
         key: value
         for key, value in config.items()
         if key not in (*_TOKEN_IDS, *_OPTIONS)
         and not key.startswith(_WITHOUT_EFFECT)
-        and not _changes_nothing(key, value)
+        and not _changes_nothing(value, _NEUTRAL.get(key))
     }
-    return defaults, ignored
+    if "bad_words_ids" in given:
+        words = given["bad_words_ids"]
+        given["bad_words_ids"] = [word for word in words if len(word) == 1]
+        if len(given["bad_words_ids"]) < len(words):
+            ignored["bad_words_ids"] = [word for word in words if len(word) > 1]
+    sampling = [key for key in _SAMPLING if key in given]
+    if sampling:
+        if "do_sample" not in given:
+            log.warning(
+                "%s has no do_sample, so requests are greedy, as in transformers; what it says of sampling (%s) counts "
+                "for those that give a temperature, say",
+                config_file, ", ".join(sampling),
+            )  # fmt: skip
+        given = {**_WITH_SAMPLING, **given}
+    return {**ids, **given}, ignored
 
 
-def _changes_nothing(key: str, value: object) -> bool:
+def _changes_nothing(value: object, neutral: float | None) -> bool:
     # a 0 is not False, but a token's id
-    return value is None or value is False or value in ([], {}) or (key in _NEUTRAL and value == _NEUTRAL[key])
+    return value is None or value is False or value in ([], {}) or value == neutral
 
 
 def _checked(config: dict[str, Any], keys: Mapping[str, _Check], config_file: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from gpt_neo_sampling.checkpoint.base import (
     variable_shapes,
     write_json,
 )
-from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation, token_ids
+from gpt_neo_sampling.checkpoint.generation import ID_KEYS, note_old_options, read_generation, token_ids
 from gpt_neo_sampling.checkpoint.tensor_files import StoredTensor, TensorFiles, list_pytorch, list_safetensors
 from gpt_neo_sampling.models.gpt2 import (
     LOCAL_RADIUS,
@@ -140,6 +140,10 @@ def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
     config = _read_config(config_file)
     params = _params(config, config_file)
     generation = read_generation(token_ids(config, config_file), folder, files)
+    if "generation_config.json" not in files:
+        note_old_options(config, config_file)
+    if "adapter_config.json" in files:
+        log.warning("%s holds an adapter (adapter_config.json), which is left out; merge it into the weights", folder)
 
     store = TensorFiles(_unwrapped(_tensors(folder, files), folder))
     scope = _SCOPE if any(n.startswith(_SCOPE) for n in store.shapes) else ""  # a bare GPTNeoModel has none

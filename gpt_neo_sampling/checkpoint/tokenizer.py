@@ -1,6 +1,7 @@
 """The tokenizer of a model: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
 import contextlib
+import json
 import logging
 import types
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt_neo_sampling._types import Tokenizer
-from gpt_neo_sampling.checkpoint.base import LONGEST_TEXT, Checkpoint, CheckpointError, check_file, read_json
+from gpt_neo_sampling.checkpoint.base import (
+    LONGEST_TEXT,
+    Checkpoint,
+    CheckpointError,
+    check_file,
+    one_line,
+    read_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +28,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", *_ADDED_TOKENS)
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer of a checkpoint.
 
-    tokenizer.json holds all of it. vocab.json and merges.txt are byte-level BPE's
+    tokenizer.json holds all of it; what only the files beside it say, and would
+    change ids, is named in a note. vocab.json and merges.txt are byte-level BPE's
     (Radford et al. 2019); tokens that must not be cut, such as <|endoftext|>,
     are then those of added_tokens.json, special_tokens_map.json and
     tokenizer_config.json, where these are there.
@@ -55,10 +64,31 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         raise
     except BaseException as e:  # the library raises bare Exception, and BaseException where its Rust panics
         raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from None
+    if single is not None:
+        _note_beside(tokenizer, single)
     # which a tokenizer.json may ask for, and which would cut prompts, or add to them, without a word
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _note_beside(tokenizer: Tokenizer, file: Path) -> None:
+    """Names what only the files beside a tokenizer.json say, where transformers' ids would be other ones."""
+    config_file = file.parent / "tokenizer_config.json"
+    try:
+        config = read_json(config_file) if config_file.is_file() else {}
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        odd = [f"token {text}" for _, text, _, _ in _added_tokens(file.parent, config) if text not in known]
+    except (AttributeError, TypeError, ValueError) as e:
+        log.warning("%s: what stands beside it cannot be read, and is left out: %s", file, one_line(e))
+        return
+    odd += ["split_special_tokens"] if config.get("split_special_tokens") else []
+    if config.get("add_prefix_space"):
+        splitting = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
+        odd += [] if '"add_prefix_space": true' in splitting else ["add_prefix_space"]
+    if odd:
+        log.warning("%s: what only the files beside it say is left out, and would change ids: %s",
+                    file, one_line(", ".join(odd)))  # fmt: skip
 
 
 def encoded(tokenizer: Tokenizer, text: str, is_begin: bool = True) -> list[int]:
