@@ -6,7 +6,16 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.layers import ACTIVATIONS, activate, attend, layer_norm, matmul, rotary_table, rotate
+from gpt_neo_sampling.layers import (
+    ACTIVATIONS,
+    ROW_ACTIVATIONS,
+    activate,
+    attend,
+    layer_norm,
+    matmul,
+    rotary_table,
+    rotate,
+)
 from gpt_neo_sampling.mtf_ops import resize, settle, take, write_at
 
 B, S, IN, OUT, P = dims(batch=4, sequence=3, inner=16, outer=8, parts=2)
@@ -93,10 +102,12 @@ def test_layer_norm_and_its_gradient(runner):
 
     def build(mesh, *arrays):
         x, g, b, dy = (imp(mesh, a, *shape) for a, shape in zip(arrays, ([B, S, IN], [IN], [IN], [B, S, IN])))
-        y = layer_norm(x, g, b, 1e-5)
-        return [y] + [settle(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
+        y, one = layer_norm(x, g, b, 1e-5), mtf.reduce_sum(g)
+        alike = layer_norm(x, one, None, 1e-5)
+        wanted = [settle(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
+        return [y, *wanted, alike, *(settle(d) for d in mtf.gradients([mtf.reduce_sum(alike * dy)], [x, one]))]
 
-    y, dx, dg, db = runner(build, x, g, b, dy)
+    y, dx, dg, db, alike, dx_alike, d_one = runner(build, x, g, b, dy)
     x, g, b, dy = (a.astype(np.float64) for a in (x, g, b, dy))
 
     def forward(x):
@@ -109,13 +120,19 @@ def test_layer_norm_and_its_gradient(runner):
         step = h * (np.arange(16) == i)
         numeric[..., i] = ((forward(x + step) - forward(x - step)) * g * dy).sum(-1) / (2 * h)
     close(dx, numeric)
+    close(alike, forward(x) * g.sum(), 1e-4)  # a single scale, and no offset
+    numeric = np.stack(
+        [((forward(x + h * unit) - forward(x - h * unit)) * g.sum() * dy).sum(-1) / (2 * h) for unit in np.eye(16)], -1
+    )
+    close(dx_alike, numeric, 1e-4)
+    close(d_one, (forward(x) * dy).sum(), 1e-4)
     close(dg, (forward(x) * dy).sum((0, 1)), 1e-4)
     close(db, dy.sum((0, 1)), 1e-4)
 
 
 def test_activation_functions_and_their_gradients():
     x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)  # without 0, where some have a corner
-    assert set(ACTIVATIONS) == set(reference.ACTIVATIONS)
+    assert {*ACTIVATIONS, *ROW_ACTIVATIONS} == set(reference.ACTIVATIONS)
 
     def build(mesh, x):
         x = imp(mesh, x, B, IN)
@@ -127,7 +144,26 @@ def test_activation_functions_and_their_gradients():
     for name, y, dx in zip(ACTIVATIONS, results, results[len(ACTIVATIONS) :]):
         expected = reference.ACTIVATIONS[name]
         close(y, expected(x), 2e-6)
-        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 5e-6)
+        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 2e-5 if name.endswith(("relax", "exp")) else 5e-6)
+
+
+def test_activation_functions_of_rows(runner):
+    """Gradients too, against central differences."""
+    x, dy = 3 * normal(4, 16), normal(4, 16, seed=1)
+
+    def build(mesh, x, dy):
+        x, dy = imp(mesh, x, B, IN), imp(mesh, dy, B, IN)
+        y = [activate(x, name) for name in ROW_ACTIVATIONS]
+        return y + [mtf.gradients([mtf.reduce_sum(each * dy)], [x])[0] for each in y]
+
+    results = runner(build, x, dy)
+    x = x.astype(np.float64)
+    for name, y, dx in zip(ROW_ACTIVATIONS, results, results[2:]):
+        expected = reference.ACTIVATIONS[name]
+        close(y, np.exp(x) / np.exp(x).sum(-1, keepdims=True) if name == "softmax" else expected(x), 2e-6)
+        steps = 1e-6 * np.eye(16)[:, np.newaxis]
+        slopes = (dy * (expected(x + steps) - expected(x - steps))).sum(-1) / 2e-6
+        close(dx, slopes.T, 5e-6)
 
 
 def test_rotate(runner):

@@ -30,7 +30,13 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation, token_ids
 from gpt_neo_sampling.checkpoint.tensor_files import StoredTensor, TensorFiles, list_pytorch, list_safetensors
-from gpt_neo_sampling.models.gpt2 import LOCAL_RADIUS, UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head
+from gpt_neo_sampling.models.gpt2 import (
+    LOCAL_RADIUS,
+    UNSUPPORTED_OPTIONS,
+    VARIANTS,
+    expand_attention_types,
+    has_own_head,
+)
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +244,7 @@ def _config(params: Params) -> dict[str, Any]:
       CheckpointError: for an option that Hugging Face's GPT-Neo does not have.
     """
     types = expand_attention_types(params["attention_types"], params["n_layer"])
-    odd = [f"{key}={params[key]!r}" for key in ("rotary_emb", *UNSUPPORTED_OPTIONS) if params.get(key)]
+    odd = [f"{key}={params[key]!r}" for key in (*VARIANTS, *UNSUPPORTED_OPTIONS) if params.get(key)]
     odd += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
     if params.get("activation_fn") not in (None, "gelu"):
         odd.append(f"activation_fn={params['activation_fn']!r}")
