@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -55,8 +56,9 @@ class Graphs:
         gpt2.check_params(checkpoint.params)
         self.params = dict(checkpoint.params, mode="predict")
         self.mesh = mesh
-        # memory is as long as the request, rounded up, and at most n_ctx
-        mesh.check(dict(gpt2.splittable_dims(self.params), memory_length=self.params["n_ctx"]), gpt2.TENSORS)
+        # memory is as long as the request, rounded up, and at most n_ctx; with `num_mem_kv` ahead of it
+        memory_length = math.gcd(self.params["n_ctx"], gpt2.n_learned_keys(self.params))
+        mesh.check(dict(gpt2.splittable_dims(self.params), memory_length=memory_length), gpt2.TENSORS)
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
         self.dtype = variable_dtype.activation_dtype.name
         self._model: ModelArguments = (

@@ -9,6 +9,9 @@ precision would make the larger errors (means, sums of exp, rotations,
 activation functions), is computed in float32 and cast back.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
@@ -130,7 +133,7 @@ class _AttendOperation(MeshOperation):
 
 
 def layer_norm(
-    x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor, epsilon: float, name: str = "layer_norm"
+    x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor | None, epsilon: float, name: str = "layer_norm"
 ) -> mtf.Tensor:
     """(x − mean) / √(variance + ε) · scale + offset along the last dim.
 
@@ -138,7 +141,8 @@ def layer_norm(
 
     Args:
       x: float mtf.Tensor [..., dim].
-      scale, offset: mtf.Tensors [dim].
+      scale: mtf.Tensor [dim], or one number for all, [].
+      offset: mtf.Tensor [dim], or None for none.
       epsilon: a number.
 
     Returns:
@@ -150,8 +154,8 @@ def layer_norm(
 class _LayerNormOperation(MeshOperation):
     """One operation: a decode step has dozens, each of ten small tensor ops."""
 
-    def __init__(self, x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor, epsilon: float, name: str) -> None:
-        super().__init__([x, scale, offset], [(x.shape, x.dtype)], name)
+    def __init__(self, x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor | None, epsilon: float, name: str) -> None:
+        super().__init__([x, scale] + ([] if offset is None else [offset]), [(x.shape, x.dtype)], name)
         self._epsilon = epsilon
 
     def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
@@ -163,13 +167,13 @@ class _LayerNormOperation(MeshOperation):
         slope = dy * scale
         along = mtf.reduce_mean(slope * normal, reduced_dim=dim)
         dx = (slope - mtf.reduce_mean(slope, reduced_dim=dim) - normal * along) * inverse
-        grads = dx, mtf.reduce_sum(dy * normal, output_shape=[dim]), mtf.reduce_sum(dy, output_shape=[dim])
+        grads = dx, mtf.reduce_sum(dy * normal, output_shape=scale.shape), mtf.reduce_sum(dy, output_shape=[dim])
         return [mtf.cast(g, t.dtype) for g, t in zip(grads, self.inputs)]
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
-        x, scale, offset = (slicewise(_float32, lowering.tensors[t]) for t in self.inputs)
+        x, *scale_and_offset = (slicewise(_float32, lowering.tensors[t]) for t in self.inputs)
         dim, dtype = self.inputs[0].shape[-1], self.inputs[0].dtype
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
 
@@ -181,28 +185,32 @@ class _LayerNormOperation(MeshOperation):
 
         centred = slicewise(tf.subtract, x, mean(x))
         variance = mean(slicewise(tf.square, centred))
-        y = slicewise(
-            lambda x, variance, scale, offset: tf.cast(
-                x * tf.rsqrt(variance + self._epsilon) * scale + offset, dtype
-            ),
-            centred, variance, scale, offset,
-        )  # fmt: skip
+
+        def scaled(x: tf.Tensor, variance: tf.Tensor, scale: tf.Tensor, *offset: tf.Tensor) -> tf.Tensor:
+            y = x * tf.rsqrt(variance + self._epsilon) * scale
+            return tf.cast(y + offset[0] if offset else y, dtype)
+
+        y = slicewise(scaled, centred, variance, *scale_and_offset)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def rotary_table(mesh: mtf.Mesh, position_dim: mtf.Dimension, depth_dim: mtf.Dimension) -> mtf.Tensor:
+def rotary_table(
+    mesh: mtf.Mesh, position_dim: mtf.Dimension, depth_dim: mtf.Dimension, n_unturned: int = 0
+) -> mtf.Tensor:
     """What `rotate` turns by: for each position, the cosines of its angles and then the sines.
 
     Args:
       mesh: mtf.Mesh.
       position_dim: mtf.Dimension of the positions, from 0.
       depth_dim: mtf.Dimension, of an even size.
+      n_unturned: int, how many entries of position_dim stand ahead of position 0; their angles are 0.
 
     Returns:
       float32 mtf.Tensor [position_dim, depth_dim], a constant.
     """
     half = depth_dim.size // 2
-    angles = np.arange(position_dim.size)[:, np.newaxis] * ROTARY_BASE ** -(np.arange(half) / half)
+    positions = np.maximum(np.arange(position_dim.size) - n_unturned, 0)
+    angles = positions[:, np.newaxis] * ROTARY_BASE ** -(np.arange(half) / half)
     table = np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
     return mtf.import_tf_tensor(mesh, tf.constant(table), mtf.Shape([position_dim, depth_dim]))
 
@@ -260,23 +268,57 @@ def _gelu_erf(x: tf.Tensor) -> tf.Tensor:
     return 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5))
 
 
-# Under GPT-Neo's names.
-ACTIVATIONS = {
+def _elish(x: tf.Tensor) -> tf.Tensor:
+    """GPT-Neo's: Basirat and Roth 2018, arXiv 1808.00783, would divide by 1 + exp(−x) above 0."""
+    return tf.where_v2(x > 0, x * tf.sigmoid(-x), tf.math.expm1(tf.minimum(x, 0.0)) * tf.sigmoid(x))
+
+
+def _waves(wave: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, power: int) -> tf.Tensor:
+    """The first four terms of a Fourier series, with weights of 1, −1/3ⁿ, 1/5ⁿ, −1/7ⁿ."""
+    return wave(x) - wave(3 * x) / 3**power + wave(5 * x) / 5**power - wave(7 * x) / 7**power
+
+
+# GPT-Neo's, under its names, apart from those with variables, whose names are random ("aria", "parcsinh", "prelu",
+# "proottanh", "psoftplus"), and from "rrelu", whose slope is drawn anew for each graph.
+ACTIVATIONS = {  # entry by entry
+    "abs": tf.abs,
+    "arcsinh": tf.asinh,
+    "bipolarsigmoid": lambda x: 2 * tf.sigmoid(x) - 1,
+    "cos": tf.cos,
+    "cosid": lambda x: tf.cos(x) - x,
+    "elish": _elish,
     "elu": tf.nn.elu,
     "gelu": _gelu,
     "id": tf.identity,
+    "lisht": lambda x: x * tf.tanh(x),
     "lrelu001": lambda x: tf.nn.leaky_relu(x, 0.01),
     "lrelu020": lambda x: tf.nn.leaky_relu(x, 0.2),
+    "maxsig": lambda x: tf.maximum(x, tf.sigmoid(x)),
+    "maxtanh": lambda x: tf.maximum(x, tf.tanh(x)),
+    "minsin": lambda x: tf.minimum(x, tf.sin(x)),
     "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
     "relu": tf.nn.relu,
+    "roottanh": lambda x: (tf.square(x) + 1) ** (1 / 3) * tf.tanh(x),
+    "seagull": lambda x: tf.math.log1p(tf.square(x)),
     "selu": tf.nn.selu,
     "sigmoid": tf.sigmoid,
+    "sign": tf.sign,
     "silu": lambda x: x * tf.sigmoid(x),
+    "sin": tf.sin,
+    "snake": lambda x: x + tf.square(tf.sin(x)),
     "softplus": tf.nn.softplus,
+    "softplusmone": lambda x: tf.nn.softplus(x) - 1,
     "softsign": tf.nn.softsign,
+    "spike": lambda x: 1 / (1 + tf.square(x)),
+    "spike2": lambda x: tf.exp(-tf.square(x)),
+    "square_relax": functools.partial(_waves, tf.cos, power=1),
     "swish": lambda x: x * tf.sigmoid(x),
     "tanh": tf.tanh,
+    "tanhexp": lambda x: x * tf.tanh(tf.exp(x)),
+    "tanhshrink": lambda x: x - tf.tanh(x),
+    "triangle_relax": functools.partial(_waves, tf.sin, power=2),
 }
+ROW_ACTIVATIONS = {"logsoftmax": mtf.log_softmax, "softmax": mtf.softmax}  # along the last dim
 
 # transformers', of which GPT-Neo has none. Papers: gelu_erf_10, Wu et al. 2020, arXiv 2004.09602; hardswish, Howard et
 # al. 2019, arXiv 1905.02244; laplace, Ma et al. 2022, arXiv 2209.10655; relu2, So et al. 2021, arXiv 2109.08668.
@@ -293,15 +335,17 @@ HUGGING_FACE_ACTIVATIONS = {
 
 
 def activate(x: mtf.Tensor, activation: str) -> mtf.Tensor:
-    """An activation function, entry by entry.
+    """An activation function.
 
     Args:
       x: float mtf.Tensor.
-      activation: str, one of `ACTIVATIONS` or of `HUGGING_FACE_ACTIVATIONS`.
+      activation: str, one of `ACTIVATIONS`, `HUGGING_FACE_ACTIVATIONS` or `ROW_ACTIVATIONS`.
 
     Returns:
       mtf.Tensor like x.
     """
+    if activation in ROW_ACTIVATIONS:
+        return mtf.cast(ROW_ACTIVATIONS[activation](mtf.cast(x, tf.float32), x.shape[-1]), x.dtype)
     function = {**ACTIVATIONS, **HUGGING_FACE_ACTIVATIONS}[activation]
 
     def value(x: tf.Tensor) -> tf.Tensor:

@@ -191,7 +191,7 @@ def features(
 ) -> tuple[mtf.Shape, dict[str, Any]]:
     """The shape of a model's inputs, and GPT-Neo's other_features."""
     sequence_dim = mtf.Dimension("sequence", length)
-    memory_dim = mtf.Dimension("memory_length", length)
+    memory_dim = mtf.Dimension("memory_length", length + gpt2.n_learned_keys(params))
     other_features = {
         "embd_dim": mtf.Dimension("embd", params["n_embd"]),
         "vocab_dim": mtf.Dimension("vocab", n_vocab),

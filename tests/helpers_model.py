@@ -35,14 +35,26 @@ def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more
 
 def variable_shapes(params):
     """GPT-Neo's variables, as its checkpoints hold them: {name less "gpt2/": shape}."""
-    v, c, e = params["n_vocab"], params["n_ctx"], params["n_embd"]
-    inner = params.get("intermediate_size", 4 * e)
+    v, c, e, get = params["n_vocab"], params["n_ctx"], params["n_embd"], params.get
+    inner = get("intermediate_size", 4 * e)
     shapes = {"wte": (v, e), "ln_f/g": (e,), "ln_f/b": (e,)}
-    if not params.get("rotary_emb"):
+    if get("no_weight_tie"):
+        head = "wte_final_linear/conv1d_main/linear_out/"
+        shapes = {"wte": (v, e), head + "kernel": (e, v), head + "bias": (v,)}
+    if get("axial_pos_emb") and not get("rotary_emb"):
+        rows, columns = params["axial_pos_emb"]
+        shapes |= {"axial_wpe_1": (rows, e), "axial_wpe_2": (columns, e)}
+    elif not get("rotary_emb"):
         shapes["wpe"] = (c, e)
     types = [t for types, repeats in params["attention_types"] for _ in range(repeats) for t in types]
+    mlp = {
+        "c_fc/kernel": (e, 2 * inner if get("mlp_glu") else inner),
+        "c_fc/bias": (2 * inner if get("mlp_glu") else inner,),
+        "c_proj/kernel": (inner, e),
+        "c_proj/bias": (e,),
+    }
     for layer, kind in enumerate(types):
-        for name, shape in {
+        found = {
             "norm_1/g": (e,),
             "norm_1/b": (e,),
             "attn/q": (e, e),
@@ -52,13 +64,21 @@ def variable_shapes(params):
             "attn/compute_output_bias/o_b": (e,),
             "norm_2/g": (e,),
             "norm_2/b": (e,),
-            "mlp/conv1d_main/c_fc/kernel": (e, inner),
-            "mlp/conv1d_main/c_fc/bias": (inner,),
-            "mlp/conv1d_main/c_proj/kernel": (inner, e),
-            "mlp/conv1d_main/c_proj/bias": (e,),
-        }.items():
-            if kind != "none" or name.startswith(("norm_2", "mlp")):
-                shapes[f"h{layer}/{name}"] = shape
+            **{"mlp/conv1d_main/" + name: shape for name, shape in mlp.items()},
+        }
+        if get("num_mem_kv") and kind == "global":
+            found |= {f"attn/attention/mem_{x}": (params["num_mem_kv"], params["n_head"], e // params["n_head"])
+                      for x in "kv"}  # fmt: skip
+        if kind == "none":
+            found = {n: shape for n, shape in found.items() if not n.startswith(("norm_1", "attn"))}
+        if get("scalenorm") or get("rezero"):
+            found = {n: () if n.endswith("/g") else s for n, s in found.items() if n not in ("norm_1/b", "norm_2/b")}
+        if get("rezero"):
+            found = {n: shape for n, shape in found.items() if not n.startswith("norm_")}
+            found |= {"norm_rezero_1/g": (), "norm_rezero_2/g": ()}
+        if get("macaron"):
+            found |= {"mlp_macaron/conv1d_main/" + name: shape for name, shape in mlp.items()}
+        shapes |= {("" if get("share_parameters") else f"h{layer}") + "/" + name: s for name, s in found.items()}
     return shapes
 
 
@@ -68,8 +88,8 @@ def random_weights(params, seed=0):
     weights = {}
     for name, shape in variable_shapes(params).items():
         if name.endswith("/g"):
-            w = 1 + 0.3 * rng.standard_normal(shape)
-        elif len(shape) == 1 or name == "wpe":
+            w = np.asarray(1 + 0.3 * rng.standard_normal(shape))
+        elif len(shape) == 1 or "wpe" in name:
             w = 0.3 * rng.standard_normal(shape)
         elif name == "wte":
             w = 0.5 * rng.standard_normal(shape)
@@ -118,7 +138,7 @@ def features(mesh, params, batch, length, *, causal=True, variable_dtype=FLOAT32
     b, s, m, e, v, es = dims(
         batch=batch,
         sequence=length,
-        memory_length=length,
+        memory_length=length + (params.get("num_mem_kv") or 0),
         embd=params["n_embd"],
         vocab=params["n_vocab"],
         embed_sequence=params["n_ctx"],

@@ -64,8 +64,24 @@ def _gelu_erf(x):
     return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
 
 
+def _elish(x):
+    """As GPT-Neo has it: above 0, ELiSH (Basirat & Roth 2018, arXiv 1808.00783) would be x times sigmoid(x)."""
+    return np.where(x > 0, x / (1 + np.exp(np.maximum(x, 0))), np.expm1(np.minimum(x, 0)) * _sigmoid(x))
+
+
+def _log_softmax(x):
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 # By the names of `activation_fn`: GPT-Neo's, and those of transformers' functions that GPT-Neo lacks.
 ACTIVATIONS = {
+    "abs": np.abs,
+    "arcsinh": np.arcsinh,
+    "bipolarsigmoid": lambda x: np.tanh(x / 2),
+    "cos": np.cos,
+    "cosid": lambda x: np.cos(x) - x,
+    "elish": _elish,
     "elu": _elu,
     "gelu": _gelu,
     "gelu_erf": _gelu_erf,
@@ -74,22 +90,40 @@ ACTIVATIONS = {
     "id": lambda x: x,
     # a normal distribution function, of mean 1/sqrt(2) and variance 1/(4 pi), both rounded
     "laplace": lambda x: (1 + np.vectorize(math.erf)((x - 0.707107) / 0.282095 / np.sqrt(2))) / 2,
+    "lisht": lambda x: x * np.tanh(x),
+    "logsoftmax": _log_softmax,
     "lrelu001": lambda x: np.where(x > 0, x, 0.01 * x),
     "lrelu020": lambda x: np.where(x > 0, x, 0.2 * x),
+    "maxsig": lambda x: np.maximum(x, _sigmoid(x)),
+    "maxtanh": lambda x: np.maximum(x, np.tanh(x)),
+    "minsin": lambda x: np.minimum(x, np.sin(x)),
     "mish": lambda x: x * np.tanh(_softplus(x)),  # Misra 2019, arXiv 1908.08681
     "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.where(x > 0, x, 0) ** 2,
     "relu6": lambda x: np.clip(x, 0, 6),
+    "roottanh": lambda x: np.cbrt(x**2 + 1) * np.tanh(x),
+    "seagull": lambda x: np.log(1 + x**2),
     # Klambauer et al. 2017, arXiv 1706.02515: ELU of alpha 1.67326, times 1.0507
     "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * _elu(x)),
     "sigmoid": _sigmoid,
+    "sign": np.sign,
     "silu": lambda x: x * _sigmoid(x),
+    "sin": np.sin,
+    "snake": lambda x: x + np.sin(x) ** 2,
+    "softmax": lambda x: np.exp(_log_softmax(x)),
     "softplus": _softplus,
     "sqrtsoftplus": lambda x: np.sqrt(_softplus(x)),
+    "softplusmone": lambda x: _softplus(x) - 1,
     "softsign": lambda x: x / (1 + np.abs(x)),
+    "spike": lambda x: 1 / (1 + x**2),
+    "spike2": lambda x: np.exp(-(x**2)),
+    "square_relax": lambda x: np.cos(x) - np.cos(3 * x) / 3 + np.cos(5 * x) / 5 - np.cos(7 * x) / 7,
     "swish": lambda x: x * _sigmoid(x),
     "tanh": np.tanh,
+    "tanhexp": lambda x: x * np.tanh(np.exp(x)),
+    "tanhshrink": lambda x: x - np.tanh(x),
+    "triangle_relax": lambda x: np.sin(x) - np.sin(3 * x) / 9 + np.sin(5 * x) / 25 - np.sin(7 * x) / 49,
 }
 
 
@@ -118,24 +152,55 @@ def _may_attend(length, kind, radius):
     raise ValueError(f"the reference knows 'global' and 'local' attention, not {kind!r}")
 
 
-def _attention(h, w, p, n_head, seen, rotary_emb, eps):
+def _norm(h, w, p, eps):
+    """What a half of a layer reads of h: as it is (rezero), or normalised, with one scale (scalenorm) or by entry."""
+    if p + "/g" not in w:
+        return h
+    return layer_norm(h, w[p + "/g"], w.get(p + "/b", 0.0), eps)
+
+
+def _attention(h, w, p, n_head, seen, rotary_emb, is_global, eps):
     """What the attention of the layer with prefix p adds to h [B, T, E]."""
     batch, length, embd = h.shape
-    x = layer_norm(h, w[p + "norm_1/g"], w[p + "norm_1/b"], eps)
+    x = _norm(h, w, p + "norm_1", eps)
     q, k, v = ((x @ w[p + "attn/" + name]).reshape(batch, length, n_head, embd // n_head) for name in "qkv")
     if rotary_emb:
         q, k = _rotate(q), _rotate(k)
+    if is_global and p + "attn/attention/mem_k" in w:  # ahead of the others, without a position, seen from everywhere
+        k, v = (
+            np.concatenate([np.tile(w[p + "attn/attention/mem_" + name], (batch, 1, 1, 1)), x], axis=1)
+            for name, x in (("k", k), ("v", v))
+        )
+        seen = np.concatenate([np.ones((length, k.shape[1] - length), bool), seen], axis=1)
     # GPT-Neo does not divide the scores by the root of the head's depth.
     scores = np.where(seen, np.einsum("bqhd,bkhd->bhqk", q, k), -np.inf)
     mixed = np.einsum("bhqk,bkhd->bqhd", softmax(scores), v).reshape(batch, length, embd)
     return mixed @ w[p + "attn/o"] + w[p + "attn/compute_output_bias/o_b"]
 
 
-def mlp(h, w, p, activation_fn="gelu", eps=1e-5):
-    """What the second half of the layer with prefix p adds to h [B, T, E]."""
-    x, m = layer_norm(h, w[p + "norm_2/g"], w[p + "norm_2/b"], eps), p + "mlp/conv1d_main/"
-    x = ACTIVATIONS[activation_fn](x @ w[m + "c_fc/kernel"] + w[m + "c_fc/bias"])
+def mlp(h, w, p, activation_fn="gelu", part="mlp", eps=1e-5):
+    """What the second half of the layer with prefix p adds to h [B, T, E]; part "mlp_macaron": ahead of its first."""
+    x, m = _norm(h, w, p + "norm_2", eps) if part == "mlp" else h, f"{p}{part}/conv1d_main/"
+    x = x @ w[m + "c_fc/kernel"] + w[m + "c_fc/bias"]
+    n_hidden = len(w[m + "c_proj/kernel"])
+    if x.shape[-1] == 2 * n_hidden:  # a gated linear unit
+        x = x[..., :n_hidden] * ACTIVATIONS[activation_fn](x[..., n_hidden:])
+    else:
+        x = ACTIVATIONS[activation_fn](x)
     return x @ w[m + "c_proj/kernel"] + w[m + "c_proj/bias"]
+
+
+def _positions(w, length):
+    """What is added at each position: the table's entry, or the mean of those of a grid's row and column."""
+    if "wpe" in w:
+        if length > w["wpe"].shape[0]:
+            raise ValueError(f"{length} positions, but wpe has {w['wpe'].shape[0]}")
+        return w["wpe"][:length]
+    if "axial_wpe_1" not in w:
+        return 0.0
+    rows, columns = w["axial_wpe_1"], w["axial_wpe_2"]
+    grid = np.array([(row + column) / 2 for row in rows for column in columns])
+    return np.concatenate([grid, np.zeros((length, grid.shape[1]))])[:length]
 
 
 def gpt_neo_forward(
@@ -154,7 +219,9 @@ def gpt_neo_forward(
 
     weights: dict of arrays under GPT-Neo's own variable names less the "gpt2/"
         prefix ("wte" [V, E], "wpe" [n_ctx, E], "h0/attn/q" [E, E], ...), any
-        float type; read as float64.
+        float type; read as float64. Which options the model has follows from the
+        names: those of shared parameters begin with "/", "h0/norm_rezero_1/g" [] is
+        a rezero model's, "h0/mlp_macaron/..." a macaron transformer's, and so on.
     ids: int [B, T].  An id outside [0, V) looks up a zero vector, as a one-hot
         product does.
     attention_types: one of "global", "local" and "none" a layer. A "none" layer
@@ -174,21 +241,25 @@ def gpt_neo_forward(
     known = (ids >= 0) & (ids < vocab)
     h = w["wte"][np.where(known, ids, 0)] * known[..., None]
     if not rotary_emb:
-        if length > w["wpe"].shape[0]:
-            raise ValueError(f"{length} positions, but wpe has {w['wpe'].shape[0]}")
-        h = h + w["wpe"][:length]
+        h = h + _positions(w, length)
 
     for layer, kind in enumerate(attention_types):
-        p = f"h{layer}/"
-        if kind == "none":
-            h = h + h
-        else:
+        p = "/" if any(name.startswith("/") for name in w) else f"h{layer}/"
+        step = 1.0
+        if any(name.startswith(p + "mlp_macaron/") for name in w):
+            step = 0.5
+            h = h + step * mlp(h, w, p, activation_fn, "mlp_macaron")
+        a = h
+        if kind != "none":
             seen = _may_attend(length, kind, local_attention_radius)
-            h = h + _attention(h, w, p, n_head, seen, rotary_emb, layer_norm_epsilon)
-        h = h + mlp(h, w, p, activation_fn, layer_norm_epsilon)
+            a = _attention(h, w, p, n_head, seen, rotary_emb, kind == "global", layer_norm_epsilon)
+        h = h + a * w.get(p + "norm_rezero_1/g", 1.0)
+        h = h + step * mlp(h, w, p, activation_fn, eps=layer_norm_epsilon) * w.get(p + "norm_rezero_2/g", 1.0)
 
-    h = layer_norm(h, w["ln_f/g"], w["ln_f/b"], layer_norm_epsilon)
-    return h @ w["wte"].T
+    if "ln_f/g" not in w:
+        head = "wte_final_linear/conv1d_main/linear_out/"
+        return h @ w[head + "kernel"] + w[head + "bias"]
+    return layer_norm(h, w["ln_f/g"], w["ln_f/b"], layer_norm_epsilon) @ w["wte"].T
 
 
 # Hugging Face's name inside a layer -> (GPT-Neo's name, whether to transpose).

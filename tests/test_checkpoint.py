@@ -300,9 +300,11 @@ BAD_FOLDERS = {
     "wpe beside rotary": (mesh_tf(config_with(rotary_emb=True)), "1 left over: gpt2/wpe"),
     "no wpe": (mesh_tf(config_with(rotary_emb=False), rotary=True), "1 missing: gpt2/wpe"),
     "an option that has other variables": (
-        mesh_tf(config_with(attention_types=[[["none", "local"], 1]], scalenorm=True)),
-        "(the config sets scalenorm=True, which is not supported): 7 left over",
+        mesh_tf(config_with(attention_types=[[["none", "local"], 1]], moe_layers=[1])),
+        "(the config sets moe_layers=[1], which is not supported): 7 left over",
     ),
+    "an option that the variables lack": (mesh_tf(config_with(rezero=True)), "4 missing: gpt2/h0/norm_rezero_1/g"),
+    "a grid of one side": (mesh_tf(config_with(axial_pos_emb=[6])), "config.json: config option axial_pos_emb=[6]"),
     "int32": (with_whole_numbers, "30 variables of an unsupported dtype: gpt2/wte (int32)"),
     # -- Hugging Face: config
     "no config.json": (hugging_face(remove("config.json")), "has weights but no config.json"),

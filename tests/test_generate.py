@@ -328,8 +328,8 @@ def test_a_model_option_that_is_not_supported_is_named(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(MESH_TF / "rotary", folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "fixed_pos_emb": True}))
-    with pytest.raises(ValueError, match="fixed_pos_emb"):
+    (folder / "config.json").write_text(json.dumps({**config, "moe_layers": [1]}))
+    with pytest.raises(ValueError, match=r"moe_layers=\[1\] is not supported"):
         TextGenerator.from_pretrained(folder)
 
 

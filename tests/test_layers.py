@@ -9,6 +9,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.layers import (
     ACTIVATIONS,
     HUGGING_FACE_ACTIVATIONS,
+    ROW_ACTIVATIONS,
     activate,
     attend,
     layer_norm,
@@ -102,10 +103,12 @@ def test_layer_norm_and_its_gradient(runner):
 
     def build(mesh, *arrays):
         x, g, b, dy = (imp(mesh, a, *shape) for a, shape in zip(arrays, ([B, S, IN], [IN], [IN], [B, S, IN])))
-        y = layer_norm(x, g, b, 1e-5)
-        return [y] + [settle(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
+        y, one = layer_norm(x, g, b, 1e-5), mtf.reduce_sum(g)
+        alike = layer_norm(x, one, None, 1e-5)
+        wanted = [settle(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
+        return [y, *wanted, alike, *(settle(d) for d in mtf.gradients([mtf.reduce_sum(alike * dy)], [x, one]))]
 
-    y, dx, dg, db = runner(build, x, g, b, dy)
+    y, dx, dg, db, alike, dx_alike, d_one = runner(build, x, g, b, dy)
     x, g, b, dy = (a.astype(np.float64) for a in (x, g, b, dy))
 
     def forward(x):
@@ -118,6 +121,12 @@ def test_layer_norm_and_its_gradient(runner):
         step = h * (np.arange(16) == i)
         numeric[..., i] = ((forward(x + step) - forward(x - step)) * g * dy).sum(-1) / (2 * h)
     close(dx, numeric)
+    close(alike, forward(x) * g.sum(), 1e-4)  # a single scale, and no offset
+    numeric = np.stack(
+        [((forward(x + h * unit) - forward(x - h * unit)) * g.sum() * dy).sum(-1) / (2 * h) for unit in np.eye(16)], -1
+    )
+    close(dx_alike, numeric, 1e-4)
+    close(d_one, (forward(x) * dy).sum(), 1e-4)
     close(dg, (forward(x) * dy).sum((0, 1)), 1e-4)
     close(db, dy.sum((0, 1)), 1e-4)
 
@@ -138,7 +147,7 @@ def test_layer_norm_with_any_epsilon():
 def test_activation_functions_and_their_gradients():
     x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)  # without 0, where some have a corner
     names = [*ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS]
-    assert set(names) == set(reference.ACTIVATIONS)
+    assert {*names, *ROW_ACTIVATIONS} == set(reference.ACTIVATIONS)
 
     def build(mesh, x):
         x = imp(mesh, x, B, IN)
@@ -151,7 +160,27 @@ def test_activation_functions_and_their_gradients():
         expected = reference.ACTIVATIONS[name]
         size = max(1, np.abs(expected(x)).max() / 12)  # more than 1 of those that grow faster than x
         close(y, expected(x), 2e-6 * size)
-        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, 5e-6 * size)
+        slope_tolerance = 2e-5 if name.endswith(("relax", "exp")) else 5e-6
+        close(dx, (expected(x + 1e-6) - expected(x - 1e-6)) / 2e-6, slope_tolerance * size)
+
+
+def test_activation_functions_of_rows(runner):
+    """Gradients too, against central differences."""
+    x, dy = 3 * normal(4, 16), normal(4, 16, seed=1)
+
+    def build(mesh, x, dy):
+        x, dy = imp(mesh, x, B, IN), imp(mesh, dy, B, IN)
+        y = [activate(x, name) for name in ROW_ACTIVATIONS]
+        return y + [mtf.gradients([mtf.reduce_sum(each * dy)], [x])[0] for each in y]
+
+    results = runner(build, x, dy)
+    x = x.astype(np.float64)
+    for name, y, dx in zip(ROW_ACTIVATIONS, results, results[2:]):
+        expected = reference.ACTIVATIONS[name]
+        close(y, np.exp(x) / np.exp(x).sum(-1, keepdims=True) if name == "softmax" else expected(x), 2e-6)
+        steps = 1e-6 * np.eye(16)[:, np.newaxis]
+        slopes = (dy * (expected(x + steps) - expected(x - steps))).sum(-1) / 2e-6
+        close(dx, slopes.T, 5e-6)
 
 
 def test_rotate(runner):

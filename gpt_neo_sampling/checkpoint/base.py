@@ -17,7 +17,14 @@ from tqdm import tqdm
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, StrPath, is_int
 from gpt_neo_sampling.files import partial_beside
-from gpt_neo_sampling.models.gpt2 import UNSUPPORTED_OPTIONS, expand_attention_types, has_own_head, intermediate_size
+from gpt_neo_sampling.models.gpt2 import (
+    UNSUPPORTED_OPTIONS,
+    check_variants,
+    expand_attention_types,
+    has_own_head,
+    intermediate_size,
+    n_learned_keys,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +41,6 @@ LONGEST_TEXT = 10**8  # bytes of a config or an index
 _MOST_LAYERS = 10_000
 _LONGEST_MESSAGE = 1000  # characters
 
-# A layer's variables: GPT-Neo's name, and the shape: 1 is n_embd, 4 the intermediate size, which as a rule is 4 of it.
-_ATTENTION = {
-    "norm_1/g": (1,),
-    "norm_1/b": (1,),
-    "attn/q": (1, 1),
-    "attn/k": (1, 1),
-    "attn/v": (1, 1),
-    "attn/o": (1, 1),
-    "attn/compute_output_bias/o_b": (1,),
-}
-_MLP = {
-    "norm_2/g": (1,),
-    "norm_2/b": (1,),
-    "mlp/conv1d_main/c_fc/kernel": (1, 4),
-    "mlp/conv1d_main/c_fc/bias": (4,),
-    "mlp/conv1d_main/c_proj/kernel": (4, 1),
-    "mlp/conv1d_main/c_proj/bias": (1,),
-}
-
 
 class CheckpointError(ValueError):
     """A folder that cannot be read as a model; the message is one line."""
@@ -66,27 +54,63 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
 
     Args:
       params: a dict of GPT-Neo's config keys: n_vocab, n_ctx, n_embd, n_layer
-        and attention_types (nested, or one type a layer); with rotary_emb there
-        is no "wpe", and a layer of attention type "none" has neither norm_1 nor
-        attention variables; with tie_word_embeddings False there is a "lm_head", and
-        with an intermediate_size c_fc is of that width (both keys of Hugging Face's).
+        and attention_types (nested, or one type a layer), and those options that
+        change the variables, `models.gpt2.VARIANTS`; and of Hugging Face's keys tie_word_embeddings
+        (with False there is a "lm_head") and intermediate_size, the width of c_fc.
 
     Returns:
-      a dict from name, without the scope `gpt2/`, to shape, a tuple of ints.
+      a dict from name, without the scope `gpt2/`, to shape, a tuple of ints. With
+      share_parameters all layers have the same variables, whose names begin with "/".
 
     Raises:
       ValueError: see `models.gpt2.expand_attention_types`.
     """
-    n_embd = params["n_embd"]
-    shapes = {"wte": (params["n_vocab"], n_embd)}
-    if not params.get("rotary_emb"):
+    n_vocab, n_embd = params["n_vocab"], params["n_embd"]
+    shapes: dict[str, Shape] = {"wte": (n_vocab, n_embd)}
+    if params.get("rotary_emb"):
+        pass
+    elif params.get("axial_pos_emb"):
+        shapes.update({f"axial_wpe_{i}": (n, n_embd) for i, n in enumerate(params["axial_pos_emb"], 1)})
+    else:
         shapes["wpe"] = (params["n_ctx"], n_embd)
     for layer, attention_type in enumerate(expand_attention_types(params["attention_types"], params["n_layer"])):
-        for name, multiples in (_MLP if attention_type == "none" else {**_ATTENTION, **_MLP}).items():
-            shapes[f"h{layer}/{name}"] = tuple({1: n_embd, 4: intermediate_size(params)}[m] for m in multiples)
+        scope = "" if params.get("share_parameters") else f"h{layer}"
+        shapes.update({f"{scope}/{name}": shape for name, shape in _layer_shapes(params, attention_type).items()})
+    if params.get("no_weight_tie"):
+        return {**shapes, **_linear_shapes("wte_final_linear", "linear_out", n_embd, n_vocab)}
     if has_own_head(params):
         shapes["lm_head"] = shapes["wte"]
     return {**shapes, "ln_f/g": (n_embd,), "ln_f/b": (n_embd,)}
+
+
+def _layer_shapes(params: Params, attention_type: str) -> dict[str, Shape]:
+    """Of a layer's variables, by name in the layer's scope."""
+    n_embd, n_hidden = params["n_embd"], intermediate_size(params)
+
+    def norm(scope: str) -> dict[str, Shape]:
+        if params.get("rezero"):
+            return {}
+        return {f"{scope}/g": ()} if params.get("scalenorm") else {f"{scope}/g": (n_embd,), f"{scope}/b": (n_embd,)}
+
+    def mlp(scope: str) -> dict[str, Shape]:
+        n_in = 2 * n_hidden if params.get("mlp_glu") else n_hidden
+        return {**_linear_shapes(scope, "c_fc", n_embd, n_in), **_linear_shapes(scope, "c_proj", n_hidden, n_embd)}
+
+    shapes = mlp("mlp_macaron") if params.get("macaron") else {}
+    if attention_type != "none":
+        shapes.update(norm("norm_1"))
+        shapes.update({f"attn/{name}": (n_embd, n_embd) for name in "qkvo"})
+        shapes["attn/compute_output_bias/o_b"] = (n_embd,)
+    if attention_type == "global" and n_learned_keys(params):
+        learned = (n_learned_keys(params), params["n_head"], n_embd // params["n_head"])
+        shapes.update({f"attn/attention/mem_{name}": learned for name in "kv"})
+    if params.get("rezero"):
+        shapes.update({f"norm_rezero_{i}/g": () for i in (1, 2)})
+    return {**shapes, **norm("norm_2"), **mlp("mlp")}
+
+
+def _linear_shapes(scope: str, name: str, n_in: int, n_out: int) -> dict[str, Shape]:
+    return {f"{scope}/conv1d_main/{name}/kernel": (n_in, n_out), f"{scope}/conv1d_main/{name}/bias": (n_out,)}
 
 
 class Store(Protocol):
@@ -202,7 +226,7 @@ class Checkpoint:
         if self._store is None:
             raise CheckpointError(f"{self.folder} is closed; open it again to read {name!r}")
         stored_name, transposed = self._sources[name]
-        value = self._store.read(stored_name)
+        value = np.asarray(self._store.read(stored_name))  # TensorFlow gives a number for a scalar
         with np.errstate(over="ignore"):
             result = aligned(value.T if transposed else value, np.float32)
         if value.dtype == np.float64 and np.isinf(result).sum() > np.isinf(value).sum():
@@ -299,6 +323,7 @@ def check_sizes(params: Params, source: object, names: dict[str, str] | None = N
             f"{source}: {n_embd} is {params['n_embd']}; allowed: a multiple of {n_head}, {params['n_head']}"
         )
     try:
+        check_variants(params)
         return expand_attention_types(params["attention_types"], params["n_layer"])
     except ValueError as e:
         raise CheckpointError(f"{source}: {e}") from None

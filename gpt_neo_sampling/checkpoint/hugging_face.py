@@ -35,6 +35,7 @@ from gpt_neo_sampling.models.gpt2 import (
     LOCAL_RADIUS,
     NORM_EPSILON,
     UNSUPPORTED_OPTIONS,
+    VARIANTS,
     expand_attention_types,
     has_own_head,
     norm_epsilon,
@@ -314,7 +315,7 @@ def _config(params: Params) -> dict[str, Any]:
       CheckpointError: for an option that Hugging Face's GPT-Neo does not have.
     """
     types = expand_attention_types(params["attention_types"], params["n_layer"])
-    odd = [f"{key}={params[key]!r}" for key in ("rotary_emb", *UNSUPPORTED_OPTIONS) if params.get(key)]
+    odd = [f"{key}={params[key]!r}" for key in (*VARIANTS, *UNSUPPORTED_OPTIONS) if params.get(key)]
     odd += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
     activation = params.get("activation_fn") or "gelu"
     if activation not in list(_ACTIVATIONS_OUT):

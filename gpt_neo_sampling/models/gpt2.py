@@ -5,8 +5,9 @@ Learners") as GPT-Neo varies it: layers of global and of local attention in
 turn (a window, as in Child et al. 2019, arXiv 1904.10509), attention scores
 not divided by the square root of the head's width, output tied to the token
 table; positions by a table or, with `rotary_emb`, by turning queries and keys
-(Su et al. 2021, arXiv 2104.09864). Variables carry GPT-Neo's names, so that
-its checkpoints load.
+(Su et al. 2021, arXiv 2104.09864). GPT-Neo's further options are built where
+their names stand below. Variables carry GPT-Neo's names, so that its
+checkpoints load.
 
 Dimensions: batch, sequence, embd, vocab, heads, features_per_head,
 memory_length, embed_sequence, intermediate_expanded. Any of them may be split
@@ -14,6 +15,7 @@ over a mesh axis, apart from sequence and features_per_head, as long as no two
 dims of one tensor are split along the same axis (see TENSORS).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from gpt_neo_sampling._types import Params, is_int, is_real
 from gpt_neo_sampling.layers import (
     ACTIVATIONS,
     HUGGING_FACE_ACTIVATIONS,
+    ROW_ACTIVATIONS,
     activate,
     attend,
     layer_norm,
@@ -50,21 +53,12 @@ TENSORS = (
     ("embd", "intermediate_expanded"),
 )
 
-# Config keys that change the model's function in ways that are not built here.
-UNSUPPORTED_OPTIONS = (
-    "axial_pos_emb",
-    "convolution_dimension",
-    "fixed_pos_emb",
-    "lightweight_conv_attention",
-    "macaron",
-    "mlp_glu",
-    "moe_layers",
-    "no_weight_tie",
-    "num_mem_kv",
-    "rezero",
-    "scalenorm",
-    "share_parameters",
-)
+# Config keys that change the model's function in ways that are not built here,
+UNSUPPORTED_OPTIONS = ("convolution_dimension", "lightweight_conv_attention", "moe_layers")
+# and those that are: on or off, and with a value.
+SWITCHES = ("macaron", "mlp_glu", "no_weight_tie", "rezero", "scalenorm", "share_parameters")
+VARIANTS = (*SWITCHES, "axial_pos_emb", "num_mem_kv", "rotary_emb")
+OWN_MODEL = "GPT-Neo's own model as sample_autoregressive's model="  # what to do where it is not built
 
 
 # Keys of Hugging Face's configs that the model follows. GPT-Neo does not read them: its models have one value of each.
@@ -118,11 +112,15 @@ def check_params(params: Params) -> None:
     get = params.get
     for option in UNSUPPORTED_OPTIONS:
         if get(option):
-            raise ValueError(f"config option {option}={get(option)!r} is not supported; leave it out or make it false")
-    activations = (*ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS)
+            raise ValueError(
+                f"config option {option}={get(option)!r} is not supported; leave it out or false, or use {OWN_MODEL}"
+            )
+    check_variants(params)
+    activations = sorted((*ACTIVATIONS, *ROW_ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS))
     if _activation(params) not in activations:
         raise ValueError(
-            f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(activations)}"
+            f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(activations)}; "
+            f"or use {OWN_MODEL}"
         )
     for option in ("n_layer", "n_head", "n_embd"):
         value = get(option)
@@ -137,7 +135,10 @@ def check_params(params: Params) -> None:
         )
     for t in expand_attention_types(get("attention_types"), params["n_layer"]):
         if t == "linear":
-            raise ValueError("config option attention_types: 'linear' is not supported; allowed: global, local, none")
+            raise ValueError(
+                "config option attention_types: 'linear' is not supported; allowed: global, local, none; "
+                f"or use {OWN_MODEL}"
+            )
         if t == "local" and get("causal") is False:
             raise ValueError("config option causal=False with a 'local' layer is not supported: its window is causal")
     radius = get("local_attention_radius")
@@ -148,6 +149,18 @@ def check_params(params: Params) -> None:
         raise ValueError(f"config option intermediate_size={hidden!r}: a whole number of at least 1 is needed")
     if not is_real(epsilon) or not 0 <= epsilon <= float(tf.float32.max):
         raise ValueError(f"config option layer_norm_epsilon={epsilon!r}: a number of at least 0 is needed")
+
+
+def check_variants(params: Params) -> None:
+    """Checks those of `VARIANTS` that have a form. Raises ValueError as `check_params` does."""
+    for option in SWITCHES:
+        if params.get(option) not in (None, False, True):
+            raise ValueError(f"config option {option}={params[option]!r}; allowed: true, false")
+    grid, n_learned = params.get("axial_pos_emb"), params.get("num_mem_kv")
+    if grid and not (len(_as_list(grid)) == 2 and all(is_int(n) and n >= 1 for n in grid)):
+        raise ValueError(f"config option axial_pos_emb={grid!r}; allowed: [rows, columns], at least 1 each")
+    if n_learned and not (is_int(n_learned) and n_learned >= 0):
+        raise ValueError(f"config option num_mem_kv={n_learned!r}; allowed: a whole number of at least 0")
 
 
 def _activation(params: Params) -> str:
@@ -172,6 +185,14 @@ def norm_epsilon(params: Params) -> float:
     return NORM_EPSILON if epsilon is None else epsilon
 
 
+def n_learned_keys(params: Params) -> int:
+    """`num_mem_kv`, how many keys and values a layer of global attention has learned, which stand ahead of its memory.
+
+    Sukhbaatar et al. 2019, "Augmenting Self-attention with Persistent Memory", arXiv 1907.01470.
+    """
+    return params.get("num_mem_kv") or 0
+
+
 def splittable_dims(params: Params) -> dict[str, int | None]:
     """{name: size} of the model's dims that a layout may split.
 
@@ -186,7 +207,8 @@ def splittable_dims(params: Params) -> dict[str, int | None]:
         "heads": params["n_head"],
         "intermediate_expanded": intermediate_size(params),
     }
-    return dims if params.get("rotary_emb") else {**dims, "embed_sequence": params["n_ctx"]}
+    has_table = not params.get("rotary_emb") and not params.get("axial_pos_emb")
+    return {**dims, "embed_sequence": params["n_ctx"]} if has_table else dims
 
 
 def model(
@@ -204,9 +226,10 @@ def model(
         or evaluating "labels" too, of the same shape. An id outside the
         vocabulary (a padding id, say) looks up a zero vector.
       other_features: a dict with the dimensions "embd_dim", "vocab_dim",
-        "embed_sequence_dim" and "memory_length_dim", and "attn_bias", a tensor
-        [sequence, memory_length] that is added to the scores of global
-        attention, or None for none.
+        "embed_sequence_dim" and "memory_length_dim" (as long as the sequence, and
+        by `num_mem_kv` longer), and "attn_bias", a tensor [sequence,
+        memory_length] that is added to the scores of global attention, or None
+        for none.
       params: GPT-Neo's config, a dict. `mode` "train" and "eval" give a loss,
         and "train" applies the dropout rates.
       mesh: mtf.Mesh.
@@ -216,8 +239,8 @@ def model(
         pass over the whole sequence that records each layer's keys and values,
         [batch, heads, memory_length, features_per_head]; "incremental" reads
         the token at `context.position` − 1 and those records. Keys are recorded
-        as they are before `rotary_emb` turns them; a layer of type "none"
-        records nothing.
+        as they are before `rotary_emb` turns them, behind those that `num_mem_kv`
+        has a layer of global attention learn; a layer of type "none" records nothing.
 
     Returns:
       (logits, loss, loss_batch): logits [batch, sequence, vocab] (sequence of
@@ -225,7 +248,7 @@ def model(
       token, and [batch, sequence] of them, float32, or None and None.
 
     Raises:
-      ValueError: for a config option that is not supported.
+      ValueError: for a config option that is not supported, or dimensions that do not fit.
     """
     check_params(params)
     x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim = parse_inputs(mtf_features, other_features)
@@ -242,46 +265,43 @@ def model(
     with tf.variable_scope("token_embd"):
         h = _dropout(take(wte, x, vocab_dim), "embed_dropout", params)
     if not params.get("rotary_emb"):
-        wpe = _variable(mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
-        with tf.variable_scope("pos_embd"):
-            h += _dropout(take(wpe, read_position, embed_sequence_dim), "embed_dropout", params)
+        positions = _positions(read_position, embd_dim, embed_sequence_dim, params, variable_dtype)
+        h += _dropout(positions, "embed_dropout", params)
 
     types = expand_attention_types(params["attention_types"], params["n_layer"])
-    memory_dim = other_features["memory_length_dim"]
-    if context is not None and not incremental:  # a prompt sees itself alone, however long the memory
-        memory_dim = mtf.Dimension(memory_dim.name, sequence_dim.size)
-    biases = {
-        t: _attention_bias(t, memory_dim, other_features, params, h, read_position, incremental)
-        for t in set(types) - {"none"}
-    }
-    tables = _rotary_tables(mesh, memory_dim, params, read_position) if params.get("rotary_emb") else None
+    memories = _memories(types, sequence_dim, other_features, params, h, read_position, context)
+    is_macaron = bool(params.get("macaron"))  # attention between two MLPs of half weight: arXiv 1906.02762
     for layer in range(params["n_layer"]):
 
         def block(x: mtf.Tensor, layer: int = layer) -> mtf.Tensor:
-            with tf.variable_scope(f"h{layer}"):
-                layer_type = types[layer]
-                if layer_type == "none":  # GPT-Neo adds the input, where others add attention
-                    x += x
-                else:
-                    x += _attention(
-                        _layer_norm(x, "norm_1", params, variable_dtype), layer_type, biases[layer_type], tables,
-                        memory_dim, other_features, params, variable_dtype, context,
-                    )  # fmt: skip
-                return x + _mlp(_layer_norm(x, "norm_2", params, variable_dtype), params, variable_dtype)
+            with tf.variable_scope("" if params.get("share_parameters") else f"h{layer}"):
+                if is_macaron:
+                    x += 0.5 * _mlp(x, "mlp_macaron", params, variable_dtype)
+                a = x  # GPT-Neo adds the input, where others add attention
+                if types[layer] != "none":
+                    normal = _norm(x, "norm_1", params, variable_dtype)
+                    a = _attention(normal, memories[types[layer]], params, variable_dtype, context)
+                x += _rezero(a, "norm_rezero_1", params, variable_dtype)
+                m = _mlp(_norm(x, "norm_2", params, variable_dtype), "mlp", params, variable_dtype)
+                return x + _rezero(0.5 * m if is_macaron else m, "norm_rezero_2", params, variable_dtype)
 
         if params.get("recompute_grad") and params.get("mode") == "train":
             h = mtf.recompute_grad(block, [h])
         else:
             h = block(h)
 
-    h = _layer_norm(h, "ln_f", params, variable_dtype)
-    head = wte
-    if has_own_head(params):
-        head = _variable(mesh, "lm_head", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
-    with tf.variable_scope("wte_final_einsum"):
-        logits = matmul(h, head)
-        if incremental:
-            logits = mtf.reshape(logits, [batch_dim, mtf.Dimension("sequence", 1), vocab_dim])
+    if params.get("no_weight_tie"):
+        with tf.variable_scope("wte_final_linear"):
+            logits = _linear(h, "linear_out", vocab_dim, params, variable_dtype)
+    else:
+        h = _layer_norm(h, "ln_f", params, variable_dtype)
+        head = wte
+        if has_own_head(params):
+            head = _variable(mesh, "lm_head", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
+        with tf.variable_scope("wte_final_einsum"):
+            logits = matmul(h, head)
+    if incremental:
+        logits = mtf.reshape(logits, [batch_dim, mtf.Dimension("sequence", 1), vocab_dim])
 
     loss = loss_batch = None
     if params.get("mode") in ("train", "eval"):
@@ -327,6 +347,40 @@ def _dropout(x: mtf.Tensor, rate_option: str, params: Params) -> mtf.Tensor:
     return x * mtf.cast(mtf.less(noise, 1.0 - rate), x.dtype) * (1.0 / (1.0 - rate))
 
 
+def _positions(
+    at: mtf.Tensor,
+    embd_dim: mtf.Dimension,
+    embed_sequence_dim: mtf.Dimension,
+    params: Params,
+    variable_dtype: mtf.VariableDType,
+) -> mtf.Tensor:
+    """What is added at the positions `at`: entries of a table, or with `axial_pos_emb` of a grid.
+
+    The grid's are the means of its row's and its column's: Ho et al. 2019, "Axial Attention in Multidimensional
+    Transformers", arXiv 1912.12180. Behind its end nothing is added.
+    """
+    if not params.get("axial_pos_emb"):
+        table = _variable(at.mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
+        return take(table, at, embed_sequence_dim)
+    n_rows, n_columns = params["axial_pos_emb"]
+    rows_dim, columns_dim = mtf.Dimension("axial_dim_0", n_rows), mtf.Dimension("axial_dim_1", n_columns)
+    by_row = _variable(at.mesh, "axial_wpe_1", [rows_dim, embd_dim], variable_dtype, stddev=0.01)
+    by_column = _variable(at.mesh, "axial_wpe_2", [columns_dim, embd_dim], variable_dtype, stddev=0.01)
+    row = cwise_broadcast(lambda at: at // n_columns, [at])
+    column = cwise_broadcast(lambda at: tf.where_v2(at < n_rows * n_columns, at % n_columns, -1), [at])
+    return 0.5 * (take(by_row, row, rows_dim) + take(by_column, column, columns_dim))
+
+
+def _norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+    """What a layer's parts read: x normalised; with `rezero` as it is."""
+    if params.get("rezero"):
+        return x
+    if not params.get("scalenorm"):
+        return _layer_norm(x, scope, params, variable_dtype)
+    with tf.variable_scope(scope):  # GPT-Neo's: layer norm of a single scale, and no offset
+        return layer_norm(x, _variable(x.mesh, "g", [], variable_dtype, constant=1.0), None, norm_epsilon(params))
+
+
 def _layer_norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
     dim = x.shape[-1]
     with tf.variable_scope(scope):
@@ -335,25 +389,80 @@ def _layer_norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.V
         return layer_norm(x, g, b, float(norm_epsilon(params)))
 
 
-def _attention_bias(
-    attention_type: str,
-    memory_dim: mtf.Dimension,
+def _rezero(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+    """What a layer's parts add: x; with `rezero` times a number that is 0 before training (arXiv 2003.04887)."""
+    if not params.get("rezero"):
+        return x
+    with tf.variable_scope(scope):
+        return x * _variable(x.mesh, "g", [], variable_dtype)
+
+
+@dataclasses.dataclass
+class _Memory:
+    """What the layers of one attention type attend to: keys that they have learned, and behind them the positions'."""
+
+    attention_type: str
+    n_learned: int
+    dim: mtf.Dimension  # of both, "memory_length"
+    states_dim: mtf.Dimension  # the same in the loop's states, which may be longer
+    bias: mtf.Tensor | None  # [sequence, dim], or [batch, dim] for one token: added to the scores; None for nothing
+    q_table: mtf.Tensor | None = None  # what `rotary_emb` turns queries by, [sequence or batch, features_per_head],
+    k_table: mtf.Tensor | None = None  # and keys, [dim, features_per_head]
+
+
+def _memories(
+    types: list[str],
+    sequence_dim: mtf.Dimension,
     other_features: dict[str, Any],
     params: Params,
     h: mtf.Tensor,
     read_position: mtf.Tensor,
-    incremental: bool,
+    context: Any,
+) -> dict[str, _Memory]:
+    """The memory of each attention type."""
+    incremental = context is not None and context.mode == "incremental"
+    whole_dim, n_learned = other_features["memory_length_dim"], n_learned_keys(params)
+    n_positions = whole_dim.size - n_learned
+    if n_learned and n_positions < sequence_dim.size:
+        raise ValueError(
+            f"memory_length_dim has {whole_dim.size} entries; with num_mem_kv={n_learned} and {sequence_dim.size} "
+            f"positions {n_learned + sequence_dim.size} are needed"
+        )
+    n_seen = sequence_dim.size if context is not None and not incremental else n_positions  # a prompt sees itself alone
+    depth_dim, q_table = _features_per_head(params), None
+    if params.get("rotary_emb"):
+        position_dim = mtf.Dimension("position", n_seen)  # one that no layout splits
+        q_table = take(rotary_table(h.mesh, position_dim, depth_dim), read_position, position_dim)
+    memories = {}
+    for t in dict.fromkeys(types):
+        if t == "none":
+            continue
+        n = n_learned if t == "global" else 0
+        dim, states_dim = (mtf.Dimension(whole_dim.name, n + size) for size in (n_seen, n_positions))
+        bias = (
+            _global_bias(dim, other_features, read_position, incremental)
+            if t == "global"
+            else _local_bias(dim, params, h, read_position)
+        )
+        k_table = None if q_table is None else rotary_table(h.mesh, dim, depth_dim, n)
+        memories[t] = _Memory(t, n, dim, states_dim, bias, q_table, k_table)
+    return memories
+
+
+def _global_bias(
+    memory_dim: mtf.Dimension, other_features: dict[str, Any], read_position: mtf.Tensor, incremental: bool
 ) -> mtf.Tensor | None:
-    """What is added to the scores: [sequence, memory_length], or a row a prompt; None for nothing."""
-    if attention_type == "global":
-        bias = other_features["attn_bias"]
-        if bias is None:
-            if incremental:
-                raise ValueError("attn_bias is None; decoding needs a causal one (see biasmask_attn_weights)")
-            return None
-        bias = resize(bias, other_features["memory_length_dim"], memory_dim.size)
-        queries = bias.shape[0]
-        return take(bias, read_position, queries) if incremental else resize(bias, queries, read_position.shape[0].size)
+    bias = other_features["attn_bias"]
+    if bias is None:
+        if incremental:
+            raise ValueError("attn_bias is None; decoding needs a causal one (see biasmask_attn_weights)")
+        return None
+    bias = resize(bias, other_features["memory_length_dim"], memory_dim.size)
+    queries = bias.shape[0]
+    return take(bias, read_position, queries) if incremental else resize(bias, queries, read_position.shape[0].size)
+
+
+def _local_bias(memory_dim: mtf.Dimension, params: Params, h: mtf.Tensor, read_position: mtf.Tensor) -> mtf.Tensor:
     radius = params.get("local_attention_radius") or LOCAL_RADIUS
 
     def window(query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
@@ -362,16 +471,6 @@ def _attention_bias(
         return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(max(MASK, float(h.dtype.min)), h.dtype))
 
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
-
-
-def _rotary_tables(
-    mesh: mtf.Mesh, memory_dim: mtf.Dimension, params: Params, read_position: mtf.Tensor
-) -> tuple[mtf.Tensor, mtf.Tensor]:
-    """What queries are turned by, [sequence or batch, features_per_head], and keys, [memory_length, …]."""
-    depth_dim = _features_per_head(params)
-    position_dim = mtf.Dimension("position", memory_dim.size)  # one that no layout splits
-    queries = take(rotary_table(mesh, position_dim, depth_dim), read_position, position_dim)
-    return queries, rotary_table(mesh, memory_dim, depth_dim)
 
 
 def _turned(x: mtf.Tensor, table: mtf.Tensor | None) -> mtf.Tensor:
@@ -383,15 +482,7 @@ def _features_per_head(params: Params) -> mtf.Dimension:
 
 
 def _attention(
-    x: mtf.Tensor,
-    attention_type: str,
-    bias: mtf.Tensor | None,
-    tables: tuple[mtf.Tensor, mtf.Tensor] | None,
-    memory_dim: mtf.Dimension,
-    other_features: dict[str, Any],
-    params: Params,
-    variable_dtype: mtf.VariableDType,
-    context: Any,
+    x: mtf.Tensor, memory: _Memory, params: Params, variable_dtype: mtf.VariableDType, context: Any
 ) -> mtf.Tensor:
     *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
     heads_dim = mtf.Dimension("heads", params["n_head"])
@@ -418,12 +509,18 @@ def _attention(
                 context.record_constant_state(joined)
             q, k, v = mtf.unstack(matmul(x, joined), joined.shape[1])
         q, k, v = (mtf.reshape(t, lead + [heads_dim, kv_dim]) for t in (q, k, v))
-        q_table, k_table = tables or (None, None)
-        q = _turned(q, q_table)
-        if context is None:
-            a = _attention_in_training(q, k, v, k_table, attention_type, bias, memory_dim, params)
+        q = _turned(q, memory.q_table)
+        if context is not None and context.mode == "incremental":
+            a = _attention_of_one(q, k, v, memory, context)
         else:
-            a = _attention_in_loop(q, k, v, k_table, bias, memory_dim, other_features["memory_length_dim"], context)
+            if memory.n_learned:
+                k = _behind_learned(k, "mem_k", memory, variable_dtype)
+                v = _behind_learned(v, "mem_v", memory, variable_dtype)
+            a = (
+                _attention_in_training(q, k, v, memory, params)
+                if context is None
+                else _attention_in_prompts(q, k, v, memory, context)
+            )
 
         o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)
         a = matmul(mtf.reshape(a, lead + [joined_dim]), o)
@@ -432,86 +529,108 @@ def _attention(
     return _dropout(a, "res_dropout", params)
 
 
-def _attention_in_training(
-    q: mtf.Tensor,
-    k: mtf.Tensor,
-    v: mtf.Tensor,
-    k_table: mtf.Tensor | None,
-    attention_type: str,
-    bias: mtf.Tensor | None,
-    memory_dim: mtf.Dimension,
-    params: Params,
-) -> mtf.Tensor:
+def _behind_learned(x: mtf.Tensor, name: str, memory: _Memory, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+    """Keys or values [batch, sequence, heads, features_per_head], the learned ones put ahead along sequence."""
+    batch_dim, sequence_dim, heads_dim, kv_dim = x.shape.dims
+    learned_dim = mtf.Dimension("mem_kv_sequence", memory.n_learned)
+    stddev = kv_dim.size**-0.5
+    with tf.variable_scope("attention"):
+        learned = _variable(x.mesh, name, [learned_dim, heads_dim, kv_dim], variable_dtype, stddev=stddev)
+    learned = mtf.broadcast(learned, mtf.Shape([batch_dim, learned_dim, heads_dim, kv_dim]))
+    return mtf.concat([mtf.rename_dimension(learned, learned_dim.name, sequence_dim.name), x], sequence_dim.name)
+
+
+def _attention_in_training(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, params: Params) -> mtf.Tensor:
     """Over the whole sequence, differentiable, with dropout."""
     batch_dim, sequence_dim, heads_dim, _ = q.shape.dims
-    k, v = (mtf.replace_dimensions(t, sequence_dim, memory_dim) for t in (k, v))
+    k, v = (mtf.replace_dimensions(t, t.shape[1], memory.dim) for t in (k, v))
     # heads stand before sequence: scores and their mask are then contiguous
-    scores = mtf.einsum([q, _turned(k, k_table)], output_shape=[batch_dim, heads_dim, sequence_dim, memory_dim])
+    scores_shape = [batch_dim, heads_dim, sequence_dim, memory.dim]
+    scores = mtf.einsum([q, _turned(k, memory.k_table)], output_shape=scores_shape)
     scores = mtf.cast(scores, tf.float32)
-    if bias is not None:
-        scores += mtf.cast(bias, tf.float32)
-    weights = mtf.cast(mtf.softmax(scores, memory_dim), v.dtype)
-    if attention_type == "global":  # as in GPT-Neo, where local attention has none
+    if memory.bias is not None:
+        scores += mtf.cast(memory.bias, tf.float32)
+    weights = mtf.cast(mtf.softmax(scores, memory.dim), v.dtype)
+    if memory.attention_type == "global":  # as in GPT-Neo, where local attention has none
         weights = _dropout(weights, "attn_dropout", params)
     return mtf.einsum([weights, v], output_shape=q.shape)
 
 
-def _attention_in_loop(
-    q: mtf.Tensor,
-    k: mtf.Tensor,
-    v: mtf.Tensor,
-    k_table: mtf.Tensor | None,
-    bias: mtf.Tensor | None,
-    memory_dim: mtf.Dimension,
-    states_dim: mtf.Dimension,
-    context: Any,
-) -> mtf.Tensor:
-    """Of a prompt to itself, or of one token to what is in memory; records keys and values."""
-    if context.mode == "incremental":
-        # what sample_autoregressive keeps, nobody else reads
-        may_overwrite = getattr(context, "may_overwrite_states", False)
-        k, v = (
-            write_at(old, new, context.position - 1, memory_dim, may_overwrite=may_overwrite)
-            for old, new in zip(context.get_states(2), (k, v))
-        )
-        context.record_new_states([k, v])
-        return attend(q, _turned(k, k_table), v, bias, memory_dim)
-    batch_dim, sequence_dim, heads_dim, kv_dim = q.shape.dims
-    heads_first = [batch_dim, heads_dim, sequence_dim, kv_dim]
-    k, v = (mtf.replace_dimensions(mtf.transpose(t, heads_first), sequence_dim, memory_dim) for t in (k, v))
+def _attention_in_prompts(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
+    """Of prompts to themselves; records keys and values."""
+
+    def heads_first(x: mtf.Tensor) -> mtf.Tensor:
+        batch_dim, sequence_dim, heads_dim, kv_dim = x.shape.dims
+        return mtf.transpose(x, mtf.Shape([batch_dim, heads_dim, sequence_dim, kv_dim]))
+
+    k, v = (heads_first(t) for t in (k, v))
+    k, v = (mtf.replace_dimensions(t, t.shape[2], memory.dim) for t in (k, v))
     if context.initial_position is not None:
-        k, v = (_up_to(t, context.initial_position, memory_dim) for t in (k, v))
-    context.record_new_states([resize(t, memory_dim, states_dim.size) for t in (k, v)])
-    if bias is None:
-        bias = mtf.zeros(q.mesh, [memory_dim], q.dtype)
-    a = attend(mtf.transpose(q, heads_first), _turned(k, k_table), v, bias, memory_dim)
+        k, v = (_up_to(t, context.initial_position, memory) for t in (k, v))
+    context.record_new_states([resize(t, memory.dim, memory.states_dim.size) for t in (k, v)])
+    bias = mtf.zeros(q.mesh, [memory.dim], q.dtype) if memory.bias is None else memory.bias
+    a = attend(heads_first(q), _turned(k, memory.k_table), v, bias, memory.dim)
     return mtf.transpose(a, q.shape)
 
 
-def _up_to(x: mtf.Tensor, length: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
-    """x with zeros from `length` on: what stands behind a prompt is never read,
+def _attention_of_one(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
+    """Of one token to what is in memory, its own key and value written there; records them."""
+    # what sample_autoregressive keeps, nobody else reads
+    may_overwrite = getattr(context, "may_overwrite_states", False)
+    at = context.position + (memory.n_learned - 1)
+    k, v = (
+        write_at(old, new, at, memory.dim, may_overwrite=may_overwrite)
+        for old, new in zip(context.get_states(2), (k, v))
+    )
+    context.record_new_states([k, v])
+    return attend(q, _turned(k, memory.k_table), v, memory.bias, memory.dim)
+
+
+def _up_to(x: mtf.Tensor, length: mtf.Tensor, memory: _Memory) -> mtf.Tensor:
+    """x with zeros from position `length` on: what stands behind a prompt is never read,
     but a NaN there would be, times a weight of 0."""
-    at = mtf.range(x.mesh, dim, tf.int32)
-    return cwise_broadcast(lambda x, at, n: tf.where_v2(at < n, x, tf.zeros_like(x)), [x, at, length], x.shape)
+    at = mtf.range(x.mesh, memory.dim, tf.int32)
+    return cwise_broadcast(
+        lambda x, at, n: tf.where_v2(at < n + memory.n_learned, x, tf.zeros_like(x)), [x, at, length], x.shape
+    )
 
 
-def _mlp(x: mtf.Tensor, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+def _mlp(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
     embd_dim = x.shape[-1]
     hidden_dim = mtf.Dimension("intermediate_expanded", intermediate_size(params))
-    in_stddev = out_stddev = 0.02
-    if params.get("scale_by_depth"):
-        out_stddev *= params["n_layer"] ** -0.5
-    if params.get("scale_by_in"):
-        in_stddev *= embd_dim.size**-0.5
-        out_stddev *= hidden_dim.size**-0.5
-
-    def linear(x: mtf.Tensor, scope: str, in_dim: mtf.Dimension, out_dim: mtf.Dimension, stddev: float) -> mtf.Tensor:
-        with tf.variable_scope(scope):
-            kernel = _variable(x.mesh, "kernel", [in_dim, out_dim], variable_dtype, stddev=stddev)
-            bias = _variable(x.mesh, "bias", [out_dim], variable_dtype)
-            return matmul(x, kernel) + bias
-
-    with tf.variable_scope("mlp/conv1d_main"):
-        h = activate(linear(x, "c_fc", embd_dim, hidden_dim, in_stddev), _activation(params))
-        h = linear(h, "c_proj", hidden_dim, embd_dim, out_stddev)
+    with tf.variable_scope(scope):
+        if params.get("mlp_glu"):  # Shazeer 2020, arXiv 2002.05202
+            both_dim = mtf.Dimension(hidden_dim.name, 2 * hidden_dim.size)
+            h, gate = _halves(_linear(x, "c_fc", both_dim, params, variable_dtype))
+            h *= activate(gate, _activation(params))
+        else:
+            h = activate(_linear(x, "c_fc", hidden_dim, params, variable_dtype), _activation(params))
+        h = _linear(h, "c_proj", embd_dim, params, variable_dtype, is_last=True)
     return _dropout(h, "res_dropout", params)
+
+
+def _linear(
+    x: mtf.Tensor,
+    scope: str,
+    out_dim: mtf.Dimension,
+    params: Params,
+    variable_dtype: mtf.VariableDType,
+    is_last: bool = False,
+) -> mtf.Tensor:
+    """x · kernel + bias; is_last: the last before it is added to the residual stream."""
+    in_dim, stddev = x.shape[-1], 0.02
+    if params.get("scale_by_depth") and is_last:
+        stddev *= params["n_layer"] ** -0.5
+    if params.get("scale_by_in"):
+        stddev *= in_dim.size**-0.5
+    with tf.variable_scope(f"conv1d_main/{scope}"):
+        kernel = _variable(x.mesh, "kernel", [in_dim, out_dim], variable_dtype, stddev=stddev)
+        return matmul(x, kernel) + _variable(x.mesh, "bias", [out_dim], variable_dtype)
+
+
+def _halves(x: mtf.Tensor) -> list[mtf.Tensor]:
+    """The first and the second half along the last dim, each laid out as it is."""
+    dim = x.shape[-1]
+    halves_dim, half_dim = mtf.Dimension("halves", 2), mtf.Dimension("half", dim.size // 2)  # split by no layout
+    halves = mtf.unstack(mtf.replace_dimensions(x, dim, [halves_dim, half_dim]), halves_dim)
+    return [mtf.rename_dimension(half, half_dim.name, dim.name) for half in halves]
