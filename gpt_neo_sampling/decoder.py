@@ -249,14 +249,21 @@ class Decoder:
 
 
 def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length: int) -> dict[str, Any]:
-    """GPT-Neo's features for a memory of that length at most."""
+    """GPT-Neo's features for ids of that length in place of length_dim's.
+
+    The memory may be longer than the ids (with `num_mem_kv`, whose keys stand ahead of the ids'), and stays so by as
+    much; attn_bias aligns the ends of both.
+    """
     memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
-    if memory_dim is None or memory_dim.size <= length:
+    if memory_dim is None:
         return other_features
-    other_features = {**other_features, "memory_length_dim": mtf.Dimension(memory_dim.name, length)}
+    memory_length = length + max(memory_dim.size - length_dim.size, 0)
+    if memory_dim.size <= memory_length:
+        return other_features
+    other_features = {**other_features, "memory_length_dim": mtf.Dimension(memory_dim.name, memory_length)}
     if bias is not None:
-        for d in (memory_dim, length_dim):
-            bias = resize(bias, d, length) if d in bias.shape.dims else bias
+        for d, size in ((memory_dim, memory_length), (length_dim, length)):
+            bias = resize(bias, d, size) if d in bias.shape.dims else bias
         other_features["attn_bias"] = settle(bias)
     return other_features
 
