@@ -329,7 +329,7 @@ def sample_autoregressive(
         return _LoopState(position, ids, done, logprobs, states).tensors()
 
     done = is_over(initial_position)
-    if begin is not initial_position:
+    if begin is not None:
         done = cwise_broadcast(lambda d, begin: tf.logical_or(d, tf.equal(begin, 0)), [done, begin])
     if prompt_length < whole_length_dim.size:
 
@@ -347,7 +347,8 @@ def sample_autoregressive(
     logprobs = [resize(x, length_dim, whole_length_dim.size) for x in end.logprobs]
     results = [_whole(end.ids, whole_ids, length_dim), *logprobs]
     if remove_partial_sequences:
-        results = [_shift_left(x, begin, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
+        by = initial_position if begin is None else begin
+        results = [_shift_left(x, by, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
     return tuple(results) if return_logprobs else results[0]
 
 
@@ -370,7 +371,7 @@ def _prompts(
     bos_id: RowValue,
     vocab_size: int,
     invalid_token: int,
-) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor]:
+) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor | None]:
     """The prompts, and only they, with padding behind them; one that is empty becomes bos_id.
 
     Args:
@@ -379,9 +380,9 @@ def _prompts(
         `sample_autoregressive`.
 
     Returns:
-      (ids, lengths, begin): the prompts' lengths, at least 1, and where what comes
-      behind them begins: the same, but 0 for a prompt that bos_id, outside the
-      vocabulary, cannot stand for; that begins with invalid_token.
+      (ids, lengths, begin): the prompts' lengths, at least 1; and where what comes
+      behind them begins: the same, but 0 for an empty prompt whose bos_id is outside
+      the vocabulary, which begins with invalid_token. None where there can be none.
     """
     *batch_dims, length_dim = ids.shape.dims
     rows = mtf.Shape(batch_dims)
@@ -391,10 +392,10 @@ def _prompts(
         lengths = mtf.reduce_sum(mtf.to_int32(mtf.not_equal(ids, padding_id)), reduced_dim=length_dim)
     else:
         lengths = import_rows(ids.mesh, lengths, tf.int32, rows, "prompt_lengths")
-        known_lengths = static_value(lengths)
+        known_lengths = _known(lengths, rows)
     lengths = mtf.broadcast(lengths, rows)
     bos = import_rows(ids.mesh, bos_id, tf.int32, rows, "bos_id")
-    may_be_outside = _may_be_outside(static_value(bos), known_lengths, vocab_size)
+    may_be_outside = _may_be_outside(_known(bos, rows), known_lengths, vocab_size)
 
     def clean(ids: tf.Tensor, at: tf.Tensor, length: tf.Tensor, bos: tf.Tensor) -> tf.Tensor:
         if may_be_outside:
@@ -406,12 +407,17 @@ def _prompts(
         return tf.logical_or(bos < 0, bos >= vocab_size)
 
     ids = cwise_broadcast(clean, [ids, mtf.range(ids.mesh, length_dim, tf.int32), lengths, bos])
-    begin = initial_position = cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths])
+    begin = None
     if may_be_outside:
         begin = cwise_broadcast(
             lambda n, bos: tf.where_v2(tf.logical_and(n < 1, is_outside(bos)), 0, tf.maximum(n, 1)), [lengths, bos]
         )
-    return ids, initial_position, begin
+    return ids, cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths]), begin
+
+
+def _known(x: mtf.Tensor, rows: mtf.Shape) -> np.ndarray | None:
+    """What an option holds, scalar or [rows], if that is known while the graph is built."""
+    return static_value(x) if x.shape in (rows, mtf.Shape([])) else None
 
 
 def _may_be_outside(bos: np.ndarray | None, lengths: np.ndarray | None, vocab_size: int) -> bool:
