@@ -6,6 +6,7 @@
 Builds the wheel of the last commit. For each Python and TensorFlow it makes a virtual environment, has pip install the
 wheel there with nothing else said than TensorFlow's and mesh-tensorflow's versions, and runs TESTS against it,
 away from the source tree, once for each mesh-tensorflow. What pip says where parts do not fit goes into the table.
+"--tensorflow least" is the least version of TensorFlow, and of all else that pyproject.toml gives one for.
 
 The table goes to stdout, notes to stderr; FILE (default: benchmarks/results/support-DATE.json) holds the exact
 versions, counts and seconds of each cell. Cells that an existing FILE has are kept unless they are run again, so
@@ -27,7 +28,10 @@ import common
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TENSORFLOWS = ("2.12", "2.15", "2.18", "2.21")
+LEAST = "least"  # in the place of a TensorFlow
 MESH_TENSORFLOWS = ("0.1.18", "0.1.21")
+EXTRAS = "cli,plot"
+PACKAGES = ("tensorflow", "mesh-tensorflow", "numpy", "tqdm", "tokenizers", "safetensors", "matplotlib")
 TEST_NEEDS = ("pytest>=7", "scipy", "hypothesis")
 SECONDS = 3600  # for the tests of one cell, with what they wait for
 
@@ -134,9 +138,16 @@ def installed(python):
     """Exact versions in a virtual environment."""
     code = (
         "import importlib.metadata as m, json, platform; print(json.dumps({'python': platform.python_version(), **"
-        "{p: m.version(p) for p in ('tensorflow', 'mesh-tensorflow', 'numpy', 'protobuf', 'gpt_neo_sampling')}}))"
+        f"{{p: m.version(p) for p in {(*PACKAGES, 'protobuf', 'gpt_neo_sampling')}}}}}))"
     )
     return json.loads(run([python, "-c", code], env=environment()))
+
+
+def least_versions():
+    """What pip is to install for the least versions that pyproject.toml allows, of the dependencies and of EXTRAS."""
+    text = (common.REPOSITORY / "pyproject.toml").read_text()
+    found = dict(re.findall(r'"([a-z-]+)>=([0-9.]+)"', text))
+    return [f"{package}=={found[package]}" for package in PACKAGES]
 
 
 def tested(python, source, logs, name, under):
@@ -173,7 +184,8 @@ def cells_of(version, python, tensorflow, mesh_tensorflows, source, wheel, logs,
             name = f"python{version}-tensorflow{tensorflow}-mtf{mesh_tensorflow}"
             cell = {"python": version, "tensorflow": tensorflow, "mesh-tensorflow": mesh_tensorflow}
             print(f"{datetime.datetime.now():%H:%M:%S} {name}", file=sys.stderr)
-            wanted = [f"{wheel}[cli,plot]", f"tensorflow=={tensorflow}.*", f"mesh-tensorflow=={mesh_tensorflow}"]
+            wanted = [f"tensorflow=={tensorflow}.*", f"mesh-tensorflow=={mesh_tensorflow}"]
+            wanted = [f"{wheel}[{EXTRAS}]", *(least_versions() if tensorflow == LEAST else wanted)]
             pip = [own, "-m", "pip", "install", "--no-compile", "--disable-pip-version-check", *wanted, *TEST_NEEDS]
             try:
                 run(pip, logs / f"{name}-pip.log", env=environment())
@@ -237,7 +249,8 @@ def main(argv=None):
         source, wheel = source_and_wheel(pathlib.Path(folder))
         for version, python in interpreters(args.python).items():
             for tensorflow in args.tensorflow:
-                pair = (version, python, tensorflow, args.mesh_tensorflow)
+                mesh_tensorflows = MESH_TENSORFLOWS[:1] if tensorflow == LEAST else args.mesh_tensorflow
+                pair = (version, python, tensorflow, mesh_tensorflows)
                 for cell in cells_of(*pair, source, wheel, logs, args.under):
                     cells[key(cell)] = {**cell, "commit": commit}
                     result = {"machine": common.machine(), "tests": TESTS, "cells": list(cells.values())}

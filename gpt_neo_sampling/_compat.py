@@ -14,6 +14,8 @@ import threading
 import types
 from collections.abc import Iterator
 
+import numpy as np
+
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
@@ -138,6 +140,16 @@ PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
 def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:
     """(dim, mesh axis) of each rule."""
     return sorted(layout._pairs)
+
+
+def static_value(x: mtf.Tensor) -> np.ndarray | None:
+    """What a tensor holds, an ndarray of its shape, where it is a constant that was made or imported; else None."""
+    value = None
+    if isinstance(x.operation, mtf.ops.Constant):
+        value = x.operation._value
+    elif isinstance(x.operation, mtf.ops.ImportOperation):
+        value = tensorflow.get_static_value(x.operation._tf_tensor)
+    return None if value is None else np.broadcast_to(value, x.shape.to_integer_list)
 
 
 def is_in_function() -> bool:

@@ -86,8 +86,9 @@ def export_saved_model(
     The tokens are those of `TextGenerator.generate` for the same options; of a
     generation_config.json only the token ids are taken over. A row
     with a number out of range, or whose logits are NaN, gets −1 in place of its
-    next token and ends there; one whose prompt is too long or has ids outside the
-    vocabulary is −1 throughout.
+    next token and ends there; one whose prompt is too long, has ids outside the
+    vocabulary, or is empty for a model whose first token is outside it or not named,
+    is −1 throughout.
 
     Args:
       folder: a path, not there yet or an empty folder. It gets the files of the
@@ -178,10 +179,11 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -
     def per_row(value: tf.Tensor) -> tf.Tensor:
         return tf.broadcast_to(value, [key.batch])
 
-    first = first_token_of(checkpoint)
-    ids, wrong = _prompts(
-        prompts, prompt_lengths, key, checkpoint.params["n_vocab"], shortest=1 if first is None else 0
-    )
+    try:
+        first, shortest = first_token_of(checkpoint), 0
+    except ValueError:  # there is nothing for an empty prompt to stand for
+        first, shortest = 0, 1
+    ids, wrong = _prompts(prompts, prompt_lengths, key, checkpoint.params["n_vocab"], shortest)
     max_new_tokens = option("max_new_tokens", key.length)
     max_steps = tf.where_v2(wrong, 0, tf.clip_by_value(max_new_tokens, 0, key.length))
     first_stop, *more_stops = stop_tokens_of(checkpoint) or [NO_STOP_TOKEN]
@@ -200,7 +202,7 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -
         temperature=option("temperature", ENTMAX_TEMPERATURE if is_entmax else SOFTMAX_TEMPERATURE, tf.float32),
         options={name: option(name, default, ROW_OPTIONS[name].dtype) for name, default in sorted(defaults.items())},
     )
-    (tokens,) = build(key, program_inputs, *model, bos_id=first or 0)
+    (tokens,) = build(key, program_inputs, *model, bos_id=first)
 
     lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, stop_tokens)
     outputs = {

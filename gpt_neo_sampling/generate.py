@@ -329,7 +329,7 @@ class TextGenerator:
         """
         check_bool("add_start_token", add_start_token)
         texts = [self._ids(text) for text in _listed(texts)]
-        start = [self._first_token()] if add_start_token else []
+        start = [first_token_of(self.checkpoint)] if add_start_token else []
         scores = score_texts(texts, self._logprobs, self.params["n_ctx"], start, stride)
         for i, score in enumerate(scores):
             if np.isnan(score.sum_logprob):  # of all its tokens: in the pass, NaN times 0 reaches those before
@@ -358,7 +358,7 @@ class TextGenerator:
         Raises:
           ValueError: as `generate`.
         """
-        return self._ids(prompt) or [self._first_token()]
+        return self._ids(prompt) or [first_token_of(self.checkpoint)]
 
     def _ids(self, text: Prompt, is_begin: bool = True) -> list[int]:
         if isinstance(text, str):
@@ -381,12 +381,6 @@ class TextGenerator:
             if not is_int(i) or not 0 <= i < n_vocab:
                 raise ValueError(f"token id {i!r} is outside the vocabulary; 0 to {n_vocab - 1} are allowed")
         return [int(i) for i in ids]
-
-    def _first_token(self) -> int:
-        first = first_token_of(self.checkpoint)
-        if first is None:
-            raise ValueError("the model's first token is needed, and it names none (bos_id or eos_id)")
-        return first
 
     @functools.cached_property
     def _no_distribution(self) -> str:

@@ -290,13 +290,23 @@ def _slice(value: np.ndarray, begin: Sequence[int], shape: list[int], dtype: npt
     return copy
 
 
-def first_token_of(checkpoint: Checkpoint) -> int | None:
-    """int: what an empty prompt stands for, the model's bos_id or else its eos_id; None if it names neither."""
-    defaults = checkpoint.generation_defaults
+def first_token_of(checkpoint: Checkpoint) -> int:
+    """int: what an empty prompt stands for, the model's bos_id or else its eos_id.
+
+    Raises:
+      ValueError: if it names neither, or one outside the vocabulary.
+    """
+    defaults, n_vocab = checkpoint.generation_defaults, checkpoint.params["n_vocab"]
     first = defaults.get("bos_token_id", defaults.get("eos_token_id"))
     if isinstance(first, list):
         first = first[0]
-    return first if first is not None and 0 <= first < checkpoint.params["n_vocab"] else None
+    if first is None or not 0 <= first < n_vocab:
+        named = "none" if first is None else first
+        raise ValueError(
+            f"the model's first token is needed, and it names {named} (bos_id, or else eos_id); "
+            f"0 to {n_vocab - 1} are allowed"
+        )
+    return first
 
 
 def stop_tokens_of(checkpoint: Checkpoint, eos_token_id: Any = None) -> list[int]:

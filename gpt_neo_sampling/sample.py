@@ -10,8 +10,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_number, is_whole
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, static_value, tf
+from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_number, is_whole
 from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE, History, SamplingOptions, next_token
 from gpt_neo_sampling.decoder import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.models import gpt2
@@ -86,6 +88,7 @@ def sample_autoregressive(
     stopping_criteria: StoppingCriteria | None = None,
     num_return_sequences: int = 1,
     return_logprobs: bool = False,
+    invalid_token: int = INVALID,
 ) -> mtf.Tensor | tuple[mtf.Tensor, ...]:
     """Continues a batch of prompts, one token a row and step.
 
@@ -109,15 +112,16 @@ def sample_autoregressive(
     one a row, so that one built graph serves mixed requests.
 
     Args:
-      partial_sequences: int32 mtf.Tensor [batch…, length].
+      partial_sequences: int32 mtf.Tensor [batch…, length]. An id outside the
+        vocabulary is kept, and `models.gpt2.model` looks up zeros for it.
       other_features: GPT-Neo's dict, handed to the model; "vocab_dim" is used.
-      params: GPT-Neo's config, a dict. "padding_id" is used (0 if absent);
-        "slow_sampling": the model sees the whole sequence at every step, and no
-        context, where otherwise it keeps states; and "n_vocab", if it is there:
-        where the vocabulary's dimension is larger, the rest of it is padding
-        that is never drawn.
+      params: GPT-Neo's config, a dict. "padding_id" is used (0 if absent; it may
+        be outside the vocabulary, as GPT-Neo's 50257 is); "slow_sampling": the model
+        sees the whole sequence at every step, and no context, where otherwise it
+        keeps states; and "n_vocab", if it is there: where the vocabulary's dimension
+        is larger, the rest of it is padding that is never drawn.
       stop_at_token: † a row that draws it is done; a list or tuple holds several,
-        each of them †. None for none.
+        each of them †. One outside the vocabulary never comes up. None for none.
       max_steps: † the most new tokens in a row; None for up to `length`.
       temperature: † above 0: larger is more random; 0 is argmax. None is the
         original's 0.9 for softmax and 1.0 for entmax. (The original ignored a
@@ -132,7 +136,9 @@ def sample_autoregressive(
         −2 a tenth of the vocabulary. In a tensor, all below 1 are off.
       sampling_use_entmax: entmax in place of softmax.
       bos_id: † an empty prompt counts as the prompt of this one token, which is
-        written at position 0.
+        written at position 0. One outside the vocabulary (the default, in a smaller
+        one) is an error if a prompt is empty: at once where prompts or their lengths
+        are numbers or constants; where they are fed, such a row begins with −1 and is done.
       model: a callable with the arguments of `models.gpt2.model`, and that by
         default. It is called in the variable scope "gpt2".
       seed: † as in `sample_categorical`; None for a fresh one at each run.
@@ -149,7 +155,7 @@ def sample_autoregressive(
       max_length: an int: no row gets longer, its prompt included, so the model's
         states and its attention need no more positions. Where other_features
         has a "memory_length_dim" and an "attn_bias", the model is handed these
-        cut to that length.
+        with as many positions fewer; without max_length, as they are.
       top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: † masks of less likely
         tokens, see `models.masks`.
       repetition_penalty: † see `models.penalties`; it counts all tokens of a row,
@@ -169,6 +175,8 @@ def sample_autoregressive(
         what is returned, where a prompt's rows stand together, and in all that
         is one a row (but prompt_lengths and bos_id, which are a prompt's).
       return_logprobs: whether to return log-probabilities too.
+      invalid_token: an int: what is written where −1 is said below, for callers
+        whose next function takes no −1 (a tokenizer). Such a row is done all the same.
 
     Returns:
       int32 mtf.Tensor like partial_sequences: prompts, new tokens (the stop
@@ -205,6 +213,8 @@ def sample_autoregressive(
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
     stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
     stop_tokens = tuple(t for t in stop_tokens if t is not None)
+    if not is_int(invalid_token) or not -(2**31) <= invalid_token < 2**31:
+        raise ValueError(f"invalid_token={invalid_token!r}; a whole number of 32 bits is needed")
     if never_end and not stop_tokens:
         raise ValueError(f"never_end=True masks the stop token, but stop_at_token is {stop_at_token}")
 
@@ -246,12 +256,14 @@ def sample_autoregressive(
         if prompt_lengths is not None:
             raise ValueError("prompt_lengths are given with has_partial_sequences=False, which says that all are 0")
         prompt_lengths = 0
-    whole_ids, initial_position = _prompts(partial_sequences, prompt_lengths, padding_id, bos_id)
+    whole_ids, initial_position, begin = _prompts(
+        partial_sequences, prompt_lengths, padding_id, bos_id, vocab_size or vocab_dim.size, invalid_token
+    )
     ids = resize(whole_ids, whole_length_dim, length)
     decoder = Decoder(
         model or gpt2.model,
         params,
-        cut_memory(other_features, whole_length_dim, length),
+        other_features if max_length is None else cut_memory(other_features, whole_length_dim, length),
         variable_dtype,
         length_dim,
         initial_position,
@@ -266,9 +278,9 @@ def sample_autoregressive(
     states = decoder.first_pass(ids, prompt_length)
     if num_return_sequences > 1:
         decoder.repeat(batch_dims[-1], num_return_sequences)
-        whole_ids, ids, initial_position, states = map_tensors(
+        whole_ids, ids, initial_position, begin, states = map_tensors(
             functools.partial(repeat, dim=batch_dims[-1], times=num_return_sequences),
-            (whole_ids, ids, initial_position, states),
+            (whole_ids, ids, initial_position, begin, states),
         )
 
     n_logprobs = 2 if return_logprobs else 0
@@ -303,9 +315,12 @@ def sample_autoregressive(
         step = loop.position - initial_position
         drawn = next_token(logits, vocab_dim, options, seed, stream, step, history, return_logprobs)
         token, *logprobs = drawn if return_logprobs else [drawn]
+        written = token
+        if invalid_token != INVALID:
+            written = cwise_broadcast(lambda t: tf.where_v2(tf.equal(t, INVALID), invalid_token, t), [token])
         ids, *logprobs = [
             cwise_broadcast(write, [old, length_range, loop.position, loop.done, new], loop.ids.shape, old.dtype)
-            for old, new in zip([loop.ids, *loop.logprobs], [token, *logprobs])
+            for old, new in zip([loop.ids, *loop.logprobs], [written, *logprobs])
         ]
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [loop.position, loop.done]
@@ -314,10 +329,12 @@ def sample_autoregressive(
         return _LoopState(position, ids, done, logprobs, states).tensors()
 
     done = is_over(initial_position)
+    if begin is not None:
+        done = cwise_broadcast(lambda d, begin: tf.logical_or(d, tf.equal(begin, 0)), [done, begin])
     if prompt_length < whole_length_dim.size:
 
         def refuse(ids: tf.Tensor, at: tf.Tensor, n: tf.Tensor) -> tf.Tensor:  # max_length full is full, not too long
-            return tf.where_v2(tf.logical_and(tf.equal(at, n), n > prompt_length), INVALID, ids)
+            return tf.where_v2(tf.logical_and(tf.equal(at, n), n > prompt_length), invalid_token, ids)
 
         ids = cwise_broadcast(refuse, [ids, length_range, initial_position], ids.shape)
         done = cwise_broadcast(lambda d, n: tf.logical_or(d, n > prompt_length), [done, initial_position])
@@ -330,7 +347,8 @@ def sample_autoregressive(
     logprobs = [resize(x, length_dim, whole_length_dim.size) for x in end.logprobs]
     results = [_whole(end.ids, whole_ids, length_dim), *logprobs]
     if remove_partial_sequences:
-        results = [_shift_left(x, initial_position, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
+        by = initial_position if begin is None else begin
+        results = [_shift_left(x, by, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
     return tuple(results) if return_logprobs else results[0]
 
 
@@ -347,26 +365,75 @@ def _repeated_rows(batch_dims: list[mtf.Dimension], times: int) -> mtf.Shape:
 
 
 def _prompts(
-    ids: mtf.Tensor, lengths: RowValue | None, padding_id: int, bos_id: RowValue
-) -> tuple[mtf.Tensor, mtf.Tensor]:
-    """(ids, lengths): the prompts, and only they, with padding behind them; one that is empty becomes bos_id.
+    ids: mtf.Tensor,
+    lengths: RowValue | None,
+    padding_id: int,
+    bos_id: RowValue,
+    vocab_size: int,
+    invalid_token: int,
+) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor | None]:
+    """The prompts, and only they, with padding behind them; one that is empty becomes bos_id.
 
-    ids: int32 mtf.Tensor [batch…, length]; lengths: a number, or an int32 tensor [batch…], or None: see
-    `sample_autoregressive`.
+    Args:
+      ids: int32 mtf.Tensor [batch…, length].
+      lengths: a number, or an int32 tensor [batch…], or None; and the rest: see
+        `sample_autoregressive`.
+
+    Returns:
+      (ids, lengths, begin): the prompts' lengths, at least 1; and where what comes
+      behind them begins: the same, but 0 for an empty prompt whose bos_id is outside
+      the vocabulary, which begins with invalid_token. None where there can be none.
     """
     *batch_dims, length_dim = ids.shape.dims
     rows = mtf.Shape(batch_dims)
     if lengths is None:
+        known_ids = static_value(ids)
+        known_lengths = None if known_ids is None else (known_ids != padding_id).sum(-1)
         lengths = mtf.reduce_sum(mtf.to_int32(mtf.not_equal(ids, padding_id)), reduced_dim=length_dim)
-    lengths = mtf.broadcast(import_rows(ids.mesh, lengths, tf.int32, rows, "prompt_lengths"), rows)
+    else:
+        lengths = import_rows(ids.mesh, lengths, tf.int32, rows, "prompt_lengths")
+        known_lengths = _known(lengths, rows)
+    lengths = mtf.broadcast(lengths, rows)
     bos = import_rows(ids.mesh, bos_id, tf.int32, rows, "bos_id")
+    may_be_outside = _may_be_outside(_known(bos, rows), known_lengths, vocab_size)
 
     def clean(ids: tf.Tensor, at: tf.Tensor, length: tf.Tensor, bos: tf.Tensor) -> tf.Tensor:
+        if may_be_outside:
+            bos = tf.where_v2(is_outside(bos), invalid_token, bos)
         ids = tf.where_v2(at < length, ids, padding_id)
-        return tf.where_v2(tf.logical_and(tf.equal(length, 0), tf.equal(at, 0)), bos, ids)
+        return tf.where_v2(tf.logical_and(length < 1, tf.equal(at, 0)), bos, ids)
+
+    def is_outside(bos: tf.Tensor) -> tf.Tensor:
+        return tf.logical_or(bos < 0, bos >= vocab_size)
 
     ids = cwise_broadcast(clean, [ids, mtf.range(ids.mesh, length_dim, tf.int32), lengths, bos])
-    return ids, cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths])
+    begin = None
+    if may_be_outside:
+        begin = cwise_broadcast(
+            lambda n, bos: tf.where_v2(tf.logical_and(n < 1, is_outside(bos)), 0, tf.maximum(n, 1)), [lengths, bos]
+        )
+    return ids, cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths]), begin
+
+
+def _known(x: mtf.Tensor, rows: mtf.Shape) -> np.ndarray | None:
+    """What an option holds, scalar or [rows], if that is known while the graph is built."""
+    return static_value(x) if x.shape in (rows, mtf.Shape([])) else None
+
+
+def _may_be_outside(bos: np.ndarray | None, lengths: np.ndarray | None, vocab_size: int) -> bool:
+    """Whether an empty prompt may have a bos_id outside the vocabulary; a ValueError where one has.
+
+    Both are ndarrays, scalar or [batch…], or None where they are not known before the graph is run.
+    """
+    outside = np.True_ if bos is None else (bos < 0) | (bos >= vocab_size)
+    empty = np.True_ if lengths is None else lengths < 1
+    found = outside & empty
+    if found.any() and bos is not None and lengths is not None:
+        raise ValueError(
+            f"bos_id={np.broadcast_to(bos, found.shape)[found][0]} stands for an empty prompt, and is outside the "
+            f"vocabulary; 0 to {vocab_size - 1} are allowed"
+        )
+    return bool(found.any())
 
 
 def _whole(ids: mtf.Tensor, whole_ids: mtf.Tensor, length_dim: mtf.Dimension) -> mtf.Tensor:

@@ -1135,10 +1135,18 @@ def test_calls(tiny, tmp_path, monkeypatch, case):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_model_without_a_first_token(tmp_path):
-    make_hugging_face(tmp_path / "m")
-    write_json(tmp_path / "m" / "generation_config.json", {"bos_token_id": -1})
+@pytest.mark.parametrize(
+    "ids, named", [({}, "none"), ({"bos_token_id": 50256}, "50256"), ({"eos_token_id": [-1]}, "-1")]
+)
+def test_a_model_without_a_first_token(tmp_path, capfd, ids, named):
+    make_hugging_face(tmp_path / "m", {"bos_token_id": None, "eos_token_id": None, **ids})
+    message = f"the model's first token is needed, and it names {named} (bos_id, or else eos_id); 0 to 10 are allowed"
     generator = TextGenerator.from_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="the model's first token is needed, and it names none"):
-        generator.generate([[]], max_new_tokens=1)
-    assert len(generator.generate([[5]], max_new_tokens=1)[0].tokens) == 1
+    for call in (lambda: generator.generate([[5], []]), lambda: generator.score([[5]], add_start_token=True)):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == message
+    status, out, err = run(capfd, ["generate", "--model", tmp_path / "m", "--prompt-ids", ""])
+    assert (status, out, err) == (2, "", f"gpt-neo-sampling: error: {message}\n")
+    if named == "50256":  # where no prompt is empty it is not needed
+        assert len(generator.generate([[5]], max_new_tokens=1)[0].tokens) == 1

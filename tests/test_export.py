@@ -14,7 +14,7 @@ from helpers_model import config, random_weights
 from test_cli import main
 
 from gpt_neo_sampling import TextGenerator, export, export_saved_model
-from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._compat import tensorflow, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint, write_mesh_tf_checkpoint
 
 BATCH, LENGTH, PROMPT_LENGTH, TOP_K = 4, 40, 20, 8
@@ -164,6 +164,20 @@ def test_rows_with_wrong_values_are_invalid_and_leave_the_others(answers):
     rows = rows_of(answers["wrong"]["v2"])
     assert rows[:2] == [[5, 6, -1], [7, -1]]
     assert rows[2:] == [[-1] * LENGTH] * 2
+
+
+@pytest.mark.slow
+def test_an_empty_prompt_of_a_model_whose_first_token_is_outside(tmp_path):
+    params = config(["none"], n_vocab=10, n_ctx=4, eos_id=50256)
+    del params["mode"]
+    write_mesh_tf_checkpoint(tmp_path / "source", params, random_weights(params))
+    export_saved_model(tmp_path / "model", tmp_path / "source", batch=2, length=4, max_top_k=1)
+    signature = tensorflow.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
+    inputs = dict(prompts=[[5], [0]], prompt_lengths=[1, 0], max_new_tokens=2, temperature=0.0, top_k=0,
+                  eos_token_id=-1, stream=0)  # fmt: skip
+    out = signature(seed=tf.constant(1, tf.int64), **{name: tf.constant(value) for name, value in inputs.items()})
+    tokens, lengths = out["tokens"].numpy().tolist(), out["lengths"].numpy().tolist()
+    assert tokens[1] == [-1] * 4 and lengths == [3, 4] and tokens[0][0] == 5 and min(tokens[0]) >= 0
 
 
 def test_another_shape_is_tensorflows_error(answers):

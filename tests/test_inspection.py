@@ -187,7 +187,7 @@ def matplotlib():
     assert "matplotlib.pyplot" not in sys.modules or matplotlib.pyplot.get_fignums() == []
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning:matplotlib")  # of an old one, with a new pyparsing
 def test_picture(matplotlib, tmp_path):
     from matplotlib import image
 

@@ -18,6 +18,7 @@ import reference
 from helpers_loop import (
     BATCH,
     BOS,
+    DEFAULT_BOS,
     DEFAULT_STOP,
     INFINITE,
     INPUTS,
@@ -43,10 +44,11 @@ from helpers_loop import (
     token_at,
     weights_of,
 )
-from helpers_model import checkpoint, config, random_weights, reference_config
+from helpers_model import FLOAT32, checkpoint, config, random_weights, reference_config
 from programs import MeshRunner, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import INVALID, sample_autoregressive
 
 # --- Draws -------------------------------------------------------------------------
@@ -376,7 +378,7 @@ def test_a_fresh_seed_holds_for_the_whole_run():
 
 
 def test_an_empty_prompt_is_the_beginning_token():
-    """At position 0, by number, by tensor, without prompts, and by default 50256."""
+    """At position 0, by number, by tensor, without prompts; by default 50256, which this vocabulary has not."""
     nothing = np.full((BATCH, LENGTH), PAD, np.int32)
     garbage = prompts_of([LENGTH] * BATCH)
     greedy = {"temperature": 0, "stop_at_token": None}
@@ -402,12 +404,37 @@ def test_an_empty_prompt_is_the_beginning_token():
         assert np.array_equal(out[case], as_prompt["number"]), case
         check(out[case], nothing, bigram, temperature=0, bos=BOS, stop=-1)
     check(out["tensor"], nothing, bigram, temperature=0, bos=bos, stop=-1)
-    check(out["default"], nothing, bigram, temperature=0, bos=50256, stop=-1)
+    assert out["default"].tolist() == [[INVALID] + [PAD] * (LENGTH - 1)] * BATCH
     assert out["no steps"].tolist() == one_token.tolist()
     assert np.array_equal(out["removed"][:, :-1], out["number"][:, 1:]) and np.all(out["removed"][:, -1] == PAD)
     out = run(garbage, bos=bos, lengths=0)  # what stands there is not a prompt
     assert np.array_equal(out["no prompts"], as_prompt["sampled"])
     assert np.array_equal(out["lengths"], as_prompt["number"])
+
+
+def test_a_beginning_token_outside_the_vocabulary():
+    """−1 where it would be written, in a row that is done; other rows are none the worse."""
+    rest = {"temperature": 0, "stop_at_token": None, "prompt_lengths": Input("lengths")}
+    inside = {"bos_id": BOS, **rest}
+    cases = {
+        "inside": inside,
+        "tensor": {"bos_id": Input("bos"), **rest},
+        "number": {"bos_id": VOCAB, **rest, "invalid_token": 5},
+        "removed": {"bos_id": Input("bos"), **rest, "remove_partial_sequences": True},
+        "inside, removed": {**inside, "remove_partial_sequences": True},
+        "twice": {"bos_id": Input("bos"), **rest, "max_prompt_length": 4, "num_return_sequences": 2},
+    }
+    bos = np.array([BOS, BOS, -1, VOCAB, BOS, VOCAB, DEFAULT_STOP, 2**31 - 1])
+    lengths = np.array([1, 0, 0, 0, 3, 2, 0, 1])
+    out = loops(cases, Bigram())(prompts_of([3] * BATCH), bos=bos, lengths=lengths)
+    outside = np.isin(np.arange(BATCH), [2, 3, 6])
+    invalid = np.where(np.arange(LENGTH) == 0, INVALID, PAD)
+    assert np.array_equal(out["tensor"], np.where(outside[:, None], invalid, out["inside"]))
+    assert np.array_equal(out["removed"], np.where(outside[:, None], invalid, out["inside, removed"]))
+    assert np.array_equal(out["twice"], np.repeat(out["tensor"], 2, 0))
+    empty = (lengths == 0)[:, None]
+    assert np.array_equal(out["number"], np.where(empty, np.where(invalid == INVALID, 5, PAD), out["inside"]))
+    assert np.all(out["inside"] >= 0) and np.all(out["inside"][:, 5:] != PAD)
 
 
 def test_finished_rows_hold_padding_while_others_go_on():
@@ -541,6 +568,7 @@ def test_invalid_rows():
         "top-k": {"seed": 5, "sampling_keep_top_k": 20},
         "entmax": {"seed": 5, "sampling_use_entmax": True},
         "slow": {"seed": 5, "params": {"slow_sampling": True}},
+        "written as 7": {"seed": 5, "invalid_token": 7},
     }
     table = TABLE.copy()
     for token in (NAN, INFINITE, NOTHING):
@@ -555,6 +583,8 @@ def test_invalid_rows():
     clean = prompts.copy()
     clean[[1, 2, 3, 4, 5, 6], 3] = 20
     harmless = run(clean, temperature=0.0)
+    written = out.pop("written as 7")
+    assert np.array_equal(written, np.where(out["softmax"] == INVALID, 7, out["softmax"]))
     for case, tokens in out.items():
         options = simulated_options(cases[case])
         if case == "greedy tensor":
@@ -655,7 +685,7 @@ def test_the_model_gets_what_it_was_given():
     def build(mesh):
         ids = mtf.zeros(mesh, dims(batch=2, sequence=3), tf.int32)
         other = {"vocab_dim": mtf.Dimension("vocab", VOCAB), "token": "x"}
-        return sample_autoregressive(ids, other, {"n": 4}, model=model, variable_dtype=variable_dtype)
+        return sample_autoregressive(ids, other, {"n": 4}, model=model, variable_dtype=variable_dtype, bos_id=BOS)
 
     Program(build, weights={"table": TABLE})()
     assert calls and all(call == (["inputs"], "x", None, 4, variable_dtype) for call in calls)
@@ -948,6 +978,37 @@ def test_known_lengths_change_no_token(mesh_shape, layout, names):
                 np.testing.assert_array_equal(tokens[row], whole[row], f"{name} {row}")
 
 
+def test_only_what_was_asked_for_is_cut():
+    """A memory that has 3 positions ahead of the 6 of the ids, as GPT-Neo's num_mem_kv makes it."""
+    seen = {}
+
+    def build(mesh):
+        sequence, memory = dims(sequence=6, memory_length=9)
+        ids = mtf.ones(mesh, [mtf.Dimension("batch", 1), sequence], tf.int32)
+        other = {
+            "vocab_dim": mtf.Dimension("vocab", VOCAB),
+            "memory_length_dim": memory,
+            "attn_bias": biasmask_attn_weights(mesh, sequence, memory, FLOAT32),
+        }
+
+        def recorded(name):
+            def model(mtf_features, other_features, *args, **kwargs):
+                seen.setdefault(name, other_features)
+                return Bigram()(mtf_features, other_features, *args, **kwargs)
+
+            return model
+
+        for name, options in (("whole", {}), ("cut", {"max_length": 4})):
+            sample_autoregressive(ids, other, {}, model=recorded(name), **options)
+        return {name: features["attn_bias"] for name, features in seen.items()}
+
+    bias = Program(build, weights={"table": TABLE})()
+    whole = np.where(np.arange(9) > np.arange(6)[:, None] + 3, np.float32(-1e10), 0)
+    np.testing.assert_array_equal(bias["whole"], whole)
+    np.testing.assert_array_equal(bias["cut"], whole[:4, :7])
+    assert [seen[name]["memory_length_dim"].size for name in ("whole", "cut")] == [9, 7]
+
+
 def test_a_row_ends_at_max_length():
     """Prompts as long, or longer, come back as they are, what stands behind max_length too."""
     prompts = prompts_of([3, 7, 8, 12, LENGTH, 1, 2, 8])
@@ -1068,17 +1129,40 @@ REFUSED = [
     ({"max_length": 5}, r"max_length=5; a whole number from 1 to 4"),
     ({"max_prompt_length": 3, "max_length": 2}, r"max_prompt_length=3; a whole number from 1 to 2"),
     ({"stop_at_token": np.array([1, 2, 3])}, r"stop_at_token has shape \[3\]"),
+    ({"bos_id": VOCAB}, "bos_id=192 stands for an empty prompt, and is outside the vocabulary; 0 to 191 are"),
+    ({"bos_id": np.array([BOS, -1])}, "bos_id=-1 stands for an empty prompt"),
+    ({"bos_id": DEFAULT_BOS, "has_partial_sequences": False}, "bos_id=50256 stands for an empty prompt"),
+    ({"bos_id": DEFAULT_BOS, "prompt_lengths": [1, 0]}, "bos_id=50256 stands for an empty prompt"),
+    ({"invalid_token": 0.5}, r"invalid_token=0\.5; a whole number of 32 bits is needed"),
+    ({"invalid_token": 2**31}, "invalid_token=2147483648; a whole number of 32 bits is needed"),
 ]
 
 
 @pytest.mark.parametrize("options, message", REFUSED)
 def test_a_bad_option(options, message):
     def build(mesh):
-        ids = mtf.zeros(mesh, dims(batch=2, sequence=4), tf.int32)
-        return sample_autoregressive(ids, {"vocab_dim": mtf.Dimension("vocab", VOCAB)}, {}, model=Bigram(), **options)
+        ids, other = mtf.zeros(mesh, dims(batch=2, sequence=4), tf.int32), {"vocab_dim": mtf.Dimension("vocab", VOCAB)}
+        return sample_autoregressive(ids, other, {}, model=Bigram(), **{"bos_id": BOS, **options})
 
     with pytest.raises(ValueError, match=message):
         Program(build)
+
+
+def test_a_beginning_token_that_is_not_needed():
+    """The default is outside this vocabulary; so are the default stop token and the padding."""
+
+    def build(mesh, fed):
+        shape, other = mtf.Shape(dims(batch=2, sequence=4)), {"vocab_dim": mtf.Dimension("vocab", VOCAB)}
+        known, fed = (mtf.import_tf_tensor(mesh, x, shape) for x in ([[5, VOCAB, VOCAB, VOCAB]] * 2, fed))
+        options = {"model": Bigram(), "temperature": 0}
+        return [
+            sample_autoregressive(known, other, {"padding_id": VOCAB}, **options),
+            sample_autoregressive(fed, other, {}, prompt_lengths=[1, 1], **options),
+        ]
+
+    known, with_lengths = Program(build, [(tf.int32, [2, 4])], {"table": TABLE})([[5, 0, 0, 0]] * 2)
+    check(known, np.array([[5] + [VOCAB] * 3] * 2, np.int32), bigram, padding=VOCAB, temperature=0, at_least=6)
+    assert np.array_equal(known, with_lengths)
 
 
 def test_options_at_the_end_of_their_range():
