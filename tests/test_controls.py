@@ -156,6 +156,7 @@ SEEN = [
 ]
 
 
+@slow
 @pytest.mark.parametrize("name, control", SEEN)
 def test_the_simulation_sees_a_control_that_is_lost(name, control):
     without = {k: v for k, v in SETTINGS[name].items() if k != control}

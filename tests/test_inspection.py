@@ -304,6 +304,7 @@ def test_greedy_decoding_takes_the_likeliest(model):
     assert taken != banned
 
 
+@pytest.mark.slow
 def test_a_split_vocabulary_gives_the_same_chain(model):
     options = dict(temperature=0.7, top_p=0.8, repetition_penalty=1.3, entmax_alpha=1.2)
     split = TextGenerator.from_pretrained(

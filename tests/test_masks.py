@@ -139,6 +139,7 @@ def test_ties_go_to_the_lower_index(masked):
             assert np.all(np.diff(np.flatnonzero(kept[3] == 0)) <= 2)
 
 
+@pytest.mark.slow
 @by_mask
 @pytest.mark.parametrize("dtype", [tf.bfloat16, tf.float16], ids=lambda dtype: dtype.name)
 def test_half_precision(mask, dtype):

@@ -335,6 +335,7 @@ def command(model, *args):
     return ["generate", "--model", model, "--prompt-ids", *prompts, "--max-new-tokens", 12, "--seed", 7, *args]
 
 
+@slow
 def test_the_commands_output_is_that_of_one_device(capfd, model):
     args = ["--temperature", 1, "--num-samples", 2]
     status, out, _ = main(capfd, *command(model, *args))

@@ -128,6 +128,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 def test_the_simulation_sees_another_order_or_a_lost_option():
     found = {mistake: [] for mistake in MISTAKES}
     for temperature in (1.6, 20):

@@ -100,7 +100,7 @@ def test_start_token(tiny):
     assert_scores(tiny.score(texts, add_start_token=True), texts, [by_numpy([BOS, *text]) for text in texts])
 
 
-@pytest.mark.parametrize("stride", [1, 20, 47])
+@pytest.mark.parametrize("stride", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 47)), 20])
 def test_windows(tiny, stride):
     """As users of transformers do it: windows of the context's 48 tokens, each scoring its last, new ones."""
     (text,) = texts_of(48 + 30)

@@ -115,6 +115,7 @@ def test_tool_finds_calls_of_the_host(line, found):
 # --- One device's values ------------------------------------------------------------------
 
 
+@slow
 @split
 def test_draws(split):
     assert_same(on_simd(DRAWS, split), DRAWS.single)

@@ -913,6 +913,7 @@ def test_loss_with_z_loss(runner):
         np.testing.assert_allclose(got[2 * n + 1], slope, atol=1e-5)
 
 
+@slow
 def test_loss_of_other_shapes_and_dtypes(runner):
     """Dims in any order; half-precision logits are computed in float32."""
     rng = np.random.default_rng(17)
