@@ -43,7 +43,7 @@ from gpt_neo_sampling._compat import (  # noqa: E402
     tf,
 )
 from gpt_neo_sampling.draws import grouped_draw, score_draw  # noqa: E402
-from gpt_neo_sampling.rows import padded_size  # noqa: E402
+from gpt_neo_sampling.mesh.sharded_rows import padded_size  # noqa: E402
 
 ROWS, SAMPLES = 8, 2**14  # of one pass of many draws
 SCORE_ROWS, SCORE_PASSES = 32, 16  # passes of each batch of logits

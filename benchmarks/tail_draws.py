@@ -36,7 +36,7 @@ from programs import MeshRunner, Program, dims  # noqa: E402
 
 from gpt_neo_sampling import entmax, sample_categorical  # noqa: E402
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, quiet_stderr, tf  # noqa: E402
-from gpt_neo_sampling.rows import padded_size  # noqa: E402
+from gpt_neo_sampling.mesh.sharded_rows import padded_size  # noqa: E402
 
 VOCAB, EXPONENT = common.GPT2_VOCAB, 1.5
 ROWS, SAMPLES = 4, 2**18  # of a pass

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gpt_neo_sampling import TextGenerator
-from gpt_neo_sampling.files import write_whole
+from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling.inspection import plot, token_text
 
 OPTIONS = {

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from training import Trainer, random_windows, split_text
 
+from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
-from gpt_neo_sampling.files import write_whole
 from gpt_neo_sampling.generate import DEMO_FOLDER
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 

@@ -2,11 +2,11 @@
 
 from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
 from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
-from gpt_neo_sampling.cluster import ClusterError
 from gpt_neo_sampling.export import export_saved_model
 from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.inspection import ChainStep
-from gpt_neo_sampling.mesh import DeviceMesh, MeshError, device_mesh
+from gpt_neo_sampling.mesh.cluster import ClusterError
+from gpt_neo_sampling.mesh.devices import DeviceMesh, MeshError, device_mesh
 from gpt_neo_sampling.models.utils import (
     biasmask_attn_weights,
     entmax,

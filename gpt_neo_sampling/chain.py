@@ -16,6 +16,7 @@ from gpt_neo_sampling._types import LogitsProcessor, RowValue, Tensor, is_number
 from gpt_neo_sampling.draws import score_draw
 from gpt_neo_sampling.entmax_solver import chosen_of
 from gpt_neo_sampling.largest import first_argmax
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, settle, take
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
@@ -44,7 +45,6 @@ from gpt_neo_sampling.models.utils import (
     log_softmax_at,
     softmax,
 )
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, finite, import_rows, settle, take
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given

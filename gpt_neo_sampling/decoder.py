@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, repeat, resize, settle, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, repeat, resize, settle, take
 
 Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `models.gpt2.model`
 

@@ -17,8 +17,8 @@ from gpt_neo_sampling import exact
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.entmax_solver import entmax_by_chosen
-from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
-from gpt_neo_sampling.rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
+from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
+from gpt_neo_sampling.mesh.sharded_rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
 
 SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
 UNIFORM_MARGIN = 2.0**-24  # and what the bits add that float32 has no room for

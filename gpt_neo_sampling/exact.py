@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.rows import as_list
+from gpt_neo_sampling.mesh.sharded_rows import as_list
 
 _ONE = 1 << 30
 _FARTHEST = 127.0  # how far below the largest score a weight is taken for 0

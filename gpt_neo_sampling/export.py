@@ -18,7 +18,7 @@ from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
 from gpt_neo_sampling.checkpoint.convert import files_beside
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS
-from gpt_neo_sampling.mesh import device_mesh
+from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.options import ROW_OPTIONS, check_int

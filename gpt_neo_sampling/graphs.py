@@ -23,8 +23,9 @@ from gpt_neo_sampling._compat import (
 )
 from gpt_neo_sampling._types import DType, Params
 from gpt_neo_sampling.checkpoint import Checkpoint
-from gpt_neo_sampling.cluster import ClusterError
-from gpt_neo_sampling.mesh import DeviceMesh, round_up
+from gpt_neo_sampling.mesh.cluster import ClusterError
+from gpt_neo_sampling.mesh.devices import DeviceMesh, round_up
+from gpt_neo_sampling.mesh.sharded_rows import padded_size
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.options import ROW_OPTIONS
 from gpt_neo_sampling.program import (
@@ -40,7 +41,6 @@ from gpt_neo_sampling.program import (
     variable_dtype_of,
 )
 from gpt_neo_sampling.request import Request
-from gpt_neo_sampling.rows import padded_size
 from gpt_neo_sampling.score import ScoreKey
 from gpt_neo_sampling.streaming import Watcher
 

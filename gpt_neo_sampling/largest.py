@@ -3,7 +3,7 @@
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mtf_ops import MeshOperation, finite, pad_last, size_of
+from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
 
 
 def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False) -> tf.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
 from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mtf_ops import MeshOperation, align, reshaped
+from gpt_neo_sampling.mesh.ops import MeshOperation, align, reshaped
 
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 

@@ -15,9 +15,9 @@ from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.chain import History, SamplingOptions, chain_distributions
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
+from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
-from gpt_neo_sampling.mtf_ops import host_call, take
 from gpt_neo_sampling.options import INT32_MAX, check_int
 from gpt_neo_sampling.sample import sample_autoregressive
 

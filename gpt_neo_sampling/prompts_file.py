@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import gpt_neo_sampling
 from gpt_neo_sampling import _json
+from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import read_json
-from gpt_neo_sampling.files import write_whole
 from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.options import INT32_MAX, ROW_OPTIONS, GenerationOptions
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, ShapeLike, is_whole
-from gpt_neo_sampling.mtf_ops import MeshOperation, align, import_rows, union_shape
+from gpt_neo_sampling.mesh.ops import MeshOperation, align, import_rows, union_shape
 
 
 def threefry_2x32(

@@ -14,6 +14,7 @@ from simd import constant_weights
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import grouped_draw, score_draw
+from gpt_neo_sampling.mesh.ops import take
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
@@ -31,7 +32,6 @@ from gpt_neo_sampling.models.penalties import (
     tokens_mask,
 )
 from gpt_neo_sampling.models.utils import entmax, sample_categorical
-from gpt_neo_sampling.mtf_ops import take
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.uniforms import counter_bits, threefry_2x32
 

@@ -16,9 +16,10 @@ from helpers_model import config, random_weights
 from test_cli import main
 from test_mesh import PROMPTS, command, write_model
 
-from gpt_neo_sampling import ClusterError, TextGenerator, cluster
+from gpt_neo_sampling import ClusterError, TextGenerator
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
-from gpt_neo_sampling.cluster import cluster_from_environment, parse_cluster, serve
+from gpt_neo_sampling.mesh import cluster
+from gpt_neo_sampling.mesh.cluster import cluster_from_environment, parse_cluster, serve
 
 
 @pytest.fixture(autouse=True)

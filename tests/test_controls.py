@@ -21,7 +21,7 @@ from gpt_neo_sampling import GenerationOptions, TextGenerator, sample_autoregres
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.arguments import parser
 from gpt_neo_sampling.chain import ROW_VALUES, SamplingOptions
-from gpt_neo_sampling.mtf_ops import host_call
+from gpt_neo_sampling.mesh.ops import host_call
 from gpt_neo_sampling.options import ROW_OPTIONS, SAMPLING
 
 slow = pytest.mark.slow

@@ -18,7 +18,7 @@ from test_utils import chi_square_p
 from gpt_neo_sampling import draws, exact
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling.draws import grouped_draw, score_draw
-from gpt_neo_sampling.rows import GROUPS, Rows, group_size, padded_size
+from gpt_neo_sampling.mesh.sharded_rows import GROUPS, Rows, group_size, padded_size
 
 FALSE_ALARM = 1e-6
 slow = pytest.mark.slow

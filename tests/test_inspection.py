@@ -12,7 +12,7 @@ from helpers_model import checkpoint, reference_config
 from tokenizers import Tokenizer
 
 from gpt_neo_sampling import TextGenerator, cli
-from gpt_neo_sampling.files import write_whole
+from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling.inspection import (
     ChainStep,
     likeliest,

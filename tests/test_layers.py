@@ -17,7 +17,7 @@ from gpt_neo_sampling.layers import (
     rotary_table,
     rotate,
 )
-from gpt_neo_sampling.mtf_ops import resize, settle, take, write_at
+from gpt_neo_sampling.mesh.ops import resize, settle, take, write_at
 
 B, S, IN, OUT, P = dims(batch=4, sequence=3, inner=16, outer=8, parts=2)
 H, M, D = dims(heads=2, memory=8, depth=5)

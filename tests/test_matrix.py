@@ -14,7 +14,7 @@ from simd import UNAVAILABLE, SimdProgram, constant_weights
 
 from gpt_neo_sampling import sample
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mtf_ops import cwise_broadcast
+from gpt_neo_sampling.mesh.ops import cwise_broadcast
 
 slow = pytest.mark.slow
 BATCH, LENGTH, NEW_TOKENS = 8, 24, 10

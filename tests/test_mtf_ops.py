@@ -1,4 +1,4 @@
-"""gpt_neo_sampling.mtf_ops, on one device and on split meshes, against NumPy.
+"""gpt_neo_sampling.mesh.ops, on one device and on split meshes, against NumPy.
 
 Building a graph costs more than running it, so a test puts its cases into one.
 """
@@ -10,7 +10,7 @@ from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.largest import largest, top_k
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, import_rows, row_index, scatter_add, settle, take, write_at
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, row_index, scatter_add, settle, take, write_at
 from gpt_neo_sampling.uniforms import counter_bits, import_seed, threefry_2x32
 
 B, T, E, V = dims(batch=4, time=2, embd=6, vocab=16)

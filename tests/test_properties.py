@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from programs import MeshRunner, Program
 from strategies import FURTHER, ONE_DEVICE, SPLIT, Place, Row, Sample, info, rounded, samples, seeds
 
-from gpt_neo_sampling import chain, mtf_ops
+from gpt_neo_sampling import chain
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.largest import first_argmax, top_k
+from gpt_neo_sampling.mesh import ops
 from gpt_neo_sampling.models import utils
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
@@ -578,18 +579,18 @@ def primitives(place, mesh, x, index, values, *words):
     k_dim = mtf.Dimension("top_k", min(5, v.size))
     best = [mtf.transpose(t, place.rows + k_dim) for t in top_k(x, v, k_dim)]
     best[0] = mtf.cast(best[0], tf.float32)
-    found = mtf_ops.take(x, index, v)
+    found = ops.take(x, index, v)
     value = mtf.cast(values, x.dtype)
     return {
         "bits 0": bits[0],
         "bits 1": bits[1],
-        "row": mtf_ops.row_index(mesh, place.rows),
+        "row": ops.row_index(mesh, place.rows),
         "argmax": first_argmax(x, v),
         "top values": best[0],
-        "top": mtf_ops.cwise_broadcast(lambda i, x: tf.where_v2(tf.is_nan(x), -1, i), best[::-1], best[1].shape),
+        "top": ops.cwise_broadcast(lambda i, x: tf.where_v2(tf.is_nan(x), -1, i), best[::-1], best[1].shape),
         "taken": mtf.cast(found, tf.float32),
-        "added": place.whole_out(mtf_ops.scatter_add(value, index, x.shape, v)),
-        "written": place.whole_out(mtf_ops.write_at(x, value, index, v)),
+        "added": place.whole_out(ops.scatter_add(value, index, x.shape, v)),
+        "written": place.whole_out(ops.write_at(x, value, index, v)),
         "gradient": place.whole_out(mtf.gradients([mtf.reduce_sum(found * value)], [x])[0]),
     }
 

@@ -25,8 +25,8 @@ from helpers_cases import (
 from programs import dims
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, settle
 from gpt_neo_sampling.models.utils import sample_categorical
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, settle
 from gpt_neo_sampling.sample import sample_autoregressive
 
 pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from gpt_neo_sampling._atomic_files import partial_beside
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, StrPath, is_int
-from gpt_neo_sampling.files import partial_beside
 from gpt_neo_sampling.models.gpt2 import (
     UNSUPPORTED_OPTIONS,
     check_variants,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling._types import StrPath
-from gpt_neo_sampling.files import write_whole
 from gpt_neo_sampling.inspection.steps import (
     DEFAULT_COUNT,
     MOST_TOKEN_WIDTH,

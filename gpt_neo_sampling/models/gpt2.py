@@ -32,8 +32,8 @@ from gpt_neo_sampling.layers import (
     rotary_table,
     rotate,
 )
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, resize, take, write_at
 from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, resize, take, write_at
 
 NORM_EPSILON = 1e-5
 LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too

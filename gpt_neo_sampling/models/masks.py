@@ -8,7 +8,7 @@ from gpt_neo_sampling import mass
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, is_number, is_whole
 from gpt_neo_sampling.largest import top_k
-from gpt_neo_sampling.mtf_ops import cwise_broadcast, dim_of, import_rows, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, take
 
 
 def mask_value(dtype: tf.DType) -> float:

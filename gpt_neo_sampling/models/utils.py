@@ -34,6 +34,18 @@ from gpt_neo_sampling._types import LaidOut, RowValue, is_number, is_whole
 from gpt_neo_sampling.draws import grouped_draw
 from gpt_neo_sampling.entmax_solver import chosen_of, entmax_by_chosen
 from gpt_neo_sampling.largest import has_invalid, scatter_rows
+from gpt_neo_sampling.mesh.ops import (
+    MeshOperation,
+    align,
+    cwise_broadcast,
+    dim_of,
+    finite,
+    import_rows,
+    row_index,
+    size_of,
+    take,
+)
+from gpt_neo_sampling.mesh.sharded_rows import Rows, near_sum
 from gpt_neo_sampling.models.masks import (
     epsilon_mask,
     eta_mask,
@@ -50,18 +62,6 @@ from gpt_neo_sampling.models.penalties import (
     token_counts,
     tokens_mask,
 )
-from gpt_neo_sampling.mtf_ops import (
-    MeshOperation,
-    align,
-    cwise_broadcast,
-    dim_of,
-    finite,
-    import_rows,
-    row_index,
-    size_of,
-    take,
-)
-from gpt_neo_sampling.rows import Rows, near_sum
 from gpt_neo_sampling.uniforms import counter_bits, import_seed
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Any
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, layout_pairs, mtf, probe_devices, quiet_stderr, tensorflow, tf
 from gpt_neo_sampling._types import is_whole
-from gpt_neo_sampling.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
+from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
 
 AUTO = "auto"
 NAME = r"[A-Za-z_]\w*"  # of an axis or a dimension
@@ -183,7 +183,7 @@ def device_mesh(
         (4, 2, '/device:CPU:3')
         >>> device_mesh("x:2", "batch:y", "cpu:0,cpu:1")
         Traceback (most recent call last):
-        gpt_neo_sampling.mesh.MeshError: layout batch:y splits along y, but the axes of the mesh are x
+        gpt_neo_sampling.mesh.devices.MeshError: layout batch:y splits along y, but the axes of the mesh are x
     """
     if isinstance(cluster, str):
         cluster = parse_cluster(cluster)

@@ -7,7 +7,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mtf_ops import align, pad_last, size_of
+from gpt_neo_sampling.mesh.ops import align, pad_last, size_of
 
 GROUPS = 64  # a mesh axis of 2, 4 … 64 cuts none of them
 

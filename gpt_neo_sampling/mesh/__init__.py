@@ -1,0 +1,1 @@
+"""Tensors on meshes: devices and layouts, processes, the operations that mesh-tensorflow lacks."""
