@@ -32,7 +32,6 @@ from scipy import stats
 common.use_tests()
 from programs import MeshRunner, Program, dims  # noqa: E402
 
-from gpt_neo_sampling import exact  # noqa: E402
 from gpt_neo_sampling._compat import (  # noqa: E402
     PlacementMeshImpl,
     mtf,
@@ -42,8 +41,9 @@ from gpt_neo_sampling._compat import (  # noqa: E402
     tensorflow,
     tf,
 )
-from gpt_neo_sampling.draws import grouped_draw, score_draw  # noqa: E402
 from gpt_neo_sampling.mesh.sharded_rows import padded_size  # noqa: E402
+from gpt_neo_sampling.sampling import fixed_point  # noqa: E402
+from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw  # noqa: E402
 
 ROWS, SAMPLES = 8, 2**14  # of one pass of many draws
 SCORE_ROWS, SCORE_PASSES = 32, 16  # passes of each batch of logits
@@ -57,9 +57,9 @@ ONE_DEVICE = PlacementMeshImpl([], [], [""])
 
 def integer_weights(z, alpha):
     if alpha is None:
-        return exact.softmax_weights(z)
+        return fixed_point.softmax_weights(z)
     z, epsilon = (ONE_DEVICE.LaidOutTensor([t]) for t in (z, tf.fill([ROWS, 1], np.float32(alpha) - np.float32(1))))
-    return exact.entmax_weights(ONE_DEVICE, z, epsilon, lambda x: x).tensor_list[0]
+    return fixed_point.entmax_weights(ONE_DEVICE, z, epsilon, lambda x: x).tensor_list[0]
 
 
 def many_draws(vocab, alpha=None, shards=1):

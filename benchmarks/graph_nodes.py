@@ -29,7 +29,7 @@ def count(graph):
 
 def step_nodes(processors, options):
     from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
-    from gpt_neo_sampling.chain import SamplingOptions, next_token
+    from gpt_neo_sampling.sampling.next_token import SamplingOptions, next_token
 
     def built(is_drawn):
         with tf.Graph().as_default() as graph:

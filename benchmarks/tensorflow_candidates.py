@@ -10,9 +10,9 @@ import numpy as np
 
 from gpt_neo_sampling import entmax, sample_categorical
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
-from gpt_neo_sampling.chain import SamplingOptions, next_token
 from gpt_neo_sampling.models import utils
-from gpt_neo_sampling.models.masks import top_p_mask
+from gpt_neo_sampling.sampling.masks import top_p_mask
+from gpt_neo_sampling.sampling.next_token import SamplingOptions, next_token
 
 HALVINGS = 50
 SEED = 1

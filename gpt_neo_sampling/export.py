@@ -13,7 +13,6 @@ import numpy as np
 from gpt_neo_sampling import _json
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tensorflow, tf
 from gpt_neo_sampling._types import DType, StrPath
-from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
 from gpt_neo_sampling.checkpoint.convert import files_beside
@@ -36,6 +35,7 @@ from gpt_neo_sampling.program import (
     variable_dtype_of,
 )
 from gpt_neo_sampling.sample import INVALID
+from gpt_neo_sampling.sampling.next_token import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 # Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).
 SIGNATURES = {  # name -> what it has beside top-k

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._types import LogitsProcessor, is_int, is_real
-from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
+from gpt_neo_sampling.sampling.next_token import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)

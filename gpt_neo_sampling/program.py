@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
-from gpt_neo_sampling.chain import History, SamplingOptions, chain_distributions
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.mesh.ops import host_call, take
@@ -20,6 +19,7 @@ from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.options import INT32_MAX, check_int
 from gpt_neo_sampling.sample import sample_autoregressive
+from gpt_neo_sampling.sampling.next_token import History, SamplingOptions, chain_distributions
 
 DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow

@@ -14,11 +14,17 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_number, is_whole
-from gpt_neo_sampling.chain import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE, History, SamplingOptions, next_token
 from gpt_neo_sampling.decoder import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.uniforms import import_seed
+from gpt_neo_sampling.sampling.next_token import (
+    ENTMAX_TEMPERATURE,
+    SOFTMAX_TEMPERATURE,
+    History,
+    SamplingOptions,
+    next_token,
+)
+from gpt_neo_sampling.sampling.random import import_seed
 
 INVALID = -1  # the token of a row whose distribution is not one
 

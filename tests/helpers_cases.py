@@ -13,9 +13,11 @@ from programs import Program, dims
 from simd import constant_weights
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.mesh.ops import take
-from gpt_neo_sampling.models.masks import (
+from gpt_neo_sampling.models.utils import entmax, sample_categorical
+from gpt_neo_sampling.sample import sample_autoregressive
+from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
+from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
@@ -23,7 +25,7 @@ from gpt_neo_sampling.models.masks import (
     top_p_mask,
     typical_p_mask,
 )
-from gpt_neo_sampling.models.penalties import (
+from gpt_neo_sampling.sampling.penalties import (
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
@@ -31,9 +33,7 @@ from gpt_neo_sampling.models.penalties import (
     token_counts,
     tokens_mask,
 )
-from gpt_neo_sampling.models.utils import entmax, sample_categorical
-from gpt_neo_sampling.sample import sample_autoregressive
-from gpt_neo_sampling.uniforms import counter_bits, threefry_2x32
+from gpt_neo_sampling.sampling.random import counter_bits, threefry_2x32
 
 BATCH = 8
 LOWEST = np.finfo(np.float32).min

@@ -14,10 +14,11 @@ import shlex
 import pytest
 
 import gpt_neo_sampling
-from gpt_neo_sampling import chain, checkpoint, cli, decoder
+from gpt_neo_sampling import checkpoint, cli, decoder
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.arguments import parser
 from gpt_neo_sampling.models import utils
+from gpt_neo_sampling.sampling import next_token as chain
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

@@ -1,4 +1,4 @@
-"""gpt_neo_sampling.draws and exact: on one device, on split meshes and under XLA, against NumPy.
+"""gpt_neo_sampling.sampling.categorical and exact: on one device, on split meshes and under XLA, against NumPy.
 
 Statistical tests are of draws at fixed seeds: they always pass or always fail.
 Each of their 8 p values is refused at FALSE_ALARM, so right draws would fail
@@ -15,10 +15,10 @@ import reference
 from programs import DEVICES, ONE_DEVICE, MeshRunner, Program, XlaProgram, compiled, dims, lowered
 from test_utils import chi_square_p
 
-from gpt_neo_sampling import draws, exact
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
-from gpt_neo_sampling.draws import grouped_draw, score_draw
 from gpt_neo_sampling.mesh.sharded_rows import GROUPS, Rows, group_size, padded_size
+from gpt_neo_sampling.sampling import categorical, fixed_point
+from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
 
 FALSE_ALARM = 1e-6
 slow = pytest.mark.slow
@@ -195,7 +195,7 @@ def test_draw_from_small_vocabularies(sizes):
 
 
 def test_many_draws_are_the_single_draws():
-    """samples_dim takes other code paths for few and for many samples: the same draws."""
+    """samples_dim takes other code paths for few and for many samples: the same categorical."""
     rng = np.random.default_rng(10)
     w = sparse_weights(rng, 8, 256)
     cases = [(w, uniforms(rng, 8, n), uniforms(rng, 8, n)) for n in (1, 2, GROUPS, GROUPS + 1, 300)]
@@ -417,8 +417,8 @@ def test_exact_softmax_weights():
     steps = -np.arange(2**13) * 2.0**-24
     z = np.concatenate([-np.linspace(0, 95, 400001), steps, -(10 ** np.linspace(-40, 2, 5001)), [-np.inf, LOWEST]])
     z = -np.sort(-z.astype(np.float32))
-    w = on_tensors(exact.softmax_weights, z)
-    assert_same_bits(on_tensors(exact.softmax_weights, z, jit=True), w)
+    w = on_tensors(fixed_point.softmax_weights, z)
+    assert_same_bits(on_tensors(fixed_point.softmax_weights, z, jit=True), w)
     right = np.exp(z.astype(np.float64))
     live = z > -87.3
     assert np.abs(w[live] / right[live] - 1).max() < 2**-22
@@ -429,15 +429,15 @@ def test_exact_softmax_weights():
 
 @functools.cache
 def exact_entmax_program(shape, jit, runner, candidates):
-    """`candidates` is what exact._CANDIDATES is, to make another program where it is another."""
-    assert exact._CANDIDATES == candidates
+    """`candidates` is what fixed_point._CANDIDATES is, to make another program where it is another."""
+    assert fixed_point._CANDIDATES == candidates
     impl = runner.impl
     axes = list(range(impl.ndims))
 
     def weights(z, epsilon):
         like = impl.LaidOutTensor.from_tensor_list
         z, epsilon = like(tf.split(z, impl.size, 1)), like([epsilon] * impl.size)
-        w = exact.entmax_weights(impl, z, epsilon, lambda x: impl.allreduce(x, axes, "SUM") if axes else x)
+        w = fixed_point.entmax_weights(impl, z, epsilon, lambda x: impl.allreduce(x, axes, "SUM") if axes else x)
         return tf.concat(w.tensor_list, 1)
 
     if runner is ONE_DEVICE:
@@ -455,7 +455,7 @@ def exact_entmax_program(shape, jit, runner, candidates):
 def exact_entmax(z, alpha, jit=False, runner=ONE_DEVICE):
     """exact.entmax_weights of z [rows, V], alpha [rows]; a runner splits V along its mesh."""
     with quiet_logging():
-        program = exact_entmax_program(z.shape, jit, runner, exact._CANDIDATES)
+        program = exact_entmax_program(z.shape, jit, runner, fixed_point._CANDIDATES)
         return program(z, (np.float32(alpha) - np.float32(1))[:, np.newaxis])
 
 
@@ -497,7 +497,7 @@ def check_entmax_weights(z, alpha, want_few):
     """
     size = z.shape[1]
     few = (1 - (alpha - 1)[:, np.newaxis] * np.minimum(-z.astype(np.float64), 127) > 0).sum(1).max()
-    assert (few < exact._CANDIDATES) == want_few
+    assert (few < fixed_point._CANDIDATES) == want_few
     w = exact_entmax(z, alpha)
     p = w.astype(np.float64) / w.sum(1, dtype=np.float64, keepdims=True)
     for i in range(len(z)):
@@ -529,7 +529,7 @@ def test_exact_entmax_of_a_large_vocabulary(monkeypatch):
     """Its threshold is looked for among _CANDIDATES entries, or among all: the same bits."""
     rng = np.random.default_rng(19)
     size = 4201  # so many that half of them are not all candidates
-    assert size // 2 > 2 * exact._CANDIDATES
+    assert size // 2 > 2 * fixed_point._CANDIDATES
     narrow = with_alphas(from_largest(gaussians(rng, [2, 2.5, 3], size)), [1.3, 1.5, 1.7, 1.9, 2])
     few = check_entmax_weights(*narrow, True)
     spreads = [2, 1, 3, 2, 0.1, 0.05, 0.02, 1e-5]
@@ -537,7 +537,7 @@ def test_exact_entmax_of_a_large_vocabulary(monkeypatch):
     wide = wide, np.append(ALPHAS, np.float32([1.3, 2, 1.5, 1.9, 1, 1.001, 1.05]))
     assert wide[0].shape == narrow[0].shape  # one program for both
     check_entmax_weights(*wide, False)  # this is among all as it is
-    monkeypatch.setattr(exact, "_CANDIDATES", size)
+    monkeypatch.setattr(fixed_point, "_CANDIDATES", size)
     assert_same_bits(exact_entmax(*narrow), few)
 
 
@@ -561,7 +561,7 @@ def margins(value):
     """Programs that are made in here have these margins: at 2.0 every draw is in doubt, at 0.0 none."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("SOFTMAX_MARGIN", "ENTMAX_MARGIN", "UNIFORM_MARGIN"):
-            patch.setattr(draws, name, value)
+            patch.setattr(categorical, name, value)
         yield
 
 
@@ -581,7 +581,7 @@ def opened_up(again, few=False, **replacements):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf, "cond", taken)
         for name, function in replacements.items():
-            patch.setattr(draws, name, function)
+            patch.setattr(categorical, name, function)
         yield
 
 
@@ -590,14 +590,14 @@ def cumulative(scores, *alpha, exactly, jit=False, few=False):
 
     Without `exactly`, also how near to a border it doubts: [rows] and [rows, groups].
     """
-    search, search_near, sums, doubts = draws._search, draws._search_near, [], []
+    search, search_near, sums, doubts = categorical._search, categorical._search_near, [], []
 
     def note(weights, which, u):
-        sums.append(draws._scan(draws._sums_and_last(weights)[0], tf.maximum))
+        sums.append(categorical._scan(categorical._sums_and_last(weights)[0], tf.maximum))
         return search(weights, which, u)
 
     def note_near(weights, which, u, margin):
-        near = draws._near_cdf(weights)[..., : weights.shape[-1]]
+        near = categorical._near_cdf(weights)[..., : weights.shape[-1]]
         sums.append(near)
         doubts.append(margin * near[..., -1] if isinstance(margin, float) else margin)
         return search_near(weights, which, u, margin)
@@ -699,8 +699,8 @@ def test_fast_draws_from_weights_are_exact_or_in_doubt(size, monkeypatch):
         border = at_borders(grouped[np.arange(rows), drawn_from], rng.integers(0, group, rows))
     u2[rows // 4 : rows // 2] = np.nan_to_num(border)[rows // 4 : rows // 2]
 
-    flags, any_of = [], draws.any_of
-    monkeypatch.setattr(draws, "any_of", lambda impl, x: flags.append(x.tensor_list[0]) or any_of(impl, x))
+    flags, any_of = [], categorical.any_of
+    monkeypatch.setattr(categorical, "any_of", lambda impl, x: flags.append(x.tensor_list[0]) or any_of(impl, x))
 
     def build(w, u1, u2):
         del flags[:]
@@ -718,11 +718,11 @@ def test_fast_draws_from_weights_are_exact_or_in_doubt(size, monkeypatch):
         exact = draw(one)
         return fast, exact[:, 0], flags[0][:, 0]
 
-    fast, exact, doubt = on_tensors(build, w, u1, u2)
-    assert np.all((fast == exact) | (doubt == 1))
+    fast, fixed_point, doubt = on_tensors(build, w, u1, u2)
+    assert np.all((fast == fixed_point) | (doubt == 1))
     plain = np.arange(rows) % 4 > 0
     plain[: rows // 2], plain[::50] = False, False
-    assert (fast != exact).any() and doubt[plain].mean() < 0.02
+    assert (fast != fixed_point).any() and doubt[plain].mean() < 0.02
 
 
 def mixed_rows(rng, rows, size):
@@ -745,7 +745,7 @@ def near_borders(rng, scores, *alpha, passes, away=0.0, few=False):
     groups, entries = groups.astype(np.float64), entries.astype(np.float64)
 
     def border(sums, u):
-        """Either end of what u draws, as a part of all."""
+        """Either end of what u categorical, as a part of all."""
         sums = np.pad(sums, [(0, 0), (1, 0)])
         drawn = (sums[:, 1:] <= (u * sums[:, -1])[:, np.newaxis]).sum(1)
         ends = drawn + rng.integers(0, 2, len(u))
@@ -795,18 +795,18 @@ def test_fast_draws_among_few_entries_are_exact_or_in_doubt():
 def check_fast_draws(rng, z, alpha, copies, passes, few=False):
     """Near borders between entries: what is drawn at first, and is not in doubt, is right; some are in doubt."""
     entmax, (distinct, size) = bool(alpha), z.shape
-    away = (draws.ENTMAX_MARGIN if entmax else draws.SOFTMAX_MARGIN) / 2
+    away = (categorical.ENTMAX_MARGIN if entmax else categorical.SOFTMAX_MARGIN) / 2
     u = near_borders(rng, z, *alpha, passes=passes * copies, away=away, few=few)
 
     def from_weights(mesh, w, u1, u2):
         b, v, s = dims(batch=distinct, vocab=size, samples=passes * copies)
         return grouped_draw(imp(mesh, w, b, v), imp(mesh, u1, b, s), imp(mesh, u2, b, s), v, s)
 
-    weights = exact_entmax(z, *alpha) if entmax else on_tensors(exact.softmax_weights, z)
+    weights = exact_entmax(z, *alpha) if entmax else on_tensors(fixed_point.softmax_weights, z)
     want = MeshRunner()(from_weights, weights, *u.transpose(0, 2, 1)).T.reshape(passes, copies * distinct)
     u = u.reshape(2, passes, copies * distinct)
     z, alpha = np.tile(z, (copies, 1)), [np.tile(a, copies) for a in alpha]
-    draw, seen = draws._draw_near, []
+    draw, seen = categorical._draw_near, []
 
     def note(*args, **kwargs):
         seen.append(draw(*args, **kwargs))
@@ -882,7 +882,7 @@ def test_without_the_protection_backends_differ():
     right = Program(score_build(3000), inputs)
     tokens = [np.array([program(z, u1, u2) for u1, u2 in zip(*u)]) for program in (plain, xla, right)]
     differ = [(a != b).mean() for a, b in itertools.combinations(tokens, 2)]
-    print("plain and XLA, plain and exact, XLA and exact:", *(f"{d:.3f}" for d in differ))
+    print("plain and XLA, plain and fixed_point, XLA and exact:", *(f"{d:.3f}" for d in differ))
     assert min(differ) > 0.02
 
 

@@ -12,8 +12,6 @@ from programs import MeshRunner, Program, dims
 from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
-from gpt_neo_sampling.draws import score_draw
-from gpt_neo_sampling.models.penalties import repetition_penalty, tokens_mask
 from gpt_neo_sampling.models.utils import (
     entmax,
     entmax_cross_entropy_with_logits,
@@ -27,6 +25,8 @@ from gpt_neo_sampling.models.utils import (
     typical_p_mask,
 )
 from gpt_neo_sampling.sample import sample_autoregressive
+from gpt_neo_sampling.sampling.categorical import score_draw
+from gpt_neo_sampling.sampling.penalties import repetition_penalty, tokens_mask
 
 HALF_OF_ALL = {"top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5}
 PENALTIES = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5}

@@ -9,7 +9,7 @@ from helpers_cases import LOWEST
 from programs import MeshRunner, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.models.masks import epsilon_mask, eta_mask, min_p_mask, top_p_mask, typical_p_mask
+from gpt_neo_sampling.sampling.masks import epsilon_mask, eta_mask, min_p_mask, top_p_mask, typical_p_mask
 
 # mask: (its definition, numbers to try, the number that masks nothing, numbers out of range)
 MASKS = {

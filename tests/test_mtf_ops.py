@@ -9,9 +9,9 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
-from gpt_neo_sampling.largest import largest, top_k
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, row_index, scatter_add, settle, take, write_at
-from gpt_neo_sampling.uniforms import counter_bits, import_seed, threefry_2x32
+from gpt_neo_sampling.sampling.random import counter_bits, import_seed, threefry_2x32
+from gpt_neo_sampling.sampling.top_k import largest, top_k
 
 B, T, E, V = dims(batch=4, time=2, embd=6, vocab=16)
 FULL = MeshRunner("x:2,y:2,z:2", "batch:x,vocab:y,embd:z")

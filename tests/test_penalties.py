@@ -1,4 +1,4 @@
-"""gpt_neo_sampling.models.penalties against NumPy in float64, on 1,000 rows and on any layout."""
+"""gpt_neo_sampling.sampling.penalties against NumPy in float64, on 1,000 rows and on any layout."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.models.penalties import (
+from gpt_neo_sampling.models.utils import entmax
+from gpt_neo_sampling.sampling.penalties import (
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
@@ -14,7 +15,6 @@ from gpt_neo_sampling.models.penalties import (
     token_counts,
     tokens_mask,
 )
-from gpt_neo_sampling.models.utils import entmax
 
 ROWS, VOCAB, LENGTH = 1000, 16, 20
 B, V, L = dims(batch=ROWS, vocab=VOCAB, length=LENGTH)

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from programs import MeshRunner, Program
 from strategies import FURTHER, ONE_DEVICE, SPLIT, Place, Row, Sample, info, rounded, samples, seeds
 
-from gpt_neo_sampling import chain
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.draws import grouped_draw, score_draw
-from gpt_neo_sampling.largest import first_argmax, top_k
 from gpt_neo_sampling.mesh import ops
 from gpt_neo_sampling.models import utils
-from gpt_neo_sampling.models.masks import (
+from gpt_neo_sampling.sampling import next_token as chain
+from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
+from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
@@ -29,7 +28,8 @@ from gpt_neo_sampling.models.masks import (
     top_p_mask,
     typical_p_mask,
 )
-from gpt_neo_sampling.uniforms import counter_bits
+from gpt_neo_sampling.sampling.random import counter_bits
+from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
 NORMAL = 2.0**-126  # TensorFlow takes what is nearer to 0 for 0
 

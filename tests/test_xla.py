@@ -28,7 +28,7 @@ from helpers_cases import (
 from programs import Program, XlaProgram, dims
 
 from gpt_neo_sampling._compat import mtf
-from gpt_neo_sampling.models.masks import eta_mask
+from gpt_neo_sampling.sampling.masks import eta_mask
 
 slow = pytest.mark.slow
 ROUNDING = collections.defaultdict(float, {ENTMAX: 1e-6})  # how far values may differ

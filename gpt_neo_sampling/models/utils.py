@@ -31,9 +31,6 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut, RowValue, is_number, is_whole
-from gpt_neo_sampling.draws import grouped_draw
-from gpt_neo_sampling.entmax_solver import chosen_of, entmax_by_chosen
-from gpt_neo_sampling.largest import has_invalid, scatter_rows
 from gpt_neo_sampling.mesh.ops import (
     MeshOperation,
     align,
@@ -46,7 +43,9 @@ from gpt_neo_sampling.mesh.ops import (
     take,
 )
 from gpt_neo_sampling.mesh.sharded_rows import Rows, near_sum
-from gpt_neo_sampling.models.masks import (
+from gpt_neo_sampling.sampling.categorical import grouped_draw
+from gpt_neo_sampling.sampling.entmax_solver import chosen_of, entmax_by_chosen
+from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
@@ -54,7 +53,7 @@ from gpt_neo_sampling.models.masks import (
     top_p_mask,
     typical_p_mask,
 )
-from gpt_neo_sampling.models.penalties import (
+from gpt_neo_sampling.sampling.penalties import (
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
@@ -62,7 +61,8 @@ from gpt_neo_sampling.models.penalties import (
     token_counts,
     tokens_mask,
 )
-from gpt_neo_sampling.uniforms import counter_bits, import_seed
+from gpt_neo_sampling.sampling.random import counter_bits, import_seed
+from gpt_neo_sampling.sampling.top_k import has_invalid, scatter_rows
 
 __all__ = [
     "biasmask_attn_weights",

@@ -13,11 +13,18 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LogitsProcessor, RowValue, Tensor, is_number, is_whole
-from gpt_neo_sampling.draws import score_draw
-from gpt_neo_sampling.entmax_solver import chosen_of
-from gpt_neo_sampling.largest import first_argmax
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, settle, take
-from gpt_neo_sampling.models.masks import (
+from gpt_neo_sampling.models.utils import (
+    DEFAULT_ALPHA,
+    draw_uniforms,
+    entmax,
+    inverse_temperature,
+    log_softmax_at,
+    softmax,
+)
+from gpt_neo_sampling.sampling.categorical import score_draw
+from gpt_neo_sampling.sampling.entmax_solver import chosen_of
+from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     has_no_top_k,
@@ -29,7 +36,7 @@ from gpt_neo_sampling.models.masks import (
     top_p_mask,
     typical_p_mask,
 )
-from gpt_neo_sampling.models.penalties import (
+from gpt_neo_sampling.sampling.penalties import (
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
@@ -37,14 +44,7 @@ from gpt_neo_sampling.models.penalties import (
     token_counts,
     tokens_mask,
 )
-from gpt_neo_sampling.models.utils import (
-    DEFAULT_ALPHA,
-    draw_uniforms,
-    entmax,
-    inverse_temperature,
-    log_softmax_at,
-    softmax,
-)
+from gpt_neo_sampling.sampling.top_k import first_argmax
 
 SOFTMAX_TEMPERATURE = 0.9  # the original's default,
 ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given

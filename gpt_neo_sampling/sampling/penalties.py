@@ -13,7 +13,7 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_number, is_whole
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_add, size_of
-from gpt_neo_sampling.models.masks import mask_out, mask_value
+from gpt_neo_sampling.sampling.masks import mask_out, mask_value
 
 # --- Tokens that stand in a row ---------------------------------------------------
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
-from gpt_neo_sampling.largest import has_invalid, largest
 from gpt_neo_sampling.mesh.ops import MeshOperation, pad_last, size_of
 from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, spread_rows, sum_across
+from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
 _FEW = 128  # entries of a shard that are looked at one by one
 _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of

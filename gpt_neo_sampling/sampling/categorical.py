@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gpt_neo_sampling import exact
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.entmax_solver import entmax_by_chosen
 from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
 from gpt_neo_sampling.mesh.sharded_rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
+from gpt_neo_sampling.sampling import fixed_point
+from gpt_neo_sampling.sampling.entmax_solver import entmax_by_chosen
 
 SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
 UNIFORM_MARGIN = 2.0**-24  # and what the bits add that float32 has no room for
@@ -522,9 +522,9 @@ class _ScoreDrawOperation(_DrawOperation):
         def draw_again() -> list[tf.Tensor]:
             z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
             if epsilon is None:
-                weights = slicewise(exact.softmax_weights, z)
+                weights = slicewise(fixed_point.softmax_weights, z)
             else:
-                weights = exact.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
+                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
             weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
             return _draw(rows, weights, uniforms).tensor_list
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut, RowValue, is_number
-from gpt_neo_sampling.largest import largest
 from gpt_neo_sampling.mesh.ops import size_of
 from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, sum_across
+from gpt_neo_sampling.sampling.top_k import largest
 
 
 def chosen_of(alpha: RowValue) -> int:

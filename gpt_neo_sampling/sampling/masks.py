@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpt_neo_sampling import mass
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, is_number, is_whole
-from gpt_neo_sampling.largest import top_k
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, take
+from gpt_neo_sampling.sampling import cutoffs
+from gpt_neo_sampling.sampling.top_k import top_k
 
 
 def mask_value(dtype: tf.DType) -> float:
@@ -173,7 +173,7 @@ def top_p_mask(
         >>> run(lambda x: mtf.softmax(top_p_mask(mtf.log(x), 0.7), x.shape[-1]), [[0.25, 0.5, 0.125, 0.125]]).round(3)
         array([[0.333, 0.667, 0.   , 0.   ]], dtype=float32)
     """
-    return _mask_below(logits, "top_p", top_p, dim, masked, mass.top_p_cut, neutral=1)
+    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.top_p_cut, neutral=1)
 
 
 def min_p_mask(
@@ -187,7 +187,7 @@ def min_p_mask(
       min_p: as top_p of `top_p_mask`; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
       logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
     """
-    return _mask_below(logits, "min_p", min_p, dim, masked, mass.min_p_cut, neutral=0)
+    return _mask_below(logits, "min_p", min_p, dim, masked, cutoffs.min_p_cut, neutral=0)
 
 
 def typical_p_mask(
@@ -203,7 +203,7 @@ def typical_p_mask(
       typical_p: as top_p of `top_p_mask`, but above 0; 1 masks nothing.
       logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
     """
-    return _mask_below(logits, "typical_p", typical_p, dim, masked, mass.typical_p_cut, neutral=1, excluded=0)
+    return _mask_below(logits, "typical_p", typical_p, dim, masked, cutoffs.typical_p_cut, neutral=1, excluded=0)
 
 
 def epsilon_mask(
@@ -217,7 +217,9 @@ def epsilon_mask(
       epsilon_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
       logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
     """
-    return _mask_below(logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, mass.epsilon_cut, neutral=0, excluded=1)
+    return _mask_below(
+        logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, cutoffs.epsilon_cut, neutral=0, excluded=1
+    )
 
 
 def eta_mask(
@@ -232,7 +234,7 @@ def eta_mask(
       eta_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
       logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
     """
-    return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, mass.eta_cut, neutral=0, excluded=1)
+    return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1)
 
 
 def _mask_below(
@@ -241,7 +243,7 @@ def _mask_below(
     option: RowValue,
     dim: mtf.Dimension | None,
     masked: float | None,
-    find_cut: Callable[..., mass.Cut],
+    find_cut: Callable[..., cutoffs.Cut],
     neutral: float,
     excluded: float | None = None,
 ) -> mtf.Tensor:
@@ -261,7 +263,7 @@ def _mask_below(
         return tf.where_v2(valid, option, np.nan)
 
     option = mtf.cwise(check, [import_rows(logits.mesh, option, tf.float32, logits.shape - dim, name)])
-    return mass.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
+    return cutoffs.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
 
 
 def padding_mask(logits: mtf.Tensor, size: int, dim: mtf.Dimension | None = None) -> mtf.Tensor:

@@ -1,0 +1,1 @@
+"""From logits to a token, on mtf tensors; knows no model."""
