@@ -14,9 +14,9 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_number, is_whole
-from gpt_neo_sampling.decoder import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.sampling.next_token import (
     ENTMAX_TEMPERATURE,
     SOFTMAX_TEMPERATURE,

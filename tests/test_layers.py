@@ -1,4 +1,4 @@
-"""gpt_neo_sampling.layers, and what a decode loop writes, against NumPy in float64."""
+"""gpt_neo_sampling.models.layers, and what a decode loop writes, against NumPy in float64."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.layers import (
+from gpt_neo_sampling.mesh.ops import resize, settle, take, write_at
+from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
     HUGGING_FACE_ACTIVATIONS,
     ROW_ACTIVATIONS,
@@ -17,7 +18,6 @@ from gpt_neo_sampling.layers import (
     rotary_table,
     rotate,
 )
-from gpt_neo_sampling.mesh.ops import resize, settle, take, write_at
 
 B, S, IN, OUT, P = dims(batch=4, sequence=3, inner=16, outer=8, parts=2)
 H, M, D = dims(heads=2, memory=8, depth=5)

@@ -35,7 +35,6 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
 from gpt_neo_sampling.checkpoint.tensorflow_index import check_index
-from gpt_neo_sampling.layers import HUGGING_FACE_ACTIVATIONS
 from gpt_neo_sampling.models.gpt2 import (
     HUGGING_FACE_OPTIONS,
     LOCAL_RADIUS,
@@ -44,6 +43,7 @@ from gpt_neo_sampling.models.gpt2 import (
     intermediate_size,
     norm_epsilon,
 )
+from gpt_neo_sampling.models.layers import HUGGING_FACE_ACTIVATIONS
 
 SCOPE = "gpt2/"
 SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory

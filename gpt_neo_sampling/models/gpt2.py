@@ -21,7 +21,8 @@ from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params, is_int, is_real
-from gpt_neo_sampling.layers import (
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, resize, take, write_at
+from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
     HUGGING_FACE_ACTIVATIONS,
     ROW_ACTIVATIONS,
@@ -32,7 +33,6 @@ from gpt_neo_sampling.layers import (
     rotary_table,
     rotate,
 )
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, resize, take, write_at
 from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
 
 NORM_EPSILON = 1e-5
