@@ -21,7 +21,7 @@ from simd import UNAVAILABLE, SimdProgram, constant_weights  # noqa: E402
 
 from gpt_neo_sampling._compat import mtf, tf  # noqa: E402
 from gpt_neo_sampling.checkpoint import open_checkpoint  # noqa: E402
-from gpt_neo_sampling.generate import DEMO_FOLDER  # noqa: E402
+from gpt_neo_sampling.generation.generator import DEMO_FOLDER  # noqa: E402
 from gpt_neo_sampling.mesh.ops import cwise_broadcast  # noqa: E402
 from gpt_neo_sampling.sample import sample_autoregressive  # noqa: E402
 

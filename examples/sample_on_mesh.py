@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import gpt_neo_sampling
 import mesh_tensorflow as mtf
 import tensorflow.compat.v1 as tf
-from gpt_neo_sampling.generate import DEMO_FOLDER
+from gpt_neo_sampling.generation.generator import DEMO_FOLDER
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 
 

@@ -2,8 +2,11 @@
 
 from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
 from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
-from gpt_neo_sampling.export import export_saved_model
-from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.generation.export import export_saved_model
+from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.generation.options import GenerationOptions
+from gpt_neo_sampling.generation.prompts_file import generate_file
+from gpt_neo_sampling.generation.scoring import TextScore
 from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh.cluster import ClusterError
 from gpt_neo_sampling.mesh.devices import DeviceMesh, MeshError, device_mesh
@@ -26,10 +29,7 @@ from gpt_neo_sampling.models.utils import (
     top_p_mask,
     typical_p_mask,
 )
-from gpt_neo_sampling.options import GenerationOptions
-from gpt_neo_sampling.prompts_file import generate_file
 from gpt_neo_sampling.sample import sample_autoregressive
-from gpt_neo_sampling.score import TextScore
 
 __version__ = "0.2.0.dev0"
 

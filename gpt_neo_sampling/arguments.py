@@ -6,11 +6,11 @@ from typing import NoReturn
 import gpt_neo_sampling
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
-from gpt_neo_sampling.export import CONTROLS, DEFAULT_TOP_K
+from gpt_neo_sampling.generation.decode_graph import DTYPES
+from gpt_neo_sampling.generation.export import CONTROLS, DEFAULT_TOP_K
+from gpt_neo_sampling.generation.request import DEFAULT_NEW_TOKENS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
 from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
-from gpt_neo_sampling.program import DTYPES
-from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
 
 PROGRAM = "gpt-neo-sampling"
 

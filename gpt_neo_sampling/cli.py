@@ -24,12 +24,12 @@ from gpt_neo_sampling.arguments import PROGRAM, parser
 from gpt_neo_sampling.checkpoint import convert_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import decoded
-from gpt_neo_sampling.export import export_saved_model
-from gpt_neo_sampling.generate import Interrupted, InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.generation.export import export_saved_model
+from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
+from gpt_neo_sampling.generation.options import SAMPLING, check_int
+from gpt_neo_sampling.generation.prompts_file import generate_file
 from gpt_neo_sampling.inspection import plot, plot_format, table, terminal_style, to_json, token_text
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster, serve
-from gpt_neo_sampling.options import SAMPLING, check_int
-from gpt_neo_sampling.prompts_file import generate_file
 
 
 def _cluster(args: argparse.Namespace, task: str | None = None) -> Cluster | None:

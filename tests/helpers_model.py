@@ -10,7 +10,7 @@ from programs import dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint
-from gpt_neo_sampling.generate import DEMO_FOLDER
+from gpt_neo_sampling.generation.generator import DEMO_FOLDER
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import DecodeContext
 from gpt_neo_sampling.models.utils import biasmask_attn_weights

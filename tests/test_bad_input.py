@@ -55,7 +55,7 @@ from gpt_neo_sampling import (
 )
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import tensorflow_index
-from gpt_neo_sampling.generate import DEMO_FOLDER
+from gpt_neo_sampling.generation.generator import DEMO_FOLDER
 
 GLOBAL = str(DATA / "gpt_neo_checkpoints" / "global")
 DEVICES = "cpu:0,cpu:1"

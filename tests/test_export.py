@@ -13,9 +13,10 @@ from conftest import DATA
 from helpers_model import config, random_weights
 from test_cli import main
 
-from gpt_neo_sampling import TextGenerator, export, export_saved_model
+from gpt_neo_sampling import TextGenerator, export_saved_model
 from gpt_neo_sampling._compat import tensorflow, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint, write_mesh_tf_checkpoint
+from gpt_neo_sampling.generation import export
 
 BATCH, LENGTH, PROMPT_LENGTH, TOP_K = 4, 40, 20, 8
 CLIENT = pathlib.Path(__file__).parent / "saved_model_client.py"

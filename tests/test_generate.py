@@ -10,8 +10,10 @@ import pytest
 import reference
 from conftest import DATA
 
-from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator, generate, graphs
+from gpt_neo_sampling import CheckpointError, InvalidDistributionError, TextGenerator
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.generation import generator as generate
+from gpt_neo_sampling.generation import session as graphs
 
 MESH_TF = DATA / "gpt_neo_checkpoints"
 slow = pytest.mark.slow  # each size of graph, and set of options' names, costs seconds
@@ -228,7 +230,7 @@ def test_the_same_request_builds_nothing_more(tiny):
 
 RESIDENT_SET = r"""
 import re
-from gpt_neo_sampling.generate import TextGenerator
+from gpt_neo_sampling.generation.generator import TextGenerator
 TextGenerator.from_pretrained().generate("The family of Dashwood", max_new_tokens=64)
 print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """

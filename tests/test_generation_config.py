@@ -11,8 +11,8 @@ from test_cli import main
 
 from gpt_neo_sampling import TextGenerator, export_saved_model, generate_file
 from gpt_neo_sampling.checkpoint import open_checkpoint
-from gpt_neo_sampling.generate import DEMO_FOLDER
-from gpt_neo_sampling.request import DEFAULT_NEW_TOKENS
+from gpt_neo_sampling.generation.generator import DEMO_FOLDER
+from gpt_neo_sampling.generation.request import DEFAULT_NEW_TOKENS
 
 slow = pytest.mark.slow  # each size of graph, and set of options' names, costs seconds
 
@@ -191,8 +191,8 @@ def test_the_command_tells_none_from_not_given(monkeypatch, capfd):
 
 def test_export_names_what_it_does_not_take_over(asking, tmp_path, caplog, monkeypatch):
     asking(do_sample=True, penalty_alpha=0.9)
-    monkeypatch.setattr("gpt_neo_sampling.export._write", lambda *args: None)  # which takes seconds
-    monkeypatch.setattr("gpt_neo_sampling.export._write_extras", lambda *args: None)
+    monkeypatch.setattr("gpt_neo_sampling.generation.export._write", lambda *args: None)  # which takes seconds
+    monkeypatch.setattr("gpt_neo_sampling.generation.export._write_extras", lambda *args: None)
     export_saved_model(tmp_path / "saved", tmp_path / "asking", batch=1, length=8)
     assert "requests have to give them: do_sample=True, temperature=1.0, top_k=50, penalty_alpha=0.9" in caplog.text
 

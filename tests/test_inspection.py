@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from gpt_neo_sampling import TextGenerator, cli
 from gpt_neo_sampling._atomic_files import write_whole
+from gpt_neo_sampling.generation.decode_graph import DEMO_FOLDER
 from gpt_neo_sampling.inspection import (
     ChainStep,
     likeliest,
@@ -23,7 +24,6 @@ from gpt_neo_sampling.inspection import (
     token_text,
 )
 from gpt_neo_sampling.inspection.steps import changing
-from gpt_neo_sampling.program import DEMO_FOLDER
 
 V = 2048
 

@@ -29,7 +29,8 @@ SHAPE = {
 
 LOAD = r"""
 import json, os, re, sys, time
-from gpt_neo_sampling import TextGenerator, graphs
+from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling.generation import session as graphs
 
 def memory(key):
     return int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1]) * 1024

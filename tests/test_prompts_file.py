@@ -21,7 +21,7 @@ import processes
 
 from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, cli, generate_file
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
-from gpt_neo_sampling.generate import MAX_BATCH, Interrupted
+from gpt_neo_sampling.generation.generator import MAX_BATCH, Interrupted
 
 
 class Death(BaseException):

@@ -7,8 +7,9 @@ from conftest import DATA
 from helpers_checkpoint import spoiled
 from helpers_model import checkpoint, reference_config
 
-from gpt_neo_sampling import InvalidDistributionError, TextGenerator, TextScore, score
+from gpt_neo_sampling import InvalidDistributionError, TextGenerator, TextScore
 from gpt_neo_sampling._compat import mtf
+from gpt_neo_sampling.generation import scoring
 
 MESH_TF = DATA / "gpt_neo_checkpoints"
 BOS = 1  # of the checkpoint "local": its eos_id
@@ -88,7 +89,7 @@ def test_texts_in_parts(tiny, monkeypatch):
     sizes = []
     logprobs = tiny._logprobs
     monkeypatch.setattr(tiny, "_logprobs", lambda rows: sizes.append(list(map(len, rows))) or logprobs(rows))
-    monkeypatch.setattr(score, "MAX_POSITIONS", 48)
+    monkeypatch.setattr(scoring, "MAX_POSITIONS", 48)
     for part, one in zip(tiny.score(texts), whole, strict=True):
         np.testing.assert_allclose(part.logprobs[1:], one.logprobs[1:], rtol=0, atol=1e-5)
     assert sizes == [[48], [40], [12, 11, 7, 3], [2]]
@@ -119,11 +120,11 @@ def test_windows(tiny, stride):
 def test_strings():
     demo = TextGenerator.from_pretrained()
     text = "The family of Dashwood had long been settled in Sussex."
-    (score,) = demo.score(text)
-    shuffled, by_ids = demo.score(["Sussex long of in The settled been had Dashwood family.", score.tokens])
-    assert demo.tokenizer.decode(score.tokens) == text
-    np.testing.assert_allclose(by_ids.logprobs[1:], score.logprobs[1:], rtol=0, atol=1e-5)
-    assert score.perplexity < shuffled.perplexity / 2
+    (scoring,) = demo.score(text)
+    shuffled, by_ids = demo.score(["Sussex long of in The settled been had Dashwood family.", scoring.tokens])
+    assert demo.tokenizer.decode(scoring.tokens) == text
+    np.testing.assert_allclose(by_ids.logprobs[1:], scoring.logprobs[1:], rtol=0, atol=1e-5)
+    assert scoring.perplexity < shuffled.perplexity / 2
 
 
 @pytest.mark.parametrize(

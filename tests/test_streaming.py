@@ -14,8 +14,8 @@ from test_cli import main
 from test_docs import terminal
 
 from gpt_neo_sampling import TextGenerator, cli
-from gpt_neo_sampling.generate import Interrupted
-from gpt_neo_sampling.streaming import TextStream, Watcher
+from gpt_neo_sampling.generation.generator import Interrupted
+from gpt_neo_sampling.generation.streaming import TextStream, Watcher
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import shutil
 import pytest
 from helpers_checkpoint import make_mesh_tf, write_json
 
-from gpt_neo_sampling import CheckpointError, TextGenerator, generate, open_checkpoint
+from gpt_neo_sampling import CheckpointError, TextGenerator, open_checkpoint
 from gpt_neo_sampling.checkpoint import load_tokenizer
+from gpt_neo_sampling.generation import generator as generate
 
 TOKENIZER = generate.DEMO_FOLDER / "tokenizer.json"
 TEXT = "It is a truth universally acknowledged, that Zoë paid 3.50.\n<|endoftext|>She"

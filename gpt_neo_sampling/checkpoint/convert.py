@@ -51,7 +51,7 @@ def convert_checkpoint(
     Example, with the model that comes with the package:
 
         >>> import tempfile
-        >>> from gpt_neo_sampling.generate import DEMO_FOLDER
+        >>> from gpt_neo_sampling.generation.generator import DEMO_FOLDER
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     convert_checkpoint(DEMO_FOLDER, folder, to="huggingface", dtype="bfloat16")
         ...     print(sorted(os.listdir(folder)))

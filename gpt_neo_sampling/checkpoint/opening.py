@@ -46,7 +46,7 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
 
     Example, with the model that comes with the package:
 
-        >>> from gpt_neo_sampling.generate import DEMO_FOLDER
+        >>> from gpt_neo_sampling.generation.generator import DEMO_FOLDER
         >>> with open_checkpoint(DEMO_FOLDER) as checkpoint:
         ...     print(checkpoint.kind, checkpoint.params["n_layer"], checkpoint.shape("wte"))
         ...     print(checkpoint.names()[:3], checkpoint.read("ln_f/g").dtype)

@@ -12,16 +12,23 @@ from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, T
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import encoded
-from gpt_neo_sampling.graphs import ChainProgram, DecodeProgram, Graphs, WatchedProgram, program_key, score_key
+from gpt_neo_sampling.generation.decode_graph import DEMO_FOLDER, first_token_of
+from gpt_neo_sampling.generation.options import INT32_MAX, TOKEN_OPTIONS, GenerationOptions, check_bool
+from gpt_neo_sampling.generation.request import Request, checked_request, models_stop_strings
+from gpt_neo_sampling.generation.scoring import ScoreProgram, TextScore, score_texts
+from gpt_neo_sampling.generation.session import (
+    ChainProgram,
+    DecodeProgram,
+    Graphs,
+    WatchedProgram,
+    program_key,
+    score_key,
+)
+from gpt_neo_sampling.generation.streaming import TextStream, Watcher
 from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh.cluster import Cluster
 from gpt_neo_sampling.mesh.devices import DeviceMesh, device_mesh
-from gpt_neo_sampling.options import INT32_MAX, TOKEN_OPTIONS, GenerationOptions, check_bool
-from gpt_neo_sampling.program import DEMO_FOLDER, first_token_of
-from gpt_neo_sampling.request import Request, checked_request, models_stop_strings
 from gpt_neo_sampling.sample import INVALID
-from gpt_neo_sampling.score import ScoreProgram, TextScore, score_texts
-from gpt_neo_sampling.streaming import TextStream, Watcher
 
 MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
 

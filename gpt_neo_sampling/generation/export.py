@@ -17,11 +17,7 @@ from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
 from gpt_neo_sampling.checkpoint.convert import files_beside
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS
-from gpt_neo_sampling.mesh.devices import device_mesh
-from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
-from gpt_neo_sampling.options import ROW_OPTIONS, check_int
-from gpt_neo_sampling.program import (
+from gpt_neo_sampling.generation.decode_graph import (
     DEMO_FOLDER,
     NO_STOP_TOKEN,
     ModelArguments,
@@ -34,6 +30,10 @@ from gpt_neo_sampling.program import (
     stop_tokens_of,
     variable_dtype_of,
 )
+from gpt_neo_sampling.generation.options import ROW_OPTIONS, check_int
+from gpt_neo_sampling.mesh.devices import device_mesh
+from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.sampling.next_token import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from gpt_neo_sampling._types import LogitsProcessor, Tokenizer, is_real
 from gpt_neo_sampling.checkpoint import Checkpoint
-from gpt_neo_sampling.options import (
+from gpt_neo_sampling.generation.decode_graph import stop_tokens_of
+from gpt_neo_sampling.generation.options import (
     FLOAT32_MAX,
     INT32_MAX,
     ROW_OPTIONS,
@@ -22,7 +23,6 @@ from gpt_neo_sampling.options import (
     per_prompt,
     resolve,
 )
-from gpt_neo_sampling.program import stop_tokens_of
 
 DEFAULT_NEW_TOKENS = 64
 # Options that all prompts share, and that a generation_config.json may give.

@@ -14,10 +14,10 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
+from gpt_neo_sampling.generation.options import INT32_MAX, check_int
 from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
-from gpt_neo_sampling.options import INT32_MAX, check_int
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.next_token import History, SamplingOptions, chain_distributions
 

@@ -29,8 +29,14 @@ from gpt_neo_sampling import _json
 from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import read_json
-from gpt_neo_sampling.generate import MAX_BATCH, Interrupted, InvalidDistributionError, Sample, TextGenerator
-from gpt_neo_sampling.options import INT32_MAX, ROW_OPTIONS, GenerationOptions
+from gpt_neo_sampling.generation.generator import (
+    MAX_BATCH,
+    Interrupted,
+    InvalidDistributionError,
+    Sample,
+    TextGenerator,
+)
+from gpt_neo_sampling.generation.options import INT32_MAX, ROW_OPTIONS, GenerationOptions
 
 # what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
 OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))

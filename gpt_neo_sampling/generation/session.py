@@ -23,12 +23,7 @@ from gpt_neo_sampling._compat import (
 )
 from gpt_neo_sampling._types import DType, Params
 from gpt_neo_sampling.checkpoint import Checkpoint
-from gpt_neo_sampling.mesh.cluster import ClusterError
-from gpt_neo_sampling.mesh.devices import DeviceMesh, round_up
-from gpt_neo_sampling.mesh.sharded_rows import padded_size
-from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.options import ROW_OPTIONS
-from gpt_neo_sampling.program import (
+from gpt_neo_sampling.generation.decode_graph import (
     LOGIT_BIAS,
     NO_STOP_TOKEN,
     ModelArguments,
@@ -40,9 +35,14 @@ from gpt_neo_sampling.program import (
     load_weights,
     variable_dtype_of,
 )
-from gpt_neo_sampling.request import Request
-from gpt_neo_sampling.score import ScoreKey
-from gpt_neo_sampling.streaming import Watcher
+from gpt_neo_sampling.generation.options import ROW_OPTIONS
+from gpt_neo_sampling.generation.request import Request
+from gpt_neo_sampling.generation.scoring import ScoreKey
+from gpt_neo_sampling.generation.streaming import Watcher
+from gpt_neo_sampling.mesh.cluster import ClusterError
+from gpt_neo_sampling.mesh.devices import DeviceMesh, round_up
+from gpt_neo_sampling.mesh.sharded_rows import padded_size
+from gpt_neo_sampling.models import gpt2
 
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
 SHORTEST = 32  # positions of the smallest graph
