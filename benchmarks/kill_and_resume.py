@@ -43,7 +43,7 @@ def arguments(source, output):
 
 
 def start(source, output):
-    command = [sys.executable, "-m", "gpt_neo_sampling.cli", *arguments(source, output)]
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", *arguments(source, output)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -73,7 +73,7 @@ def timed(owner, name):
 
 def command_seconds():
     """Wall time of the command, a fresh process."""
-    command = ["-m", "gpt_neo_sampling.cli", "generate", "--prompt", "The family", "--max-new-tokens", "1"]
+    command = ["-m", "gpt_neo_sampling.cli.main", "generate", "--prompt", "The family", "--max-new-tokens", "1"]
     environment = dict(os.environ, PYTHONPATH=str(common.REPOSITORY))
     began = time.time()
     subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True)

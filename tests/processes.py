@@ -145,7 +145,7 @@ def _fork(requests):
 
 
 def _main():
-    from gpt_neo_sampling import cli
+    from gpt_neo_sampling.cli import main as cli
 
     gc.freeze()  # looking for garbage in it would copy all that is shared
     what = _fork(socket.socket(fileno=int(sys.argv[1])))

@@ -13,14 +13,15 @@ import pytest
 from conftest import DATA
 from helpers_checkpoint import spoiled
 
-from gpt_neo_sampling import TextGenerator, cli
+from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling.cli import main as cli
 
 GLOBAL = DATA / "gpt_neo_checkpoints" / "global"
 
 
 def run(*args, **kwargs):
     """The installed command, in a process of its own."""
-    command = [sys.executable, "-m", "gpt_neo_sampling.cli", *args]
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
@@ -205,7 +206,7 @@ def test_nan_is_reported_with_its_place_by_other_commands(capfd, shared, with_na
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback():
-    command = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate", "--model", str(GLOBAL), "--prompt-ids", "5",
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", "generate", "--model", str(GLOBAL), "--prompt-ids", "5",
                "--num-samples", "4", "--max-new-tokens", "5", "--seed", "1", "--json"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()

@@ -321,7 +321,7 @@ def test_a_signal_ends_serve(own_workers):
 @pytest.mark.slow
 def test_a_signal_ends_a_fresh_interpreter_that_serves():
     (address,) = free_addresses(1)
-    command = [sys.executable, "-m", "gpt_neo_sampling.cli", "serve", "--cluster", address, "--task", "worker:0"]
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", "serve", "--cluster", address, "--task", "worker:0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr.readline() == f"serving worker:0 at {address}\n"

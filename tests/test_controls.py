@@ -19,7 +19,7 @@ from scipy import stats
 
 from gpt_neo_sampling import GenerationOptions, TextGenerator, sample_autoregressive
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.arguments import parser
+from gpt_neo_sampling.cli.parser import parser
 from gpt_neo_sampling.generation.options import ROW_OPTIONS, SAMPLING
 from gpt_neo_sampling.mesh.ops import host_call
 from gpt_neo_sampling.sampling.next_token import ROW_VALUES, SamplingOptions

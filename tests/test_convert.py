@@ -18,8 +18,9 @@ from helpers_checkpoint import (
     write_json,
 )
 
-from gpt_neo_sampling import CheckpointError, TextGenerator, cli, convert_checkpoint, open_checkpoint
+from gpt_neo_sampling import CheckpointError, TextGenerator, convert_checkpoint, open_checkpoint
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
+from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation import generator as generate
 
 

@@ -14,9 +14,10 @@ import shlex
 import pytest
 
 import gpt_neo_sampling
-from gpt_neo_sampling import checkpoint, cli
+from gpt_neo_sampling import checkpoint
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.arguments import parser
+from gpt_neo_sampling.cli import main as cli
+from gpt_neo_sampling.cli.parser import parser
 from gpt_neo_sampling.models import decoding_context as decoder
 from gpt_neo_sampling.models import utils
 from gpt_neo_sampling.sampling import next_token as chain

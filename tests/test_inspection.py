@@ -11,8 +11,9 @@ from conftest import DATA
 from helpers_model import checkpoint, reference_config
 from tokenizers import Tokenizer
 
-from gpt_neo_sampling import TextGenerator, cli
+from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling._atomic_files import write_whole
+from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.decode_graph import DEMO_FOLDER
 from gpt_neo_sampling.inspection import (
     ChainStep,

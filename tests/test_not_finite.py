@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from helpers_checkpoint import MESH_TF, spoiled
 
-from gpt_neo_sampling import InvalidDistributionError, TextGenerator, cli, generate_file
+from gpt_neo_sampling import InvalidDistributionError, TextGenerator, generate_file
 from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, row_index
 
 PROMPTS, OPTIONS = [[2, 3, 4], [4, 5], [6]], dict(seed=1, max_new_tokens=9, eos_token_id=-1)

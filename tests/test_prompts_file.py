@@ -19,8 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import kill_and_resume
 import processes
 
-from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, cli, generate_file
+from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, generate_file
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
+from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.generator import MAX_BATCH, Interrupted
 
 

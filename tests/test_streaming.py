@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_cli import main
 from test_docs import terminal
 
-from gpt_neo_sampling import TextGenerator, cli
+from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.generator import Interrupted
 from gpt_neo_sampling.generation.streaming import TextStream, Watcher
 

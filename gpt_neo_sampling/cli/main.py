@@ -20,10 +20,10 @@ from typing import Any
 from gpt_neo_sampling import _json
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Prompt, Tokenizer
-from gpt_neo_sampling.arguments import PROGRAM, parser
 from gpt_neo_sampling.checkpoint import convert_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import decoded
+from gpt_neo_sampling.cli.parser import PROGRAM, parser
 from gpt_neo_sampling.generation.export import export_saved_model
 from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.generation.options import SAMPLING, check_int
