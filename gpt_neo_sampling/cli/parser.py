@@ -10,7 +10,7 @@ from gpt_neo_sampling.generation.decode_graph import DTYPES
 from gpt_neo_sampling.generation.export import CONTROLS, DEFAULT_TOP_K
 from gpt_neo_sampling.generation.request import DEFAULT_NEW_TOKENS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
 
 PROGRAM = "gpt-neo-sampling"
 

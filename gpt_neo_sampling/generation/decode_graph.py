@@ -21,7 +21,7 @@ from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.next_token import History, SamplingOptions, chain_distributions
 
-DEMO_FOLDER = pathlib.Path(__file__).parent / "demo"
+DEMO_FOLDER = pathlib.Path(__file__).parents[1] / "demo"
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 MOST_STOP_TOKENS = 256  # a graph is built for their number

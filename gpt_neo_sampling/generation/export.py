@@ -33,8 +33,8 @@ from gpt_neo_sampling.generation.decode_graph import (
 from gpt_neo_sampling.generation.options import ROW_OPTIONS, check_int
 from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.models import gpt2
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
 from gpt_neo_sampling.sample import INVALID
+from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
 from gpt_neo_sampling.sampling.next_token import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 # Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).

@@ -88,6 +88,11 @@ def pad_last(x: tf.Tensor, before: int = 0, after: int | tf.Tensor = 0, value: f
     return tf.pad(x, padding, constant_values=tf.constant(value, x.dtype))
 
 
+def check_floating(x: mtf.Tensor, what: str) -> None:
+    if not x.dtype.is_floating:
+        raise ValueError(f"{what} of dtype {x.dtype.name}; a floating dtype is needed")
+
+
 def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimension:
     """The mtf.Dimension of x that is meant: the last where `dim` is None; a ValueError where x lacks it."""
     if not isinstance(x, mtf.Tensor):

@@ -14,14 +14,106 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
+from gpt_neo_sampling._types import LaidOut, RowValue
+from gpt_neo_sampling.mesh.ops import (
+    MeshOperation,
+    check_floating,
+    dim_of,
+    finite,
+    import_rows,
+    pad_last,
+    row_index,
+    size_of,
+)
 from gpt_neo_sampling.mesh.sharded_rows import ChosenRows, Rows, any_of, as_list, near_sum, spread_rows
 from gpt_neo_sampling.sampling import fixed_point
 from gpt_neo_sampling.sampling.entmax_solver import entmax_by_chosen
+from gpt_neo_sampling.sampling.random import counter_bits, import_seed
 
 SUM_MARGIN = 1e-6  # how far sums in two orders may be apart, in parts of the total
 UNIFORM_MARGIN = 2.0**-24  # and what the bits add that float32 has no room for
+
+
+def sample_categorical(
+    x: mtf.Tensor,
+    dim: mtf.Dimension | None = None,
+    *,
+    seed: RowValue | None = None,
+    stream: RowValue | None = None,
+    step: RowValue = 0,
+    samples_dim: mtf.Dimension | None = None,
+    size: int | None = None,
+) -> mtf.Tensor:
+    """Draws indices along `dim` in proportion to the weights `x`.
+
+    By inverse CDF in two levels (see `grouped_draw`), each with a uniform
+    of 32 bits of its own: time and memory are linear in `dim`, and the index drawn
+    is the same on every layout and backend.
+
+    Args:
+      x: mtf.Tensor of weights, float32, bfloat16 or float16; groups of them
+        are summed in float32, and they need not be normalised.
+      dim: mtf.Dimension of x; the last by default.
+      seed: an int in [−2³¹, 2³²), or an int32 tensor, scalar or [x.shape − dim];
+        None draws a fresh one at each execution, in a loop at each iteration.
+      stream: int32, one a row: what tells rows apart under one seed. By default
+        a row's index in the request, counted in row-major order.
+      step: an int or an int32 tensor, scalar or one a row: the number of the
+        draw in its stream. The uniforms are a function of (seed, stream, step,
+        level) alone.
+      samples_dim: mtf.Dimension; that many independent draws from each row.
+      size: int, where the entries of `dim` from there on are padding, of weight
+        0: the draws are then those without the padding.
+
+    Returns:
+      int32 mtf.Tensor [x.shape − dim], then samples_dim. An entry of weight 0
+      is never drawn. A row that has a negative or non-finite weight, or no mass
+      at all, gives −1 (weights below 2⁻¹²⁶ may count as none).
+
+    Raises:
+      ValueError: for weights of another dtype, a `dim` that x lacks, a
+        `samples_dim` that it has, a seed out of range or an option of the wrong
+        shape.
+
+    Example (`run` is that of `models.utils`):
+
+        >>> samples = mtf.Dimension("samples", 6)
+        >>> run(lambda x: sample_categorical(x, seed=1, samples_dim=samples), [[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]])
+        array([[ 2,  2,  2,  2,  2,  0],
+               [-1, -1, -1, -1, -1, -1]], dtype=int32)
+    """
+    dim = dim_of(x, dim)
+    rows = x.shape - dim
+    check_floating(x, "sample_categorical: weights")
+    if samples_dim is not None and samples_dim in x.shape.dims:
+        raise ValueError(f"samples_dim {samples_dim} is a dim of the weights, {x.shape}; it must be a new one")
+    uniforms = draw_uniforms(x.mesh, rows, seed, stream, step, samples_dim)
+    return grouped_draw(x, *uniforms, dim, samples_dim, size)
+
+
+def draw_uniforms(
+    mesh: mtf.Mesh,
+    rows: mtf.Shape,
+    seed: RowValue | None = None,
+    stream: RowValue | None = None,
+    step: RowValue = 0,
+    samples_dim: mtf.Dimension | None = None,
+) -> tuple[mtf.Tensor, mtf.Tensor]:
+    """The two uniforms of each draw, as 32 bits each; arguments as those of `sample_categorical`.
+
+    Args:
+      mesh: mtf.Mesh.
+      rows: mtf.Shape, the dims of the request.
+
+    Returns:
+      a pair of int32 mtf.Tensors [rows], then samples_dim: see `counter_bits`.
+    """
+    seed = import_seed(mesh, seed, rows)
+    stream = row_index(mesh, rows) if stream is None else (
+        mtf.broadcast(import_rows(mesh, stream, tf.int32, rows, "stream"), rows))  # fmt: skip
+    step = import_rows(mesh, step, tf.int32, rows, "step")
+    sample = None if samples_dim is None else mtf.range(mesh, samples_dim, tf.int32)
+    return counter_bits(seed, stream, step, sample)
 
 
 def _fold_sum(x: tf.Tensor) -> tf.Tensor:

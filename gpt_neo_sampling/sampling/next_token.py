@@ -14,15 +14,8 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LogitsProcessor, RowValue, Tensor, is_number, is_whole
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, settle, take
-from gpt_neo_sampling.models.utils import (
-    DEFAULT_ALPHA,
-    draw_uniforms,
-    entmax,
-    inverse_temperature,
-    log_softmax_at,
-    softmax,
-)
-from gpt_neo_sampling.sampling.categorical import score_draw
+from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
+from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA, entmax, log_softmax_at, softmax
 from gpt_neo_sampling.sampling.entmax_solver import chosen_of
 from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
@@ -435,3 +428,28 @@ def _select(flag: mtf.Tensor, yes: list[mtf.Tensor], no: list[mtf.Tensor]) -> li
         cwise_broadcast(lambda f, y, n: tf.where_v2(f > 0, y, n), [flag, y, n], flag.shape, y.dtype)
         for y, n in zip(yes, no)
     ]
+
+
+def inverse_temperature(mesh: mtf.Mesh, temperature: RowValue, rows: mtf.Shape) -> mtf.Tensor | None:
+    """What logits, taken from the largest, are multiplied by.
+
+    The reciprocal is taken here, as some backends do not divide as others do.
+
+    Args:
+      mesh: mtf.Mesh.
+      temperature: a number, or a float32 tensor, scalar or one a row.
+      rows: mtf.Shape, the dims of the request.
+
+    Returns:
+      None where the temperature is the number 1, or else a float32 mtf.Tensor,
+      scalar or with dims among `rows`: 1 where the temperature is 0, and NaN where
+      it is below. Never so small that masked logits would come near the others.
+    """
+    if is_number(temperature) and temperature == 1:
+        return None
+
+    def reciprocal(t: tf.Tensor) -> tf.Tensor:
+        valid = tf.where_v2(t > 0, 1.0 / tf.clip_by_value(t, 2.0**-126, 2.0**100), np.nan)
+        return tf.where_v2(tf.equal(t, 0.0), 1.0, valid)
+
+    return mtf.cwise(reciprocal, [import_rows(mesh, temperature, tf.float32, rows, "temperature")], name="reciprocal")
