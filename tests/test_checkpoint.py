@@ -40,7 +40,7 @@ from gpt_neo_sampling.checkpoint import (
     variable_shapes,
     write_mesh_tf_checkpoint,
 )
-from gpt_neo_sampling.models.gpt2 import expand_attention_types
+from gpt_neo_sampling.models.config import expand_attention_types
 
 # ------------------------------------------------------------ golden models
 

@@ -206,8 +206,8 @@ def test_nan_is_reported_with_its_place_by_other_commands(capfd, shared, with_na
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback():
-    command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", "generate", "--model", str(GLOBAL), "--prompt-ids", "5",
-               "--num-samples", "4", "--max-new-tokens", "5", "--seed", "1", "--json"]  # fmt: skip
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", "generate", "--model", str(GLOBAL),
+               "--prompt-ids", "5", "--num-samples", "4", "--max-new-tokens", "5", "--seed", "1", "--json"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     err = process.stderr.read()

@@ -20,6 +20,7 @@ from programs import MeshRunner, Program
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models.config import SWITCHES, UNSUPPORTED_OPTIONS
 
 LOGITS_TOLERANCE = 1e-4
 slow = pytest.mark.slow
@@ -360,7 +361,7 @@ def test_one_device_is_right(rotary):
 # --- What a config may not say ------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", gpt2.UNSUPPORTED_OPTIONS)
+@pytest.mark.parametrize("option", UNSUPPORTED_OPTIONS)
 def test_an_unsupported_option(option):
     with pytest.raises(ValueError, match=rf"{option}=True is not supported; .* sample_autoregressive's model="):
         gpt2.check_params(config(["global"], **{option: True}))
@@ -398,7 +399,7 @@ BAD_OPTIONS = [
     ({"layer_norm_epsilon": -1e-5}, r"layer_norm_epsilon=-1e-05: a number of at least 0"),
     ({"layer_norm_epsilon": float("nan")}, r"layer_norm_epsilon=nan"),
     ({"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon=10000"),
-    *(({option: "yes"}, f"{option}='yes'; allowed: true, false") for option in gpt2.SWITCHES),
+    *(({option: "yes"}, f"{option}='yes'; allowed: true, false") for option in SWITCHES),
     ({"axial_pos_emb": True}, r"axial_pos_emb=True; allowed: \[rows, columns\]"),
     ({"axial_pos_emb": [4]}, r"axial_pos_emb=\[4\]; allowed: \[rows, columns\]"),
     ({"axial_pos_emb": [4, 0]}, r"axial_pos_emb=\[4, 0\]; allowed: \[rows, columns\], at least 1 each"),
@@ -434,7 +435,7 @@ def test_configs_that_are_allowed():
         gpt2.check_params({**config(["global", "local"]), "attention_types": types})
     gpt2.check_params(config(["global"], activation_fn="gelu", activation_function="prelu", local_attention_radius=1))
     for off in (None, False, 0):
-        gpt2.check_params(config(["global"], **dict.fromkeys([*gpt2.SWITCHES, "axial_pos_emb", "num_mem_kv"], off)))
+        gpt2.check_params(config(["global"], **dict.fromkeys([*SWITCHES, "axial_pos_emb", "num_mem_kv"], off)))
 
 
 # --- The loss ---------------------------------------------------------------------

@@ -32,7 +32,7 @@ from gpt_neo_sampling import (
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.checkpoint import variable_shapes as checkpoint_shapes
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
-from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models.config import SWITCHES
 from gpt_neo_sampling.sample import sample_autoregressive
 
 slow = pytest.mark.slow
@@ -259,7 +259,7 @@ def test_written_in_its_own_format(tmp_path, dtype):
             assert a.read(name).shape == b.shape(name)
 
 
-@pytest.mark.parametrize("option", [*gpt2.SWITCHES, "axial_pos_emb", "num_mem_kv"])
+@pytest.mark.parametrize("option", [*SWITCHES, "axial_pos_emb", "num_mem_kv"])
 def test_hugging_faces_format_has_none_of_them(tmp_path, option):
     value = {"axial_pos_emb": [2, 3], "num_mem_kv": 2}.get(option, True)
     params = {**TINY, option: value}

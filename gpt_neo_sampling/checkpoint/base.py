@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gpt_neo_sampling._atomic_files import partial_beside
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, StrPath, is_int
-from gpt_neo_sampling.models.gpt2 import (
+from gpt_neo_sampling.models.config import (
     UNSUPPORTED_OPTIONS,
     check_variants,
     expand_attention_types,
@@ -55,7 +55,7 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
     Args:
       params: a dict of GPT-Neo's config keys: n_vocab, n_ctx, n_embd, n_layer
         and attention_types (nested, or one type a layer), and those options that
-        change the variables, `models.gpt2.VARIANTS`; and of Hugging Face's keys tie_word_embeddings
+        change the variables, `models.config.VARIANTS`; and of Hugging Face's keys tie_word_embeddings
         (with False there is a "lm_head") and intermediate_size, the width of c_fc.
 
     Returns:
@@ -63,7 +63,7 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
       share_parameters all layers have the same variables, whose names begin with "/".
 
     Raises:
-      ValueError: see `models.gpt2.expand_attention_types`.
+      ValueError: see `models.config.expand_attention_types`.
     """
     n_vocab, n_embd = params["n_vocab"], params["n_embd"]
     shapes: dict[str, Shape] = {"wte": (n_vocab, n_embd)}

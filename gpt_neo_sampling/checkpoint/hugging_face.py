@@ -31,7 +31,7 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, note_old_options, read_generation, token_ids
 from gpt_neo_sampling.checkpoint.tensor_files import StoredTensor, TensorFiles, list_pytorch, list_safetensors
-from gpt_neo_sampling.models.gpt2 import (
+from gpt_neo_sampling.models.config import (
     LOCAL_RADIUS,
     NORM_EPSILON,
     UNSUPPORTED_OPTIONS,

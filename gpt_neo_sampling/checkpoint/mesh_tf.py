@@ -35,7 +35,7 @@ from gpt_neo_sampling.checkpoint.base import (
 )
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
 from gpt_neo_sampling.checkpoint.tensorflow_index import check_index
-from gpt_neo_sampling.models.gpt2 import (
+from gpt_neo_sampling.models.config import (
     HUGGING_FACE_OPTIONS,
     LOCAL_RADIUS,
     NORM_EPSILON,

@@ -16,7 +16,7 @@ from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.generation.options import INT32_MAX, check_int
 from gpt_neo_sampling.mesh.ops import host_call, take
-from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models import config, gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.next_token import History, SamplingOptions, chain_distributions
@@ -191,7 +191,7 @@ def features(
 ) -> tuple[mtf.Shape, dict[str, Any]]:
     """The shape of a model's inputs, and GPT-Neo's other_features."""
     sequence_dim = mtf.Dimension("sequence", length)
-    memory_dim = mtf.Dimension("memory_length", length + gpt2.n_learned_keys(params))
+    memory_dim = mtf.Dimension("memory_length", length + config.n_learned_keys(params))
     other_features = {
         "embd_dim": mtf.Dimension("embd", params["n_embd"]),
         "vocab_dim": mtf.Dimension("vocab", n_vocab),

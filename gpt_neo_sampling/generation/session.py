@@ -42,7 +42,7 @@ from gpt_neo_sampling.generation.streaming import Watcher
 from gpt_neo_sampling.mesh.cluster import ClusterError
 from gpt_neo_sampling.mesh.devices import DeviceMesh, round_up
 from gpt_neo_sampling.mesh.sharded_rows import padded_size
-from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.models import config, gpt2
 
 MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
 SHORTEST = 32  # positions of the smallest graph
@@ -57,8 +57,8 @@ class Graphs:
         self.params = dict(checkpoint.params, mode="predict")
         self.mesh = mesh
         # memory is as long as the request, rounded up, and at most n_ctx; with `num_mem_kv` ahead of it
-        memory_length = math.gcd(self.params["n_ctx"], gpt2.n_learned_keys(self.params))
-        mesh.check(dict(gpt2.splittable_dims(self.params), memory_length=memory_length), gpt2.TENSORS)
+        memory_length = math.gcd(self.params["n_ctx"], config.n_learned_keys(self.params))
+        mesh.check(dict(config.splittable_dims(self.params), memory_length=memory_length), config.TENSORS)
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
         self.dtype = variable_dtype.activation_dtype.name
         self._model: ModelArguments = (

@@ -12,16 +12,25 @@ checkpoints load.
 Dimensions: batch, sequence, embd, vocab, heads, features_per_head,
 memory_length, embed_sequence, intermediate_expanded. Any of them may be split
 over a mesh axis, apart from sequence and features_per_head, as long as no two
-dims of one tensor are split along the same axis (see TENSORS).
+dims of one tensor are split along the same axis (see `config.TENSORS`).
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import Params, is_int, is_real
+from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, resize, take, write_at
+from gpt_neo_sampling.models.config import (
+    LOCAL_RADIUS,
+    OWN_MODEL,
+    check_config,
+    expand_attention_types,
+    has_own_head,
+    intermediate_size,
+    n_learned_keys,
+    norm_epsilon,
+)
 from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
     HUGGING_FACE_ACTIVATIONS,
@@ -35,69 +44,10 @@ from gpt_neo_sampling.models.layers import (
 )
 from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
 
-NORM_EPSILON = 1e-5
-LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
-ATTENTION_TYPES = ("global", "local", "linear", "none")  # what GPT-Neo's configs may name
 
-# The dims that stand together in a tensor of the model or of its decode loop, and so
-# cannot be split along one mesh axis.
-TENSORS = (
-    ("batch", "vocab"),
-    ("batch", "embd"),
-    ("batch", "embed_sequence"),  # a look-up of positions
-    ("batch", "heads", "memory_length"),
-    ("batch", "intermediate_expanded"),
-    ("vocab", "embd"),
-    ("embed_sequence", "embd"),
-    ("embd", "heads"),
-    ("embd", "intermediate_expanded"),
-)
-
-# Config keys that change the model's function in ways that are not built here,
-UNSUPPORTED_OPTIONS = ("convolution_dimension", "lightweight_conv_attention", "moe_layers")
-# and those that are: on or off, and with a value.
-SWITCHES = ("macaron", "mlp_glu", "no_weight_tie", "rezero", "scalenorm", "share_parameters")
-VARIANTS = (*SWITCHES, "axial_pos_emb", "num_mem_kv", "rotary_emb")
-OWN_MODEL = "GPT-Neo's own model as sample_autoregressive's model="  # what to do where it is not built
-
-
-# Keys of Hugging Face's configs that the model follows. GPT-Neo does not read them: its models have one value of each.
-HUGGING_FACE_OPTIONS = ("intermediate_size", "layer_norm_epsilon", "tie_word_embeddings")
-
-
-def expand_attention_types(nested: Any, n_layer: int) -> list[str]:
-    """GPT-Neo's `[[[types…], repeats], …]` as a list of one type a layer.
-
-    `[[["global", "local"], 2]]` gives global, local, global, local.
-
-    Args:
-      nested: the config's list. One that names a type a layer already, as this
-        function returns it, is taken too.
-      n_layer: int, the number of layers that it must come to.
-
-    Returns:
-      a list of n_layer strings, each "global", "local", "linear" or "none".
-
-    Raises:
-      ValueError: for a list of another form, an unknown type, or another
-        number of layers.
-    """
-    groups = [([entry], 1) if isinstance(entry, str) else entry for entry in _as_list(nested)]
-    if not groups or not all(len(_as_list(g)) == 2 and _as_list(g[0]) and isinstance(g[1], int) for g in groups):
-        shown = repr(nested)[:80]
-        raise ValueError(f"attention_types is {shown}; allowed: [[[types…], repeats], …]")
-    unknown = [t for types, _ in groups for t in types if t not in ATTENTION_TYPES]
-    if unknown:
-        raise ValueError(f"attention_types has {unknown[0]!r}; allowed: {', '.join(ATTENTION_TYPES)}")
-    count = sum(len(types) * repeats for types, repeats in groups)
-    if count != n_layer or any(repeats < 0 for _, repeats in groups):
-        raise ValueError(f"attention_types names {count} layers, but n_layer is {n_layer}")
-    return [t for types, repeats in groups for _ in range(repeats) for t in types]
-
-
-def _as_list(value: Any) -> Sequence[Any]:
-    """A list or tuple as it is; anything else, a string among it, as []."""
-    return value if isinstance(value, (list, tuple)) else []
+def _activation(params: Params) -> str:
+    """GPT-Neo's code reads `activation_fn`, and not the `activation_function` of its configs."""
+    return params.get("activation_fn") or "gelu"
 
 
 def check_params(params: Params) -> None:
@@ -109,106 +59,13 @@ def check_params(params: Params) -> None:
     Raises:
       ValueError: naming the option, what it was given and what is allowed.
     """
-    get = params.get
-    for option in UNSUPPORTED_OPTIONS:
-        if get(option):
-            raise ValueError(
-                f"config option {option}={get(option)!r} is not supported; leave it out or false, or use {OWN_MODEL}"
-            )
-    check_variants(params)
+    check_config(params)
     activations = sorted((*ACTIVATIONS, *ROW_ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS))
     if _activation(params) not in activations:
         raise ValueError(
             f"config option activation_fn={_activation(params)!r} is not supported; allowed: {', '.join(activations)}; "
             f"or use {OWN_MODEL}"
         )
-    for option in ("n_layer", "n_head", "n_embd"):
-        value = get(option)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"config option {option}={value!r}: a whole number of at least 1 is needed")
-    if params["n_embd"] % params["n_head"]:
-        raise ValueError(f"config option n_embd={params['n_embd']} is not a multiple of n_head={params['n_head']}")
-    if get("rotary_emb") and params["n_embd"] // params["n_head"] % 2:
-        raise ValueError(
-            f"config option rotary_emb turns pairs of a head's features; n_embd={params['n_embd']} over "
-            f"n_head={params['n_head']} gives an odd number, {params['n_embd'] // params['n_head']}"
-        )
-    for t in expand_attention_types(get("attention_types"), params["n_layer"]):
-        if t == "linear":
-            raise ValueError(
-                "config option attention_types: 'linear' is not supported; allowed: global, local, none; "
-                f"or use {OWN_MODEL}"
-            )
-        if t == "local" and get("causal") is False:
-            raise ValueError("config option causal=False with a 'local' layer is not supported: its window is causal")
-    radius = get("local_attention_radius")
-    if radius is not None and radius < 1:
-        raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
-    hidden, epsilon = intermediate_size(params), norm_epsilon(params)
-    if not is_int(hidden) or hidden < 1:
-        raise ValueError(f"config option intermediate_size={hidden!r}: a whole number of at least 1 is needed")
-    if not is_real(epsilon) or not 0 <= epsilon <= float(tf.float32.max):
-        raise ValueError(f"config option layer_norm_epsilon={epsilon!r}: a number of at least 0 is needed")
-
-
-def check_variants(params: Params) -> None:
-    """Checks those of `VARIANTS` that have a form. Raises ValueError as `check_params` does."""
-    for option in SWITCHES:
-        if params.get(option) not in (None, False, True):
-            raise ValueError(f"config option {option}={params[option]!r}; allowed: true, false")
-    grid, n_learned = params.get("axial_pos_emb"), params.get("num_mem_kv")
-    if grid and not (len(_as_list(grid)) == 2 and all(is_int(n) and n >= 1 for n in grid)):
-        raise ValueError(f"config option axial_pos_emb={grid!r}; allowed: [rows, columns], at least 1 each")
-    if n_learned and not (is_int(n_learned) and n_learned >= 0):
-        raise ValueError(f"config option num_mem_kv={n_learned!r}; allowed: a whole number of at least 0")
-
-
-def _activation(params: Params) -> str:
-    """GPT-Neo's code reads `activation_fn`, and not the `activation_function` of its configs."""
-    return params.get("activation_fn") or "gelu"
-
-
-def has_own_head(params: Params) -> bool:
-    """Whether the output is a table of its own, "lm_head", as a Hugging Face model may have it, and not the token's."""
-    return params.get("tie_word_embeddings") is False
-
-
-def intermediate_size(params: Params) -> int:
-    """How many features a layer has between its two products: 4·n_embd, but in Hugging Face models of another size."""
-    size = params.get("intermediate_size")
-    return 4 * params["n_embd"] if size is None else size
-
-
-def norm_epsilon(params: Params) -> float:
-    """What layer norm adds to a variance: 1e-5, but in Hugging Face models that have another number."""
-    epsilon = params.get("layer_norm_epsilon")
-    return NORM_EPSILON if epsilon is None else epsilon
-
-
-def n_learned_keys(params: Params) -> int:
-    """`num_mem_kv`, how many keys and values a layer of global attention has learned, which stand ahead of its memory.
-
-    Sukhbaatar et al. 2019, "Augmenting Self-attention with Persistent Memory", arXiv 1907.01470.
-    """
-    return params.get("num_mem_kv") or 0
-
-
-def splittable_dims(params: Params) -> dict[str, int | None]:
-    """{name: size} of the model's dims that a layout may split.
-
-    The sizes that the caller of the model chooses, of the batch, of the
-    vocabulary (which may be padded) and of the sequence in memory, are None.
-    """
-    dims = {
-        "batch": None,
-        "vocab": None,
-        "memory_length": None,
-        "embd": params["n_embd"],
-        "heads": params["n_head"],
-        "intermediate_expanded": intermediate_size(params),
-    }
-    has_table = not params.get("rotary_emb") and not params.get("axial_pos_emb")
-    return {**dims, "embed_sequence": params["n_ctx"]} if has_table else dims
 
 
 def model(
