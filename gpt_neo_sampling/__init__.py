@@ -1,6 +1,7 @@
 """GPT-Neo's sampling in mesh-tensorflow: faithful, linear, repeatable."""
 
 from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
+from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
 from gpt_neo_sampling.generation.export import export_saved_model
 from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
@@ -31,7 +32,7 @@ from gpt_neo_sampling.models.utils import (
 )
 from gpt_neo_sampling.sample import sample_autoregressive
 
-__version__ = "0.2.0.dev0"
+__version__ = VERSION
 
 __all__ = [
     "ChainStep",

@@ -7,9 +7,10 @@ from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import resize, settle, take, write_at
+from gpt_neo_sampling.models.config import HUGGING_FACE_ACTIVATIONS
 from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
-    HUGGING_FACE_ACTIVATIONS,
+    HUGGING_FACE_FUNCTIONS,
     ROW_ACTIVATIONS,
     activate,
     attend,
@@ -147,6 +148,7 @@ def test_layer_norm_with_any_epsilon():
 def test_activation_functions_and_their_gradients():
     x = np.linspace(-12, 12, 16 * 4, dtype=np.float32).reshape(4, 16)  # without 0, where some have a corner
     names = [*ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS]
+    assert HUGGING_FACE_FUNCTIONS.keys() == set(HUGGING_FACE_ACTIVATIONS)
     assert {*names, *ROW_ACTIVATIONS} == set(reference.ACTIVATIONS)
 
     def build(mesh, x):

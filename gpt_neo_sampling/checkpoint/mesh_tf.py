@@ -36,6 +36,7 @@ from gpt_neo_sampling.checkpoint.base import (
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS, read_generation
 from gpt_neo_sampling.checkpoint.tensorflow_index import check_index
 from gpt_neo_sampling.models.config import (
+    HUGGING_FACE_ACTIVATIONS,
     HUGGING_FACE_OPTIONS,
     LOCAL_RADIUS,
     NORM_EPSILON,
@@ -43,7 +44,6 @@ from gpt_neo_sampling.models.config import (
     intermediate_size,
     norm_epsilon,
 )
-from gpt_neo_sampling.models.layers import HUGGING_FACE_ACTIVATIONS
 
 SCOPE = "gpt2/"
 SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
@@ -202,7 +202,7 @@ def _beyond_gpt_neo(params: Params) -> list[str]:
         odd.append(f"intermediate_size={params['intermediate_size']!r} (only 4 * n_embd)")
     if norm_epsilon(params) != NORM_EPSILON:
         odd.append(f"layer_norm_epsilon={params['layer_norm_epsilon']!r} (only {NORM_EPSILON})")
-    if params.get("activation_fn") in list(HUGGING_FACE_ACTIVATIONS):
+    if params.get("activation_fn") in HUGGING_FACE_ACTIVATIONS:
         odd.append(f"activation_fn={params['activation_fn']!r}")
     return odd
 

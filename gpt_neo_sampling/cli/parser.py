@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-import gpt_neo_sampling
+from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.generation.decode_graph import DTYPES
@@ -176,7 +176,7 @@ _COMMANDS = (  # name, line in the list of commands, description, what adds its 
 def parser() -> argparse.ArgumentParser:
     """The argparse.ArgumentParser of the command and its subcommands."""
     top = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
-    top.add_argument("--version", action="version", version=f"{PROGRAM} {gpt_neo_sampling.__version__}")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, line, description, add_arguments in _COMMANDS:
         add_arguments(commands.add_parser(name, help=line, description=description, allow_abbrev=False))

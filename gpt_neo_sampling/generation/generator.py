@@ -91,7 +91,7 @@ class TextGenerator:
 
     Made by `from_pretrained`. Holds one copy of the weights, and a graph for
     each size of request that it has met, rounded up to a few sizes; at most
-    `graphs.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
+    `session.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
 
     Any number of threads may use one at once, and a streamer may use the generator that calls it: each
     call gives what it gives alone. Graphs are built one at a time and run side by
@@ -118,7 +118,7 @@ class TextGenerator:
         Args:
           checkpoint: a `Checkpoint`, open.
           tokenizer: a `tokenizers.Tokenizer` that fits it, or None.
-          mesh: a `mesh.DeviceMesh`; by default one CPU.
+          mesh: a `devices.DeviceMesh`; by default one CPU.
           dtype: as for `from_pretrained`, which says what is raised.
         """
         self.checkpoint = checkpoint
@@ -159,7 +159,7 @@ class TextGenerator:
             folder stores. bfloat16 halves the memory and gives logits of 8
             significant bits; what is drawn from them is computed in float32
             either way.
-          mesh_shape, layout, devices, cluster: see `mesh.device_mesh`; by default
+          mesh_shape, layout, devices, cluster: see `devices.device_mesh`; by default
             one CPU. They change where the work is done and not what comes out:
             a vocabulary that a layout does not divide is padded with entries
             that are never drawn, and a batch with rows that are dropped.

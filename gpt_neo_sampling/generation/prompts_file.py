@@ -24,10 +24,10 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-import gpt_neo_sampling
 from gpt_neo_sampling import _json
 from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling._types import StrPath
+from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import read_json
 from gpt_neo_sampling.generation.generator import (
     MAX_BATCH,
@@ -145,7 +145,7 @@ def generate_file(
         "prompts_file": hashlib.sha256(data).hexdigest(),
         "model": generator.checkpoint.fingerprint(),
         "dtype": generator.dtype,
-        "version": gpt_neo_sampling.__version__,
+        "version": VERSION,
         **options,
     }
     with _locked(output) as (file, is_new):

@@ -52,7 +52,7 @@ class Graphs:
     """The session of a model on a mesh, and the graphs that were asked for, at most `MAX_PROGRAMS` of them."""
 
     def __init__(self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None) -> None:
-        """Takes a `Checkpoint`, a `mesh.DeviceMesh` and a dtype as for `TextGenerator`; raises what it does."""
+        """Takes a `Checkpoint`, a `devices.DeviceMesh` and a dtype as for `TextGenerator`; raises what it does."""
         gpt2.check_params(checkpoint.params)
         self.params = dict(checkpoint.params, mode="predict")
         self.mesh = mesh
@@ -300,7 +300,7 @@ def program_key(
 ) -> ProgramKey:
     """The ProgramKey of the smallest graph for some prompts of a `Request`, lists of ids.
 
-    limits: how many new tokens each of them may get; n_samples: of each prompt; mesh: `mesh.DeviceMesh`.
+    limits: how many new tokens each of them may get; n_samples: of each prompt; mesh: `devices.DeviceMesh`.
     """
     n_ctx, n_vocab = request.n_ctx, request.n_vocab
     steps = request.steps if request.logit_bias is None else request.steps | {LOGIT_BIAS}

@@ -34,6 +34,17 @@ SWITCHES = ("macaron", "mlp_glu", "no_weight_tie", "rezero", "scalenorm", "share
 VARIANTS = (*SWITCHES, "axial_pos_emb", "num_mem_kv", "rotary_emb")
 OWN_MODEL = "GPT-Neo's own model as sample_autoregressive's model="  # what to do where it is not built
 
+# transformers' activation functions that GPT-Neo does not have.
+HUGGING_FACE_ACTIVATIONS = (
+    "gelu_erf",
+    "gelu_erf_10",
+    "hardswish",
+    "laplace",
+    "quick_gelu",
+    "relu2",
+    "relu6",
+    "sqrtsoftplus",
+)
 # Keys of Hugging Face's configs that the model follows. GPT-Neo does not read them: its models have one value of each.
 HUGGING_FACE_OPTIONS = ("intermediate_size", "layer_norm_epsilon", "tie_word_embeddings")
 

@@ -22,6 +22,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, resize, take, write_at
 from gpt_neo_sampling.models.config import (
+    HUGGING_FACE_ACTIVATIONS,
     LOCAL_RADIUS,
     OWN_MODEL,
     check_config,
@@ -33,7 +34,6 @@ from gpt_neo_sampling.models.config import (
 )
 from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
-    HUGGING_FACE_ACTIVATIONS,
     ROW_ACTIVATIONS,
     activate,
     attend,

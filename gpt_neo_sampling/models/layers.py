@@ -320,9 +320,9 @@ ACTIVATIONS = {  # entry by entry
 }
 ROW_ACTIVATIONS = {"logsoftmax": mtf.log_softmax, "softmax": mtf.softmax}  # along the last dim
 
-# transformers', of which GPT-Neo has none. Papers: gelu_erf_10, Wu et al. 2020, arXiv 2004.09602; hardswish, Howard et
+# Of `config.HUGGING_FACE_ACTIVATIONS`. Papers: gelu_erf_10, Wu et al. 2020, arXiv 2004.09602; hardswish, Howard et
 # al. 2019, arXiv 1905.02244; laplace, Ma et al. 2022, arXiv 2209.10655; relu2, So et al. 2021, arXiv 2109.08668.
-HUGGING_FACE_ACTIVATIONS = {
+HUGGING_FACE_FUNCTIONS = {
     "gelu_erf": _gelu_erf,
     "gelu_erf_10": lambda x: tf.clip_by_value(_gelu_erf(x), -10.0, 10.0),
     "hardswish": lambda x: x * tf.nn.relu6(x + 3) / 6,
@@ -339,14 +339,14 @@ def activate(x: mtf.Tensor, activation: str) -> mtf.Tensor:
 
     Args:
       x: float mtf.Tensor.
-      activation: str, one of `ACTIVATIONS`, `HUGGING_FACE_ACTIVATIONS` or `ROW_ACTIVATIONS`.
+      activation: str, one of `ACTIVATIONS`, `HUGGING_FACE_FUNCTIONS` or `ROW_ACTIVATIONS`.
 
     Returns:
       mtf.Tensor like x.
     """
     if activation in ROW_ACTIVATIONS:
         return mtf.cast(ROW_ACTIVATIONS[activation](mtf.cast(x, tf.float32), x.shape[-1]), x.dtype)
-    function = {**ACTIVATIONS, **HUGGING_FACE_ACTIVATIONS}[activation]
+    function = {**ACTIVATIONS, **HUGGING_FACE_FUNCTIONS}[activation]
 
     def value(x: tf.Tensor) -> tf.Tensor:
         return tf.cast(function(_float32(x)), x.dtype)

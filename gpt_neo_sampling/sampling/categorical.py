@@ -489,7 +489,7 @@ def score_draw(
     device, although exp does not give the same bits there. The weights are
     computed in floating point, and where a draw falls so near to a border
     between two entries that rounding may have moved it across, all rows draw
-    again, from weights computed in integers (see `exact`). So what comes out is
+    again, from weights computed in integers (see `fixed_point`). So what comes out is
     always what those would have given; that is rare, about one draw in a
     thousand.
 

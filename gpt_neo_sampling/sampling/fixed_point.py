@@ -3,7 +3,7 @@
 exp, log and even multiply-and-add give other last bits on other backends (XLA's
 exp differs from TensorFlow's own in one result of four). Here softmax and entmax
 weights are computed in 64-bit integers alone, which give the same bits wherever
-they are computed and in whatever order they are added. It is slow: `draws` asks
+they are computed and in whatever order they are added. It is slow: `categorical` asks
 for it where the fast way leaves a draw in doubt.
 
 Numbers are fixed-point: Q30 is an integer in units of 2⁻³⁰. None is

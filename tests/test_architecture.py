@@ -1,0 +1,70 @@
+"""The package's rooms: data flows one way, and nothing imports upward (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gpt_neo_sampling
+
+PACKAGE = Path(gpt_neo_sampling.__file__).parent
+# From the ground up: a module imports from its own floor, if it is in the same room, and from floors below.
+FLOORS = [
+    {"_types", "_json", "_version", "_compat", "_atomic_files"},
+    {"mesh"},
+    {"sampling"},
+    {"models"},
+    {"checkpoint", "sample"},
+    {"inspection"},
+    {"generation"},
+    {"cli"},
+    {"", "chain", "decoder"},  # the package itself; old paths
+]
+GROUND = FLOORS[0]
+OLD_PATHS = {"chain", "decoder", "models.masks", "models.penalties"}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports(module):
+    """The modules of the package that one imports, anywhere in its code."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inside if name.removeprefix("gpt_neo_sampling.") in MODULES}
+            found.update(modules if modules == inside else modules | {node.module})
+    names = {name.removeprefix("gpt_neo_sampling").lstrip(".") for name in found if name.startswith("gpt_neo_sampling")}
+    return names & set(MODULES)
+
+
+def floor(module):
+    room = module.split(".")[0]
+    (number,) = (i for i, rooms in enumerate(FLOORS) if room in rooms)
+    return number, room
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_imports_upward(module):
+    number, room = floor(module)
+    for other in imports(module):
+        below, of_room = floor(other)
+        assert below < number or of_room == room or number == 0, f"{module} imports {other}"
+        assert other not in OLD_PATHS, f"{module} imports {other}, an old path"
+
+
+def test_no_module_needs_itself():
+    ready = set()
+    while ready != set(MODULES):
+        more = {m for m in set(MODULES) - ready if imports(m) <= ready}
+        assert more, f"in a circle: {sorted(set(MODULES) - ready)}"
+        ready |= more
+
+
+def test_a_config_is_read_without_tensorflow():
+    assert imports("models.config") == {"_types"}
+    assert {m for m in MODULES if m.startswith("checkpoint") and imports(m) & {"models.gpt2", "models.layers"}} == set()
