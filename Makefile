@@ -4,13 +4,16 @@
 # make test-all  runs all of them
 # make test-compat  runs the tests of make test, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12
 #              and mesh-tensorflow 0.1.18
+# make test-gpt-neo GPT_NEO=path  runs the tests and main.py of a copy of GPT-Neo's repository there, with this library
+#              and without, and compares them
 # make fuzz    runs the property tests on random values; FUZZ_EXAMPLES=500 for so many of each test
 # make check   looks the code over: ruff (rules and format) and mypy (types)
 # make coverage  runs all tests and lists the lines and branches of the package that they do not reach
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
 # make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
 #              (docs/support.md); SUPPORT_ARGS="--python PATH --tensorflow 2.18" for some cells
-# Each sets up what it needs in .venv, test-compat in .venv-compat, bench in .venv-bench, with python3 and pip alone.
+# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench, with python3
+# and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +23,7 @@ BENCH_VENV := $(VENV)-bench
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check test test-slow test-all test-compat fuzz coverage bench support clean
+.PHONY: demo check test test-slow test-all test-compat test-gpt-neo fuzz coverage bench support clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -43,6 +46,10 @@ test test-slow test-all test-compat:
 	@$(<D)/bin/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), \
 	  *(p + " " + m.version(p) for p in ("tensorflow", "mesh-tensorflow", "numpy")), sep=", ")'
 	$(<D)/$(PYTEST) -m "$(MARKED)" $(PYTEST_ARGS)
+
+test-gpt-neo: $(if $(GPT_NEO),$(COMPAT_VENV)/gpt-neo.installed)
+	@$(if $(GPT_NEO),$(COMPAT_VENV)/bin/python tests/gpt_neo.py "$(GPT_NEO)" $(GPT_NEO_ARGS), \
+	  echo "skipped: no copy of github.com/EleutherAI/gpt-neo is named; make test-gpt-neo GPT_NEO=path")
 
 fuzz: $(VENV)/test.installed
 	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/test_properties.py \
