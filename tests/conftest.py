@@ -51,7 +51,7 @@ def set_profiles_of_hypothesis():
         suppress_health_check=[HealthCheck.too_slow],  # the first example builds a graph
     )
     examples = int(os.environ.get("FUZZ_EXAMPLES", "500"))
-    settings.register_profile("ci", derandomize=True, max_examples=40, **shared)
+    settings.register_profile("ci", derandomize=True, max_examples=30, **shared)
     settings.register_profile("fuzz", print_blob=True, max_examples=examples, **shared)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -132,6 +132,7 @@ def test_entmax_alone_is_alpha_1_3(capfd, shared, options):
     assert out == explicit != other
 
 
+@pytest.mark.slow
 def test_the_contexts_end_is_noted_on_stderr(capfd, shared, monkeypatch):
     monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, beside which the command adds none
     args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 " * 46, "--max-new-tokens", 10, "--seed", 1, "--json"]

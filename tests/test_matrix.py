@@ -133,6 +133,7 @@ def test_xla(record_property):
     check(Cells(XlaProgram), record_property, "placement, XLA", "one device", "")
 
 
+@pytest.mark.slow
 def test_the_table_tells_samples_apart():
     """Ways of sampling and seeds give different tokens, so that equal cells mean something."""
     ways = list(single().values())

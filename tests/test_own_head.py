@@ -53,7 +53,11 @@ def greedy(ids, n):
     return ids
 
 
-@pytest.fixture(scope="module", params=[None, True, False], ids=lambda tied: f"tie_word_embeddings {tied}")
+@pytest.fixture(
+    scope="module",
+    params=[None, *(pytest.param(tied, marks=pytest.mark.slow) for tied in (True, False))],
+    ids=lambda tied: f"tie_word_embeddings {tied}",
+)
 def folder(request, tmp_path_factory):
     return write(tmp_path_factory.mktemp("head") / "m", negated, tie_word_embeddings=request.param)
 
