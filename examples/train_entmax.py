@@ -25,7 +25,7 @@ from training import Trainer, random_windows, split_text
 from gpt_neo_sampling._atomic_files import write_whole
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.generation.generator import DEMO_FOLDER
-from gpt_neo_sampling.models.utils import DEFAULT_ALPHA
+from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
