@@ -44,18 +44,18 @@ from gpt_neo_sampling import (
     CheckpointError,
     MeshError,
     TextGenerator,
-    cli,
     convert_checkpoint,
     device_mesh,
     export_saved_model,
     generate_file,
-    layers,
-    mtf_ops,
     open_checkpoint,
 )
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint import tensorflow_index
+from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.generator import DEMO_FOLDER
+from gpt_neo_sampling.mesh import ops
+from gpt_neo_sampling.models import layers
 
 GLOBAL = str(DATA / "gpt_neo_checkpoints" / "global")
 DEVICES = "cpu:0,cpu:1"
@@ -962,7 +962,7 @@ OPERATIONS = {
         "logit_bias has shape Shape[words=5]; its dims must be among those of logits, Shape[batch=2, vocab=5]",
     ),
     "a value of other rows": (
-        lambda x: mtf_ops.write_at(x, x, ids_of(x, batch=2), x.shape[-1]),
+        lambda x: ops.write_at(x, x, ids_of(x, batch=2), x.shape[-1]),
         "write_at: value Shape[batch=2, vocab=5] along Dimension(name='vocab', size=5) of Shape[batch=2, vocab=5]",
     ),
     "memory of another size": (
