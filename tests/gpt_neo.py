@@ -128,8 +128,9 @@ def run_main(arguments):
 
 def write_data(folder):
     """Records of TEXT's tokens, the configs, and the prompts, for a copy."""
-    import tensorflow as tf
     from tokenizers import Tokenizer
+
+    from gpt_neo_sampling._compat import tf  # imported in silence
 
     size = CONFIG["n_ctx"] + 1
     ids = Tokenizer.from_file(str(TOKENIZER)).encode(TEXT).ids
