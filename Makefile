@@ -52,7 +52,7 @@ test-gpt-neo: $(if $(GPT_NEO),$(COMPAT_VENV)/gpt-neo.installed)
 	  echo "skipped: no copy of github.com/EleutherAI/gpt-neo is named; make test-gpt-neo GPT_NEO=path")
 
 fuzz: $(VENV)/test.installed
-	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/test_properties.py \
+	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 2 tests/sampling/test_properties.py \
 	  $(PYTEST_ARGS)
 
 coverage: $(VENV)/test.installed

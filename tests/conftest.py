@@ -17,7 +17,10 @@ from programs import ONE_DEVICE
 # A shell has what it runs in the background ignore Ctrl-C, and its children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DATA = pathlib.Path(__file__).parent / "data"
+TESTS = pathlib.Path(__file__).parent
+DATA = TESTS / "data"
+# Some tests take helpers from tests of other rooms.
+sys.path += sorted({str(test.parent) for test in TESTS.glob("*/test_*.py")})
 
 
 @pytest.fixture

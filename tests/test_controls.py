@@ -1,6 +1,6 @@
 """The controls of sample_autoregressive in the loop, against a simulation in NumPy float64 and on layouts.
 
-tests/test_masks.py and tests/test_penalties.py hold each control by itself.
+tests/sampling/test_masks.py and tests/sampling/test_penalties.py hold each control by itself.
 """
 
 import dataclasses

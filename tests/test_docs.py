@@ -76,7 +76,7 @@ def test_public_names_are_in_the_docs():
 
 def test_public_names_are_tested():
     """In a test or an example, imports aside; of a method or a property after a dot, there or in the package."""
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
     sources = [re.sub(r"^(from|import) .*?(\(.*?\n\)|$)", "", source, flags=re.M | re.S) for source in sources]
     sources += [example.source for test in DOCTESTS.values() for example in test.examples]
     assert [name for name in PUBLIC if not any(says(source, name) for source in sources)] == []
@@ -181,7 +181,7 @@ def test_the_command_prints_what_the_docs_show(place, bundled, monkeypatch, tmp_
         assert text().rstrip() == shown.rstrip()
 
 
-# (tests/test_export.py runs what is exported)
+# (tests/generation/test_export.py runs what is exported)
 @pytest.mark.parametrize(
     "place",
     [example(place, "generator.generate(" in found["code"])

@@ -183,7 +183,7 @@ ACTIVATIONS = {  # transformers', and whether GPT-Neo has the same
 
 
 def test_activation_functions_of_transformers(tmp_path):
-    """Each name is that function, in both directions. (tests/test_layers.py: the functions in TensorFlow.)"""
+    """Each name is that function, in both directions. (tests/models/test_layers.py: the functions in TensorFlow.)"""
     assert ACTIVATIONS.keys() == hugging_face._ACTIVATIONS.keys()
     x = np.linspace(-13, 13, 53)
     for name, (function, gpt_neo_has_it) in ACTIVATIONS.items():

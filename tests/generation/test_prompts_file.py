@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers_model import config, random_weights
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 
 import kill_and_resume
 import processes

@@ -19,7 +19,7 @@ from gpt_neo_sampling.checkpoint import open_checkpoint, write_mesh_tf_checkpoin
 from gpt_neo_sampling.generation import export
 
 BATCH, LENGTH, PROMPT_LENGTH, TOP_K = 4, 40, 20, 8
-CLIENT = pathlib.Path(__file__).parent / "saved_model_client.py"
+CLIENT = pathlib.Path(__file__).parents[1] / "saved_model_client.py"
 PROMPTS = [[5, 17, 101], [9] * PROMPT_LENGTH, [], [300, 2, 3, 4, 1999, 6, 7]]
 STOP = "the fourth of row 0's greedy tokens"
 # (signature, inputs) beside prompts, and the options of TextGenerator.generate that ask for the same
