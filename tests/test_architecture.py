@@ -1,6 +1,7 @@
 """The package's rooms: data flows one way, and nothing imports upward (docs/architecture.md)."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,19 @@ def test_no_module_needs_itself():
 def test_a_config_is_read_without_tensorflow():
     assert imports("models.config") == {"_types"}
     assert {m for m in MODULES if m.startswith("checkpoint") and imports(m) & {"models.gpt2", "models.layers"}} == set()
+
+
+@pytest.mark.parametrize(
+    "old, new, name",
+    [
+        ("chain", "sampling.next_token", "next_token"),
+        ("decoder", "models.decoding_context", "DecodeContext"),
+        ("models.masks", "sampling.masks", "top_k_mask"),
+        ("models.penalties", "sampling.penalties", "repetition_penalty"),
+        ("models.utils", "sampling.categorical", "sample_categorical"),
+        ("models.utils", "sampling.entmax", "entmax"),
+    ],
+)
+def test_the_old_paths_lead_there(old, new, name):
+    old, new = (importlib.import_module(f"gpt_neo_sampling.{module}") for module in (old, new))
+    assert getattr(old, name) is getattr(new, name)
