@@ -486,7 +486,8 @@ def test_entmax_of_rows_of_any_width(size):
         assert np.all(((p > 0) == (want > 0)) | at_edge), alpha
         right = closed_form(np.where(p > 0, want, 0), dy, float(alpha))
         error = np.abs(dx - right) / top ** (1 - epsilon)
-        assert error.max() < 1e-4, alpha  # p^(2 − α) is steep at the edge
+        # p^(2 − α) is steep at the edge: its error there is that of p, divided by the base.
+        assert (error * np.clip(base, 0, 1)).max() < 5e-6, alpha
 
 
 ALPHAS_BY_ROW = np.array([1.3, 1.5, 2.0, 1.05], np.float32)
