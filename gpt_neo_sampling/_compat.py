@@ -195,8 +195,14 @@ def extend_session(session: tf.Session) -> None:
     type(session)._extend_graph(session)
 
 
-@functools.cache
 def probe_devices() -> None:
+    """Has TensorFlow look for its devices, once; raises RuntimeError as `check_not_forked`."""
+    check_not_forked()
+    _probe_once()
+
+
+@functools.cache
+def _probe_once() -> None:
     """Has TensorFlow look for its devices and run a first graph, which it does once and not in silence."""
     os.register_at_fork(after_in_child=_note_fork)
     with quiet_stderr(), tf.Graph().as_default():

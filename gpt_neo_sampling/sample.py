@@ -163,8 +163,8 @@ def sample_autoregressive(
         has a "memory_length_dim" and an "attn_bias", the model is handed these
         with as many positions fewer; without max_length, as they are.
       top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: † masks of less likely
-        tokens, see `models.masks`.
-      repetition_penalty: † see `models.penalties`; it counts all tokens of a row,
+        tokens, see `sampling.masks`.
+      repetition_penalty: † see `sampling.penalties`; it counts all tokens of a row,
       presence_penalty, frequency_penalty: † and these its new ones.
       no_repeat_ngram_size: an int: no sequence of so many tokens comes twice.
       logit_bias: a float32 tensor [vocab] or [batch…, vocab] that is added to the

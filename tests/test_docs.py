@@ -117,7 +117,7 @@ def bundled():
 @pytest.mark.parametrize("name", DOCTESTS)
 def test_docstring(name, script, bundled, monkeypatch):
     test = DOCTESTS[name]
-    if name.startswith("generate.TextGenerator."):
+    if name.startswith("generation.generator.TextGenerator."):
         monkeypatch.setattr(gpt_neo_sampling.TextGenerator, "from_pretrained", lambda: bundled)
     test.globs = {**script, **test.globs}
     out = io.StringIO()

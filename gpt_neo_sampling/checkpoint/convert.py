@@ -45,8 +45,8 @@ def convert_checkpoint(
       CheckpointError: (a ValueError) if the source cannot be read, the
         destination holds something, an argument is not one of these, or the
         format has no such model: GPT-Neo's has one layer_norm_epsilon, an
-        intermediate_size of 4·n_embd, no `lm_head`, and not all of Hugging Face's
-        activation functions, which has fewer of GPT-Neo's options.
+        intermediate_size of 4·n_embd, no `lm_head` and only some of Hugging Face's
+        activation functions; Hugging Face's has none of `models.config.VARIANTS`.
 
     Example, with the model that comes with the package:
 

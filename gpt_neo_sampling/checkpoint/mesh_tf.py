@@ -72,7 +72,8 @@ def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None
         params["local_attention_radius"] = LOCAL_RADIUS
     for key in ID_KEYS.values():
         if params.get(key) is not None and not is_int32(params[key]):
-            raise CheckpointError(f"{config_file}: {key} is {params[key]!r}; allowed: a whole number of 32 bits")
+            source = config_file if dataset_file is None or key == "bos_id" else dataset_file
+            raise CheckpointError(f"{source}: {key} is {params[key]!r}; allowed: a whole number of 32 bits")
     ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
 
     store = _TensorFlowStore(folder, _newest(folder, files), files)

@@ -27,7 +27,8 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
     the weights under `state_dict`, `model_state_dict`, `model` or `module`. What a
     wrapper (torch.compile, DataParallel, …) put into tensors' names is passed over, and
     a key that the config leaves out has transformers' default; either is logged. No
-    weights are read yet.
+    weights are read yet, but for the token table and an output table where a model
+    stores both.
 
     Args:
       path: of a folder, or of a mesh-TF model's JSON config; the folder is then

@@ -1,4 +1,4 @@
-"""What a GPT-Neo config says: its facts, its checks, and the dims that follow from it. No TensorFlow.
+"""What a GPT-Neo config says: its facts, its checks, and the dims that follow from it. No graph.
 
 Keys are GPT-Neo's; a Hugging Face model's config is read as one (`checkpoint`), with a few keys of its own.
 """
@@ -120,8 +120,8 @@ def check_config(params: Params) -> None:
         if t == "local" and get("causal") is False:
             raise ValueError("config option causal=False with a 'local' layer is not supported: its window is causal")
     radius = get("local_attention_radius")
-    if radius is not None and radius < 1:
-        raise ValueError(f"config option local_attention_radius={radius}: at least 1 is needed")
+    if radius is not None and not (is_int(radius) and radius >= 1):
+        raise ValueError(f"config option local_attention_radius={radius!r}: a whole number of at least 1 is needed")
     hidden, epsilon = intermediate_size(params), norm_epsilon(params)
     if not is_int(hidden) or hidden < 1:
         raise ValueError(f"config option intermediate_size={hidden!r}: a whole number of at least 1 is needed")

@@ -96,8 +96,8 @@ def model(
         pass over the whole sequence that records each layer's keys and values,
         [batch, heads, memory_length, features_per_head]; "incremental" reads
         the token at `context.position` − 1 and those records. Keys are recorded
-        as they are before `rotary_emb` turns them, behind those that `num_mem_kv`
-        has a layer of global attention learn; a layer of type "none" records nothing.
+        as they are before `rotary_emb` turns them. In a layer of global attention the
+        `num_mem_kv` learned ones stand ahead of them; a layer of type "none" records nothing.
 
     Returns:
       (logits, loss, loss_batch): logits [batch, sequence, vocab] (sequence of

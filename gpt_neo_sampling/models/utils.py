@@ -1,7 +1,7 @@
 """Sampling operations: mtf tensors in, mtf tensors out.
 
-`entmax` and its loss, the draw, and the masks and penalties of the modules beside
-this one, in the place where GPT-Neo's scripts look for them. All work on any
+`entmax` and its loss, the draw, and the masks and penalties, all of `gpt_neo_sampling.sampling`,
+in the place where GPT-Neo's scripts look for them. All work on any
 layout; none builds anything larger than its input.
 
 A whole script, which the examples of these functions take for granted:

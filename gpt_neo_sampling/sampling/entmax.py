@@ -32,9 +32,10 @@ def entmax(
     is softmax, α = 2 is sparsemax (Martins and Astudillo 2016); in between, the
     larger α, the fewer entries survive.
 
-    The threshold is found by Newton steps on the 1/(α−1)-norm of [(α−1)x − τ]₊,
-    which is convex in τ and nearly straight: each step lands short of the root,
-    and α = 1 or a constant row takes one.
+    With ε = α − 1 and z = x − max x this is p = [β + εz]₊^(1/ε) for one β in (0, 1],
+    the largest p to the power of ε. β is found by Newton steps on the 1/ε-norm of
+    [β + εz]₊, which is convex in β and nearly straight: each step lands short of the
+    root, and α = 1 or a constant row takes one.
 
     Args:
       x: mtf.Tensor of scores, float32, bfloat16 or float16; solved in float32.

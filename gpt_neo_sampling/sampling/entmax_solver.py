@@ -83,8 +83,9 @@ def solve_entmax(
     With ε = α − 1 and u = z/β, p = q/Σq of q = [1 + εu]₊^(1/ε), which is exp(u) at
     ε = 0, and β in (0, 1] is sought: β = (Σq)^−ε, the largest p to the power of ε.
     β·(Σq)^ε, a norm of [β + εz]₊, is convex in β, so no step down from above
-    passes the root, but by rounding. Nothing cancels in rows that are nearly flat,
-    as 1 + ε(z − δ) does, for β is as exact as it is small.
+    passes the root, but by rounding. In rows that are nearly flat 1 + ε(z − δ) would be
+    a small difference of numbers near 1; here β itself is small, and float32 holds it
+    with all its bits.
 
     Args:
       rows: Rows.

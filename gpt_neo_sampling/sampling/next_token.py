@@ -61,7 +61,7 @@ class SamplingOptions:
     Attributes:
       logits_processors: functions of (logits, ids, position), as of
         `sample_autoregressive`.
-      repetition_penalty: of all tokens of the row, see `models.penalties`; 1
+      repetition_penalty: of all tokens of the row, see `sampling.penalties`; 1
         changes nothing.
       presence_penalty, frequency_penalty: of the row's new tokens; 0 changes nothing.
       no_repeat_ngram_size: an int: no sequence of so many tokens comes twice.
@@ -70,9 +70,9 @@ class SamplingOptions:
       min_new_tokens: no stop token before there are so many.
       never_end: True for no stop token at all.
       temperature: above 0; 0 is argmax.
-      top_k: see `models.masks`.
+      top_k: see `sampling.masks`.
       max_top_k: an int, needed where top_k is a tensor.
-      top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: see `models.masks`.
+      top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: see `sampling.masks`.
       use_entmax: True for entmax in place of softmax.
       entmax_alpha: from 1 to 2, for use_entmax alone; None for 1.3.
       vocab_size: None, or where the vocabulary is padded an int: ids from there on

@@ -305,6 +305,9 @@ def test_the_last_datasets_ids_and_those_of_a_dataset_that_names_none(tmp_path):
     assert [params[k] for k in ("n_vocab", "padding_id", "eos_id")] == [11, 0, 7]
     write_json(tmp_path / "configs" / "dataset_configs" / "books.json", {})
     assert [open_checkpoint(config).params[k] for k in ("padding_id", "eos_id")] == [0, 1]
+    write_json(tmp_path / "configs" / "dataset_configs" / "books.json", {"eos_id": "x"})
+    with pytest.raises(CheckpointError, match="books.json: eos_id is 'x'"):
+        open_checkpoint(config)
 
 
 def test_a_datasets_tokenizer_from_the_working_directory(tmp_path, monkeypatch):

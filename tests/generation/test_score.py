@@ -120,11 +120,11 @@ def test_windows(tiny, stride):
 def test_strings():
     demo = TextGenerator.from_pretrained()
     text = "The family of Dashwood had long been settled in Sussex."
-    (scoring,) = demo.score(text)
-    shuffled, by_ids = demo.score(["Sussex long of in The settled been had Dashwood family.", scoring.tokens])
-    assert demo.tokenizer.decode(scoring.tokens) == text
-    np.testing.assert_allclose(by_ids.logprobs[1:], scoring.logprobs[1:], rtol=0, atol=1e-5)
-    assert scoring.perplexity < shuffled.perplexity / 2
+    (score,) = demo.score(text)
+    shuffled, by_ids = demo.score(["Sussex long of in The settled been had Dashwood family.", score.tokens])
+    assert demo.tokenizer.decode(score.tokens) == text
+    np.testing.assert_allclose(by_ids.logprobs[1:], score.logprobs[1:], rtol=0, atol=1e-5)
+    assert score.perplexity < shuffled.perplexity / 2
 
 
 @pytest.mark.parametrize(

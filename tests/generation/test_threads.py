@@ -9,7 +9,7 @@ import threading
 import pytest
 from conftest import DATA
 
-from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling import TextGenerator, convert_checkpoint, export_saved_model
 from gpt_neo_sampling._compat import quiet_logging, quiet_stderr, tf
 
 MODEL = DATA / "hf_gpt_neo_tiny"
@@ -123,24 +123,30 @@ def test_a_processor_that_generates_is_an_error(generator):
     assert len(generator.generate([[5]], max_new_tokens=2)[0].tokens) == 2
 
 
-def generate_in(pipe, generator):
-    for make in (lambda: generator, lambda: TextGenerator.from_pretrained(MODEL)):
+def call_in(pipe, functions):
+    for function in functions:
         try:
-            make().generate([[5]], max_new_tokens=1)
+            function()
             pipe.send("no error")
         except RuntimeError as e:
             pipe.send(str(e))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_gets_an_error(generator):
-    """The generator that was used, and a new one."""
+def test_a_forked_process_gets_an_error(generator, tmp_path):
+    """From the generator that was used, a new one, and what else runs TensorFlow."""
     generator.generate([[5]], max_new_tokens=1)
+    functions = [
+        lambda: generator.generate([[5]], max_new_tokens=1),
+        lambda: TextGenerator.from_pretrained(MODEL).generate([[5]], max_new_tokens=1),
+        lambda: convert_checkpoint(MODEL, tmp_path / "converted", to="mesh-tf"),
+        lambda: export_saved_model(tmp_path / "exported", MODEL, batch=1, length=8),
+    ]
     ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=generate_in, args=[theirs, generator])
+    child = multiprocessing.get_context("fork").Process(target=call_in, args=[theirs, functions])
     child.start()
     try:
-        for _ in range(2):
+        for _ in functions:
             assert ours.poll(60)
             assert "was forked from one that had used TensorFlow" in ours.recv()
     finally:

@@ -394,6 +394,7 @@ BAD_OPTIONS = [
     ({"attention_types": []}, r"attention_types"),
     ({"local_attention_radius": 0}, r"local_attention_radius=0"),
     ({"local_attention_radius": -5}, r"local_attention_radius=-5"),
+    ({"local_attention_radius": "256"}, r"local_attention_radius='256'"),
     ({"intermediate_size": 0}, r"intermediate_size=0: a whole number of at least 1"),
     ({"intermediate_size": "64"}, r"intermediate_size='64'"),
     ({"layer_norm_epsilon": -1e-5}, r"layer_norm_epsilon=-1e-05: a number of at least 0"),

@@ -1,4 +1,4 @@
-"""gpt_neo_sampling.sampling.categorical and exact: on one device, on split meshes and under XLA, against NumPy.
+"""gpt_neo_sampling.sampling.categorical and fixed_point: on one device, on split meshes and under XLA, against NumPy.
 
 Statistical tests are of draws at fixed seeds: they always pass or always fail.
 Each of their 8 p values is refused at FALSE_ALARM, so right draws would fail
@@ -195,7 +195,7 @@ def test_draw_from_small_vocabularies(sizes):
 
 
 def test_many_draws_are_the_single_draws():
-    """samples_dim takes other code paths for few and for many samples: the same categorical."""
+    """samples_dim takes other code paths for few and for many samples: the same draws."""
     rng = np.random.default_rng(10)
     w = sparse_weights(rng, 8, 256)
     cases = [(w, uniforms(rng, 8, n), uniforms(rng, 8, n)) for n in (1, 2, GROUPS, GROUPS + 1, 300)]
@@ -453,7 +453,7 @@ def exact_entmax_program(shape, jit, runner, candidates):
 
 
 def exact_entmax(z, alpha, jit=False, runner=ONE_DEVICE):
-    """exact.entmax_weights of z [rows, V], alpha [rows]; a runner splits V along its mesh."""
+    """fixed_point.entmax_weights of z [rows, V], alpha [rows]; a runner splits V along its mesh."""
     with quiet_logging():
         program = exact_entmax_program(z.shape, jit, runner, fixed_point._CANDIDATES)
         return program(z, (np.float32(alpha) - np.float32(1))[:, np.newaxis])
@@ -718,11 +718,11 @@ def test_fast_draws_from_weights_are_exact_or_in_doubt(size, monkeypatch):
         exact = draw(one)
         return fast, exact[:, 0], flags[0][:, 0]
 
-    fast, fixed_point, doubt = on_tensors(build, w, u1, u2)
-    assert np.all((fast == fixed_point) | (doubt == 1))
+    fast, exact, doubt = on_tensors(build, w, u1, u2)
+    assert np.all((fast == exact) | (doubt == 1))
     plain = np.arange(rows) % 4 > 0
     plain[: rows // 2], plain[::50] = False, False
-    assert (fast != fixed_point).any() and doubt[plain].mean() < 0.02
+    assert (fast != exact).any() and doubt[plain].mean() < 0.02
 
 
 def mixed_rows(rng, rows, size):
@@ -745,7 +745,7 @@ def near_borders(rng, scores, *alpha, passes, away=0.0, few=False):
     groups, entries = groups.astype(np.float64), entries.astype(np.float64)
 
     def border(sums, u):
-        """Either end of what u categorical, as a part of all."""
+        """Either end of what u draws, as a part of all."""
         sums = np.pad(sums, [(0, 0), (1, 0)])
         drawn = (sums[:, 1:] <= (u * sums[:, -1])[:, np.newaxis]).sum(1)
         ends = drawn + rng.integers(0, 2, len(u))
@@ -882,7 +882,7 @@ def test_without_the_protection_backends_differ():
     right = Program(score_build(3000), inputs)
     tokens = [np.array([program(z, u1, u2) for u1, u2 in zip(*u)]) for program in (plain, xla, right)]
     differ = [(a != b).mean() for a, b in itertools.combinations(tokens, 2)]
-    print("plain and XLA, plain and fixed_point, XLA and exact:", *(f"{d:.3f}" for d in differ))
+    print("plain and XLA, plain and exact, XLA and exact:", *(f"{d:.3f}" for d in differ))
     assert min(differ) > 0.02
 
 
