@@ -20,7 +20,7 @@ from gpt_neo_sampling import TextGenerator
 
 PROMPTS = ("It was the duty of", "The family of Dashwood", "She", "A single man in possession of a good fortune")
 STOPS = (None, "the", ",", "e", ".")
-OPTIONS = ({"top_k": 50}, {"top_k": 5, "temperature": 0.7}, {"top_k": 40, "temperature": 0.0})
+OPTIONS = ({"top_k": 50, "temperature": 0.7}, {"top_k": 5, "temperature": 1.1}, {"top_k": 40, "temperature": 0.3})
 NEW_TOKENS = (6, 12, 50)  # and any of the prompts: a graph of 32 positions, or of 64
 
 
