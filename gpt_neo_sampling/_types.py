@@ -28,6 +28,8 @@ TensorFunction = Callable[..., tf.Tensor]  # of slices
 LogitsProcessor = Callable[[mtf.Tensor, mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (logits, ids, position) to logits
 Streamer = Callable[[int, int, str | None, bool], object]  # (index, token, text, is_last)
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, of Python's or of NumPy's types; a tensor is none."""

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt_neo_sampling._compat import tf
-from gpt_neo_sampling._types import Params, Shape, is_int, is_real
+from gpt_neo_sampling._types import Params, Shape, is_int
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
     Checkpoint,
@@ -38,6 +38,7 @@ from gpt_neo_sampling.models.config import (
     VARIANTS,
     expand_attention_types,
     has_own_head,
+    is_norm_epsilon,
     norm_epsilon,
 )
 
@@ -276,7 +277,7 @@ def _params(config: dict[str, Any], config_file: Path) -> Params:
     activation, epsilon = config["activation_function"], config["layer_norm_epsilon"]
     if activation not in list(_ACTIVATIONS):
         refuse("activation_function", ", ".join(sorted(_ACTIVATIONS)))
-    if not is_real(epsilon) or not 0 <= epsilon <= float(tf.float32.max):
+    if not is_norm_epsilon(epsilon):
         refuse("layer_norm_epsilon", "a number, at least 0")
 
     params: Params = {key: config[hf_key] for key, hf_key in _SIZES.items()}

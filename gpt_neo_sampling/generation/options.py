@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._types import LogitsProcessor, is_int, is_real
+from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, is_int, is_real
 from gpt_neo_sampling.sampling.next_token import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 INT32_MAX = 2**31 - 1
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check_int(name: str, value: object, least: float, most: float | None = None) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._types import LogitsProcessor, Tokenizer, is_real
+from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, Tokenizer, is_real
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import stop_tokens_of
 from gpt_neo_sampling.generation.options import (
-    FLOAT32_MAX,
     INT32_MAX,
     ROW_OPTIONS,
     SAMPLING,

@@ -6,9 +6,8 @@ Keys are GPT-Neo's; a Hugging Face model's config is read as one (`checkpoint`),
 from collections.abc import Sequence
 from typing import Any
 
-from gpt_neo_sampling._types import Params, is_int, is_real
+from gpt_neo_sampling._types import FLOAT32_MAX, Params, is_int, is_real
 
-FLOAT32_MAX = 3.4028234663852886e38
 NORM_EPSILON = 1e-5
 LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
 ATTENTION_TYPES = ("global", "local", "linear", "none")  # what GPT-Neo's configs may name
@@ -125,7 +124,7 @@ def check_config(params: Params) -> None:
     hidden, epsilon = intermediate_size(params), norm_epsilon(params)
     if not is_int(hidden) or hidden < 1:
         raise ValueError(f"config option intermediate_size={hidden!r}: a whole number of at least 1 is needed")
-    if not is_real(epsilon) or not 0 <= epsilon <= FLOAT32_MAX:
+    if not is_norm_epsilon(epsilon):
         raise ValueError(f"config option layer_norm_epsilon={epsilon!r}: a number of at least 0 is needed")
 
 
@@ -150,6 +149,11 @@ def intermediate_size(params: Params) -> int:
     """How many features a layer has between its two products: 4·n_embd, but in Hugging Face models of another size."""
     size = params.get("intermediate_size")
     return 4 * params["n_embd"] if size is None else size
+
+
+def is_norm_epsilon(value: object) -> bool:
+    """Whether layer norm may add it to a variance."""
+    return is_real(value) and 0 <= value <= FLOAT32_MAX
 
 
 def norm_epsilon(params: Params) -> float:
