@@ -3,8 +3,9 @@
 import concurrent.futures
 import contextlib
 import queue
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Watcher:
         self._on_token = on_token
         self._drawn = np.zeros(len(rows), int)
         self._events: queue.SimpleQueue[tuple[int, int, str | None, bool] | None] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self._cancelled = False
         self._error: BaseException | None = None  # what watching raised
         self.finished = np.zeros(len(rows), bool)  # rows whose last token was drawn
         self.interrupted = False  # by Ctrl-C
@@ -86,14 +87,14 @@ class Watcher:
         """Takes a step's tokens [batch] and how many each row has had; returns float32 [batch], 1.0 for a row that is
         done. Rows behind those of the request fill the batch."""
         done = np.zeros(len(tokens), np.float32)
-        if not self._cancelled.is_set():
+        if not self._cancelled:
             try:
                 for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn).tolist():
                     done[row] = self._push(row, int(tokens[row]))
             except BaseException as e:  # TensorFlow would make another error of it
                 self._error = e
-                self._cancelled.set()
-        return np.ones_like(done) if self._cancelled.is_set() else done
+                self._cancelled = True
+        return np.ones_like(done) if self._cancelled else done
 
     def _push(self, row: int, token: int) -> bool:
         stream, limit, stop_tokens = self._rows[row]
@@ -113,8 +114,8 @@ class Watcher:
         """The result of fn(), which calls this watcher meanwhile.
 
         It runs in a thread of its own. This one calls `on_token`, which may do what it likes, another run
-        included, and hears Ctrl-C: then all rows end, and `interrupted` is True. What `on_token`
-        raises ends the rows too, and is raised here.
+        included. Ctrl-C ends all rows once `on_token` has returned, and sets `interrupted`; a second one interrupts
+        `on_token` itself. What `on_token` raises ends the rows too, and is raised here.
         """
         begin = threading.Event()  # once Ctrl-C is caught
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -129,20 +130,42 @@ class Watcher:
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            try:
-                begin.set()
-                self._hand_on(future)
-            except KeyboardInterrupt:
-                self.interrupted = True
-                self._cancelled.set()
-                self._hand_on(future)  # what was drawn before
+            with self._interruptible():
+                try:
+                    begin.set()
+                    self._hand_on(future)
+                except KeyboardInterrupt:  # a second Ctrl-C, or another handler's
+                    self._interrupt()
+                    self._hand_on(future)  # what was drawn before
         finally:
-            self._cancelled.set()
+            self._cancelled = True
             concurrent.futures.wait([future])
         result = future.result()
         if self._error is not None:
             raise self._error
         return result
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C is heard between two calls of on_token: Python's own handler would raise in the middle of one."""
+
+        def handler(*_: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._interrupt()
+
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self) -> None:
+        self.interrupted = self._cancelled = True
+        self._events.put(None)
 
     def _hand_on(self, future: "concurrent.futures.Future[Any]") -> None:
         """Calls on_token for each token that is drawn until there are no more."""

@@ -170,6 +170,25 @@ def test_a_watcher_that_is_interrupted_ends_all_rows():
     assert watcher.run(run) == "ended" and watcher.interrupted
 
 
+def test_ctrl_c_within_a_call_loses_no_token():
+    watcher, shown = None, []
+
+    def on_token(row, token, text, is_last):
+        if len(shown) == 3:
+            signal.raise_signal(signal.SIGINT)
+        shown.append(token)
+
+    def run():
+        for n in range(1, 6):
+            watcher(np.array([n]), np.array([n]))
+        return "ended"
+
+    watcher = Watcher([(None, 9, [])], on_token)
+    assert watcher.run(run) == "ended" and watcher.interrupted
+    assert shown == list(range(1, len(shown) + 1)) and len(shown) > 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.slow
 def test_ctrl_c_keeps_finished_samples(demo):
     """The first row is done early; Ctrl-C comes with the 30th token of the second."""
