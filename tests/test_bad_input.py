@@ -1049,7 +1049,7 @@ CALLS = {
     "inspect's samples": (
         lambda tiny: tiny.inspect([5], num_return_sequences=7, seed=3),
         TypeError,
-        "no option of how a token is drawn: num_return_sequences, seed; allowed: repetition_penalty, ",
+        "no option of how a token is drawn: num_return_sequences, seed; allowed: logits_processors, ",
     ),
     "streamer is a number": (options(streamer=5), TypeError, "streamer=5; a function of (index, token, text, is_last)"),
     "stop tokens in a table": (

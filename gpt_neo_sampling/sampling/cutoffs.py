@@ -210,9 +210,9 @@ def _rounded_up(x: tf.Tensor) -> tf.Tensor:
 # --- Cuts by mass -----------------------------------------------------------------------
 
 
-def top_p_cut(softmax: Softmax, top_p: LaidOut) -> Cut:
-    """Behind the fewest of the likeliest entries whose mass is at least top_p."""
-    return _cut_at_mass(softmax, top_p, softmax.top)
+def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut:
+    """Behind the fewest of the likeliest entries whose mass is at least `mass`."""
+    return _cut_at_mass(softmax, mass, softmax.top)
 
 
 def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:

@@ -152,7 +152,7 @@ def top_p_mask(
 ) -> mtf.Tensor:
     """Masks all but the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
-    That is the smallest set of the likeliest entries whose probabilities sum to at least top_p. Among equal entries
+    That is the smallest set of the likeliest entries whose probabilities sum to at least p. Among equal entries
     at its border those of lower index are in it; the likeliest entry always is.
 
     Args:
@@ -173,7 +173,7 @@ def top_p_mask(
         >>> run(lambda x: mtf.softmax(top_p_mask(mtf.log(x), 0.7), x.shape[-1]), [[0.25, 0.5, 0.125, 0.125]]).round(3)
         array([[0.333, 0.667, 0.   , 0.   ]], dtype=float32)
     """
-    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.top_p_cut, neutral=1)
+    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.nucleus_cut, neutral=1)
 
 
 def min_p_mask(
@@ -184,8 +184,8 @@ def min_p_mask(
     Kept are those of p ≥ min_p · max p, which is x − max x ≥ log(min_p).
 
     Args:
-      min_p: as top_p of `top_p_mask`; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      min_p: as for the nucleus mask; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(logits, "min_p", min_p, dim, masked, cutoffs.min_p_cut, neutral=0)
 
@@ -200,8 +200,8 @@ def typical_p_mask(
     by index. The likeliest entry need not be among them.
 
     Args:
-      typical_p: as top_p of `top_p_mask`, but above 0; 1 masks nothing.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      typical_p: as for the nucleus mask, but above 0; 1 masks nothing.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(logits, "typical_p", typical_p, dim, masked, cutoffs.typical_p_cut, neutral=1, excluded=0)
 
@@ -214,8 +214,8 @@ def epsilon_mask(
     The likeliest entry, and those that equal it, always stay.
 
     Args:
-      epsilon_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      epsilon_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(
         logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, cutoffs.epsilon_cut, neutral=0, excluded=1
@@ -231,8 +231,8 @@ def eta_mask(
     those that equal it.
 
     Args:
-      eta_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      eta_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1)
 
