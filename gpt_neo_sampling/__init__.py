@@ -27,6 +27,7 @@ from gpt_neo_sampling.models.utils import (
     token_counts,
     tokens_mask,
     top_k_mask,
+    top_n_sigma_mask,
     top_p_mask,
     typical_p_mask,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "token_counts",
     "tokens_mask",
     "top_k_mask",
+    "top_n_sigma_mask",
     "top_p_mask",
     "typical_p_mask",
 ]

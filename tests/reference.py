@@ -564,6 +564,17 @@ def eta_keep(x, eta):
     return _at_least(x, np.log(np.minimum(eta, np.sqrt(eta) * np.exp(-entropy(softmax(np.asarray(x, np.float64)))))))
 
 
+def top_n_sigma_keep(x, n):
+    """Clear but within 1e-6 of the spread, or of a logit's last bits; n: a number or [rows, 1]."""
+    x = np.asarray(x, dtype=np.float64)
+    inside = np.isfinite(x)
+    count = inside.sum(-1, keepdims=True)
+    mean = np.where(inside, x, 0).sum(-1, keepdims=True) / count
+    sigma = np.sqrt(np.where(inside, (x - mean) ** 2, 0).sum(-1, keepdims=True) / count)
+    below = x.max(-1, keepdims=True) - x - n * sigma
+    return below <= 0, (abs(below) > 1e-6 * (sigma + abs(x))) | (x == x.max(-1, keepdims=True))
+
+
 # --------------------------------------------------------------------------
 # Random numbers and drawing
 # --------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def penalised(options, logits, row):
     return x
 
 
-MASKS = {
+MASKS = {  # behind top-k
     "top_p": reference.top_p_keep,
     "min_p": reference.min_p_keep,
     "typical_p": reference.typical_p_keep,
@@ -74,11 +74,17 @@ MASKS = {
 }
 
 
+AHEAD_OF_TOP_K = {"top_n_sigma": reference.top_n_sigma_keep}
+
+
 def weights(options):
-    """weights_of with the masks behind top-k."""
+    """weights_of with the masks."""
 
     def of(x, temperature, top_k, alpha):
         z = (x - x.max()) / temperature
+        for name, keep in AHEAD_OF_TOP_K.items():
+            if name in options:
+                z = np.where(keep(z[np.newaxis], options[name])[0][0], z, -np.inf)
         if top_k is not None and 1 <= top_k < len(z):
             z = np.where(reference.top_k_keep(z, int(top_k)), z, -np.inf)
         for name, keep in MASKS.items():
@@ -97,7 +103,7 @@ SETTINGS = {
     "never_end, typical_p": dict(stop_at_token=[STOP, 20], never_end=True, typical_p=0.5),
     "top_p, epsilon": dict(top_p=0.8, epsilon_cutoff=0.02),
     "min_p": dict(min_p=0.2),
-    "top_k, eta": dict(sampling_keep_top_k=12, eta_cutoff=0.05),
+    "top_n_sigma, top_k, eta": dict(top_n_sigma=1.5, sampling_keep_top_k=12, eta_cutoff=0.05),
     "all, softmax": dict(
         logits_processors=(favour_even,), repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2,
         no_repeat_ngram_size=3, logit_bias=BIAS, stop_at_token=[STOP, 40], min_new_tokens=4, temperature=1.3,
@@ -167,7 +173,7 @@ def test_the_simulation_sees_a_control_that_is_lost(name, control):
         pytest.param(
             "x:2,y:2", "batch:x,vocab:y", ("processors, min_new_tokens", "all, softmax", "all, entmax"), marks=slow
         ),
-        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_k, eta"), marks=slow),
+        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_n_sigma, top_k, eta"), marks=slow),
     ],
 )
 def test_layouts(mesh_shape, layout, names):
@@ -178,10 +184,12 @@ def test_layouts(mesh_shape, layout, names):
 
 def test_a_value_for_each_row():
     """Rows of all settings of numbers in one batch, each with its own, as tensors."""
-    own = [dict(repetition_penalty=1.5), dict(top_p=0.6), dict(min_p=0.2), dict(typical_p=0.5),
+    own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6), dict(min_p=0.2), dict(typical_p=0.5),
            dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
            dict(frequency_penalty=-0.7)]  # fmt: skip
-    neutral = dict(zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9)
+    neutral = dict(
+        zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9, top_n_sigma=0
+    )
     columns = {key: [options.get(key, value) for options in own] for key, value in neutral.items()}
     columns["temperature"][7] = 0  # one greedy row
     columns["sampling_keep_top_k"][1] = 9

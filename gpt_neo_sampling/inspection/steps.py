@@ -22,7 +22,7 @@ class ChainStep:
     """A next-token distribution after one step of the chain.
 
     Attributes:
-      name: "model" for the first; then the option's name, as "top_p"; "softmax",
+      name: "model" for the first; then the option's name, as "min_p"; "softmax",
         "entmax" or "argmax" for the last.
       setting: str, the option's value, as "0.9"; may be empty.
       probabilities: float ndarray [vocab], adds up to 1.
@@ -34,7 +34,7 @@ class ChainStep:
 
     @property
     def label(self) -> str:
-        """str: as "top_p 0.9", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
+        """str: as "min_p 0.1", or "presence_penalty 1, frequency_penalty 0.5" for a step of several options."""
         pairs = itertools.zip_longest(self.name.split(", "), self.setting.split(", "), fillvalue="")
         return ", ".join(" ".join(pair).strip() for pair in pairs)
 

@@ -190,7 +190,7 @@ def _fraction(mask: Mask | None, help: str, neutral: float, **facts: Any) -> Any
 @dataclasses.dataclass
 class Controls(Generic[Value]):
     """The controls, in the order in which they are applied; None leaves one out. By transformers' names where it has
-    them; presence and frequency are OpenAI's."""
+    them; presence and frequency are OpenAI's, top_n_sigma is llama.cpp's."""
 
     logits_processors: Sequence[LogitsProcessor] = ()  # the caller's own, ahead of all
     # what looks at the row so far
@@ -210,6 +210,9 @@ class Controls(Generic[Value]):
         Number("divides the logits: larger is more random, 0 takes the likeliest token (default: "
                f"{SOFTMAX_TEMPERATURE}; with entmax {ENTMAX_TEMPERATURE})", least=0))  # fmt: skip
     # what keeps the likelier tokens
+    top_n_sigma: Value | None = _fraction(
+        masks.top_n_sigma_mask, "keeps logits within this many standard deviations of the largest",
+        neutral=0, most=INF)  # fmt: skip
     top_k: Value | None = control(
         Number("keeps this many of the likeliest tokens",
                argmax_invariant=True, least=0, most=INT32_MAX, neutral=0, whole=True))  # fmt: skip
@@ -247,6 +250,7 @@ class ControlKeywords(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     logit_bias: Tensor | None
     min_new_tokens: RowValue | None
+    top_n_sigma: RowValue | None
     top_p: RowValue | None
     min_p: RowValue | None
     typical_p: RowValue | None

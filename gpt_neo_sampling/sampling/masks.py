@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, is_number, is_whole
+from gpt_neo_sampling._types import FLOAT32_MAX, RowValue, is_number, is_whole
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, take
 from gpt_neo_sampling.sampling import cutoffs
 from gpt_neo_sampling.sampling.top_k import top_k
@@ -147,6 +147,21 @@ def _asked_too_many(k: mtf.Tensor, k_max: int, dim: mtf.Dimension) -> mtf.Tensor
     )
 
 
+def top_n_sigma_mask(
+    logits: mtf.Tensor, top_n_sigma: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
+    """Masks entries more than n standard deviations below the largest (Tang et al. 2024, arXiv 2411.07641).
+
+    Kept are those of x ≥ max x − n · σ, where σ² is the mean squared distance of the row's logits from their mean,
+    masked ones left out. What is kept does not depend on the temperature.
+
+    Args:
+      top_n_sigma: as for the nucleus mask, but any finite number from 0 on; 0 masks nothing, as in llama.cpp.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+    """
+    return _mask_below(logits, "top_n_sigma", top_n_sigma, dim, masked, cutoffs.sigma_cut, neutral=0, most=FLOAT32_MAX)
+
+
 def top_p_mask(
     logits: mtf.Tensor, top_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
 ) -> mtf.Tensor:
@@ -246,18 +261,20 @@ def _mask_below(
     find_cut: Callable[..., cutoffs.Cut],
     neutral: float,
     excluded: float | None = None,
+    most: float = 1,
 ) -> mtf.Tensor:
-    """`option` is from 0 to 1, but not the number that is `excluded`; `neutral` masks nothing."""
+    """`option` is from 0 to `most`, but not the number that is `excluded`; `neutral` masks nothing."""
     dim = dim_of(logits, dim)
     if is_number(option):
-        if not 0 <= option <= 1 or option == excluded:
+        if not 0 <= option <= most or option == excluded:
+            allowed = "number from 0 to 1" if most == 1 else "finite number of at least 0"
             but = "" if excluded is None else f", but not {excluded},"
-            raise ValueError(f"{name}={option}; a number from 0 to 1{but} is needed")
+            raise ValueError(f"{name}={option}; a {allowed}{but} is needed")
         if option == neutral:
             return logits
 
     def check(option: tf.Tensor) -> tf.Tensor:
-        valid = tf.logical_and(option >= 0, option <= 1)
+        valid = tf.logical_and(option >= 0, option <= most)
         if excluded is not None:
             valid = tf.logical_and(valid, tf.not_equal(option, excluded))
         return tf.where_v2(valid, option, np.nan)
