@@ -575,6 +575,20 @@ def top_n_sigma_keep(x, n):
     return below <= 0, (abs(below) > 1e-6 * (sigma + abs(x))) | (x == x.max(-1, keepdims=True))
 
 
+def top_h_keep(x, part):
+    """(keep, clear); ties to the lower index. part: a number or [rows, 1]."""
+    x = np.asarray(x, dtype=np.float64)
+    order = np.argsort(-x, -1, kind="stable")[..., :100]
+    log_p = _log_p(np.take_along_axis(x, order, -1))
+    terms = np.where(np.isfinite(log_p), -np.exp(log_p) * log_p, 0)
+    reached = np.cumsum(terms, -1) - part * terms.sum(-1, keepdims=True)
+    keep, clear = np.zeros(x.shape, bool), np.ones(x.shape, bool)
+    first = np.arange(order.shape[-1]) == 0
+    np.put_along_axis(keep, order, (reached <= 1e-9) | first, -1)
+    np.put_along_axis(clear, order, (abs(reached) > 1e-6) | (part == 1) | first, -1)
+    return keep, clear
+
+
 # --------------------------------------------------------------------------
 # Random numbers and drawing
 # --------------------------------------------------------------------------

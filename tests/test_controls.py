@@ -74,7 +74,7 @@ MASKS = {  # behind top-k
 }
 
 
-AHEAD_OF_TOP_K = {"top_n_sigma": reference.top_n_sigma_keep}
+AHEAD_OF_TOP_K = {"top_n_sigma": reference.top_n_sigma_keep, "top_h": reference.top_h_keep}
 
 
 def weights(options):
@@ -104,6 +104,7 @@ SETTINGS = {
     "top_p, epsilon": dict(top_p=0.8, epsilon_cutoff=0.02),
     "min_p": dict(min_p=0.2),
     "top_n_sigma, top_k, eta": dict(top_n_sigma=1.5, sampling_keep_top_k=12, eta_cutoff=0.05),
+    "top_h, min_p": dict(top_h=0.4, min_p=0.01),
     "all, softmax": dict(
         logits_processors=(favour_even,), repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2,
         no_repeat_ngram_size=3, logit_bias=BIAS, stop_at_token=[STOP, 40], min_new_tokens=4, temperature=1.3,
@@ -173,7 +174,7 @@ def test_the_simulation_sees_a_control_that_is_lost(name, control):
         pytest.param(
             "x:2,y:2", "batch:x,vocab:y", ("processors, min_new_tokens", "all, softmax", "all, entmax"), marks=slow
         ),
-        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_n_sigma, top_k, eta"), marks=slow),
+        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_n_sigma, top_k, eta", "top_h, min_p"), marks=slow),
     ],
 )
 def test_layouts(mesh_shape, layout, names):
@@ -184,11 +185,16 @@ def test_layouts(mesh_shape, layout, names):
 
 def test_a_value_for_each_row():
     """Rows of all settings of numbers in one batch, each with its own, as tensors."""
-    own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6), dict(min_p=0.2), dict(typical_p=0.5),
+    own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6, top_h=0.7), dict(min_p=0.2), dict(typical_p=0.5),
            dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
            dict(frequency_penalty=-0.7)]  # fmt: skip
     neutral = dict(
-        zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9, top_n_sigma=0
+        zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)),
+        sampling_keep_top_k=0,
+        entmax_alpha=1,
+        temperature=0.9,
+        top_n_sigma=0,
+        top_h=0,
     )
     columns = {key: [options.get(key, value) for options in own] for key, value in neutral.items()}
     columns["temperature"][7] = 0  # one greedy row

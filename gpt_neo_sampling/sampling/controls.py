@@ -213,6 +213,9 @@ class Controls(Generic[Value]):
     top_n_sigma: Value | None = _fraction(
         masks.top_n_sigma_mask, "keeps logits within this many standard deviations of the largest",
         neutral=0, most=INF)  # fmt: skip
+    top_h: Value | None = _fraction(
+        masks.top_h_mask, "keeps the likeliest of 100 tokens that together have this part of their entropy",
+        neutral=0)  # fmt: skip
     top_k: Value | None = control(
         Number("keeps this many of the likeliest tokens",
                argmax_invariant=True, least=0, most=INT32_MAX, neutral=0, whole=True))  # fmt: skip
@@ -251,6 +254,7 @@ class ControlKeywords(TypedDict, total=False):
     logit_bias: Tensor | None
     min_new_tokens: RowValue | None
     top_n_sigma: RowValue | None
+    top_h: RowValue | None
     top_p: RowValue | None
     min_p: RowValue | None
     typical_p: RowValue | None

@@ -13,6 +13,7 @@ from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
+    top_h_mask,
     top_n_sigma_mask,
     top_p_mask,
     typical_p_mask,
@@ -26,6 +27,7 @@ MASKS = {
     epsilon_mask: (reference.epsilon_keep, [3e-4, 0.05], 0, [-0.1, 1, float("nan")]),
     eta_mask: (reference.eta_keep, [3e-4, 0.5], 0, [-0.1, 1, float("nan")]),
     top_n_sigma_mask: (reference.top_n_sigma_keep, [0.5, 1.0, 3.0], 0, [-0.1, float("inf"), float("nan")]),
+    top_h_mask: (reference.top_h_keep, [0.1, 0.4, 1.0], 0, [-0.1, 1.1, float("nan")]),
 }
 by_mask = pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__)
 ROWS, SIZE = 1000, 520
