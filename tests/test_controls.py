@@ -185,17 +185,11 @@ def test_layouts(mesh_shape, layout, names):
 
 def test_a_value_for_each_row():
     """Rows of all settings of numbers in one batch, each with its own, as tensors."""
-    own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6, top_h=0.7), dict(min_p=0.2), dict(typical_p=0.5),
-           dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
+    own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6, top_h=0.7), dict(min_p=0.2),
+           dict(typical_p=0.5), dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
            dict(frequency_penalty=-0.7)]  # fmt: skip
-    neutral = dict(
-        zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)),
-        sampling_keep_top_k=0,
-        entmax_alpha=1,
-        temperature=0.9,
-        top_n_sigma=0,
-        top_h=0,
-    )
+    neutral = dict(zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9)
+    neutral |= {"top_n_sigma": 0, "top_h": 0}
     columns = {key: [options.get(key, value) for options in own] for key, value in neutral.items()}
     columns["temperature"][7] = 0  # one greedy row
     columns["sampling_keep_top_k"][1] = 9
