@@ -34,23 +34,155 @@ StoppingCriteria = Callable[[mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (ids, posit
 
 
 @dataclasses.dataclass
+class _Prompts:
+    """The prompts, each followed by padding.
+
+    An empty one becomes its bos_id; if that is outside the vocabulary, invalid_token, with which the row is done.
+    """
+
+    whole_ids: mtf.Tensor  # int32 [rows, whole length]
+    ids: mtf.Tensor  # int32 [rows, length]; the same, cut to max_length
+    lengths: mtf.Tensor  # int32 [rows]; at least 1
+    begin: mtf.Tensor | None  # int32 [rows]; lengths, but 0 for an invalid_token; None if there cannot be one
+
+    @property
+    def removable(self) -> mtf.Tensor:
+        """How many tokens remove_partial_sequences takes off each row: int32 [rows]. It keeps an invalid_token."""
+        return self.lengths if self.begin is None else self.begin
+
+    def repeated(self, dim: mtf.Dimension, times: int) -> "_Prompts":
+        """Each prompt `times` times in a row along `dim`."""
+        tensors = [self.whole_ids, self.ids, self.lengths, self.begin]
+        return _Prompts(*map_tensors(functools.partial(repeat, dim=dim, times=times), tensors))
+
+
+@dataclasses.dataclass
 class _LoopState:
     """The loop variables of `sample_autoregressive`."""
 
-    position: mtf.Tensor  # int32 [batch]; where the row's next token goes
-    ids: mtf.Tensor  # int32 [batch, length]; prompts, new tokens, padding
-    done: mtf.Tensor  # bool [batch]; the row writes no more
-    logprobs: list[mtf.Tensor]  # two float32 [batch, length], like ids; or none
+    position: mtf.Tensor  # int32 [rows]; where the row's next token goes
+    ids: mtf.Tensor  # int32 [rows, length]; prompts, new tokens, padding
+    done: mtf.Tensor  # bool [rows]; the row writes no more
+    logprobs: list[mtf.Tensor]  # two float32 [rows, length], like ids; or none
     states: list[mtf.Tensor]  # the model's own, as its last call recorded them
 
     def tensors(self) -> list[mtf.Tensor]:
-        # mtf's while_loop would carry an unfinished sum as it is: settle each.
+        # mtf's while_loop would carry a sum that is not reduced yet as it is, so each is reduced here
         return [settle(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
 
-    @classmethod
-    def of(cls, tensors: Sequence[mtf.Tensor], n_logprobs: int) -> "_LoopState":
+
+@dataclasses.dataclass
+class _DecodeLoop:
+    """What stays the same in all steps, and the functions of `mtf.while_loop`:
+
+        mtf.while_loop(loop.unfinished, loop.step, loop.start())
+
+    The loop variables are the tensors of a `_LoopState`.
+    """
+
+    decoder: Decoder
+    prompts: _Prompts
+    states: list[mtf.Tensor]  # the model's, as the pass over the prompts recorded them
+    prompt_length: int  # the longest prompt that the pass over the prompts can read
+    vocab_dim: mtf.Dimension
+    options: SamplingOptions  # imported
+    seed: mtf.Tensor  # as `next_token` takes it
+    stream: mtf.Tensor  # int32 [rows]
+    max_steps: mtf.Tensor | None  # int32, [rows] or scalar
+    stopping_criteria: StoppingCriteria | None
+    return_logprobs: bool
+    invalid_token: int
+
+    def __post_init__(self) -> None:
+        self._length_dim = self.prompts.ids.shape[-1]
+        self._columns = mtf.range(self.prompts.ids.mesh, self._length_dim, tf.int32)  # once, not in every step
+        self._n_logprobs = 2 if self.return_logprobs else 0
+
+    def start(self) -> list[mtf.Tensor]:
+        """The loop variables before the first step: the prompts; rows that may get no token are done."""
+        prompts = self.prompts
+        ids, done = prompts.ids, self._is_full(prompts.lengths)
+        if prompts.begin is not None:
+            done = cwise_broadcast(lambda done, begin: tf.logical_or(done, tf.equal(begin, 0)), [done, prompts.begin])
+        if self.prompt_length < prompts.whole_ids.shape[-1].size:
+            ids = self._mark_unread(ids)
+            done = cwise_broadcast(lambda done, n: tf.logical_or(done, n > self.prompt_length), [done, prompts.lengths])
+        logprobs = [mtf.zeros(ids.mesh, ids.shape) for _ in range(self._n_logprobs)]
+        return _LoopState(prompts.lengths, ids, done, logprobs, self.states).tensors()
+
+    def unfinished(self, *tensors: mtf.Tensor) -> mtf.Tensor:
+        """Whether any row still writes: bool, scalar."""
+        return mtf.logical_not(mtf.reduce_all(self.state(tensors).done))
+
+    def step(self, *tensors: mtf.Tensor) -> list[mtf.Tensor]:
+        """Draws a token for each row and writes it, unless the row is done."""
+        old = self.state(tensors)
+        logits, states = self.decoder.step(old.ids, old.position, old.states)
+        token, *logprobs = self._draw(logits, old)
+        written = token
+        if self.invalid_token != INVALID:
+            written = cwise_broadcast(lambda t: tf.where_v2(tf.equal(t, INVALID), self.invalid_token, t), [token])
+        ids, *logprobs = (self._write(x, new, old) for x, new in zip([old.ids, *old.logprobs], [written, *logprobs]))
+        position = cwise_broadcast(
+            lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [old.position, old.done]
+        )
+        done = mtf.logical_or(old.done, self._ends_row(token, ids, position))
+        return _LoopState(position, ids, done, logprobs, states).tensors()
+
+    def state(self, tensors: Sequence[mtf.Tensor]) -> _LoopState:
+        """The loop variables by name."""
         position, ids, done, *rest = tensors
-        return cls(position, ids, done, rest[:n_logprobs], rest[n_logprobs:])
+        return _LoopState(position, ids, done, rest[: self._n_logprobs], rest[self._n_logprobs :])
+
+    def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Sequence[mtf.Tensor]:
+        """A token for each row, int32 [rows], and with return_logprobs its two log-probabilities, float32 [rows]."""
+        initial = self.prompts.lengths
+        history = History(state.ids, state.position, initial)
+        step = state.position - initial
+        drawn = next_token(
+            logits, self.vocab_dim, self.options, self.seed, self.stream, step, history, self.return_logprobs
+        )
+        return drawn if self.return_logprobs else [drawn]
+
+    def _write(self, x: mtf.Tensor, new: mtf.Tensor, state: _LoopState) -> mtf.Tensor:
+        """x [rows, length] with `new` [rows] at each row's position, unless the row is done."""
+
+        def write(x: tf.Tensor, column: tf.Tensor, position: tf.Tensor, done: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+            return tf.where_v2(tf.logical_and(tf.equal(column, position), tf.logical_not(done)), new, x)
+
+        return cwise_broadcast(write, [x, self._columns, state.position, state.done, new], x.shape)
+
+    def _ends_row(self, token: mtf.Tensor, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
+        """Whether the token that was drawn, just before `position`, is the row's last: bool [rows]."""
+        ended = cwise_broadcast(lambda token: tf.equal(token, INVALID), [token], output_dtype=tf.bool)
+        for stop_token in self.options.stop_tokens:
+            ended = mtf.logical_or(ended, mtf.equal(token, stop_token))
+        if self.stopping_criteria is not None:
+            ended = mtf.logical_or(ended, mtf.greater(self.stopping_criteria(ids, position), 0))
+        return mtf.logical_or(ended, self._is_full(position))
+
+    def _is_full(self, position: mtf.Tensor) -> mtf.Tensor:
+        """Whether the length or max_steps rules out a token at `position`: bool [rows]."""
+
+        def is_full(position: tf.Tensor, initial: tf.Tensor, *limit: tf.Tensor) -> tf.Tensor:
+            full = position >= self._length_dim.size
+            return tf.logical_or(full, position - initial >= limit[0]) if limit else full
+
+        initial = self.prompts.lengths
+        limit = [] if self.max_steps is None else [self.max_steps]
+        return cwise_broadcast(is_full, [position, initial, *limit], initial.shape, tf.bool)
+
+    def _mark_unread(self, ids: mtf.Tensor) -> mtf.Tensor:
+        """ids with invalid_token after each prompt that is longer than prompt_length.
+
+        A prompt that fills all of max_length has no room after it and stays as it is.
+        """
+
+        def mark(ids: tf.Tensor, column: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
+            unread = tf.logical_and(tf.equal(column, n), n > self.prompt_length)
+            return tf.where_v2(unread, self.invalid_token, ids)
+
+        return cwise_broadcast(mark, [ids, self._columns, self.prompts.lengths], ids.shape)
 
 
 def sample_autoregressive(
@@ -189,26 +321,18 @@ def sample_autoregressive(
                [7, 8, 9, 0, 0, 0]], dtype=int32)
     """
     check_keywords(controls)
-    mesh = partial_sequences.mesh
+    mesh, vocab_dim = partial_sequences.mesh, other_features["vocab_dim"]
     *batch_dims, whole_length_dim = partial_sequences.shape.dims
     length = _length("max_length", max_length, whole_length_dim.size)
     prompt_length = _length("max_prompt_length", max_prompt_length, length)
-    length_dim = mtf.Dimension(whole_length_dim.name, length)
     rows = _repeated_rows(batch_dims, num_return_sequences)
     if temperature is None:
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
-    if is_number(max_steps) and max_steps < 0:
-        raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
-    stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
-    stop_tokens = tuple(t for t in stop_tokens if t is not None)
-    if not is_int(invalid_token) or not -(2**31) <= invalid_token < 2**31:
-        raise ValueError(f"invalid_token={invalid_token!r}; a whole number of 32 bits is needed")
-    if never_end and not stop_tokens:
-        raise ValueError(f"never_end=True masks the stop token, but stop_at_token is {stop_at_token}")
+    stop_tokens = _stop_tokens(stop_at_token, never_end)
+    _check_arguments(max_steps, invalid_token, has_partial_sequences, prompt_lengths)
 
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
     padding_id = params.get("padding_id") or 0
-    vocab_dim = other_features["vocab_dim"]
     vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
         **controls,
@@ -221,7 +345,7 @@ def sample_autoregressive(
         vocab_size=vocab_size,
     )
     options.check()
-    # all that is imported or computed here is so once, and not in every step
+    # Imported once here, not in every step.
     options = options.imported(mesh, rows)
     seed = settle(import_seed(mesh, seed, rows))
     stream = settle(row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream"))
@@ -229,107 +353,59 @@ def sample_autoregressive(
         max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
     if not has_partial_sequences:
-        if prompt_lengths is not None:
-            raise ValueError("prompt_lengths are given with has_partial_sequences=False, which says that all are 0")
         prompt_lengths = 0
-    whole_ids, initial_position, begin = _prompts(
-        partial_sequences, prompt_lengths, padding_id, bos_id, vocab_size or vocab_dim.size, invalid_token
-    )
-    ids = resize(whole_ids, whole_length_dim, length)
+    vocab_size = vocab_size or vocab_dim.size
+    prompts = _prompts(partial_sequences, length, prompt_lengths, padding_id, bos_id, vocab_size, invalid_token)
+    encoder = {
+        "encoder_output": encoder_output,
+        "encoder_sequence_id": encoder_sequence_id,
+        "encoder_inputs": encoder_inputs,
+        "encoder_layer_outputs": encoder_layer_outputs,
+    }
+    other_features = cut_memory(other_features, whole_length_dim, length)
     decoder = Decoder(
-        model or gpt2.model,
-        params,
-        other_features if max_length is None else cut_memory(other_features, whole_length_dim, length),
-        variable_dtype,
-        length_dim,
-        initial_position,
-        shared_params,
-        encoder={
-            "encoder_output": encoder_output,
-            "encoder_sequence_id": encoder_sequence_id,
-            "encoder_inputs": encoder_inputs,
-            "encoder_layer_outputs": encoder_layer_outputs,
-        },
-    )
-    states = decoder.first_pass(ids, prompt_length)
+        model or gpt2.model, params, other_features, variable_dtype, prompts.ids.shape[-1], prompts.lengths,
+        shared_params, encoder,
+    )  # fmt: skip
+    states = decoder.first_pass(prompts.ids, prompt_length)
     if num_return_sequences > 1:
         decoder.repeat(batch_dims[-1], num_return_sequences)
-        whole_ids, ids, initial_position, begin, states = map_tensors(
-            functools.partial(repeat, dim=batch_dims[-1], times=num_return_sequences),
-            (whole_ids, ids, initial_position, begin, states),
-        )
+        prompts = prompts.repeated(batch_dims[-1], num_return_sequences)
+        states = [repeat(state, batch_dims[-1], num_return_sequences) for state in states]
 
-    n_logprobs = 2 if return_logprobs else 0
-    length_range = mtf.range(mesh, length_dim, tf.int32)
-
-    def is_over(position: mtf.Tensor) -> mtf.Tensor:
-        """Whether a row that is to write at `position` has no token left to write."""
-
-        def tf_fn(position: tf.Tensor, initial: tf.Tensor, *limit: tf.Tensor) -> tf.Tensor:
-            over = position >= length
-            return tf.logical_or(over, position - initial >= limit[0]) if limit else over
-
-        limit = [] if max_steps is None else [max_steps]
-        return cwise_broadcast(tf_fn, [position, initial_position, *limit], rows, tf.bool)
-
-    def ends_row(token: mtf.Tensor, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
-        """Whether a row is done with the token that was drawn, which stands ahead of `position`."""
-        ended = cwise_broadcast(lambda token: tf.equal(token, INVALID), [token], output_dtype=tf.bool)
-        for stop_token in options.stop_tokens:
-            ended = mtf.logical_or(ended, mtf.equal(token, stop_token))
-        if stopping_criteria is not None:
-            ended = mtf.logical_or(ended, mtf.greater(stopping_criteria(ids, position), 0))
-        return mtf.logical_or(ended, is_over(position))
-
-    def write(old: tf.Tensor, at: tf.Tensor, position: tf.Tensor, done: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
-        return tf.where_v2(tf.logical_and(tf.equal(at, position), tf.logical_not(done)), new, old)
-
-    def body(*tensors: mtf.Tensor) -> list[mtf.Tensor]:
-        loop = _LoopState.of(tensors, n_logprobs)
-        logits, states = decoder.step(loop.ids, loop.position, loop.states)
-        history = History(loop.ids, loop.position, initial_position)
-        step = loop.position - initial_position
-        drawn = next_token(logits, vocab_dim, options, seed, stream, step, history, return_logprobs)
-        token, *logprobs = drawn if return_logprobs else [drawn]
-        written = token
-        if invalid_token != INVALID:
-            written = cwise_broadcast(lambda t: tf.where_v2(tf.equal(t, INVALID), invalid_token, t), [token])
-        ids, *logprobs = [
-            cwise_broadcast(write, [old, length_range, loop.position, loop.done, new], loop.ids.shape, old.dtype)
-            for old, new in zip([loop.ids, *loop.logprobs], [written, *logprobs])
-        ]
-        position = cwise_broadcast(
-            lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [loop.position, loop.done]
-        )
-        done = mtf.logical_or(loop.done, ends_row(token, ids, position))
-        return _LoopState(position, ids, done, logprobs, states).tensors()
-
-    done = is_over(initial_position)
-    if begin is not None:
-        done = cwise_broadcast(lambda d, begin: tf.logical_or(d, tf.equal(begin, 0)), [done, begin])
-    if prompt_length < whole_length_dim.size:
-
-        def refuse(ids: tf.Tensor, at: tf.Tensor, n: tf.Tensor) -> tf.Tensor:  # max_length full is full, not too long
-            return tf.where_v2(tf.logical_and(tf.equal(at, n), n > prompt_length), invalid_token, ids)
-
-        ids = cwise_broadcast(refuse, [ids, length_range, initial_position], ids.shape)
-        done = cwise_broadcast(lambda d, n: tf.logical_or(d, n > prompt_length), [done, initial_position])
-    logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(n_logprobs)]
-    start = _LoopState(initial_position, ids, done, logprobs, states)
-    outputs = mtf.while_loop(
-        lambda position, ids, done, *_: mtf.logical_not(mtf.reduce_all(done)), body, start.tensors()
-    )
-    end = _LoopState.of(outputs, n_logprobs)
-    logprobs = [resize(x, length_dim, whole_length_dim.size) for x in end.logprobs]
-    results = [_whole(end.ids, whole_ids, length_dim), *logprobs]
+    loop = _DecodeLoop(
+        decoder, prompts, states, prompt_length, vocab_dim, options, seed, stream, max_steps,
+        stopping_criteria, return_logprobs, invalid_token,
+    )  # fmt: skip
+    end = loop.state(mtf.while_loop(loop.unfinished, loop.step, loop.start()))
+    results = [_whole(end.ids, prompts.whole_ids)]
+    results += [resize(x, x.shape[-1], whole_length_dim.size) for x in end.logprobs]
     if remove_partial_sequences:
-        by = initial_position if begin is None else begin
-        results = [_shift_left(x, by, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
+        results = [_shift_left(x, prompts.removable, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
     return tuple(results) if return_logprobs else results[0]
 
 
+def _check_arguments(
+    max_steps: RowValue | None, invalid_token: int, has_partial_sequences: bool, prompt_lengths: Tensor | None
+) -> None:
+    if is_number(max_steps) and max_steps < 0:
+        raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
+    if not is_int(invalid_token) or not -(2**31) <= invalid_token < 2**31:
+        raise ValueError(f"invalid_token={invalid_token!r}; a whole number of 32 bits is needed")
+    if prompt_lengths is not None and not has_partial_sequences:
+        raise ValueError("prompt_lengths are given with has_partial_sequences=False, which says that all are 0")
+
+
+def _stop_tokens(stop_at_token: RowValue | Sequence[RowValue] | None, never_end: bool) -> tuple[RowValue, ...]:
+    stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
+    stop_tokens = tuple(t for t in stop_tokens if t is not None)
+    if never_end and not stop_tokens:
+        raise ValueError(f"never_end=True masks the stop token, but stop_at_token is {stop_at_token}")
+    return stop_tokens
+
+
 def _repeated_rows(batch_dims: list[mtf.Dimension], times: int) -> mtf.Shape:
-    """mtf.Shape of the rows, so many for each prompt."""
+    """mtf.Shape of the rows: `times` of them for each prompt."""
     if not is_whole(times) or times < 1:
         raise ValueError(f"num_return_sequences={times}; a whole number of at least 1 is needed")
     if times == 1:
@@ -342,30 +418,31 @@ def _repeated_rows(batch_dims: list[mtf.Dimension], times: int) -> mtf.Shape:
 
 def _prompts(
     ids: mtf.Tensor,
+    length: int,
     lengths: RowValue | None,
     padding_id: int,
     bos_id: RowValue,
     vocab_size: int,
     invalid_token: int,
-) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor | None]:
-    """The prompts, and only they, with padding behind them; one that is empty becomes bos_id.
+) -> _Prompts:
+    """The prompts alone, with padding behind them; an empty one becomes bos_id.
 
     Args:
-      ids: int32 mtf.Tensor [batch…, length].
-      lengths: a number, or an int32 tensor [batch…], or None; and the rest: see
-        `sample_autoregressive`.
+      ids: int32 mtf.Tensor [batch…, whole length].
+      length: an int, the most tokens of a row in the loop.
+      lengths: a number, an int32 tensor [batch…], or None: the prompts'.
+      padding_id, bos_id, invalid_token: as for `sample_autoregressive`.
+      vocab_size: an int; a bos_id from there on is outside the vocabulary.
 
-    Returns:
-      (ids, lengths, begin): the prompts' lengths, at least 1; and where what comes
-      behind them begins: the same, but 0 for an empty prompt whose bos_id is outside
-      the vocabulary, which begins with invalid_token. None where there can be none.
+    Raises:
+      ValueError: where bos_id is outside the vocabulary and a prompt is known to be empty.
     """
-    *batch_dims, length_dim = ids.shape.dims
+    *batch_dims, whole_length_dim = ids.shape.dims
     rows = mtf.Shape(batch_dims)
     if lengths is None:
         known_ids = static_value(ids)
         known_lengths = None if known_ids is None else (known_ids != padding_id).sum(-1)
-        lengths = mtf.reduce_sum(mtf.to_int32(mtf.not_equal(ids, padding_id)), reduced_dim=length_dim)
+        lengths = mtf.reduce_sum(mtf.to_int32(mtf.not_equal(ids, padding_id)), reduced_dim=whole_length_dim)
     else:
         lengths = import_rows(ids.mesh, lengths, tf.int32, rows, "prompt_lengths")
         known_lengths = _known(lengths, rows)
@@ -373,33 +450,34 @@ def _prompts(
     bos = import_rows(ids.mesh, bos_id, tf.int32, rows, "bos_id")
     may_be_outside = _may_be_outside(_known(bos, rows), known_lengths, vocab_size)
 
-    def clean(ids: tf.Tensor, at: tf.Tensor, length: tf.Tensor, bos: tf.Tensor) -> tf.Tensor:
-        if may_be_outside:
-            bos = tf.where_v2(is_outside(bos), invalid_token, bos)
-        ids = tf.where_v2(at < length, ids, padding_id)
-        return tf.where_v2(tf.logical_and(length < 1, tf.equal(at, 0)), bos, ids)
-
     def is_outside(bos: tf.Tensor) -> tf.Tensor:
         return tf.logical_or(bos < 0, bos >= vocab_size)
 
-    ids = cwise_broadcast(clean, [ids, mtf.range(ids.mesh, length_dim, tf.int32), lengths, bos])
+    def clean(ids: tf.Tensor, column: tf.Tensor, length: tf.Tensor, bos: tf.Tensor) -> tf.Tensor:
+        if may_be_outside:
+            bos = tf.where_v2(is_outside(bos), invalid_token, bos)
+        ids = tf.where_v2(column < length, ids, padding_id)
+        return tf.where_v2(tf.logical_and(length < 1, tf.equal(column, 0)), bos, ids)
+
+    ids = cwise_broadcast(clean, [ids, mtf.range(ids.mesh, whole_length_dim, tf.int32), lengths, bos])
     begin = None
     if may_be_outside:
         begin = cwise_broadcast(
             lambda n, bos: tf.where_v2(tf.logical_and(n < 1, is_outside(bos)), 0, tf.maximum(n, 1)), [lengths, bos]
         )
-    return ids, cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths]), begin
+    lengths = cwise_broadcast(lambda n: tf.maximum(n, 1), [lengths])
+    return _Prompts(ids, resize(ids, whole_length_dim, length), lengths, begin)
 
 
 def _known(x: mtf.Tensor, rows: mtf.Shape) -> np.ndarray | None:
-    """What an option holds, scalar or [rows], if that is known while the graph is built."""
+    """The values of an option, scalar or [rows], if they are known while the graph is built."""
     return static_value(x) if x.shape in (rows, mtf.Shape([])) else None
 
 
 def _may_be_outside(bos: np.ndarray | None, lengths: np.ndarray | None, vocab_size: int) -> bool:
-    """Whether an empty prompt may have a bos_id outside the vocabulary; a ValueError where one has.
+    """Whether an empty prompt may have a bos_id outside the vocabulary. Raises ValueError if one certainly has.
 
-    Both are ndarrays, scalar or [batch…], or None where they are not known before the graph is run.
+    bos and lengths are ndarrays, scalar or [batch…], or None if they are known only when the graph runs.
     """
     outside = np.True_ if bos is None else (bos < 0) | (bos >= vocab_size)
     empty = np.True_ if lengths is None else lengths < 1
@@ -412,9 +490,9 @@ def _may_be_outside(bos: np.ndarray | None, lengths: np.ndarray | None, vocab_si
     return bool(found.any())
 
 
-def _whole(ids: mtf.Tensor, whole_ids: mtf.Tensor, length_dim: mtf.Dimension) -> mtf.Tensor:
-    """ids [rows, length_dim], and behind them what stands there in whole_ids, of a longer dim of that name."""
-    whole_dim = whole_ids.shape[-1]
+def _whole(ids: mtf.Tensor, whole_ids: mtf.Tensor) -> mtf.Tensor:
+    """ids [rows, length], continued to the whole length from whole_ids [rows, whole length]."""
+    length_dim, whole_dim = ids.shape[-1], whole_ids.shape[-1]
     if whole_dim == length_dim:
         return ids
     return cwise_broadcast(
@@ -432,7 +510,7 @@ def _length(name: str, value: Any, limit: int) -> int:
 
 
 def _vocab_size(params: Params, vocab_dim: mtf.Dimension) -> int | None:
-    """The model's vocabulary where `vocab_dim` is a padded one, else None."""
+    """The size of the model's vocabulary if `vocab_dim` is padded beyond it, else None."""
     size = params.get("n_vocab")
     if size is None or size == vocab_dim.size:
         return None

@@ -1,6 +1,6 @@
-"""What a GPT-Neo config says: its facts, its checks, and the dims that follow from it. No graph.
+"""Facts of a GPT-Neo config, their checks, and the dims that follow from them, without TensorFlow's graph.
 
-Keys are GPT-Neo's; a Hugging Face model's config is read as one (`checkpoint`), with a few keys of its own.
+The keys are GPT-Neo's. `checkpoint` turns a Hugging Face model's config into them, and adds a few keys of its own.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from typing import Any
 from gpt_neo_sampling._types import FLOAT32_MAX, Params, is_int, is_real
 
 NORM_EPSILON = 1e-5
-LOCAL_RADIUS = 256  # GPT-Neo's, where the config names none; Hugging Face's too
-ATTENTION_TYPES = ("global", "local", "linear", "none")  # what GPT-Neo's configs may name
+LOCAL_RADIUS = 256  # the default of GPT-Neo and of Hugging Face
+ATTENTION_TYPES = ("global", "local", "linear", "none")  # those of GPT-Neo's configs
 
-# The dims that stand together in a tensor of the model or of its decode loop, and so
-# cannot be split along one mesh axis.
+# The dims that share a tensor of the model or of its decode loop, and so cannot be split
+# over the same mesh axis.
 TENSORS = (
     ("batch", "vocab"),
     ("batch", "embd"),
@@ -26,14 +26,14 @@ TENSORS = (
     ("embd", "intermediate_expanded"),
 )
 
-# Config keys that change the model's function in ways that are not built here,
+# Options of GPT-Neo that change the function that the model computes: those not supported here,
 UNSUPPORTED_OPTIONS = ("convolution_dimension", "lightweight_conv_attention", "moe_layers")
-# and those that are: on or off, and with a value.
+# those that are on or off, and those with a value.
 SWITCHES = ("macaron", "mlp_glu", "no_weight_tie", "rezero", "scalenorm", "share_parameters")
 VARIANTS = (*SWITCHES, "axial_pos_emb", "num_mem_kv", "rotary_emb")
-OWN_MODEL = "GPT-Neo's own model as sample_autoregressive's model="  # what to do where it is not built
+OWN_MODEL = "GPT-Neo's own model as sample_autoregressive's model="  # the advice for them
 
-# transformers' activation functions that GPT-Neo does not have.
+# Activation functions of transformers that GPT-Neo lacks.
 HUGGING_FACE_ACTIVATIONS = (
     "gelu_erf",
     "gelu_erf_10",
@@ -44,26 +44,26 @@ HUGGING_FACE_ACTIVATIONS = (
     "relu6",
     "sqrtsoftplus",
 )
-# Keys of Hugging Face's configs that the model follows. GPT-Neo does not read them: its models have one value of each.
+# Keys of Hugging Face's configs that the model follows. GPT-Neo does not read them: all its models have the same.
 HUGGING_FACE_OPTIONS = ("intermediate_size", "layer_norm_epsilon", "tie_word_embeddings")
 
 
 def expand_attention_types(nested: Any, n_layer: int) -> list[str]:
-    """GPT-Neo's `[[[types…], repeats], …]` as a list of one type a layer.
+    """GPT-Neo's `[[[types…], repeats], …]` as a list of one type per layer.
 
     `[[["global", "local"], 2]]` gives global, local, global, local.
 
     Args:
-      nested: the config's list. One that names a type a layer already, as this
-        function returns it, is taken too.
-      n_layer: int, the number of layers that it must come to.
+      nested: the config's list, or a list of one type per layer, as this function
+        returns it.
+      n_layer: int, the number of layers that it must describe.
 
     Returns:
       a list of n_layer strings, each "global", "local", "linear" or "none".
 
     Raises:
-      ValueError: for a list of another form, an unknown type, or another
-        number of layers.
+      ValueError: for a list of another form, an unknown type or another number of
+        layers.
     """
     groups = [([entry], 1) if isinstance(entry, str) else entry for entry in _as_list(nested)]
     if not groups or not all(len(_as_list(g)) == 2 and _as_list(g[0]) and isinstance(g[1], int) for g in groups):
@@ -79,18 +79,18 @@ def expand_attention_types(nested: Any, n_layer: int) -> list[str]:
 
 
 def _as_list(value: Any) -> Sequence[Any]:
-    """A list or tuple as it is; anything else, a string among it, as []."""
+    """A list or tuple itself; [] for anything else, strings included."""
     return value if isinstance(value, (list, tuple)) else []
 
 
 def check_config(params: Params) -> None:
-    """Checks a GPT-Neo config for options that the model does not have, but for its activation function.
+    """Checks that the model supports a GPT-Neo config, except for its activation function.
 
     Args:
       params: a dict of GPT-Neo's config keys.
 
     Raises:
-      ValueError: naming the option, what it was given and what is allowed.
+      ValueError: with the option, its value and what is allowed.
     """
     get = params.get
     for option in UNSUPPORTED_OPTIONS:
@@ -107,7 +107,7 @@ def check_config(params: Params) -> None:
         raise ValueError(f"config option n_embd={params['n_embd']} is not a multiple of n_head={params['n_head']}")
     if get("rotary_emb") and params["n_embd"] // params["n_head"] % 2:
         raise ValueError(
-            f"config option rotary_emb turns pairs of a head's features; n_embd={params['n_embd']} over "
+            f"config option rotary_emb rotates pairs of a head's features; n_embd={params['n_embd']} over "
             f"n_head={params['n_head']} gives an odd number, {params['n_embd'] // params['n_head']}"
         )
     for t in expand_attention_types(get("attention_types"), params["n_layer"]):
@@ -129,7 +129,7 @@ def check_config(params: Params) -> None:
 
 
 def check_variants(params: Params) -> None:
-    """Checks those of `VARIANTS` that have a form. Raises ValueError as `check_config` does."""
+    """Checks the values of `VARIANTS` other than rotary_emb's. Raises ValueError as `check_config` does."""
     for option in SWITCHES:
         if params.get(option) not in (None, False, True):
             raise ValueError(f"config option {option}={params[option]!r}; allowed: true, false")
@@ -141,29 +141,29 @@ def check_variants(params: Params) -> None:
 
 
 def has_own_head(params: Params) -> bool:
-    """Whether the output is a table of its own, "lm_head", as a Hugging Face model may have it, and not the token's."""
+    """Whether the output has its own weights, "lm_head", as in some Hugging Face models, not the token embeddings."""
     return params.get("tie_word_embeddings") is False
 
 
 def intermediate_size(params: Params) -> int:
-    """How many features a layer has between its two products: 4·n_embd, but in Hugging Face models of another size."""
+    """The width of the MLP's hidden layer: 4·n_embd unless a Hugging Face config says otherwise."""
     size = params.get("intermediate_size")
     return 4 * params["n_embd"] if size is None else size
 
 
 def is_norm_epsilon(value: object) -> bool:
-    """Whether layer norm may add it to a variance."""
+    """Whether it may be the epsilon of layer norm."""
     return is_real(value) and 0 <= value <= FLOAT32_MAX
 
 
 def norm_epsilon(params: Params) -> float:
-    """What layer norm adds to a variance: 1e-5, but in Hugging Face models that have another number."""
+    """What layer norm adds to the variance: 1e-5 unless a Hugging Face config says otherwise."""
     epsilon = params.get("layer_norm_epsilon")
     return NORM_EPSILON if epsilon is None else epsilon
 
 
 def n_learned_keys(params: Params) -> int:
-    """`num_mem_kv`, how many keys and values a layer of global attention has learned, which stand ahead of its memory.
+    """`num_mem_kv`, the number of learned keys and values before the memory of a global attention layer.
 
     Sukhbaatar et al. 2019, "Augmenting Self-attention with Persistent Memory", arXiv 1907.01470.
     """
@@ -173,8 +173,8 @@ def n_learned_keys(params: Params) -> int:
 def splittable_dims(params: Params) -> dict[str, int | None]:
     """{name: size} of the model's dims that a layout may split.
 
-    The sizes that the caller of the model chooses, of the batch, of the
-    vocabulary (which may be padded) and of the sequence in memory, are None.
+    A size is None if the caller of the model chooses it: that of the batch, of the
+    vocabulary (which may be padded) and of the sequence in memory.
     """
     dims = {
         "batch": None,

@@ -1,4 +1,4 @@
-"""The model's side of a decode loop: what it is told in each call, and the states that it keeps between them."""
+"""The model's side of a decode loop: the context of each call, and the states kept between calls."""
 
 import dataclasses
 import functools
@@ -14,33 +14,33 @@ Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `mod
 
 @dataclasses.dataclass
 class DecodeContext:
-    """What a model is told in a decode loop, and where it leaves its states.
+    """What a model is told in a decode loop, and where it records its states.
 
-    The attributes are those of mesh-tensorflow's own context class, so models
-    written for that one work with this. Those that are not listed here keep
-    that class's defaults.
+    The attributes are those of mesh-tensorflow's own `Context`, so models written
+    for that class work with this one. Attributes not listed here keep that class's
+    defaults.
 
     Attributes:
       mesh: mtf.Mesh.
-      batch_dims: list of mtf.Dimension, those of the rows.
+      batch_dims: list of the rows' mtf.Dimensions.
       length_dim: mtf.Dimension of the ids.
       variable_dtype: mtf.VariableDType.
-      mode: "first_part", all positions at once, or "incremental", one token a row.
-      position: int32 mtf.Tensor; incremental [batch], the position about to be
-        written (the model reads the token before it), in the first part [length].
+      mode: "first_part" for all positions at once, "incremental" for one token per row.
+      position: int32 mtf.Tensor; if incremental [batch], the position about to be
+        written (the model reads the token before it); in the first part [length].
       position_is_default: True in the first part: positions are 0, 1, 2, …
-      states: incremental: list of mtf.Tensor, what the previous call recorded.
+      states: if incremental, a list of mtf.Tensor, what the previous call recorded.
       new_states: list of mtf.Tensor, what this call records.
       initial_position: int32 mtf.Tensor [batch], the prompts' lengths.
       inputs: int32 mtf.Tensor [batch, length].
-      write_priority: int32 mtf.Tensor [batch, length], and
-      read_priority: the same, incremental [batch]: a query may see the keys whose
+      write_priority: int32 mtf.Tensor [batch, length]; a query may see the keys whose
         write priority is at most its read priority.
+      read_priority: the same; if incremental [batch].
       encoder_output, encoder_sequence_id, encoder_inputs, encoder_layer_outputs,
         shared_params: as `sample_autoregressive` was given them.
       constant_states: list of mtf.Tensor, recorded in the first part and read in
         every step.
-      may_overwrite_states: True where `states` are nobody else's to read.
+      may_overwrite_states: True if nobody else reads `states`.
     """
 
     mesh: mtf.Mesh
@@ -96,13 +96,13 @@ class DecodeContext:
 
     @property
     def nonpadding(self) -> mtf.Tensor | None:
-        """1 where sequence_id is not 0, else 0, in the activation dtype; sequence_id itself where that is None or 1."""
+        """1 where sequence_id is not 0, else 0, in the activation dtype; sequence_id itself if it is None or 1."""
         if self.sequence_id is None or (isinstance(self.sequence_id, int) and self.sequence_id == 1):
             return self.sequence_id
         return mtf.cast(mtf.not_equal(self.sequence_id, 0), self.activation_dtype)
 
     def get_position(self) -> mtf.Tensor:
-        """int32 mtf.Tensor: `position`, or all positions of length_dim where position_is_default."""
+        """int32 mtf.Tensor: `position`, or all positions of length_dim if position_is_default."""
         if self.position_is_default:
             return mtf.range(self.mesh, self.length_dim, tf.int32)
         return self.position
@@ -113,23 +113,23 @@ class DecodeContext:
         return self.states[begin : begin + n]
 
     def record_new_states(self, new_states: Iterable[mtf.Tensor]) -> None:
-        """Adds `new_states`, mtf.Tensors that the next step is to find; their shapes must not change."""
+        """Records `new_states`, mtf.Tensors for the next step; their shapes must be the same in every step."""
         self.new_states.extend(new_states)
 
     def record_constant_state(self, s: mtf.Tensor) -> None:
-        """First part: keeps `s`, an mtf.Tensor that every step is to find unchanged."""
+        """In the first part: records `s`, an mtf.Tensor that every step can read."""
         self.constant_states.append(s)
 
     def get_constant_state(self) -> mtf.Tensor:
-        """The next of the constant states, in the order of their recording."""
+        """The next of the constant states, in the order in which they were recorded."""
         self.next_constant_state += 1
         return self.constant_states[self.next_constant_state - 1]
 
 
 class Decoder:
-    """A model that reads prompts at once and then a token a row and step.
+    """A model that reads whole prompts first, and then one token per row in each step.
 
-    With "slow_sampling" in its params it keeps no states, and reads all of the ids in every step.
+    With "slow_sampling" in its params it keeps no states and reads all ids in every step.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Decoder:
           model, params, other_features, variable_dtype, shared_params: as for `sample_autoregressive`.
           length_dim: mtf.Dimension of the ids that the model is called with.
           initial_position: int32 mtf.Tensor [batch], the prompts' lengths, at least 1.
-          encoder: a dict, an encoder's outputs and inputs by their names in DecodeContext.
+          encoder: a dict of the encoder's outputs and inputs, by their names in DecodeContext.
         """
         self._model, self._params, self._variable_dtype = model, params, variable_dtype
         self._length_dim, self._initial_position = length_dim, initial_position
@@ -158,7 +158,7 @@ class Decoder:
         )
         self._constant_states: list[mtf.Tensor] = []
         mesh, rows = initial_position.mesh, initial_position.shape
-        # GPT-Neo's: what stands at a new position may be read from there on
+        # as in GPT-Neo: a new token may be read from its own position on
         self._priority = cwise_broadcast(
             lambda at, n: tf.where_v2(at > n, at, 0),
             [mtf.range(mesh, length_dim, tf.int32), initial_position],
@@ -190,7 +190,7 @@ class Decoder:
         )
 
     def first_pass(self, ids: mtf.Tensor, prompt_length: int) -> list[mtf.Tensor]:
-        """The states behind the prompts, of which none is longer than prompt_length."""
+        """The model's states after the prompts. None of these is longer than prompt_length."""
         if self._slow:
             return []
         prompt_dim = mtf.Dimension(self._length_dim.name, prompt_length)
@@ -209,7 +209,7 @@ class Decoder:
         return context.new_states
 
     def repeat(self, dim: mtf.Dimension, times: int) -> None:
-        """From here on there are so many rows for each along `dim`."""
+        """From here on each row along `dim` stands for `times` rows."""
         for_each_row = functools.partial(repeat, dim=dim, times=times)
         self._initial_position, self._priority, self._constant_states, self._other_features, self._encoder = (
             map_tensors(for_each_row, x)
@@ -221,12 +221,12 @@ class Decoder:
     def step(
         self, ids: mtf.Tensor, position: mtf.Tensor, states: list[mtf.Tensor]
     ) -> tuple[mtf.Tensor, list[mtf.Tensor]]:
-        """The logits of the token at `position`, and the states behind the one before it.
+        """The logits of the token at `position`, and the states after the token before it.
 
         Args:
           ids: int32 mtf.Tensor [rows, length].
           position: int32 mtf.Tensor [rows].
-          states: what the first pass or the last step gave.
+          states: those that `first_pass` or the last step returned.
 
         Returns:
           (logits, states): mtf.Tensor [rows, vocab], and a list of mtf.Tensors.
@@ -245,14 +245,14 @@ class Decoder:
         )
         logits = self._call(ids, context)
         vocab_dim = self._other_features["vocab_dim"]
-        return mtf.reshape(logits, position.shape + vocab_dim), context.new_states  # without its sequence dim of 1
+        return mtf.reshape(logits, position.shape + vocab_dim), context.new_states  # drops the sequence dim of 1
 
 
 def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length: int) -> dict[str, Any]:
-    """GPT-Neo's features for ids of that length in place of length_dim's.
+    """GPT-Neo's features for ids of `length` in place of length_dim's size.
 
-    The memory may be longer than the ids (with `num_mem_kv`, whose keys stand ahead of the ids'), and stays so by as
-    much; attn_bias aligns the ends of both.
+    The memory may be longer than the ids, by the `num_mem_kv` learned keys before theirs, and stays longer by as much;
+    attn_bias aligns the ends of both.
     """
     memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
     if memory_dim is None:
@@ -269,7 +269,7 @@ def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length
 
 
 def map_tensors(fn: Callable[[mtf.Tensor], mtf.Tensor], x: Any) -> Any:
-    """Every tensor in nested dicts, lists and tuples through a function; the rest stays as it is."""
+    """Applies fn to every tensor in nested dicts, lists and tuples; leaves the rest as it is."""
     if isinstance(x, mtf.Tensor):
         return fn(x)
     if isinstance(x, dict):

@@ -1,18 +1,18 @@
 """The GPT-Neo transformer in mesh-tensorflow.
 
 The decoder of Radford et al. 2019 ("Language Models are Unsupervised Multitask
-Learners") as GPT-Neo varies it: layers of global and of local attention in
-turn (a window, as in Child et al. 2019, arXiv 1904.10509), attention scores
-not divided by the square root of the head's width, output tied to the token
-table; positions by a table or, with `rotary_emb`, by turning queries and keys
-(Su et al. 2021, arXiv 2104.09864). GPT-Neo's further options are built where
-their names stand below. Variables carry GPT-Neo's names, so that its
-checkpoints load.
+Learners") with GPT-Neo's changes: layers of global and local attention
+alternate (a window, as in Child et al. 2019, arXiv 1904.10509), attention
+scores are not divided by the square root of the head's width, and the output
+is tied to the token embeddings. Positions are embedded by a table or, with
+`rotary_emb`, by rotating queries and keys (Su et al. 2021, arXiv 2104.09864).
+GPT-Neo's other options are named where they are implemented below. Variables
+carry GPT-Neo's names, so that its checkpoints load.
 
 Dimensions: batch, sequence, embd, vocab, heads, features_per_head,
-memory_length, embed_sequence, intermediate_expanded. Any of them may be split
-over a mesh axis, apart from sequence and features_per_head, as long as no two
-dims of one tensor are split along the same axis (see `config.TENSORS`).
+memory_length, embed_sequence, intermediate_expanded. All but sequence and
+features_per_head may be split over a mesh axis, as long as no two dims of one
+tensor are split over the same axis (see `config.TENSORS`).
 """
 
 import dataclasses
@@ -46,18 +46,18 @@ from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits
 
 
 def _activation(params: Params) -> str:
-    """GPT-Neo's code reads `activation_fn`, and not the `activation_function` of its configs."""
+    """The activation function's name. GPT-Neo reads `activation_fn`, though its configs say `activation_function`."""
     return params.get("activation_fn") or "gelu"
 
 
 def check_params(params: Params) -> None:
-    """Checks a GPT-Neo config for options that this model does not have.
+    """Checks that this model supports a GPT-Neo config.
 
     Args:
       params: a dict of GPT-Neo's config keys.
 
     Raises:
-      ValueError: naming the option, what it was given and what is allowed.
+      ValueError: with the option, its value and what is allowed.
     """
     check_config(params)
     activations = sorted((*ACTIVATIONS, *ROW_ACTIVATIONS, *HUGGING_FACE_ACTIVATIONS))
@@ -76,17 +76,16 @@ def model(
     variable_dtype: mtf.VariableDType,
     context: Any = None,
 ) -> tuple[mtf.Tensor, mtf.Tensor | None, mtf.Tensor | None]:
-    """The network: token ids in, logits and, when training, the loss out.
+    """The network: token ids in; logits and, when training, the loss out.
 
     Args:
       mtf_features: a dict with "inputs", int32 [batch, sequence]; when training
         or evaluating "labels" too, of the same shape. An id outside the
-        vocabulary (a padding id, say) looks up a zero vector.
+        vocabulary (a padding id, say) is embedded as zeros.
       other_features: a dict with the dimensions "embd_dim", "vocab_dim",
-        "embed_sequence_dim" and "memory_length_dim" (as long as the sequence, and
-        by `num_mem_kv` longer), and "attn_bias", a tensor [sequence,
-        memory_length] that is added to the scores of global attention, or None
-        for none.
+        "embed_sequence_dim" and "memory_length_dim" (`num_mem_kv` entries longer
+        than the sequence), and "attn_bias", a tensor [sequence, memory_length]
+        that is added to the scores of global attention, or None.
       params: GPT-Neo's config, a dict. `mode` "train" and "eval" give a loss,
         and "train" applies the dropout rates.
       mesh: mtf.Mesh.
@@ -96,16 +95,17 @@ def model(
         pass over the whole sequence that records each layer's keys and values,
         [batch, heads, memory_length, features_per_head]; "incremental" reads
         the token at `context.position` − 1 and those records. Keys are recorded
-        as they are before `rotary_emb` turns them. In a layer of global attention the
-        `num_mem_kv` learned ones stand ahead of them; a layer of type "none" records nothing.
+        before `rotary_emb` rotates them. In a layer of global attention the
+        `num_mem_kv` learned ones come first; a layer of type "none" records nothing.
 
     Returns:
       (logits, loss, loss_batch): logits [batch, sequence, vocab] (sequence of
-      size 1 in incremental mode) in the master dtype; the mean loss, in nats a
-      token, and [batch, sequence] of them, float32, or None and None.
+      size 1 in incremental mode) in the master dtype; the mean loss in nats per
+      token, in the slice dtype, and the loss of each token, float32 [batch,
+      sequence]; None and None unless training or evaluating.
 
     Raises:
-      ValueError: for a config option that is not supported, or dimensions that do not fit.
+      ValueError: for an unsupported config option, or dimensions that do not fit.
     """
     check_params(params)
     x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim = parse_inputs(mtf_features, other_features)
@@ -122,8 +122,8 @@ def model(
     with tf.variable_scope("token_embd"):
         h = _dropout(take(wte, x, vocab_dim), "embed_dropout", params)
     if not params.get("rotary_emb"):
-        positions = _positions(read_position, embd_dim, embed_sequence_dim, params, variable_dtype)
-        h += _dropout(positions, "embed_dropout", params)
+        embeddings = _position_embeddings(read_position, embd_dim, embed_sequence_dim, params, variable_dtype)
+        h += _dropout(embeddings, "embed_dropout", params)
 
     types = expand_attention_types(params["attention_types"], params["n_layer"])
     memories = _memories(types, sequence_dim, other_features, params, h, read_position, context)
@@ -204,37 +204,37 @@ def _dropout(x: mtf.Tensor, rate_option: str, params: Params) -> mtf.Tensor:
     return x * mtf.cast(mtf.less(noise, 1.0 - rate), x.dtype) * (1.0 / (1.0 - rate))
 
 
-def _positions(
-    at: mtf.Tensor,
+def _position_embeddings(
+    positions: mtf.Tensor,
     embd_dim: mtf.Dimension,
     embed_sequence_dim: mtf.Dimension,
     params: Params,
     variable_dtype: mtf.VariableDType,
 ) -> mtf.Tensor:
-    """What is added at the positions `at`: entries of a table, or with `axial_pos_emb` of a grid.
+    """The embeddings of `positions`, from a table or, with `axial_pos_emb`, from a grid.
 
-    The grid's are the means of its row's and its column's: Ho et al. 2019, "Axial Attention in Multidimensional
-    Transformers", arXiv 1912.12180. Behind its end nothing is added.
+    A position's embedding in the grid is the mean of its row's and its column's: Ho et al. 2019, "Axial Attention in
+    Multidimensional Transformers", arXiv 1912.12180. Positions after the grid's end are embedded as zeros.
     """
     if not params.get("axial_pos_emb"):
-        table = _variable(at.mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
-        return take(table, at, embed_sequence_dim)
+        table = _variable(positions.mesh, "wpe", [embed_sequence_dim, embd_dim], variable_dtype, stddev=0.01)
+        return take(table, positions, embed_sequence_dim)
     n_rows, n_columns = params["axial_pos_emb"]
     rows_dim, columns_dim = mtf.Dimension("axial_dim_0", n_rows), mtf.Dimension("axial_dim_1", n_columns)
-    by_row = _variable(at.mesh, "axial_wpe_1", [rows_dim, embd_dim], variable_dtype, stddev=0.01)
-    by_column = _variable(at.mesh, "axial_wpe_2", [columns_dim, embd_dim], variable_dtype, stddev=0.01)
-    row = cwise_broadcast(lambda at: at // n_columns, [at])
-    column = cwise_broadcast(lambda at: tf.where_v2(at < n_rows * n_columns, at % n_columns, -1), [at])
+    by_row = _variable(positions.mesh, "axial_wpe_1", [rows_dim, embd_dim], variable_dtype, stddev=0.01)
+    by_column = _variable(positions.mesh, "axial_wpe_2", [columns_dim, embd_dim], variable_dtype, stddev=0.01)
+    row = cwise_broadcast(lambda at: at // n_columns, [positions])
+    column = cwise_broadcast(lambda at: tf.where_v2(at < n_rows * n_columns, at % n_columns, -1), [positions])
     return 0.5 * (take(by_row, row, rows_dim) + take(by_column, column, columns_dim))
 
 
 def _norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
-    """What a layer's parts read: x normalised; with `rezero` as it is."""
+    """The input of attention or MLP: x normalised; with `rezero`, x itself."""
     if params.get("rezero"):
         return x
     if not params.get("scalenorm"):
         return _layer_norm(x, scope, params, variable_dtype)
-    with tf.variable_scope(scope):  # GPT-Neo's: layer norm of a single scale, and no offset
+    with tf.variable_scope(scope):  # GPT-Neo's: layer norm with one scale for all features, no offset
         return layer_norm(x, _variable(x.mesh, "g", [], variable_dtype, constant=1.0), None, norm_epsilon(params))
 
 
@@ -247,7 +247,7 @@ def _layer_norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.V
 
 
 def _rezero(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
-    """What a layer's parts add: x; with `rezero` times a number that is 0 before training (arXiv 2003.04887)."""
+    """What attention or MLP adds: x; with `rezero`, x times a scalar that is 0 before training (arXiv 2003.04887)."""
     if not params.get("rezero"):
         return x
     with tf.variable_scope(scope):
@@ -256,15 +256,15 @@ def _rezero(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.Varia
 
 @dataclasses.dataclass
 class _Memory:
-    """What the layers of one attention type attend to: keys that they have learned, and behind them the positions'."""
+    """What the layers of one attention type attend to: their learned keys, followed by those of the positions."""
 
     attention_type: str
     n_learned: int
-    dim: mtf.Dimension  # of both, "memory_length"
+    dim: mtf.Dimension  # "memory_length", of learned keys and positions together
     states_dim: mtf.Dimension  # the same in the loop's states, which may be longer
-    bias: mtf.Tensor | None  # [sequence, dim], or [batch, dim] for one token: added to the scores; None for nothing
-    q_table: mtf.Tensor | None = None  # what `rotary_emb` turns queries by, [sequence or batch, features_per_head],
-    k_table: mtf.Tensor | None = None  # and keys, [dim, features_per_head]
+    bias: mtf.Tensor | None  # added to the scores: [sequence, dim], or [batch, dim] for one token
+    q_table: mtf.Tensor | None = None  # `rotary_table` of the queries, [sequence or batch, features_per_head]
+    k_table: mtf.Tensor | None = None  # and of the keys, [dim, features_per_head]
 
 
 def _memories(
@@ -285,10 +285,10 @@ def _memories(
             f"memory_length_dim has {whole_dim.size} entries; with num_mem_kv={n_learned} and {sequence_dim.size} "
             f"positions {n_learned + sequence_dim.size} are needed"
         )
-    n_seen = sequence_dim.size if context is not None and not incremental else n_positions  # a prompt sees itself alone
+    n_seen = sequence_dim.size if context is not None and not incremental else n_positions  # a prompt sees only itself
     depth_dim, q_table = _features_per_head(params), None
     if params.get("rotary_emb"):
-        position_dim = mtf.Dimension("position", n_seen)  # one that no layout splits
+        position_dim = mtf.Dimension("position", n_seen)  # a name that no layout splits
         q_table = take(rotary_table(h.mesh, position_dim, depth_dim), read_position, position_dim)
     memories = {}
     for t in dict.fromkeys(types):
@@ -330,7 +330,7 @@ def _local_bias(memory_dim: mtf.Dimension, params: Params, h: mtf.Tensor, read_p
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
 
 
-def _turned(x: mtf.Tensor, table: mtf.Tensor | None) -> mtf.Tensor:
+def _rotated(x: mtf.Tensor, table: mtf.Tensor | None) -> mtf.Tensor:
     return x if table is None else rotate(x, table)
 
 
@@ -344,7 +344,7 @@ def _attention(
     *lead, embd_dim = x.shape.dims  # [batch, sequence], or [batch] for one token
     heads_dim = mtf.Dimension("heads", params["n_head"])
     kv_dim = _features_per_head(params)
-    # Checkpoints hold the heads side by side in one dim, which splits as heads do.
+    # In checkpoints the heads are concatenated in one dim, which a layout splits like heads.
     joined_dim = mtf.Dimension("heads", params["n_embd"])
 
     with tf.variable_scope("attn"):
@@ -353,12 +353,12 @@ def _attention(
         def weights(name: str, stddev: float = stddev) -> mtf.Tensor:
             return _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
 
-        # The scores are not scaled; the initial queries are, instead.
+        # Attention scores are not scaled; the initial query weights are instead.
         projections = [weights("q", stddev * kv_dim.size**-0.5), weights("k"), weights("v")]
         if context is None or context.constant_states is None:
             q, k, v = (matmul(x, w) for w in projections)
         else:
-            # One product of all three, of weights put together once, outside of the loop.
+            # One product with all three weights, which are concatenated once, outside the loop.
             if context.mode == "incremental":
                 joined = context.get_constant_state()
             else:
@@ -366,17 +366,17 @@ def _attention(
                 context.record_constant_state(joined)
             q, k, v = mtf.unstack(matmul(x, joined), joined.shape[1])
         q, k, v = (mtf.reshape(t, lead + [heads_dim, kv_dim]) for t in (q, k, v))
-        q = _turned(q, memory.q_table)
+        q = _rotated(q, memory.q_table)
         if context is not None and context.mode == "incremental":
-            a = _attention_of_one(q, k, v, memory, context)
+            a = _attention_of_token(q, k, v, memory, context)
         else:
             if memory.n_learned:
-                k = _behind_learned(k, "mem_k", memory, variable_dtype)
-                v = _behind_learned(v, "mem_v", memory, variable_dtype)
+                k = _prepend_learned(k, "mem_k", memory, variable_dtype)
+                v = _prepend_learned(v, "mem_v", memory, variable_dtype)
             a = (
-                _attention_in_training(q, k, v, memory, params)
+                _attention_of_sequence(q, k, v, memory, params)
                 if context is None
-                else _attention_in_prompts(q, k, v, memory, context)
+                else _attention_of_prompts(q, k, v, memory, context)
             )
 
         o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)
@@ -386,8 +386,8 @@ def _attention(
     return _dropout(a, "res_dropout", params)
 
 
-def _behind_learned(x: mtf.Tensor, name: str, memory: _Memory, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
-    """Keys or values [batch, sequence, heads, features_per_head], the learned ones put ahead along sequence."""
+def _prepend_learned(x: mtf.Tensor, name: str, memory: _Memory, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+    """Keys or values [batch, sequence, heads, features_per_head] with the learned ones before them along sequence."""
     batch_dim, sequence_dim, heads_dim, kv_dim = x.shape.dims
     learned_dim = mtf.Dimension("mem_kv_sequence", memory.n_learned)
     stddev = kv_dim.size**-0.5
@@ -397,13 +397,13 @@ def _behind_learned(x: mtf.Tensor, name: str, memory: _Memory, variable_dtype: m
     return mtf.concat([mtf.rename_dimension(learned, learned_dim.name, sequence_dim.name), x], sequence_dim.name)
 
 
-def _attention_in_training(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, params: Params) -> mtf.Tensor:
-    """Over the whole sequence, differentiable, with dropout."""
+def _attention_of_sequence(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, params: Params) -> mtf.Tensor:
+    """Attention over the whole sequence, differentiable, with dropout."""
     batch_dim, sequence_dim, heads_dim, _ = q.shape.dims
     k, v = (mtf.replace_dimensions(t, t.shape[1], memory.dim) for t in (k, v))
-    # heads stand before sequence: scores and their mask are then contiguous
+    # heads before sequence, so that scores and their mask are contiguous
     scores_shape = [batch_dim, heads_dim, sequence_dim, memory.dim]
-    scores = mtf.einsum([q, _turned(k, memory.k_table)], output_shape=scores_shape)
+    scores = mtf.einsum([q, _rotated(k, memory.k_table)], output_shape=scores_shape)
     scores = mtf.cast(scores, tf.float32)
     if memory.bias is not None:
         scores += mtf.cast(memory.bias, tf.float32)
@@ -413,8 +413,8 @@ def _attention_in_training(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: 
     return mtf.einsum([weights, v], output_shape=q.shape)
 
 
-def _attention_in_prompts(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
-    """Of prompts to themselves; records keys and values."""
+def _attention_of_prompts(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
+    """Attention of prompts to themselves; records keys and values."""
 
     def heads_first(x: mtf.Tensor) -> mtf.Tensor:
         batch_dim, sequence_dim, heads_dim, kv_dim = x.shape.dims
@@ -423,16 +423,16 @@ def _attention_in_prompts(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _
     k, v = (heads_first(t) for t in (k, v))
     k, v = (mtf.replace_dimensions(t, t.shape[2], memory.dim) for t in (k, v))
     if context.initial_position is not None:
-        k, v = (_up_to(t, context.initial_position, memory) for t in (k, v))
+        k, v = (_zero_padding(t, context.initial_position, memory) for t in (k, v))
     context.record_new_states([resize(t, memory.dim, memory.states_dim.size) for t in (k, v)])
     bias = mtf.zeros(q.mesh, [memory.dim], q.dtype) if memory.bias is None else memory.bias
-    a = attend(heads_first(q), _turned(k, memory.k_table), v, bias, memory.dim)
+    a = attend(heads_first(q), _rotated(k, memory.k_table), v, bias, memory.dim)
     return mtf.transpose(a, q.shape)
 
 
-def _attention_of_one(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
-    """Of one token to what is in memory, its own key and value written there; records them."""
-    # what sample_autoregressive keeps, nobody else reads
+def _attention_of_token(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
+    """Attention of one token to the memory, once its own key and value are written there; records both."""
+    # True in sample_autoregressive, whose states nobody else reads
     may_overwrite = getattr(context, "may_overwrite_states", False)
     at = context.position + (memory.n_learned - 1)
     k, v = (
@@ -440,12 +440,11 @@ def _attention_of_one(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memo
         for old, new in zip(context.get_states(2), (k, v))
     )
     context.record_new_states([k, v])
-    return attend(q, _turned(k, memory.k_table), v, memory.bias, memory.dim)
+    return attend(q, _rotated(k, memory.k_table), v, memory.bias, memory.dim)
 
 
-def _up_to(x: mtf.Tensor, length: mtf.Tensor, memory: _Memory) -> mtf.Tensor:
-    """x with zeros from position `length` on: what stands behind a prompt is never read,
-    but a NaN there would be, times a weight of 0."""
+def _zero_padding(x: mtf.Tensor, length: mtf.Tensor, memory: _Memory) -> mtf.Tensor:
+    """x with zeros from position `length` on: padding has a weight of 0, but 0 times NaN would be NaN."""
     at = mtf.range(x.mesh, memory.dim, tf.int32)
     return cwise_broadcast(
         lambda x, at, n: tf.where_v2(at < n + memory.n_learned, x, tf.zeros_like(x)), [x, at, length], x.shape
@@ -474,7 +473,7 @@ def _linear(
     variable_dtype: mtf.VariableDType,
     is_last: bool = False,
 ) -> mtf.Tensor:
-    """x · kernel + bias; is_last: the last before it is added to the residual stream."""
+    """x · kernel + bias; is_last if its output is added to the residual stream."""
     in_dim, stddev = x.shape[-1], 0.02
     if params.get("scale_by_depth") and is_last:
         stddev *= params["n_layer"] ** -0.5
@@ -486,8 +485,8 @@ def _linear(
 
 
 def _halves(x: mtf.Tensor) -> list[mtf.Tensor]:
-    """The first and the second half along the last dim, each laid out as it is."""
+    """The first and second half of x along the last dim, each with x's layout."""
     dim = x.shape[-1]
-    halves_dim, half_dim = mtf.Dimension("halves", 2), mtf.Dimension("half", dim.size // 2)  # split by no layout
+    halves_dim, half_dim = mtf.Dimension("halves", 2), mtf.Dimension("half", dim.size // 2)  # no layout splits these
     halves = mtf.unstack(mtf.replace_dimensions(x, dim, [halves_dim, half_dim]), halves_dim)
     return [mtf.rename_dimension(half, half_dim.name, dim.name) for half in halves]

@@ -1,12 +1,12 @@
-"""What a transformer's layers are made of, as mesh operations.
+"""The building blocks of a transformer's layers, as mesh operations.
 
-mesh-tensorflow composes each of these from many small ones, and a decode step
-of one token, which reads all weights to compute very little, spends its time
-between them. Here each is one operation that lowers to a few.
+mesh-tensorflow composes each of these from many small operations, and a decode
+step of one token, which reads all weights and computes little, would spend its
+time on their overhead. Here each is one operation that lowers to a few.
 
-Products are made in the dtype of what they multiply. The rest, of which half
-precision would make the larger errors (means, sums of exp, rotations,
-activation functions), is computed in float32 and cast back.
+Matrix products are computed in the dtype of their operands. Means, sums of exp,
+rotations and activation functions, which lose more in half precision, are
+computed in float32 and cast back.
 """
 
 import functools
@@ -22,10 +22,10 @@ ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
 
 def matmul(x: mtf.Tensor, w: mtf.Tensor, name: str = "matmul") -> mtf.Tensor:
-    """x · w, over the one dim that they share.
+    """x · w, summed over the one dim that they share.
 
-    What `mtf.einsum` computes, as a matrix product: on CPUs that reads the weights
-    of one token's step in two thirds of the time.
+    The result of `mtf.einsum`, by a matrix product: on CPUs a one-token step reads its
+    weights in two thirds of the time.
 
     Args:
       x: mtf.Tensor [..., in].
@@ -38,7 +38,7 @@ def matmul(x: mtf.Tensor, w: mtf.Tensor, name: str = "matmul") -> mtf.Tensor:
 
 
 class _MatmulOperation(mtf.ops.EinsumOperation):
-    """An einsum, its gradient among it, apart from how it is lowered."""
+    """An einsum, with its gradient, that is lowered to `tf.matmul`."""
 
     def __init__(self, x: mtf.Tensor, w: mtf.Tensor, name: str) -> None:
         *lead, in_dim = x.shape.dims
@@ -58,7 +58,7 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
         depth = mesh_impl.slice_shape(mtf.Shape([self._in_dim]))[0]
 
         def product(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-            # Which of TensorFlow's CPU kernels is faster was measured: docs/architecture.md
+            # the faster of TensorFlow's CPU kernels, as measured in docs/architecture.md
             batch = [] if rows == 1 else [1]
             x = reshaped(x, batch + [rows, depth])
             w = reshaped(w, batch + ([columns, depth] if self._in_last else [depth, columns]))
@@ -74,12 +74,12 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 def attend(
     q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, bias: mtf.Tensor, memory_dim: mtf.Dimension, name: str = "attend"
 ) -> mtf.Tensor:
-    """Σ softmax(q·k + bias)·v: attention of some queries to a memory.
+    """Σ softmax(q·k + bias)·v: attention of queries to a memory.
 
     Args:
       q: float mtf.Tensor [batch…, depth], or [batch…, queries, depth].
       k, v: mtf.Tensors [batch…, memory_dim, depth].
-      bias: float mtf.Tensor, finite, its dims among those of q, without depth, and memory_dim.
+      bias: float mtf.Tensor, finite; its dims are memory_dim and any of q's but depth.
       memory_dim: mtf.Dimension.
 
     Returns:
@@ -96,7 +96,8 @@ class _AttendOperation(MeshOperation):
         queries = q.shape.dims[len(batch) : -1]
         if q.shape.dims != batch + queries + [depth] or len(queries) > 1 or memory != memory_dim or v.shape != k.shape:
             raise ValueError(
-                f"attend: q {q.shape}, k {k.shape}, v {v.shape} and memory {memory_dim} do not go together"
+                f"attend: q {q.shape}, k {k.shape}, v {v.shape} and memory {memory_dim} do not match; q of "
+                f"[batch…, depth] or [batch…, queries, depth], k and v of [batch…, memory, depth] are needed"
             )
         super().__init__([q, k, v, bias], [(q.shape, q.dtype)], name)
         self._memory_dim = memory_dim
@@ -121,7 +122,7 @@ class _AttendOperation(MeshOperation):
         def over_shards(x: LaidOut, reduction: str) -> LaidOut:
             return x if mesh_axis is None else mesh_impl.allreduce(x, [mesh_axis], reduction)
 
-        # by hand: TensorFlow's softmax takes 60 µs for a few rows
+        # not tf.nn.softmax, which takes 60 µs for a few rows
         s = slicewise(scores, q, k, bias)
         largest = over_shards(slicewise(lambda s: tf.reduce_max(s, -1, keepdims=True), s), "MAX")
         weights = slicewise(lambda s, m: tf.exp(s - m), s, largest)
@@ -141,8 +142,8 @@ def layer_norm(
 
     Args:
       x: float mtf.Tensor [..., dim].
-      scale: mtf.Tensor [dim], or one number for all, [].
-      offset: mtf.Tensor [dim], or None for none.
+      scale: mtf.Tensor [dim], or [] for one scale.
+      offset: mtf.Tensor [dim], or None.
       epsilon: a number.
 
     Returns:
@@ -152,7 +153,7 @@ def layer_norm(
 
 
 class _LayerNormOperation(MeshOperation):
-    """One operation: a decode step has dozens, each of ten small tensor ops."""
+    """One operation in place of ten small ones: a decode step has dozens of layer norms."""
 
     def __init__(self, x: mtf.Tensor, scale: mtf.Tensor, offset: mtf.Tensor | None, epsilon: float, name: str) -> None:
         super().__init__([x, scale] + ([] if offset is None else [offset]), [(x.shape, x.dtype)], name)
@@ -195,38 +196,38 @@ class _LayerNormOperation(MeshOperation):
 
 
 def rotary_table(
-    mesh: mtf.Mesh, position_dim: mtf.Dimension, depth_dim: mtf.Dimension, n_unturned: int = 0
+    mesh: mtf.Mesh, position_dim: mtf.Dimension, depth_dim: mtf.Dimension, n_unrotated: int = 0
 ) -> mtf.Tensor:
-    """What `rotate` turns by: for each position, the cosines of its angles and then the sines.
+    """The angles of `rotate`: for each position, their cosines followed by their sines.
 
     Args:
       mesh: mtf.Mesh.
       position_dim: mtf.Dimension of the positions, from 0.
       depth_dim: mtf.Dimension, of an even size.
-      n_unturned: int, how many entries of position_dim stand ahead of position 0; their angles are 0.
+      n_unrotated: int, the number of entries of position_dim before position 0; their angles are 0.
 
     Returns:
       float32 mtf.Tensor [position_dim, depth_dim], a constant.
     """
     half = depth_dim.size // 2
-    positions = np.maximum(np.arange(position_dim.size) - n_unturned, 0)
+    positions = np.maximum(np.arange(position_dim.size) - n_unrotated, 0)
     angles = positions[:, np.newaxis] * ROTARY_BASE ** -(np.arange(half) / half)
     table = np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
     return mtf.import_tf_tensor(mesh, tf.constant(table), mtf.Shape([position_dim, depth_dim]))
 
 
 def rotate(x: mtf.Tensor, table: mtf.Tensor, name: str = "rotate") -> mtf.Tensor:
-    """Turns each pair (xⱼ, xⱼ₊ₙ), n half the last dim, by position · 10000^(−j/n).
+    """Rotates each pair (xⱼ, xⱼ₊ₙ), where n is half the last dim, by the angle position · 10000^(−j/n).
 
     Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position
-    Embedding", arXiv 2104.09864, with the first half paired with the second.
+    Embedding", arXiv 2104.09864, with pairs between the first half and the second.
 
     Args:
       x: float mtf.Tensor [..., depth]; no layout may split depth.
-      table: float32 mtf.Tensor, rows of `rotary_table`: its dims among those of x, depth the last.
+      table: float32 mtf.Tensor, rows of `rotary_table`; its dims are among those of x, with depth last.
 
     Returns:
-      mtf.Tensor like x. The gradient flows through x.
+      mtf.Tensor like x. The gradient flows through x only.
     """
     return _RotateOperation(x, table, False, name).outputs[0]
 
@@ -238,7 +239,7 @@ class _RotateOperation(MeshOperation):
 
     def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         table = self.inputs[1]
-        # mtf's recompute_grad wants a gradient for every floating input
+        # mtf's recompute_grad needs a gradient for every floating input
         return [_RotateOperation(grad_ys[0], table, not self._back, "rotate_back").outputs[0], mtf.zeros_like(table)]
 
     def lower(self, lowering: mtf.Lowering) -> None:
@@ -257,19 +258,19 @@ class _RotateOperation(MeshOperation):
 def _gelu(x: tf.Tensor) -> tf.Tensor:
     """The tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415), ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
 
-    Which is x·sigmoid of twice the argument of tanh.
+    This equals x times the sigmoid of twice tanh's argument.
     """
     scale, cubic = 2 * 0.7978845608028654, 0.044715  # 2·√(2/π)
     return x * tf.sigmoid(x * (scale + scale * cubic * tf.square(x)))
 
 
 def _gelu_erf(x: tf.Tensor) -> tf.Tensor:
-    """x·Φ(x), Φ the normal distribution's: what `_gelu` comes near to, by up to 5e-4."""
+    """x·Φ(x), where Φ is the normal distribution function. `_gelu` differs from it by up to 5e-4."""
     return 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5))
 
 
 def _elish(x: tf.Tensor) -> tf.Tensor:
-    """GPT-Neo's: Basirat and Roth 2018, arXiv 1808.00783, would divide by 1 + exp(−x) above 0."""
+    """GPT-Neo's form. In Basirat and Roth 2018, arXiv 1808.00783, it is x / (1 + exp(−x)) above 0."""
     return tf.where_v2(x > 0, x * tf.sigmoid(-x), tf.math.expm1(tf.minimum(x, 0.0)) * tf.sigmoid(x))
 
 
@@ -278,8 +279,8 @@ def _waves(wave: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, power: int) -> 
     return wave(x) - wave(3 * x) / 3**power + wave(5 * x) / 5**power - wave(7 * x) / 7**power
 
 
-# GPT-Neo's, under its names, apart from those with variables, whose names are random ("aria", "parcsinh", "prelu",
-# "proottanh", "psoftplus"), and from "rrelu", whose slope is drawn anew for each graph.
+# GPT-Neo's functions under its names, except those with variables, whose names are random ("aria", "parcsinh",
+# "prelu", "proottanh", "psoftplus"), and "rrelu", whose slope is drawn anew for each graph.
 ACTIVATIONS = {  # entry by entry
     "abs": tf.abs,
     "arcsinh": tf.asinh,
@@ -320,8 +321,9 @@ ACTIVATIONS = {  # entry by entry
 }
 ROW_ACTIVATIONS = {"logsoftmax": mtf.log_softmax, "softmax": mtf.softmax}  # along the last dim
 
-# Of `config.HUGGING_FACE_ACTIVATIONS`. Papers: gelu_erf_10, Wu et al. 2020, arXiv 2004.09602; hardswish, Howard et
-# al. 2019, arXiv 1905.02244; laplace, Ma et al. 2022, arXiv 2209.10655; relu2, So et al. 2021, arXiv 2109.08668.
+# The functions of `config.HUGGING_FACE_ACTIVATIONS`. Papers: gelu_erf_10, Wu et al. 2020, arXiv 2004.09602;
+# hardswish, Howard et al. 2019, arXiv 1905.02244; laplace, Ma et al. 2022, arXiv 2209.10655; relu2, So et al. 2021,
+# arXiv 2109.08668.
 HUGGING_FACE_FUNCTIONS = {
     "gelu_erf": _gelu_erf,
     "gelu_erf_10": lambda x: tf.clip_by_value(_gelu_erf(x), -10.0, 10.0),
@@ -354,7 +356,7 @@ def activate(x: mtf.Tensor, activation: str) -> mtf.Tensor:
     def slope(x: tf.Tensor) -> tf.Tensor:
         return tf.gradients(value(x), x)[0]
 
-    # mtf's own gradient of a slice-wise function cannot take an unfinished sum
+    # mtf's own gradient of a slice-wise function cannot take a sum that is not reduced yet
     def gradient(op: mtf.Operation, dy: mtf.Tensor) -> list[mtf.Tensor]:
         return [mtf.cwise(slope, op.inputs, name=f"{activation}_slope") * dy]
 

@@ -1,17 +1,17 @@
-"""Sampling operations: mtf tensors in, mtf tensors out.
+"""Sampling operations on mtf tensors, under the module path that GPT-Neo's scripts import.
 
-`entmax` and its loss, the draw, and the masks and penalties, all of `gpt_neo_sampling.sampling`,
-in the place where GPT-Neo's scripts look for them. All work on any
-layout; none builds anything larger than its input.
+`entmax` and its loss, the draw, the masks and the penalties come from
+`gpt_neo_sampling.sampling`. All work on any layout, and none builds anything
+larger than its input.
 
-A whole script, which the examples of these functions take for granted:
+A whole script; the examples of these functions use its `run`:
 
     >>> import mesh_tensorflow as mtf
     >>> import numpy as np
     >>> import tensorflow.compat.v1 as tf
     >>> from gpt_neo_sampling import device_mesh, entmax, sample_categorical
     >>> def run(build, values, name="vocab"):
-    ...     # what `build` makes of an mtf tensor [batch, name] of these values, as an array
+    ...     # an array: the result of `build` for an mtf tensor [batch, name] of these values
     ...     on = device_mesh()
     ...     with tf.Graph().as_default(), on.place():
     ...         mesh, x = mtf.Mesh(mtf.Graph(), "mesh"), tf.constant(values)
@@ -81,23 +81,23 @@ __all__ = [
     "typical_p_mask",
 ]
 
-MASK = -1e10  # GPT-Neo's, added to the attention score of a key that may not be seen
+MASK = -1e10  # GPT-Neo's value, added to the attention score of a key that a query may not see
 
 
 def biasmask_attn_weights(
     mesh: mtf.Mesh, nd: mtf.Dimension, ns: mtf.Dimension, variable_dtype: mtf.VariableDType
 ) -> mtf.Tensor:
-    """The additive causal mask of an attention score.
+    """The causal mask that is added to attention scores.
 
     Args:
       mesh: mtf.Mesh.
       nd: mtf.Dimension of the queries.
-      ns: mtf.Dimension of the keys; where it is longer, the ends are aligned.
+      ns: mtf.Dimension of the keys; if it is longer than nd, the ends are aligned.
       variable_dtype: mtf.VariableDType.
 
     Returns:
-      mtf.Tensor [nd, ns] in the activation dtype: −1e10 (the lowest number, in
-      float16) where the key comes after the query, else 0.
+      mtf.Tensor [nd, ns] in the activation dtype: −1e10 (in float16 the lowest
+      number) where the key comes after the query, else 0.
     """
     dtype = variable_dtype.activation_dtype
     masked = max(MASK, float(dtype.min))
@@ -113,7 +113,7 @@ def biasmask_attn_weights(
 def parse_inputs(
     mtf_features: dict[str, mtf.Tensor], other_features: dict[str, Any]
 ) -> tuple[mtf.Tensor, mtf.Dimension, mtf.Dimension, mtf.Dimension, mtf.Dimension, mtf.Dimension]:
-    """What a GPT-Neo model takes out of its two feature dicts.
+    """Picks a GPT-Neo model's inputs and dimensions out of its two feature dicts.
 
     Args:
       mtf_features: a dict with "inputs", the ids, an int32 mtf.Tensor [batch, sequence].
