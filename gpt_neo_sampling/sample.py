@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
-from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_number, is_whole
+from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
@@ -215,7 +215,7 @@ def sample_autoregressive(
     rows = _repeated_rows(batch_dims, num_return_sequences)
     if temperature is None:
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
-    if is_number(max_steps) and max_steps < 0:
+    if is_real(max_steps) and max_steps < 0:
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
     stop_tokens = stop_at_token if isinstance(stop_at_token, (list, tuple)) else [stop_at_token]
     stop_tokens = tuple(t for t in stop_tokens if t is not None)
@@ -360,7 +360,7 @@ def sample_autoregressive(
 
 def _repeated_rows(batch_dims: list[mtf.Dimension], times: int) -> mtf.Shape:
     """mtf.Shape of the rows, so many for each prompt."""
-    if not is_whole(times) or times < 1:
+    if not is_int(times) or times < 1:
         raise ValueError(f"num_return_sequences={times}; a whole number of at least 1 is needed")
     if times == 1:
         return mtf.Shape(batch_dims)
@@ -456,7 +456,7 @@ def _whole(ids: mtf.Tensor, whole_ids: mtf.Tensor, length_dim: mtf.Dimension) ->
 def _length(name: str, value: Any, limit: int) -> int:
     if value is None:
         return limit
-    if not is_whole(value) or not 1 <= value <= limit:
+    if not is_int(value) or not 1 <= value <= limit:
         raise ValueError(f"{name}={value!r}; a whole number from 1 to {limit} is needed")
     return int(value)
 
@@ -472,7 +472,7 @@ def _vocab_size(params: Params, vocab_dim: mtf.Dimension) -> int | None:
 
 
 def _top_k_option(k: RowValue, vocab_size: int) -> RowValue | None:
-    if not is_number(k):
+    if not is_real(k):
         return k
     if k == -1:
         return None

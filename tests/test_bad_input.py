@@ -928,6 +928,15 @@ OPERATIONS = {
     "a dim of another size": (lambda x: g.top_p_mask(x, 0.5, mtf.Dimension("vocab", 6)), NO_SUCH_DIM),
     "a missing dim": (lambda x: g.entmax(mtf.reduce_sum(x)), "a tensor without dims has none to work along"),
     "alpha in words": (lambda x: g.entmax(x, "1.5"), "alpha holds '1.5'; numbers are needed"),
+    "a bool for alpha": (lambda x: g.entmax(x, True), "alpha holds True; numbers are needed"),
+    "a bool for steps": (lambda x: g.entmax(x, n_iter=True), "n_iter=True: a whole number of at least 1 is needed"),
+    "a bool for k": (lambda x: g.top_k_mask(x, True), "top-k: k=True; a whole number of at least 1 is needed"),
+    "a bool for top_p": (lambda x: g.top_p_mask(x, True), "top_p holds True; numbers are needed"),
+    "bools for seeds": (lambda x: g.sample_categorical(x, seed=[True, False]), "seed holds True; numbers are needed"),
+    "n-grams of a bool": (
+        lambda x: g.no_repeat_ngram_mask(x, ids_of(x, batch=2, length=4), 4, True),
+        "no_repeat_ngram_size=True; a whole number",
+    ),
     "alpha above 2": (lambda x: g.entmax(x, 2.5), "alpha=2.5 is out of range: from 1 (softmax) to 2 (sparsemax)"),
     "alpha of other rows": (
         lambda x: g.entmax(x, [1.5] * 3),

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_int, is_whole
+from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_int
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import encoded
@@ -480,7 +480,7 @@ def _listed(texts: Prompts) -> list[Prompt]:
     texts = _list_of(texts, "prompts or texts", "a str, a list of token ids, or a list of either")
     if not texts:
         raise ValueError("no prompts or texts; at least one is needed")
-    return [texts] if is_whole(texts[0]) else texts
+    return [texts] if is_int(texts[0]) else texts
 
 
 def _list_of(values: Any, what: str, allowed: str) -> list[Any]:

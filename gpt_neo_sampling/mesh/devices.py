@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, layout_pairs, mtf, probe_devices, quiet_stderr, tensorflow, tf
-from gpt_neo_sampling._types import is_whole
+from gpt_neo_sampling._types import is_int
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
 
 AUTO = "auto"
@@ -260,7 +260,7 @@ def _pairs(value: Any, what: str, form: str, second: str) -> list[list[str]]:
     pairs = []
     for part in parts:
         words = part.split(":") if isinstance(part, str) else part if isinstance(part, (list, tuple)) else []
-        words = [str(word).strip() if isinstance(word, str) or is_whole(word) else "" for word in words]
+        words = [str(word).strip() if isinstance(word, str) or is_int(word) else "" for word in words]
         if len(words) != 2 or not re.fullmatch(NAME, words[0]) or not re.fullmatch(second, words[1]):
             raise MeshError(f"{what} {value!r}: {part!r} is not {form}")
         pairs.append(words)
