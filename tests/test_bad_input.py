@@ -233,8 +233,8 @@ COMMANDS = {
     "output is a folder": ([*FILE, "TMP"], "cannot be written: Is a directory"),
     "output in a file": ([*FILE, "TMP/mine/o"], "mine/o cannot be written: Not a directory"),
     "output in no folder": ([*FILE, "TMP/no/o"], "no/o cannot be written: No such file or directory"),
-    "output is a device": ([*FILE, "/dev/full"], "/dev/full is no regular file; only one can be gone on with"),
-    "output is the prompts": ([*FILE, "TMP/link.jsonl"], "in.jsonl is the file of the prompts; give another output"),
+    "output is a device": ([*FILE, "/dev/full"], "/dev/full is not a regular file; one is needed"),
+    "output is the prompts": ([*FILE, "TMP/link.jsonl"], "in.jsonl is the prompts file; give another output"),
     "new output of a run": ([*FILE, "TMP/gone"], "gone.run holds a JSON list; allowed: an object"),
     "output's name, with .run, too long": ([*FILE, f"TMP/{LONG[:253]}"], ".run cannot be written: File name too long"),
     "output's name too long": ([*FILE, f"TMP/{LONG}"], "cannot be written: File name too long"),
@@ -1058,7 +1058,7 @@ CALLS = {
     "inspect's samples": (
         lambda tiny: tiny.inspect([5], num_return_sequences=7, seed=3),
         TypeError,
-        "no option of how a token is drawn: num_return_sequences, seed; allowed: repetition_penalty, ",
+        "not an option for drawing a token: num_return_sequences, seed; allowed: repetition_penalty, ",
     ),
     "streamer is a number": (options(streamer=5), TypeError, "streamer=5; a function of (index, token, text, is_last)"),
     "stop tokens in a table": (
@@ -1115,7 +1115,7 @@ CALLS = {
     "a file's options": (
         lambda tiny: generate_file(tiny, "in", "out", streams=1),
         TypeError,
-        "no option of a file's run: streams; allowed: repetition_penalty",
+        "not an option for a file: streams; allowed: repetition_penalty",
     ),
     "a file's seed": (
         lambda tiny: generate_file(tiny, "in", "out", seed=float("nan")),

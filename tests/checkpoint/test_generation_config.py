@@ -168,12 +168,12 @@ def test_stop_strings(tmp_path, asking, caplog):
     folder = shutil.copytree(DEMO_FOLDER, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [" handsome", "<|endoftext|>"]}))
     model = TextGenerator.from_pretrained(folder)
-    assert "are left out, as no text holds a special token: '<|endoftext|>'" in caplog.text
+    assert "are ignored, as no text holds a special token: '<|endoftext|>'" in caplog.text
     for given, used in ((None, (" handsome",)), ([], ()), ("x", ("x",))):
         assert model.check("Elizabeth", stop_strings=given).stop_strings == used
     caplog.clear()
     assert asking(stop_strings="x").check([5]).stop_strings == ()
-    assert "are left out, as there is no tokenizer: 'x'" in caplog.text
+    assert "are ignored, as there is no tokenizer: 'x'" in caplog.text
 
 
 def test_the_command_tells_none_from_not_given(monkeypatch, capfd):

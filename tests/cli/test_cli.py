@@ -198,7 +198,7 @@ def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, shared, with
     "command, where",
     [
         (["score", "--text-ids", "5 6 7 8 9"], "text 0"),
-        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "behind 4 tokens, step 'model' of the chain"),
+        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "after 4 tokens, step 'model' of the chain"),
     ],
 )
 def test_nan_is_reported_with_its_place_by_other_commands(capfd, shared, with_nan, command, where):

@@ -360,7 +360,7 @@ def test_text_without_a_tokenizer_names_the_datasets(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "datasets": ["pile"]}))
     (folder / "dataset_configs").mkdir()
     (folder / "dataset_configs" / "pile.json").write_text(json.dumps({"tokenizer_path": "gpt2"}))
-    with pytest.raises(ValueError, match="its dataset's is gpt2, which is not downloaded.*give token ids"):
+    with pytest.raises(ValueError, match="its dataset config names gpt2, which is not downloaded.*give token ids"):
         TextGenerator.from_pretrained(folder).generate("text")
 
 

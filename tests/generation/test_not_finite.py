@@ -80,7 +80,7 @@ def test_a_processor_that_spoils_one_row(tokens):
     assert [samples[0].tokens, samples[4].tokens] == [tokens[0], tokens[2]]
     (tmp := generator.checkpoint).close()
     del generator._no_distribution
-    with pytest.raises(InvalidDistributionError, match=rf"the weights cannot be looked at: {tmp.folder} is closed"):
+    with pytest.raises(InvalidDistributionError, match=rf"the weights cannot be read: {tmp.folder} is closed"):
         generator.generate(PROMPTS, **options)
 
 

@@ -206,7 +206,7 @@ def test_new_tokens_end_at_the_context(files, demo, caplog):
     write(files[0], {"prompt_ids": [5]}, *({"prompt_ids": [5] * n, "max_new_tokens": 9} for n in (250, 256)))
     generate_file(demo, *files, max_new_tokens=1, eos_token_id=-1, seed=1)
     assert [len(line["samples"][0]["tokens"]) for line in read(files[1])] == [1, 6, 0]
-    assert "2 prompts pass the context's end, line 2's first" in caplog.text
+    assert "2 prompts exceed the context, first that of line 2" in caplog.text
 
 
 def test_logits_that_are_nan_are_named_by_line(files):
@@ -287,13 +287,13 @@ BAD_LINES = [
     (b'{"prompt": "\xff"}', "not UTF-8"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
     (b'["a"]', "a JSON list; an object is needed"),
-    (b'{"prompt": "a", "temprature": 1}', "'temprature' is none of prompt, prompt_ids, id, "),
+    (b'{"prompt": "a", "temprature": 1}', "unknown key 'temprature'; allowed: prompt, prompt_ids, id, "),
     (b'{"prompt": "a", "prompt": "b"}', "a key twice: prompt, prompt"),
-    (b'{"id": 1}', "one of prompt and prompt_ids is needed"),
-    (b'{"prompt": "a", "prompt_ids": [1]}', "one of prompt and prompt_ids is needed"),
+    (b'{"id": 1}', "either prompt or prompt_ids is needed"),
+    (b'{"prompt": "a", "prompt_ids": [1]}', "either prompt or prompt_ids is needed"),
     (b'{"prompt": 5}', "prompt=5; a text is needed"),
     (b'{"prompt_ids": "5"}', "prompt_ids='5'; a list of token ids is needed"),
-    (b'{"prompt": "a", "stream": 1}', "'stream' is none of"),
+    (b'{"prompt": "a", "stream": 1}', "unknown key 'stream'"),
     (b'{"prompt": "a\\ud800"}', "surrogates not allowed"),
     (b"[" * 100_000, "too deep"),
 ]
@@ -306,13 +306,13 @@ BAD_REQUESTS = [
     (b'{"prompt": "a", "top_k": 0.5}', "top_k=0.5"),
     (b'{"prompt": "a", "do_sample": "false"}', "do_sample='false'"),
     (b'{"prompt": "a", "eos_token_id": 1099511627776}', "eos_token_id=1099511627776"),
-    (b'{"prompt": "a", "logit_bias": {"1": 1, "01": 5}}', "without zeros before them"),
+    (b'{"prompt": "a", "logit_bias": {"1": 1, "01": 5}}', "without leading zeros"),
     (b'{"prompt_ids": [true]}', "token id True"),
     (b'{"prompt": "a", "num_return_sequences": 0}', "num_return_sequences=0"),
     (b'{"prompt": "a", "seed": 1e99}', "seed=1e+99"),
     (b'{"prompt": "a", "entmax_alpha": 3}', "entmax_alpha=3"),
     (b'{"prompt": "a", "logit_bias": {"5": -1%s}}' % (b"0" * 400), "; a finite number of 32 bits, or -inf, is needed"),
-    (b'{"prompt": "a", "num_return_sequences": 2147483647}', "more than 2147483648, the most allowed"),
+    (b'{"prompt": "a", "num_return_sequences": 2147483647}', "above 2147483648, the most allowed"),
 ]
 
 
@@ -376,7 +376,7 @@ def test_lines_that_no_run_wrote_are_refused(files):
 def test_outputs_that_cannot_be(files):
     source, output = files
     output.write_bytes(b"mine")
-    with pytest.raises(ValueError, match="is there already, without out.jsonl.run beside it"):
+    with pytest.raises(ValueError, match="exists, but out.jsonl.run is not beside it"):
         generate_file(Stub(), source, output)
     assert output.read_bytes() == b"mine"
     source.write_bytes(b"")
@@ -470,7 +470,7 @@ def test_the_command_killed_and_interrupted(tmp_path):
         with start(output) as second:
             status, err = kill_and_resume.end_at(second, output, there + 1, 0.1, signal.SIGINT)
         assert status == 130 and "Traceback" not in err
-        assert "of 40 prompts are done, and the same command goes on" in err.splitlines()[-1]
+        assert "of 40 prompts are done; the same command continues" in err.splitlines()[-1]
         _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0 and err.endswith(f"{undisturbed}: 40 prompts, 40 of them done now\n")
     assert 0 < there < output.stat().st_size < undisturbed.stat().st_size

@@ -16,7 +16,7 @@ from test_docs import terminal
 from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.generator import Interrupted
-from gpt_neo_sampling.generation.streaming import TextStream, Watcher
+from gpt_neo_sampling.generation.streaming import IncrementalDetokenizer, Watcher
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def tokenizer(demo):
 
 
 def pieces(tokenizer, prompt, tokens, stop_strings=()):
-    stream, out = TextStream(tokenizer, prompt, stop_strings), []
+    stream, out = IncrementalDetokenizer(tokenizer, prompt, stop_strings), []
     for at, token in enumerate(tokens):
         out.append(stream.push(token, is_last=at + 1 == len(tokens)))
         if stream.stopped:

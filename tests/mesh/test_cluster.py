@@ -137,7 +137,7 @@ def test_tokens_are_those_of_one_process(workers, model, expected, mesh_shape, l
 
 def test_a_streamer_is_refused(workers, model):
     split = generator(model, workers.cluster)
-    with pytest.raises(ValueError, match="a streamer needs a mesh of this process's devices, not a cluster"):
+    with pytest.raises(ValueError, match="a streamer needs a mesh of this process's own devices, not a cluster"):
         split.generate([[5]], max_new_tokens=2, streamer=print)
     split.close()
 
