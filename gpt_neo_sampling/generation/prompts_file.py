@@ -265,7 +265,7 @@ def _not_json(constant: str) -> NoReturn:
 def _float(text: str) -> float:
     number = float(text)
     if number in (float("inf"), -float("inf")):
-        raise ValueError(f"{text} is beyond a 64-bit number's range")
+        raise ValueError(f"{text} is too large for a number of 64 bits")
     return number
 
 

@@ -114,7 +114,7 @@ def test_what_changes_nothing_is_passed_over(asking, caplog):
 
 def test_words_that_are_banned(asking, caplog):
     model = asking(bad_words_ids=[[7], [8, 9], [12]])
-    assert "left out: bad_words_ids=[[8, 9]]" in caplog.text
+    assert "ignored: bad_words_ids=[[8, 9]]" in caplog.text
     bias = model.check([[5]]).logit_bias
     assert np.flatnonzero(bias).tolist() == [7, 12] and np.isneginf(bias[7])
     assert model.check([[5]], bad_words_ids=[]).logit_bias is None
@@ -280,4 +280,4 @@ def test_max_length_counts_the_prompt(asking):
 def test_what_is_not_built_is_named_once(asking, caplog):
     asking(penalty_alpha=0.9, length_penalty=1.2, num_beams=1, use_cache=False, transformers_version="5")
     assert caplog.text.count("\n") == 1
-    assert "left out: penalty_alpha=0.9, length_penalty=1.2" in caplog.text
+    assert "ignored: penalty_alpha=0.9, length_penalty=1.2" in caplog.text

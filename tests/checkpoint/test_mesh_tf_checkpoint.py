@@ -229,10 +229,10 @@ def test_a_write_that_stops_half_way_leaves_the_old_model(tmp_path, monkeypatch)
         (lambda p, w: {"step": -1}, "step -1; allowed: a whole number of at least 0"),
         (lambda p, w: {"step": 1.0}, "step 1.0; allowed"),
         (lambda p, w: {"weights": without(w, "h1/attn/q")}, "1 missing: h1/attn/q"),
-        (lambda p, w: {"weights": {**w, "gpt2/wte": w["wte"]}}, "1 left over: gpt2/wte"),
+        (lambda p, w: {"weights": {**w, "gpt2/wte": w["wte"]}}, "1 unexpected: gpt2/wte"),
         (lambda p, w: {"weights": {**w, "wte": w["wte"].T}}, "1 of wrong shape: wte (is [8, 11], should be [11, 8])"),
         (lambda p, w: {"params": without(p, "n_head")}, "params does not give n_head"),
-        (lambda p, w: {"params": {**p, "n_head": 3}}, "params: n_embd is 8; allowed: a multiple of n_head, 3"),
+        (lambda p, w: {"params": {**p, "n_head": 3}}, "params: n_embd is 8; allowed: a multiple of n_head=3"),
         (lambda p, w: {"params": {**p, "x": object()}}, "params cannot be written as JSON"),
     ],
 )

@@ -30,10 +30,10 @@ def tokenizer(demo):
 
 
 def pieces(tokenizer, prompt, tokens, stop_strings=()):
-    stream, out = IncrementalDetokenizer(tokenizer, prompt, stop_strings), []
+    detokenizer, out = IncrementalDetokenizer(tokenizer, prompt, stop_strings), []
     for at, token in enumerate(tokens):
-        out.append(stream.push(token, is_last=at + 1 == len(tokens)))
-        if stream.stopped:
+        out.append(detokenizer.push(token, is_last=at + 1 == len(tokens)))
+        if detokenizer.stopped:
             break
     return out
 

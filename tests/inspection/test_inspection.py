@@ -213,7 +213,7 @@ def test_other_formats(matplotlib, tmp_path, suffix):
 
 def test_a_picture_that_cannot_be_made(matplotlib, tmp_path, monkeypatch):
     for wrong in ("chain.txt", "chain"):
-        with pytest.raises(ValueError, match=r"chain.*: the suffix says the format; allowed are .*\.png"):
+        with pytest.raises(ValueError, match=r"chain.*: the suffix chooses the format; allowed: .*\.png"):
             plot(chain(), name, tmp_path / wrong)
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         plot(chain(), name, tmp_path / "nowhere" / "chain.png")

@@ -242,7 +242,7 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
         seconds = time.monotonic() - killed[0]
     finally:
         timer.join()
-    assert str(error.value) == f"worker:{which} at {own_workers.addresses[which]} has gone; what it held is lost"
+    assert str(error.value) == f"worker:{which} at {own_workers.addresses[which]} has gone; its state is lost"
     print(f"worker:{which}: {seconds:.1f} s from kill to error")
     record_property("seconds", seconds)
     assert seconds < 60
@@ -266,7 +266,7 @@ def test_a_command_ends_soon_after_a_worker_is_killed(own_workers, model):
         own_workers.kill(1)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, ""), err
-    assert err == (f"gpt-neo-sampling: error: worker:1 at {own_workers.addresses[1]} has gone; what it held is lost\n")
+    assert err == (f"gpt-neo-sampling: error: worker:1 at {own_workers.addresses[1]} has gone; its state is lost\n")
 
 
 def cpu_seconds(process):
@@ -291,7 +291,7 @@ def test_ports_where_something_else_listens(own_workers, model, monkeypatch, fir
     zero, one = own_workers.addresses
     assert str(error.value) == (
         "the cluster accepts connections, but gave no answer within 1 s; "
-        f"is each of worker:0 at {zero}, worker:1 at {one} a gpt-neo-sampling serve of the same cluster?"
+        f"is each of worker:0 at {zero}, worker:1 at {one} a gpt-neo-sampling serve with the same cluster?"
     )
 
 
