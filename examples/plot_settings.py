@@ -24,6 +24,8 @@ from gpt_neo_sampling.inspection import plot, token_text
 
 OPTIONS = {
     "temperature": (0.5, 0.7, 1.3, 2.0),
+    "top_n_sigma": (0.7, 1.2, 2.0),
+    "top_h": (0.2, 0.4, 0.8),
     "top_k": (5, 40, 200),
     "top_p": (0.5, 0.8, 0.95),
     "min_p": (0.2, 0.05, 0.01),
@@ -48,8 +50,8 @@ def drawn_from(generator, prompt, **options):
 
 
 def plot_options(generator, prompt, path):
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    planes = figure.subplots(2, 4, sharex=True, sharey=True)
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    planes = figure.subplots(2, 5, sharex=True, sharey=True)
     model = generator.inspect(prompt)[0]
     for plane, (option, values) in zip(planes.flat, OPTIONS.items()):
         draw_curve(plane, model, color="#999999", linewidth=4, label="model")

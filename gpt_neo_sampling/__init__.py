@@ -26,7 +26,9 @@ from gpt_neo_sampling.models.utils import (
     sample_categorical,
     token_counts,
     tokens_mask,
+    top_h_mask,
     top_k_mask,
+    top_n_sigma_mask,
     top_p_mask,
     typical_p_mask,
 )
@@ -66,7 +68,9 @@ __all__ = [
     "sample_categorical",
     "token_counts",
     "tokens_mask",
+    "top_h_mask",
     "top_k_mask",
+    "top_n_sigma_mask",
     "top_p_mask",
     "typical_p_mask",
 ]

@@ -2,12 +2,18 @@
 
 import numbers
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+else:
+    from typing_extensions import Unpack as Unpack
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,4 +47,4 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-is_number, is_whole = is_real, is_int  # for sampling/next_token.py
+is_number, is_whole = is_real, is_int  # for sampling/next_token.py and controls.py

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
-from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_real
+from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
-from gpt_neo_sampling.sampling.next_token import (
+from gpt_neo_sampling.sampling.controls import (
     ENTMAX_TEMPERATURE,
     SOFTMAX_TEMPERATURE,
+    ControlKeywords,
     History,
     SamplingOptions,
-    next_token,
+    check_keywords,
 )
+from gpt_neo_sampling.sampling.next_token import next_token
 from gpt_neo_sampling.sampling.random import import_seed
 
 INVALID = -1  # the token of a row whose distribution is not one
@@ -75,26 +77,14 @@ def sample_autoregressive(
     seed: RowValue | None = None,
     stream: RowValue | None = None,
     prompt_lengths: Tensor | None = None,
-    entmax_alpha: RowValue | None = None,
     max_top_k: int | None = None,
     max_prompt_length: int | None = None,
     max_length: int | None = None,
-    top_p: RowValue | None = None,
-    min_p: RowValue | None = None,
-    typical_p: RowValue | None = None,
-    epsilon_cutoff: RowValue | None = None,
-    eta_cutoff: RowValue | None = None,
-    repetition_penalty: RowValue | None = None,
-    presence_penalty: RowValue | None = None,
-    frequency_penalty: RowValue | None = None,
-    no_repeat_ngram_size: int | None = None,
-    logit_bias: Tensor | None = None,
-    min_new_tokens: RowValue | None = None,
-    logits_processors: Sequence[LogitsProcessor] = (),
     stopping_criteria: StoppingCriteria | None = None,
     num_return_sequences: int = 1,
     return_logprobs: bool = False,
     invalid_token: int = INVALID,
+    **controls: Unpack[ControlKeywords],
 ) -> mtf.Tensor | tuple[mtf.Tensor, ...]:
     """Continues a batch of prompts, one token a row and step.
 
@@ -106,13 +96,10 @@ def sample_autoregressive(
         after 2          5 3 8 1 0 0      7 9 0 0 0 0      (9 was drawn: done, padding)
         after 4          5 3 8 1 6 2      7 9 0 0 0 0      all done: the loop ends
 
-    In a step each row's logits pass through, in this order: logits_processors,
-    the penalties (repetition, presence, frequency), no_repeat_ngram_size,
-    logit_bias, the masks of the stop tokens (min_new_tokens, never_end),
-    temperature, top-k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff,
-    softmax or entmax, and the draw, which is a function of (seed, stream, number
-    of the new token in its row) and so does not depend on the layout, on the
-    batch or on the other rows.
+    In a step each row's logits pass through the controls in the order of `sampling.controls.Controls`: what looks at
+    the row so far, the masks of the stop tokens (min_new_tokens, never_end), temperature, the masks of less likely
+    tokens, softmax or entmax. The draw is a function of (seed, stream, number of the new token in its row) and so does
+    not depend on the layout, on the batch or on the other rows.
 
     Numbers marked † may also be int32 or float32 tensors, mtf or tf, scalar or
     one a row, so that one built graph serves mixed requests.
@@ -152,7 +139,6 @@ def sample_autoregressive(
       prompt_lengths: int32 tensor [batch…]. By default a row's prompt is as
         long as it has tokens other than padding; give the lengths if a prompt
         may contain the padding id.
-      entmax_alpha: † in [1, 2], for sampling_use_entmax alone; None is 1.3.
       max_top_k: an int, needed where sampling_keep_top_k is a tensor: the
         largest value that it may take.
       max_prompt_length: an int: no prompt is longer, so the first pass over the
@@ -162,17 +148,6 @@ def sample_autoregressive(
         states and its attention need no more positions. Where other_features
         has a "memory_length_dim" and an "attn_bias", the model is handed these
         with as many positions fewer; without max_length, as they are.
-      top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: † masks of less likely
-        tokens, see `sampling.masks`.
-      repetition_penalty: † see `sampling.penalties`; it counts all tokens of a row,
-      presence_penalty, frequency_penalty: † and these its new ones.
-      no_repeat_ngram_size: an int: no sequence of so many tokens comes twice.
-      logit_bias: a float32 tensor [vocab] or [batch…, vocab] that is added to the
-        logits; −inf is never drawn.
-      min_new_tokens: † a row draws no stop token before it has so many new tokens.
-      logits_processors: functions of (logits, ids, position) that return logits:
-        float32 [batch…, vocab], int32 [batch…, length] and int32 [batch…], where
-        the next token goes; what stands in ids from there on is padding.
       stopping_criteria: a function of (ids, position), ids with a step's tokens
         written and position behind them, that returns a float32 mtf.Tensor
         [batch…]: above 0 for a row that is done.
@@ -183,6 +158,11 @@ def sample_autoregressive(
       return_logprobs: whether to return log-probabilities too.
       invalid_token: an int: what is written where −1 is said below, for callers
         whose next function takes no −1 (a tokenizer). Such a row is done all the same.
+      **controls: the fields of `sampling.controls.Controls` but temperature and top_k, each number †; None for one that
+        is left out. entmax_alpha is for sampling_use_entmax alone, and 1.3 by default; logit_bias a float32 tensor
+        [vocab] or [batch…, vocab], −inf for a token that is never drawn; logits_processors functions of (logits, ids,
+        position) that return logits: float32 [batch…, vocab], int32 [batch…, length] and int32 [batch…], where the
+        next token goes; what stands in ids from there on is padding.
 
     Returns:
       int32 mtf.Tensor like partial_sequences: prompts, new tokens (the stop
@@ -194,6 +174,7 @@ def sample_autoregressive(
 
     Raises:
       ValueError: for a number that is out of range, or a wrong shape.
+      TypeError: for a keyword that is no control.
 
     Example, with a model by which t + 1 comes behind t (`run` is that of
     `models.utils`):
@@ -207,6 +188,7 @@ def sample_autoregressive(
         array([[5, 3, 4, 5, 6, 7],
                [7, 8, 9, 0, 0, 0]], dtype=int32)
     """
+    check_keywords(controls)
     mesh = partial_sequences.mesh
     *batch_dims, whole_length_dim = partial_sequences.shape.dims
     length = _length("max_length", max_length, whole_length_dim.size)
@@ -229,25 +211,13 @@ def sample_autoregressive(
     vocab_dim = other_features["vocab_dim"]
     vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
-        logits_processors=tuple(logits_processors),
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        logit_bias=logit_bias,
+        **controls,
         stop_tokens=stop_tokens,
-        min_new_tokens=min_new_tokens,
         never_end=never_end,
         temperature=temperature,
         top_k=_top_k_option(sampling_keep_top_k, vocab_size or vocab_dim.size),
         max_top_k=max_top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        epsilon_cutoff=epsilon_cutoff,
-        eta_cutoff=eta_cutoff,
         use_entmax=bool(sampling_use_entmax),
-        entmax_alpha=entmax_alpha,
         vocab_size=vocab_size,
     )
     options.check()

@@ -564,6 +564,31 @@ def eta_keep(x, eta):
     return _at_least(x, np.log(np.minimum(eta, np.sqrt(eta) * np.exp(-entropy(softmax(np.asarray(x, np.float64)))))))
 
 
+def top_n_sigma_keep(x, n):
+    """Clear but within 1e-6 of the spread, or of a logit's last bits; n: a number or [rows, 1]."""
+    x = np.asarray(x, dtype=np.float64)
+    inside = np.isfinite(x)
+    count = inside.sum(-1, keepdims=True)
+    mean = np.where(inside, x, 0).sum(-1, keepdims=True) / count
+    sigma = np.sqrt(np.where(inside, (x - mean) ** 2, 0).sum(-1, keepdims=True) / count)
+    below = x.max(-1, keepdims=True) - x - n * sigma
+    return below <= 0, (abs(below) > 1e-6 * (sigma + abs(x))) | (x == x.max(-1, keepdims=True))
+
+
+def top_h_keep(x, part):
+    """(keep, clear); ties to the lower index. part: a number or [rows, 1]."""
+    x = np.asarray(x, dtype=np.float64)
+    order = np.argsort(-x, -1, kind="stable")[..., :100]
+    log_p = _log_p(np.take_along_axis(x, order, -1))
+    terms = np.where(np.isfinite(log_p), -np.exp(log_p) * log_p, 0)
+    reached = np.cumsum(terms, -1) - part * terms.sum(-1, keepdims=True)
+    keep, clear = np.zeros(x.shape, bool), np.ones(x.shape, bool)
+    first = np.arange(order.shape[-1]) == 0
+    np.put_along_axis(keep, order, (reached <= 1e-9) | first, -1)
+    np.put_along_axis(clear, order, (abs(reached) > 1e-6) | (part == 1) | first, -1)
+    return keep, clear
+
+
 # --------------------------------------------------------------------------
 # Random numbers and drawing
 # --------------------------------------------------------------------------

@@ -65,10 +65,14 @@ def test_no_module_needs_itself():
         ready |= more
 
 
-def test_a_checkpoint_needs_the_facts_of_a_config_alone():
+def test_a_checkpoint_needs_facts_alone():
+    """Those of a config, and the controls that a generation_config.json may ask for."""
     assert imports("models.config") == {"_types"}
     of_checkpoint = {other for m in MODULES if m.split(".")[0] == "checkpoint" for other in imports(m)}
-    assert {m for m in of_checkpoint if m.split(".")[0] in ("models", "sampling")} == {"models.config"}
+    assert {m for m in of_checkpoint if m.split(".")[0] in ("models", "sampling")} == {
+        "models.config",
+        "sampling.controls",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1073,7 +1073,7 @@ CALLS = {
     "inspect's samples": (
         lambda tiny: tiny.inspect([5], num_return_sequences=7, seed=3),
         TypeError,
-        "not an option for drawing a token: num_return_sequences, seed; allowed: repetition_penalty, ",
+        "not an option for drawing a token: num_return_sequences, seed; allowed: logits_processors, ",
     ),
     "streamer is a number": (options(streamer=5), TypeError, "streamer=5; a function of (index, token, text, is_last)"),
     "stop tokens in a table": (

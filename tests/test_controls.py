@@ -5,7 +5,6 @@ tests/sampling/test_masks.py and tests/sampling/test_penalties.py hold each cont
 
 import dataclasses
 import functools
-import inspect
 import pathlib
 import re
 
@@ -17,12 +16,10 @@ from helpers_model import reference_config
 from programs import MeshRunner
 from scipy import stats
 
-from gpt_neo_sampling import GenerationOptions, TextGenerator, sample_autoregressive
+from gpt_neo_sampling import TextGenerator, sample_autoregressive
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.cli.parser import parser
-from gpt_neo_sampling.generation.options import ROW_OPTIONS, SAMPLING
 from gpt_neo_sampling.mesh.ops import host_call
-from gpt_neo_sampling.sampling.next_token import ROW_VALUES, SamplingOptions
+from gpt_neo_sampling.sampling.controls import CONTROLS, NUMBERS, ControlKeywords, Controls
 
 slow = pytest.mark.slow
 
@@ -68,7 +65,7 @@ def penalised(options, logits, row):
     return x
 
 
-MASKS = {
+MASKS = {  # behind top-k
     "top_p": reference.top_p_keep,
     "min_p": reference.min_p_keep,
     "typical_p": reference.typical_p_keep,
@@ -77,11 +74,17 @@ MASKS = {
 }
 
 
+AHEAD_OF_TOP_K = {"top_n_sigma": reference.top_n_sigma_keep, "top_h": reference.top_h_keep}
+
+
 def weights(options):
-    """weights_of with the masks behind top-k."""
+    """weights_of with the masks."""
 
     def of(x, temperature, top_k, alpha):
         z = (x - x.max()) / temperature
+        for name, keep in AHEAD_OF_TOP_K.items():
+            if name in options:
+                z = np.where(keep(z[np.newaxis], options[name])[0][0], z, -np.inf)
         if top_k is not None and 1 <= top_k < len(z):
             z = np.where(reference.top_k_keep(z, int(top_k)), z, -np.inf)
         for name, keep in MASKS.items():
@@ -100,7 +103,8 @@ SETTINGS = {
     "never_end, typical_p": dict(stop_at_token=[STOP, 20], never_end=True, typical_p=0.5),
     "top_p, epsilon": dict(top_p=0.8, epsilon_cutoff=0.02),
     "min_p": dict(min_p=0.2),
-    "top_k, eta": dict(sampling_keep_top_k=12, eta_cutoff=0.05),
+    "top_n_sigma, top_k, eta": dict(top_n_sigma=1.5, sampling_keep_top_k=12, eta_cutoff=0.05),
+    "top_h, min_p": dict(top_h=0.4, min_p=0.01),
     "all, softmax": dict(
         logits_processors=(favour_even,), repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2,
         no_repeat_ngram_size=3, logit_bias=BIAS, stop_at_token=[STOP, 40], min_new_tokens=4, temperature=1.3,
@@ -112,7 +116,7 @@ SETTINGS = {
     ),
     "greedy": dict(repetition_penalty=1.5, no_repeat_ngram_size=2, logit_bias=BIAS, temperature=0, top_p=0.5),
 }  # fmt: skip
-NUMBERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", *MASKS)
+PER_ROW = ("repetition_penalty", "presence_penalty", "frequency_penalty", *MASKS)
 
 
 def fixed(options):
@@ -170,7 +174,7 @@ def test_the_simulation_sees_a_control_that_is_lost(name, control):
         pytest.param(
             "x:2,y:2", "batch:x,vocab:y", ("processors, min_new_tokens", "all, softmax", "all, entmax"), marks=slow
         ),
-        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_k, eta"), marks=slow),
+        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_n_sigma, top_k, eta", "top_h, min_p"), marks=slow),
     ],
 )
 def test_layouts(mesh_shape, layout, names):
@@ -181,10 +185,11 @@ def test_layouts(mesh_shape, layout, names):
 
 def test_a_value_for_each_row():
     """Rows of all settings of numbers in one batch, each with its own, as tensors."""
-    own = [dict(repetition_penalty=1.5), dict(top_p=0.6), dict(min_p=0.2), dict(typical_p=0.5),
-           dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
+    own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6, top_h=0.7), dict(min_p=0.2),
+           dict(typical_p=0.5), dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
            dict(frequency_penalty=-0.7)]  # fmt: skip
-    neutral = dict(zip(NUMBERS, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9)
+    neutral = dict(zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9)
+    neutral |= {"top_n_sigma": 0, "top_h": 0}
     columns = {key: [options.get(key, value) for options in own] for key, value in neutral.items()}
     columns["temperature"][7] = 0  # one greedy row
     columns["sampling_keep_top_k"][1] = 9
@@ -209,14 +214,14 @@ def test_a_value_for_each_row():
 
 
 def test_a_tensor_value_out_of_range_makes_its_row_invalid():
-    values = dict(zip(NUMBERS, (0, np.inf, np.nan, 1.1, -0.1, 1.5, 2, -1)))
-    neutral = dict(zip(NUMBERS, (1, 0, 0, 1, 0, 1, 0, 0)))
-    columns = {name: np.full(len(NUMBERS) + 1, neutral[name], np.float32) for name in NUMBERS}
-    for row, name in enumerate(NUMBERS):
+    values = dict(zip(PER_ROW, (0, np.inf, np.nan, 1.1, -0.1, 1.5, 2, -1)))
+    neutral = dict(zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)))
+    columns = {name: np.full(len(PER_ROW) + 1, neutral[name], np.float32) for name in PER_ROW}
+    for row, name in enumerate(PER_ROW):
         columns[name][row] = values[name]
-    prompts = prompts_of([PROMPT] * (len(NUMBERS) + 1))
+    prompts = prompts_of([PROMPT] * (len(PER_ROW) + 1))
     out = loops({"bad": fixed(columns)}, Bigram(), batch=len(prompts))(prompts)["bad"]
-    for row, name in enumerate(NUMBERS):
+    for row, name in enumerate(PER_ROW):
         assert out[row, PROMPT] == -1 and not out[row, PROMPT + 1 :].any(), name
     assert (out[-1, PROMPT:] >= 0).all()
 
@@ -376,7 +381,7 @@ def test_the_bundled_models_tokens_follow_the_exact_distribution(demo, names):
     ids, options = demo.encode(prompt), dict(DRAWN[names[0]])
     if len(names) > 1:  # a value for each prompt, what changes nothing where a setting has none
         neutral = {"temperature": 0.9, "top_k": 0, "entmax_alpha": 1}
-        neutral |= {name: ROW_OPTIONS[name].neutral for name in ("repetition_penalty", *MASKS)}
+        neutral |= {name: NUMBERS[name].neutral for name in ("repetition_penalty", *MASKS)}
         used = {option for name in names for option in DRAWN[name]} | {"temperature"}
         options = {o: [DRAWN[name].get(o, neutral[o]) for name in names] for o in used}
     samples = demo.generate([prompt] * len(names), max_new_tokens=1, num_return_sequences=DRAWS, seed=8,
@@ -416,18 +421,21 @@ def exact(logits, ids, repetition_penalty=1, logit_bias=(), bad_words_ids=(), te
     return reference.softmax(z) if entmax_alpha is None else reference.entmax(z, entmax_alpha)
 
 
-@pytest.mark.parametrize("name", sorted({*SAMPLING, *ROW_VALUES}))
-def test_a_control_is_in_every_place(name):
-    """That CONTRIBUTING.md names."""
-    loop = {"top_k": "sampling_keep_top_k"}.get(name, name)
-    assert name in ROW_VALUES and name in SAMPLING and loop in inspect.signature(sample_autoregressive).parameters
-    for options in (SamplingOptions, GenerationOptions):
-        assert name in {field.name for field in dataclasses.fields(options)}
-    assert re.search(rf"^ {{8}}{name} ", GenerationOptions.__doc__, re.MULTILINE)
-    for command in ("generate", "inspect"):
-        assert hasattr(parser().parse_args([command, "--prompt", "Emma"]), name)
-    root = pathlib.Path(__file__).parents[1]
-    readme, page = ((root / path).read_text(encoding="utf-8") for path in ("README.md", "docs/sampling.md"))
-    option = {"entmax_alpha": "entmax"}.get(name, name.replace("_", "-"))
-    assert re.search(rf"`--{option}\b", readme)
-    assert f"| `{name}` |" in page and re.search(rf"^### .*\b{name}\b", page, re.MULTILINE)
+def test_keywords_are_the_list():
+    """What type checkers see of sample_autoregressive; the two others are GPT-Neo's own arguments."""
+    fields = [field.name for field in dataclasses.fields(Controls)]
+    assert list(ControlKeywords.__annotations__) == [name for name in fields if name not in ("temperature", "top_k")]
+    with pytest.raises(TypeError, match="unknown keyword top_q; allowed: logits_processors, repetition_penalty, "):
+        sample_autoregressive(None, {}, {}, top_q=0.5)
+
+
+def test_the_guides_table_is_the_list():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "sampling.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    found = {row[0].strip("`"): row for row in rows if len(row) == 5}
+    for name, control in CONTROLS.items():
+        assert found[name][1] == control.help
+        if getattr(control, "neutral", None) is not None:
+            assert found[name][3] == f"{control.neutral:g}"
+        assert re.search(rf"^### .*\b{name}\b", page, re.MULTILINE)
+    assert [name for name in found if name in CONTROLS] == list(CONTROLS)

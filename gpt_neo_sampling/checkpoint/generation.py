@@ -7,6 +7,7 @@ from typing import Any
 
 from gpt_neo_sampling._types import is_real
 from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int32, one_line, read_json
+from gpt_neo_sampling.sampling.controls import NUMBERS
 
 log = logging.getLogger(__name__)
 
@@ -40,27 +41,17 @@ _TOKEN_IDS = {
 }
 # What says how a token is drawn. A file with one of these is read as transformers reads it: what it says nothing of
 # is as in _WITH_SAMPLING. Without any of them the library's own defaults stand.
-_SAMPLING = {
-    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-    "temperature": _NUMBER,
-    "top_k": _WHOLE,
-    "top_p": _NUMBER,
-    "min_p": _NUMBER,
-    "typical_p": _NUMBER,
-    "epsilon_cutoff": _NUMBER,
-    "eta_cutoff": _NUMBER,
-}
+_SAMPLING = ("do_sample", "temperature", *(name for name, number in NUMBERS.items() if number.argmax_invariant))
 _WITH_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # the others' defaults are neutral
 _OPTIONS = {
-    **_SAMPLING,
+    **{name: _WHOLE if number.whole else _NUMBER for name, number in NUMBERS.items()},
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "bad_words_ids": (_are_words, "a list of lists of whole numbers of 32 bits"),
     "max_length": _WHOLE,
     "max_new_tokens": _WHOLE,
     "min_length": _WHOLE,
-    "min_new_tokens": _WHOLE,
     "no_repeat_ngram_size": _WHOLE,
     "num_return_sequences": _WHOLE,
-    "repetition_penalty": _NUMBER,
     "stop_strings": (_is_text_or_texts, "a text or a list of texts, none of them empty"),
 }
 
@@ -78,17 +69,12 @@ _NEUTRAL = {
 }
 # The same of the options that are built.
 _NEUTRAL_OPTIONS = {
+    **{name: number.neutral for name, number in NUMBERS.items()},
     **_WITH_SAMPLING,
-    "top_p": 1,
-    "min_p": 0,
-    "typical_p": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
     "max_length": 20,
     "min_length": 0,
     "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
-    "repetition_penalty": 1,
 }
 # What says how transformers computes or reports, and not what is sampled: what keys begin with.
 _WITHOUT_EFFECT = (

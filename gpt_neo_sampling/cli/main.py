@@ -26,10 +26,11 @@ from gpt_neo_sampling.checkpoint.tokenizer import decoded
 from gpt_neo_sampling.cli.parser import PROGRAM, parser
 from gpt_neo_sampling.generation.export import export_saved_model
 from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
-from gpt_neo_sampling.generation.options import SAMPLING, check_int
+from gpt_neo_sampling.generation.options import SAMPLING
 from gpt_neo_sampling.generation.prompts_file import generate_file
 from gpt_neo_sampling.inspection import plot, plot_format, table, terminal_style, to_json, token_text
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster, serve
+from gpt_neo_sampling.sampling.controls import check_int
 
 
 def _cluster(args: argparse.Namespace, task: str | None = None) -> Cluster | None:
@@ -146,7 +147,7 @@ def _generate(args: argparse.Namespace) -> None:
     options = dict(
         max_new_tokens=args.max_new_tokens,
         stop_strings=args.stop_strings,
-        num_return_sequences=args.num_samples,
+        num_return_sequences=args.num_return_sequences,
         return_logprobs=args.logprobs,
         **_sampling(args),
     )

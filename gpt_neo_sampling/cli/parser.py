@@ -1,15 +1,17 @@
 """What the command `gpt-neo-sampling` takes."""
 
 import argparse
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.generation.decode_graph import DTYPES
-from gpt_neo_sampling.generation.export import CONTROLS, DEFAULT_TOP_K
-from gpt_neo_sampling.generation.request import DEFAULT_NEW_TOKENS
+from gpt_neo_sampling.generation.export import DEFAULT_TOP_K, EXPORTABLE
+from gpt_neo_sampling.generation.options import OPTIONS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
+from gpt_neo_sampling.sampling.controls import CONTROLS, Number
 from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
 
 PROGRAM = "gpt-neo-sampling"
@@ -41,36 +43,37 @@ def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
         "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
 
 
+_ALIASES = {"entmax_alpha": ["--entmax"], "num_return_sequences": ["--num-samples"]}
+_ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are more than a number
+    "no_repeat_ngram_size": {"type": int, "metavar": "N"},
+    "logit_bias": {"nargs": "+", "metavar": "ID=X"},
+    "entmax_alpha": {"nargs": "?", "const": DEFAULT_ALPHA, "type": float, "metavar": "ALPHA"},
+    "bad_words_ids": {"type": int, "nargs": "*", "metavar": "ID"},
+    "eos_token_id": {"type": int, "nargs": "+", "metavar": "ID"},
+    "stop_strings": {"nargs": "*", "metavar": "TEXT"},
+    "num_return_sequences": {"type": int, "metavar": "N"},
+}
+
+
+def _add_option(add: Callable[..., Any], name: str) -> None:
+    """One of `GenerationOptions`, with its sentence."""
+    option = OPTIONS[name]
+    arguments = _ARGUMENTS.get(name)
+    if isinstance(option, Number) and arguments is None:
+        metavar = "N" if option.whole else "P" if option.most == 1 else "X"
+        arguments = {"type": int if option.whole else float, "metavar": metavar}
+    add("--" + name.replace("_", "-"), *_ALIASES.get(name, ()), dest=name, help=option.help, **(arguments or {}))
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Those that say how a token is drawn, in the order of application."""
+    """Those that say how a token is drawn."""
     add = parser.add_argument_group(
-        "sampling", "in the order of application; each defaults to the model's own, and else changes nothing "
-        "(docs/sampling.md shows what they do)"
+        "sampling", "from --repetition-penalty on in the order of application; each defaults to the model's own, and "
+        "else changes nothing (docs/sampling.md shows what they do)"
     ).add_argument  # fmt: skip
-    add("--repetition-penalty", type=float, metavar="F", help="above 1: tokens that stand there already get less "
-        "likely, the prompt's too")  # fmt: skip
-    add("--presence-penalty", type=float, metavar="X", help="taken from the logits of new tokens that stand there")
-    add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that they do")
-    add("--no-repeat-ngram-size", type=int, metavar="N", help="no sequence of N tokens comes twice; 0 is off")
-    add("--logit-bias", nargs="+", metavar="ID=X", help="what is added to the logits of tokens")
-    add("--bad-words-ids", type=int, nargs="*", metavar="ID", help="tokens that are never drawn, but for those "
-        "that end a continuation; the option alone: none")  # fmt: skip
-    add("--eos-token-id", type=int, nargs="+", metavar="ID", help="tokens that end a continuation, -1 for none")
-    add("--min-new-tokens", type=int, metavar="N", help="no stop token before there are so many; a stop "
-        "string may end the text earlier")  # fmt: skip
     add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
-    add("--temperature", type=float, metavar="T", help="larger is more random, 0 takes the likeliest token "
-        "(default: 0.9; with --entmax 1.0)")  # fmt: skip
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens alone; 0 is off")
-    add("--top-p", type=float, metavar="P", help="from the fewest tokens that have probability P together")
-    add("--min-p", type=float, metavar="P", help="from tokens at least P times as likely as the likeliest")
-    add("--typical-p", type=float, metavar="P", help="from the fewest tokens with probability P whose information "
-        "is nearest the mean")  # fmt: skip
-    add("--epsilon-cutoff", type=float, metavar="P", help="from tokens of at least this probability")
-    add("--eta-cutoff", type=float, metavar="P", help="the same, less where the distribution is flat")
-    add("--entmax", "--entmax-alpha", dest="entmax_alpha", type=float, nargs="?", const=DEFAULT_ALPHA,
-        metavar="ALPHA", help="entmax in place of softmax: only likelier tokens, the fewer the larger ALPHA, "
-        "from 1 (softmax) to 2 (sparsemax) (default with the option alone: %(const)s)")  # fmt: skip
+    for name in ("eos_token_id", "bad_words_ids", *CONTROLS):
+        _add_option(add, name)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -83,13 +86,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                          '{"prompt_ids": [1, 2, 3]}, with an "id" and options of its own if wanted')  # fmt: skip
     add("--output", metavar="OUT.jsonl", help="where the samples of --prompts-file go, a JSON object a prompt; the "
         "same command goes on where it was stopped")  # fmt: skip
-    add("--max-new-tokens", type=int, metavar="N", help=f"longest continuation, in tokens (default: the model's own, "
-        f"or else {DEFAULT_NEW_TOKENS})")  # fmt: skip
-    add("--seed", type=int, metavar="S", help="same seed, same text (default: a fresh one, named on stderr)")
-    add("--num-samples", "--num-return-sequences", type=int, metavar="N", help="continuations of each prompt "
-        "(default: the model's own, or else 1)")  # fmt: skip
-    add("--stop-strings", nargs="*", metavar="TEXT", help="texts that end a continuation, which stops ahead of them; "
-        "the option alone: none (default: the model's own, or else none)")  # fmt: skip
+    for name in ("max_new_tokens", "seed", "num_return_sequences", "stop_strings"):
+        _add_option(add, name)
     add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
         "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
@@ -136,8 +134,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
     add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
-    add("--controls", nargs="+", choices=CONTROLS, default=(), metavar="NAME", help="what else may be asked for, of "
-        f"{', '.join(CONTROLS)}; each costs time in every step")  # fmt: skip
+    add("--controls", nargs="+", choices=EXPORTABLE, default=(), metavar="NAME", help="what else may be asked for, of "
+        f"{', '.join(EXPORTABLE)}; each costs time in every step")  # fmt: skip
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

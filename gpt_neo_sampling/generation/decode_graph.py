@@ -14,12 +14,12 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
-from gpt_neo_sampling.generation.options import INT32_MAX, check_int
 from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import config, gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import sample_autoregressive
-from gpt_neo_sampling.sampling.next_token import History, SamplingOptions, chain_distributions
+from gpt_neo_sampling.sampling.controls import INT32_MAX, History, SamplingOptions, check_int
+from gpt_neo_sampling.sampling.next_token import chain_distributions
 
 DEMO_FOLDER = pathlib.Path(__file__).parents[1] / "demo"
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
@@ -42,7 +42,7 @@ class ProgramKey:
     length: int  # prompt and new tokens
     samples: int = 1  # rows of each prompt
     greedy: bool = False
-    steps: frozenset[str] = frozenset()  # names of `options.ROW_OPTIONS` that the request has, and LOGIT_BIAS
+    steps: frozenset[str] = frozenset()  # names of numbers among the controls that the request has, and LOGIT_BIAS
     max_top_k: int | None = None
     n_stop_tokens: int = 1
     no_repeat_ngram_size: int | None = None

@@ -30,12 +30,11 @@ from gpt_neo_sampling.generation.decode_graph import (
     stop_tokens_of,
     variable_dtype_of,
 )
-from gpt_neo_sampling.generation.options import ROW_OPTIONS, check_int
 from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.sample import INVALID
+from gpt_neo_sampling.sampling.controls import ENTMAX_TEMPERATURE, NUMBERS, SOFTMAX_TEMPERATURE, check_int
 from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
-from gpt_neo_sampling.sampling.next_token import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 # Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).
 SIGNATURES = {  # name -> what it has beside top-k
@@ -45,8 +44,8 @@ SIGNATURES = {  # name -> what it has beside top-k
 DEFAULT_TOP_K = 64
 MAX_BATCH = 2**16
 log = logging.getLogger(__name__)
-CONTROLS = tuple(
-    name for name, o in ROW_OPTIONS.items() if o.neutral is not None and name not in ("top_k", "entmax_alpha")
+EXPORTABLE = tuple(
+    name for name, o in NUMBERS.items() if o.neutral is not None and name not in ("top_k", "entmax_alpha")
 )
 
 
@@ -101,7 +100,7 @@ def export_saved_model(
       prompt_length: int, the longest prompt; `length` by default. The pass over the
         prompts takes as long for shorter ones.
       max_top_k: int, the largest top_k.
-      controls: names of further options that requests may have, of CONTROLS; each
+      controls: names of further options that requests may have, of EXPORTABLE; each
         costs some time in every step, asked for or not.
       dtype: as for `TextGenerator.from_pretrained`.
 
@@ -121,8 +120,8 @@ def export_saved_model(
         check_int("max_top_k", max_top_k, 1, checkpoint.params["n_vocab"])
         controls = tuple(dict.fromkeys(controls))  # each once
         for name in controls:
-            if name not in CONTROLS:
-                raise ValueError(f"controls: {name!r}; allowed: {', '.join(CONTROLS)}")
+            if name not in EXPORTABLE:
+                raise ValueError(f"controls: {name!r}; allowed: {', '.join(EXPORTABLE)}")
         sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
         asked = {**checkpoint.generation_defaults, **checkpoint.ignored_generation_options}
         shown = ", ".join(f"{key}={value!r}" for key, value in asked.items() if key not in ID_KEYS)
@@ -189,7 +188,7 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -
     first_stop, *more_stops = stop_tokens_of(checkpoint) or [NO_STOP_TOKEN]
     stop_tokens = [option("eos_token_id", first_stop), *(tf.fill([key.batch], t) for t in more_stops)]
     is_entmax = "entmax_alpha" in key.steps
-    defaults = {name: ROW_OPTIONS[name].neutral for name in key.steps}
+    defaults = {name: NUMBERS[name].neutral for name in key.steps}
     if is_entmax:
         defaults["entmax_alpha"] = DEFAULT_ALPHA
     program_inputs = ProgramInputs(
@@ -200,7 +199,7 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -
         seed=tf.cast(per_row(inputs["seed"]), tf.int32),
         stop_tokens=stop_tokens,
         temperature=option("temperature", ENTMAX_TEMPERATURE if is_entmax else SOFTMAX_TEMPERATURE, tf.float32),
-        options={name: option(name, default, ROW_OPTIONS[name].dtype) for name, default in sorted(defaults.items())},
+        options={name: option(name, default, NUMBERS[name].dtype) for name, default in sorted(defaults.items())},
     )
     (tokens,) = build(key, program_inputs, *model, bos_id=first)
 

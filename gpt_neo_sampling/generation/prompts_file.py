@@ -36,7 +36,8 @@ from gpt_neo_sampling.generation.generator import (
     Sample,
     TextGenerator,
 )
-from gpt_neo_sampling.generation.options import INT32_MAX, ROW_OPTIONS, GenerationOptions
+from gpt_neo_sampling.generation.options import PER_PROMPT, GenerationOptions
+from gpt_neo_sampling.sampling.controls import INT32_MAX
 
 # the options of a record, and of a run: functions cannot be stored, and random streams are assigned here
 OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
@@ -224,7 +225,7 @@ def _records(generator: TextGenerator, data: bytes, source: StrPath, options: di
 def _columns(options: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The options of several prompts as those of one call of generate. Options that are not per row must be equal."""
     names = {name for own in options for name in own}
-    return {n: [own.get(n) for own in options] if n in ROW_OPTIONS else options[0][n] for n in names}
+    return {n: [own.get(n) for own in options] if n in PER_PROMPT else options[0][n] for n in names}
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -284,7 +285,7 @@ def _batches(records: list[_Record]) -> list[list[_Record]]:
     """
     groups: dict[str, list[_Record]] = {}
     for record in records:
-        shared = {name: value for name, value in record.options.items() if name not in ROW_OPTIONS}
+        shared = {name: value for name, value in record.options.items() if name not in PER_PROMPT}
         # grouped by sampling steps too, so that few graphs are built, one after another
         groups.setdefault(_json.dumps([record.steps, shared], sort_keys=True), []).append(record)
     batches = []

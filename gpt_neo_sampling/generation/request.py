@@ -10,20 +10,19 @@ from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, Tokenizer, is_
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import stop_tokens_of
 from gpt_neo_sampling.generation.options import (
-    INT32_MAX,
-    ROW_OPTIONS,
+    ARGMAX_INVARIANT,
+    DEFAULT_NEW_TOKENS,
+    PER_PROMPT,
     SAMPLING,
-    SAMPLING_ONLY,
     GenerationOptions,
     check_bool,
     check_default,
-    check_int,
     of_the_model,
     per_prompt,
     resolve,
 )
+from gpt_neo_sampling.sampling.controls import INT32_MAX, check_int
 
-DEFAULT_NEW_TOKENS = 64
 # Options that all prompts share, and that a generation_config.json may give.
 _SHARED = ("bad_words_ids", "no_repeat_ngram_size", "num_return_sequences", "stop_strings")
 
@@ -34,7 +33,7 @@ class Request:
 
     prompts: list[list[int]]
     options: GenerationOptions  # those that are not below
-    values: dict[str, np.ndarray]  # of ROW_OPTIONS, each [prompts]
+    values: dict[str, np.ndarray]  # of PER_PROMPT, each [prompts]
     num_return_sequences: int
     stop_tokens: list[int]
     stop_strings: tuple[str, ...]
@@ -52,9 +51,9 @@ class Request:
         return frozenset(
             name
             for name in SAMPLING
-            if ROW_OPTIONS[name].neutral is not None
-            and np.any(self.values[name] != ROW_OPTIONS[name].neutral)
-            and not (self.greedy and name in SAMPLING_ONLY)
+            if PER_PROMPT[name].neutral is not None
+            and np.any(self.values[name] != PER_PROMPT[name].neutral)
+            and not (self.greedy and name in ARGMAX_INVARIANT)
         )
 
     def setting(self, step: str) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.generation.decode_graph import features
-from gpt_neo_sampling.generation.options import check_int
 from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.sampling.controls import check_int
 from gpt_neo_sampling.sampling.entmax import log_softmax_at
 from gpt_neo_sampling.sampling.masks import padding_mask
 

@@ -35,7 +35,7 @@ from gpt_neo_sampling.generation.decode_graph import (
     load_weights,
     variable_dtype_of,
 )
-from gpt_neo_sampling.generation.options import ROW_OPTIONS
+from gpt_neo_sampling.generation.options import PER_PROMPT
 from gpt_neo_sampling.generation.request import Request
 from gpt_neo_sampling.generation.scoring import ScoreKey
 from gpt_neo_sampling.generation.streaming import Watcher
@@ -214,7 +214,7 @@ class DecodeProgram:
         """key: ProgramKey; the rest as for `build`."""
 
         def option(name: str) -> tf.Tensor:
-            return tf.placeholder(ROW_OPTIONS[name].dtype, [key.rows])
+            return tf.placeholder(PER_PROMPT[name].dtype, [key.rows])
 
         options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
         if LOGIT_BIAS in key.steps:

@@ -23,7 +23,7 @@ class ChainStep:
 
     Attributes:
       name: "model" for the first step; "softmax", "entmax" or "argmax" for the last;
-        in between the option's name, such as "top_p".
+        in between the option's name, such as "min_p".
       setting: str, the option's value, such as "0.9"; may be empty.
       probabilities: float ndarray [vocab] that adds up to 1.
     """
@@ -34,7 +34,7 @@ class ChainStep:
 
     @property
     def label(self) -> str:
-        """str: "top_p 0.9", say, or "presence_penalty 1, frequency_penalty 0.5" for a step with two options."""
+        """str: "min_p 0.1", say, or "presence_penalty 1, frequency_penalty 0.5" for a step with two options."""
         pairs = itertools.zip_longest(self.name.split(", "), self.setting.split(", "), fillvalue="")
         return ", ".join(" ".join(pair).strip() for pair in pairs)
 

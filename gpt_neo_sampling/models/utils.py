@@ -37,7 +37,16 @@ from gpt_neo_sampling.sampling.entmax import (
     entmax_forward,
     softmax,
 )
-from gpt_neo_sampling.sampling.masks import epsilon_mask, eta_mask, min_p_mask, top_k_mask, top_p_mask, typical_p_mask
+from gpt_neo_sampling.sampling.masks import (
+    epsilon_mask,
+    eta_mask,
+    min_p_mask,
+    top_h_mask,
+    top_k_mask,
+    top_n_sigma_mask,
+    top_p_mask,
+    typical_p_mask,
+)
 from gpt_neo_sampling.sampling.penalties import (
     logit_bias,
     no_repeat_ngram_mask,
@@ -65,7 +74,9 @@ __all__ = [
     "softmax",
     "token_counts",
     "tokens_mask",
+    "top_h_mask",
     "top_k_mask",
+    "top_n_sigma_mask",
     "top_p_mask",
     "typical_p_mask",
 ]

@@ -64,7 +64,7 @@ class _MaskOperation(MeshOperation):
         rows = Rows(mesh_impl, logits.shape, self._dim, whole_groups=False)
         x = slicewise(rows.to_rows, lowering.tensors[logits])
         option = spread_rows(lowering, option, logits.shape - self._dim)
-        softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x))
+        softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x), lowest=float(logits.dtype.min))
         cut = self._find_cut(softmax, option)
 
         def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *more: tf.Tensor) -> tf.Tensor:
@@ -110,11 +110,11 @@ class Cut(typing.NamedTuple):
 class Softmax:
     """What cuts need to know of the softmax of laid-out float32 rows; all but `top` is float64.
 
-    A row with NaN or +inf has a total of NaN.
+    A row with NaN or +inf has a total of NaN. Entries of the `lowest` number, or −inf, are masked.
     """
 
-    def __init__(self, rows: Rows, x: LaidOut) -> None:
-        self.rows, self.x = rows, x
+    def __init__(self, rows: Rows, x: LaidOut, lowest: float) -> None:
+        self.rows, self.x, self.lowest = rows, x, lowest
         # Finite in any row: what is invalid shows in the sums, for XLA's maximum passes over NaN.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
         self.top = rows.across_shards(top, "MAX")
@@ -188,6 +188,34 @@ def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, eta, softmax.total, softmax.depth))
 
 
+def sigma_cut(softmax: Softmax, n: LaidOut) -> Cut:
+    """At n standard deviations of the row's logits, of those that are not masked, below the largest; 0 is no cut."""
+    rows, slicewise = softmax.rows, softmax.rows.mesh_impl.slicewise
+
+    def depth_of_lowest(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
+        return _finite_top(tf.reduce_max(tf.where_v2(x > softmax.lowest, top - x, 0.0), -1, keepdims=True))
+
+    def moments(x: tf.Tensor, top: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
+        """Float64 [rows, 3]: how many entries, and the sums of their depths and these squared, in units of the span."""
+        depth = (tf.cast(top, tf.float64) - tf.cast(x, tf.float64)) / tf.cast(tf.maximum(span, 1e-30), tf.float64)
+        is_masked, zero = x <= softmax.lowest, tf.zeros([], tf.float64)
+        depth = tf.where_v2(is_masked, zero, depth)
+        count = tf.where_v2(is_masked, zero, tf.ones_like(depth))
+        return tf.concat([near_sum(count), near_sum(depth), near_sum(depth * depth)], -1)
+
+    def depth(n: tf.Tensor, moments: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
+        count, first, second = tf.split(moments, 3, -1)
+        mean = tf.math.divide_no_nan(first, count)
+        variance = tf.math.divide_no_nan(second, count) - mean * mean
+        sigma = tf.sqrt(tf.where_v2(variance < 0, tf.zeros_like(variance), variance)) * tf.cast(span, tf.float64)
+        far = tf.constant(np.inf, tf.float64)
+        return tf.where_v2(tf.logical_or(n > 0, tf.is_nan(sigma)), tf.cast(n, tf.float64) * sigma, far)
+
+    span = rows.across_shards(slicewise(depth_of_lowest, softmax.x, softmax.top), "MAX")
+    sums = sum_across(rows, slicewise(moments, softmax.x, softmax.top, span))
+    return _cut_at_depth(softmax, slicewise(depth, n, sums, span))
+
+
 def _cut_at_depth(softmax: Softmax, depth: LaidOut) -> Cut:
     """So far below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
 
@@ -210,9 +238,9 @@ def _rounded_up(x: tf.Tensor) -> tf.Tensor:
 # --- Cuts by mass -----------------------------------------------------------------------
 
 
-def top_p_cut(softmax: Softmax, top_p: LaidOut) -> Cut:
-    """Behind the fewest of the likeliest entries whose mass is at least top_p."""
-    return _cut_at_mass(softmax, top_p, softmax.top)
+def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut:
+    """Behind the fewest of the likeliest entries whose mass is at least `mass`."""
+    return _cut_at_mass(softmax, mass, softmax.top)
 
 
 def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:

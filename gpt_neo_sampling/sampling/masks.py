@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, is_int, is_real
+from gpt_neo_sampling._types import FLOAT32_MAX, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, take
 from gpt_neo_sampling.sampling import cutoffs
 from gpt_neo_sampling.sampling.top_k import top_k
+
+MOST_OF_TOP_H = 100  # entries that transformers' top_h looks at
 
 
 def mask_value(dtype: tf.DType) -> float:
@@ -55,13 +57,19 @@ def top_k_mask(
         array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
     """
     dim = dim_of(logits, dim)
-    rows = logits.shape - dim
     imported = _import_k(logits, k, dim, max_top_k)
     if imported is None:
         return logits
     k, k_max = imported
+    logits = _keep_first(logits, dim, _largest(logits, dim, k_max), k, masked)
+    return logits + mtf.cast(_asked_too_many(k, k_max, dim), logits.dtype) if k_max < dim.size else logits
 
-    k_dim = mtf.Dimension("top_k", k_max)
+
+_Largest = tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor]
+
+
+def _largest(logits: mtf.Tensor, dim: mtf.Dimension, k_max: int) -> _Largest:
+    """(the logits, finite, for comparing; the largest of them and their indices, [logits.shape − dim, top_k])."""
     lowest = mask_value(logits.dtype)
 
     def comparable(x: tf.Tensor) -> tf.Tensor:
@@ -71,8 +79,17 @@ def top_k_mask(
         return tf.where_v2(tf.equal(x, 0), tf.zeros_like(x), x)
 
     finite_logits = mtf.cwise(comparable, [logits], name="comparable")
-    values, indices = top_k(mtf.stop_gradient(finite_logits), dim, k_dim)
-    border = mtf.broadcast(cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_max - 1), [k]), rows)
+    return finite_logits, *top_k(mtf.stop_gradient(finite_logits), dim, mtf.Dimension("top_k", k_max))
+
+
+def _keep_first(
+    logits: mtf.Tensor, dim: mtf.Dimension, largest: _Largest, k: mtf.Tensor, masked: float | None
+) -> mtf.Tensor:
+    """Masks all but the first k of the largest; a k below 1, or of dim.size and more, is no mask."""
+    finite_logits, values, indices = largest
+    k_dim = values.shape[-1]
+    border = cwise_broadcast(lambda k: tf.clip_by_value(k - 1, 0, k_dim.size - 1), [k])
+    border = mtf.broadcast(border, logits.shape - dim)
     value, index = take(values, border, k_dim), take(indices, border, k_dim)
 
     def keep(x: tf.Tensor, value: tf.Tensor, index: tf.Tensor, entry: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
@@ -81,8 +98,7 @@ def top_k_mask(
 
     entry = mtf.range(logits.mesh, dim, tf.int32)
     kept = cwise_broadcast(keep, [finite_logits, value, index, entry, k], logits.shape, tf.bool, name="top_k_keep")
-    logits = mask_out(logits, kept, masked)
-    return logits + mtf.cast(_asked_too_many(k, k_max, dim), logits.dtype) if k_max < dim.size else logits
+    return mask_out(logits, kept, masked)
 
 
 def top_k_candidates(
@@ -147,12 +163,68 @@ def _asked_too_many(k: mtf.Tensor, k_max: int, dim: mtf.Dimension) -> mtf.Tensor
     )
 
 
+def top_n_sigma_mask(
+    logits: mtf.Tensor, top_n_sigma: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
+    """Masks entries more than n standard deviations below the largest (Tang et al. 2024, arXiv 2411.07641).
+
+    Kept are those of x ≥ max x − n · σ, where σ² is the mean squared distance of the row's logits from their mean,
+    masked ones left out. What is kept does not depend on the temperature.
+
+    Args:
+      top_n_sigma: as for the nucleus mask, but any finite number from 0 on; 0 masks nothing, as in llama.cpp.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+    """
+    return _mask_below(logits, "top_n_sigma", top_n_sigma, dim, masked, cutoffs.sigma_cut, neutral=0, most=FLOAT32_MAX)
+
+
+def top_h_mask(
+    logits: mtf.Tensor, top_h: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
+    """Masks all but the likeliest entries that have a part of the entropy (Potraghloo et al. 2025, arXiv 2509.02510).
+
+    Of the 100 likeliest entries, normalised among themselves, the most that come first whose −p·log p sum to at most
+    top_h of all 100's; and the likeliest always. transformers' top_h, cap included. Sums that differ by 10⁻¹² of the
+    entropy count as equal, and among equal entries those of lower index come first.
+
+    Args:
+      top_h: as for the nucleus mask; 0 masks nothing, 1 all but the 100 likeliest.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+    """
+    dim = dim_of(logits, dim)
+    if _masks_nothing("top_h", top_h, neutral=0):
+        return logits
+    rows, lowest = logits.shape - dim, mask_value(logits.dtype)
+    part = mtf.broadcast(import_rows(logits.mesh, top_h, tf.float32, rows, "top_h"), rows)
+
+    def count(values: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
+        below = tf.cast(tf.maximum(values - values[..., :1], -1000.0), tf.float64)  # finite, and exp of it 0
+        weights = tf.exp(below)
+        total = tf.reduce_sum(weights, -1, keepdims=True)
+        entropy = tf.cumsum((tf.log(total) - below) * weights, -1)  # times the total
+        most = tf.cast(part, tf.float64)[..., tf.newaxis] * entropy[..., -1:] * (1 + 1e-12)
+        kept = tf.maximum(tf.reduce_sum(tf.cast(entropy <= most, tf.int32), -1), 1)
+        return tf.where_v2(tf.logical_or(part <= 0, values[..., 0] <= lowest), 0, kept)
+
+    def wrong(values: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
+        valid = tf.logical_and(part >= 0, part <= 1)
+        return tf.where_v2(tf.logical_and(valid, tf.logical_not(tf.is_nan(values[..., 0]))), 0.0, np.nan)
+
+    def of_rows(fn: Callable[..., tf.Tensor], dtype: tf.DType) -> mtf.Tensor:
+        return mtf.slicewise(fn, [values, part], rows, dtype, splittable_dims=rows.dims, grad_function=0)
+
+    largest = _largest(logits, dim, min(MOST_OF_TOP_H, dim.size))
+    values = largest[1]
+    kept = _keep_first(logits, dim, largest, of_rows(count, tf.int32), masked)
+    return kept + mtf.cast(of_rows(wrong, tf.float32), logits.dtype)
+
+
 def top_p_mask(
     logits: mtf.Tensor, top_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
 ) -> mtf.Tensor:
     """Masks all but the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
-    That is the smallest set of the likeliest entries whose probabilities sum to at least top_p. Among equal entries
+    That is the smallest set of the likeliest entries whose probabilities sum to at least p. Among equal entries
     at its border those of lower index are in it; the likeliest entry always is.
 
     Args:
@@ -173,7 +245,7 @@ def top_p_mask(
         >>> run(lambda x: mtf.softmax(top_p_mask(mtf.log(x), 0.7), x.shape[-1]), [[0.25, 0.5, 0.125, 0.125]]).round(3)
         array([[0.333, 0.667, 0.   , 0.   ]], dtype=float32)
     """
-    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.top_p_cut, neutral=1)
+    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.nucleus_cut, neutral=1)
 
 
 def min_p_mask(
@@ -184,8 +256,8 @@ def min_p_mask(
     Kept are those of p ≥ min_p · max p, which is x − max x ≥ log(min_p).
 
     Args:
-      min_p: as top_p of `top_p_mask`; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      min_p: as for the nucleus mask; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(logits, "min_p", min_p, dim, masked, cutoffs.min_p_cut, neutral=0)
 
@@ -200,8 +272,8 @@ def typical_p_mask(
     by index. The likeliest entry need not be among them.
 
     Args:
-      typical_p: as top_p of `top_p_mask`, but above 0; 1 masks nothing.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      typical_p: as for the nucleus mask, but above 0; 1 masks nothing.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(logits, "typical_p", typical_p, dim, masked, cutoffs.typical_p_cut, neutral=1, excluded=0)
 
@@ -214,8 +286,8 @@ def epsilon_mask(
     The likeliest entry, and those that equal it, always stay.
 
     Args:
-      epsilon_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      epsilon_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(
         logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, cutoffs.epsilon_cut, neutral=0, excluded=1
@@ -231,10 +303,21 @@ def eta_mask(
     those that equal it.
 
     Args:
-      eta_cutoff: as top_p of `top_p_mask`, but below 1; 0 masks nothing.
-      logits, dim, masked: as for `top_p_mask`, and so are what is returned and raised.
+      eta_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
+      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
     """
     return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1)
+
+
+def _masks_nothing(name: str, option: RowValue, neutral: float, excluded: float | None = None, most: float = 1) -> bool:
+    """Whether an option is the neutral number; raises ValueError for a number that is out of range."""
+    if not is_real(option):
+        return False
+    if not 0 <= option <= most or option == excluded:
+        allowed = "number from 0 to 1" if most == 1 else "finite number of at least 0"
+        but = "" if excluded is None else f", but not {excluded},"
+        raise ValueError(f"{name}={option}; a {allowed}{but} is needed")
+    return bool(option == neutral)
 
 
 def _mask_below(
@@ -246,18 +329,15 @@ def _mask_below(
     find_cut: Callable[..., cutoffs.Cut],
     neutral: float,
     excluded: float | None = None,
+    most: float = 1,
 ) -> mtf.Tensor:
-    """`option` is from 0 to 1, but not the number that is `excluded`; `neutral` masks nothing."""
+    """`option` is from 0 to `most`, but not the number that is `excluded`; `neutral` masks nothing."""
     dim = dim_of(logits, dim)
-    if is_real(option):
-        if not 0 <= option <= 1 or option == excluded:
-            but = "" if excluded is None else f", but not {excluded},"
-            raise ValueError(f"{name}={option}; a number from 0 to 1{but} is needed")
-        if option == neutral:
-            return logits
+    if _masks_nothing(name, option, neutral, excluded, most):
+        return logits
 
     def check(option: tf.Tensor) -> tf.Tensor:
-        valid = tf.logical_and(option >= 0, option <= 1)
+        valid = tf.logical_and(option >= 0, option <= most)
         if excluded is not None:
             valid = tf.logical_and(valid, tf.not_equal(option, excluded))
         return tf.where_v2(valid, option, np.nan)

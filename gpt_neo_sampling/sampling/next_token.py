@@ -4,164 +4,26 @@ The order is that of transformers: what looks at the row so far, the
 temperature, the masks from top-k to eta, softmax or entmax, the draw.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import LogitsProcessor, RowValue, Tensor, is_number, is_whole
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, settle, take
+from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_number, is_whole
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
-from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA, entmax, log_softmax_at, softmax
+from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
+from gpt_neo_sampling.sampling.entmax import entmax, log_softmax_at, softmax
 from gpt_neo_sampling.sampling.entmax_solver import chosen_of
-from gpt_neo_sampling.sampling.masks import (
-    epsilon_mask,
-    eta_mask,
-    has_no_top_k,
-    mask_value,
-    min_p_mask,
-    padding_mask,
-    top_k_candidates,
-    top_k_mask,
-    top_p_mask,
-    typical_p_mask,
-)
-from gpt_neo_sampling.sampling.penalties import (
-    logit_bias,
-    no_repeat_ngram_mask,
-    presence_frequency_penalty,
-    repetition_penalty,
-    token_counts,
-    tokens_mask,
-)
+from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_mask, top_k_candidates, top_k_mask
+from gpt_neo_sampling.sampling.penalties import tokens_mask
 from gpt_neo_sampling.sampling.top_k import first_argmax
 
-SOFTMAX_TEMPERATURE = 0.9  # the original's default,
-ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
-ROW_VALUES = (  # of SamplingOptions: those that may be tensors, scalar or one a row
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens", "temperature", "top_k", "top_p",
-    "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "entmax_alpha",
-)  # fmt: skip
 MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 
 
 Step = Callable[[mtf.Tensor, mtf.Dimension], mtf.Tensor]  # (logits, dim) to logits
-
-
-@dataclasses.dataclass
-class SamplingOptions:
-    """How a token is drawn from its logits, the steps in the order of application.
-
-    A value may be a Python number or an mtf tensor, scalar or one a row, where
-    nothing else is said; None leaves the step out.
-
-    Attributes:
-      logits_processors: functions of (logits, ids, position), as of
-        `sample_autoregressive`.
-      repetition_penalty: of all tokens of the row, see `sampling.penalties`; 1
-        changes nothing.
-      presence_penalty, frequency_penalty: of the row's new tokens; 0 changes nothing.
-      no_repeat_ngram_size: an int: no sequence of so many tokens comes twice.
-      logit_bias: a tensor or array [vocab] or [rows, vocab]; −inf is never drawn.
-      stop_tokens: a tuple of ids, each a value.
-      min_new_tokens: no stop token before there are so many.
-      never_end: True for no stop token at all.
-      temperature: above 0; 0 is argmax.
-      top_k: see `sampling.masks`.
-      max_top_k: an int, needed where top_k is a tensor.
-      top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: see `sampling.masks`.
-      use_entmax: True for entmax in place of softmax.
-      entmax_alpha: from 1 to 2, for use_entmax alone; None for 1.3.
-      vocab_size: None, or where the vocabulary is padded an int: ids from there on
-        are never drawn.
-    """
-
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-    repetition_penalty: RowValue | None = None
-    presence_penalty: RowValue | None = None
-    frequency_penalty: RowValue | None = None
-    no_repeat_ngram_size: int | None = None
-    logit_bias: Tensor | None = None
-    stop_tokens: tuple[RowValue, ...] = ()
-    min_new_tokens: RowValue | None = None
-    never_end: bool = False
-    temperature: RowValue = SOFTMAX_TEMPERATURE
-    top_k: RowValue | None = None
-    max_top_k: int | None = None
-    top_p: RowValue | None = None
-    min_p: RowValue | None = None
-    typical_p: RowValue | None = None
-    epsilon_cutoff: RowValue | None = None
-    eta_cutoff: RowValue | None = None
-    use_entmax: bool = False
-    entmax_alpha: RowValue | None = None
-    vocab_size: int | None = None
-
-    def check(self) -> None:
-        """Looks at the numbers that no step checks itself.
-
-        Raises:
-          ValueError: for one that is out of range.
-        """
-        t = self.temperature
-        if is_number(t) and not 0 <= t < float("inf"):
-            raise ValueError(f"temperature={t}; 0 (argmax) or a finite number above 0 is needed")
-        a = self.entmax_alpha
-        if a is not None and not self.use_entmax:
-            raise ValueError("entmax_alpha is given, but entmax is not used; True is needed for it, or no entmax_alpha")
-        if is_number(a) and not 1 <= a <= 2:
-            raise ValueError(f"entmax_alpha={a} is out of range: from 1 (softmax) to 2 (sparsemax)")
-
-    @property
-    def alpha(self) -> RowValue:
-        """entmax_alpha, or its default."""
-        return DEFAULT_ALPHA if self.entmax_alpha is None else self.entmax_alpha
-
-    def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
-        """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers.
-
-        Args:
-          mesh: mtf.Mesh.
-          rows: mtf.Shape, the dims of the request.
-
-        Returns:
-          SamplingOptions.
-
-        Raises:
-          ValueError: for a tensor that is neither scalar nor one a row.
-        """
-
-        def per_row(name: str, value: Any) -> Any:
-            if value is None or is_number(value):
-                return value
-            dtype = tf.int32 if name in ("stop_at_token", "min_new_tokens", "top_k") else tf.float32
-            return settle(import_rows(mesh, value, dtype, rows, name))
-
-        bias = self.logit_bias
-        return dataclasses.replace(
-            self,
-            stop_tokens=tuple(per_row("stop_at_token", t) for t in self.stop_tokens),
-            logit_bias=settle(bias) if isinstance(bias, mtf.Tensor) else bias,
-            **{name: per_row(name, getattr(self, name)) for name in ROW_VALUES},
-        )
-
-
-@dataclasses.dataclass
-class History:
-    """What stands in the rows before the token that is drawn.
-
-    Attributes:
-      ids: int32 mtf.Tensor [rows, length]: prompts, new tokens, padding.
-      position: int32 mtf.Tensor [rows]: where the next token goes.
-      begin: int32 mtf.Tensor [rows]: where the first new one went.
-    """
-
-    ids: mtf.Tensor
-    position: mtf.Tensor
-    begin: mtf.Tensor
 
 
 def token_steps(options: SamplingOptions, history: History | None) -> list[tuple[str, Step]]:
@@ -174,7 +36,6 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
     Returns:
       a list of pairs, the step's name and a function of (logits, dim).
     """
-    o = options
     h = cast(History, history)  # not None where a step looks at it
 
     def user_step(processor: LogitsProcessor) -> tuple[str, Step]:
@@ -188,52 +49,31 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
 
         return name, step
 
-    def penalise_repetition(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
-        return repetition_penalty(x, token_counts(h.ids, dim, end=h.position), o.repetition_penalty, dim)
+    names: dict[TokenStep, list[str]] = {}  # of each step's controls
+    for name, control in CONTROLS.items():
+        if control.token_step is not None and options.changes(name):
+            names.setdefault(control.token_step, []).append(name)
 
-    def penalise_new_tokens(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
-        counts = token_counts(h.ids, dim, begin=h.begin, end=h.position)
-        return presence_frequency_penalty(x, counts, o.presence_penalty or 0.0, o.frequency_penalty or 0.0, dim)
+    def bound(step: TokenStep) -> Step:
+        return lambda x, dim: step(x, dim, options, h)
 
-    def mask_ngrams(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
-        return no_repeat_ngram_mask(x, h.ids, h.position, cast(int, o.no_repeat_ngram_size), dim)
-
-    def hold_on(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
-        least = import_rows(x.mesh, o.min_new_tokens, tf.int32, x.shape - dim, "min_new_tokens")
-        too_early = cwise_broadcast(
-            lambda at, begin, n: tf.cast(at - begin < n, tf.float32), [h.position, h.begin, least], None, tf.float32
-        )
-        return tokens_mask(x, o.stop_tokens, dim, when=too_early)
-
-    table = [
-        ("repetition_penalty", o.repetition_penalty is not None, penalise_repetition),
-        (
-            "presence_penalty, frequency_penalty",
-            o.presence_penalty is not None or o.frequency_penalty is not None,
-            penalise_new_tokens,
-        ),
-        ("no_repeat_ngram_size", o.no_repeat_ngram_size is not None, mask_ngrams),
-        ("logit_bias", o.logit_bias is not None, lambda x, dim: logit_bias(x, o.logit_bias, dim)),
-        ("min_new_tokens", o.min_new_tokens is not None and o.stop_tokens, hold_on),
-        ("never_end", o.never_end, lambda x, dim: tokens_mask(x, o.stop_tokens, dim)),
-    ]
-    return [user_step(p) for p in o.logits_processors] + [(name, step) for name, is_on, step in table if is_on]
+    steps = [(", ".join(of_step), bound(step)) for step, of_step in names.items()]
+    if options.never_end:
+        steps.append(("never_end", lambda x, dim: tokens_mask(x, options.stop_tokens, dim)))
+    return [user_step(p) for p in options.logits_processors] + steps
 
 
 def mask_steps(options: SamplingOptions) -> list[tuple[str, Step]]:
-    """The masks behind top-k, as pairs like those of `token_steps`."""
-    table = [
-        ("top_p", top_p_mask),
-        ("min_p", min_p_mask),
-        ("typical_p", typical_p_mask),
-        ("epsilon_cutoff", epsilon_mask),
-        ("eta_cutoff", eta_mask),
-    ]
+    """The masks behind the temperature, "top_k" among them, as pairs like those of `token_steps`."""
+    masks = {name: control.mask for name, control in CONTROLS.items() if control.mask is not None or name == "top_k"}
 
-    def step(mask: Callable[..., mtf.Tensor], value: RowValue) -> Step:
+    def step(name: str) -> Step:
+        value, mask = getattr(options, name), masks[name]
+        if mask is None:
+            return lambda x, dim: top_k_mask(x, value, dim, max_top_k=options.max_top_k)
         return lambda x, dim: mask(x, value, dim)
 
-    return [(name, step(mask, getattr(options, name))) for name, mask in table if getattr(options, name) is not None]
+    return [(name, step(name)) for name in masks if options.changes(name)]
 
 
 def _without_padding(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions) -> mtf.Tensor:
@@ -281,12 +121,9 @@ def chain_distributions(
         likeliest = mtf.one_hot(first_argmax(found[-1][1], vocab_dim), vocab_dim, dtype=tf.float32)
         return [(name, softmax(x, vocab_dim)) for name, x in found] + [("argmax", likeliest)]
     factor = inverse_temperature(logits.mesh, options.temperature, rows)
-    steps: list[tuple[str, Step]] = [("temperature", lambda x, dim: _scaled(x, factor, dim))]
-    if options.top_k is not None:
-        mask = functools.partial(top_k_mask, k=options.top_k, max_top_k=options.max_top_k)
-        steps.append(("top_k", lambda x, dim: mask(x, dim=dim)))
+    steps: list[tuple[str, Step]] = [("temperature", lambda x, dim: _scaled(x, factor, dim)), *mask_steps(options)]
     x = found[-1][1]
-    for name, step in steps + mask_steps(options):
+    for name, step in steps:
         x = step(x, vocab_dim)
         found.append((name, x))
     found = [(name, softmax(x, vocab_dim)) for name, x in found]
@@ -365,6 +202,13 @@ def _draw(
     factor = inverse_temperature(mesh, options.temperature, rows)
     alpha = import_rows(mesh, options.alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     masks = mask_steps(options)
+    names = [name for name, _ in masks]
+    ahead = names.index("top_k") if "top_k" in names else 0  # so many masks stand ahead of top-k
+    if ahead:
+        logits, factor = _scaled(logits, factor, dim), None
+        for _, mask in masks[:ahead]:
+            logits = mask(logits, dim)
+    masks = masks[ahead + ("top_k" in names) :]
     size, n_chosen = options.vocab_size or dim.size, chosen_of(options.alpha)
 
     def draw(
@@ -379,7 +223,7 @@ def _draw(
         return [token, _log_probability(x, token, dim, alpha, ids)] if return_logprob else [token]
 
     k, max_k = options.top_k, options.max_top_k
-    if k is None:
+    if k is None or not options.changes("top_k"):
         return draw(logits, dim)
     most = k if is_whole(k) else max_k or 0
     if most > MOST_CANDIDATES or (masks and not is_whole(k)):

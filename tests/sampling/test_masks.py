@@ -9,7 +9,15 @@ from helpers_cases import LOWEST
 from programs import MeshRunner, Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.sampling.masks import epsilon_mask, eta_mask, min_p_mask, top_p_mask, typical_p_mask
+from gpt_neo_sampling.sampling.masks import (
+    epsilon_mask,
+    eta_mask,
+    min_p_mask,
+    top_h_mask,
+    top_n_sigma_mask,
+    top_p_mask,
+    typical_p_mask,
+)
 
 # mask: (its definition, numbers to try, the number that masks nothing, numbers out of range)
 MASKS = {
@@ -18,6 +26,8 @@ MASKS = {
     min_p_mask: (reference.min_p_keep, [0.01, 0.3, 1.0], 0, [-0.1, 1.1, float("nan")]),
     epsilon_mask: (reference.epsilon_keep, [3e-4, 0.05], 0, [-0.1, 1, float("nan")]),
     eta_mask: (reference.eta_keep, [3e-4, 0.5], 0, [-0.1, 1, float("nan")]),
+    top_n_sigma_mask: (reference.top_n_sigma_keep, [0.5, 1.0, 3.0], 0, [-0.1, float("inf"), float("nan")]),
+    top_h_mask: (reference.top_h_keep, [0.1, 0.4, 1.0], 0, [-0.1, 1.1, float("nan")]),
 }
 by_mask = pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__)
 ROWS, SIZE = 1000, 520
@@ -213,7 +223,7 @@ def test_numbers(mask):
         x = mtf.ones(mtf.Mesh(mtf.Graph(), "mesh"), dims(batch=4, vocab=8))
         assert mask(x, neutral) is x
         for number in wrong:
-            with pytest.raises(ValueError, match=f"={number}; a number from 0 to 1"):
+            with pytest.raises(ValueError, match=f"={number}; a (number from 0 to 1|finite number of at least 0)"):
                 mask(x, number)
         with pytest.raises(ValueError, match="has shape"):
             mask(x, [0.5, 0.5])
