@@ -62,7 +62,7 @@ DEVICES = "cpu:0,cpu:1"
 
 
 def files(root):
-    """Everything below a folder: path -> bytes, None for what is no file."""
+    """Everything below a folder: path -> bytes, or None if it is not a file."""
     return {str(p): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
 
 
@@ -303,7 +303,7 @@ COMMANDS = {
 
 
 def run(capfd, args):
-    """(status, stdout, stderr) of the command in this process."""
+    """(status, stdout, stderr) of the command, run in this process."""
     status = cli.main(list(map(str, args)))
     return status, *capfd.readouterr()
 
@@ -324,7 +324,7 @@ def test_commands(capfd, folder, case):
 
 @pytest.fixture
 def streams(monkeypatch):
-    """A function that has sys.stdout or sys.stderr be what it is given."""
+    """A function that replaces sys.stdout or sys.stderr."""
     with contextlib.ExitStack() as stack:
 
         def put_in(name, stream):
@@ -337,7 +337,7 @@ def streams(monkeypatch):
 
 @pytest.fixture
 def shared(monkeypatch):
-    """Commands with the same model take one generator, whose graphs are made once."""
+    """Commands with the same model share one generator, whose graphs are built once."""
     monkeypatch.setattr(TextGenerator, "from_pretrained", generator)
 
 
@@ -346,7 +346,7 @@ def full():
 
 
 def broken():
-    """A pipe that nobody reads any more."""
+    """A pipe whose reader has gone."""
     reader, writer = os.pipe()
     os.close(reader)
     return open(writer, "w")
@@ -384,7 +384,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("case", STREAMS)
 def test_streams(capfd, shared, streams, case):
-    """The exit status says it, Python itself says nothing, and an error never goes to stdout."""
+    """The exit status reports it, Python prints nothing of its own, and no error goes to stdout."""
     args, name, make, wanted, message = STREAMS[case]
     streams(name, make and make())
     status = cli.main(args)
@@ -401,7 +401,7 @@ def test_streams(capfd, shared, streams, case):
 
 @contextlib.contextmanager
 def room_for(size):
-    """No file can grow beyond so many bytes."""
+    """Limits the size of every file that is written."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -420,7 +420,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c == "export")) for c in WRITERS])
 def test_full_disks(capfd, tmp_path, case):
-    """One line, what was there is as it was, and nothing else is."""
+    """There is one line of error, existing files are unchanged, and no others are left."""
     if case == "plot":
         pytest.importorskip("matplotlib")
     (tmp_path / "plot.png").write_bytes(b"old")
@@ -436,7 +436,7 @@ def test_full_disks(capfd, tmp_path, case):
 
 
 def pickle_file(pickle, members=(), compression=zipfile.ZIP_STORED, name="archive/data.pkl"):
-    """What puts a PyTorch file of this pickle into a Hugging Face folder."""
+    """A function that puts a PyTorch file with this pickle into a Hugging Face folder."""
 
     def make(folder):
         folder.mkdir()
@@ -483,7 +483,7 @@ def mesh_tf(change):
 
 
 def in_header(change):
-    """What changes a safetensors file's header, a dict; or puts the bytes in its place that `change` gives."""
+    """A function that changes a safetensors header, a dict, or replaces it by the bytes that `change` returns."""
 
     def edit(folder):
         path = folder / "model.safetensors"
@@ -514,7 +514,7 @@ def twice(header):
 
 
 def instead(name, make):
-    """What puts something else in a file's place."""
+    """A function that replaces a file by something else."""
 
     def edit(folder):
         (folder / name).unlink(missing_ok=True)
@@ -554,7 +554,7 @@ def index_entry(**fields):
 
 
 def written_index(change=lambda entries: None, **how):
-    """The index, in another way: see `table`."""
+    """A function that rewrites the index: see `table`."""
 
     def edit(folder):
         entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
@@ -570,13 +570,13 @@ def endless_number(folder):
 
 
 def legacy_tensor(size):
-    """A file before zip archives, whose storage says that it has so many numbers; it has 4."""
+    """A file of the layout before zip archives, whose storage claims another size than its 4 numbers."""
     value = {"wte": tensor(Storage("FloatStorage", "0", 4), 0, (4,), (1,))}
     return pytorch_model(LEGACY + pickled(value) + pickled(["0"]) + struct.pack("<q4f", size, 0, 0, 0, 0))
 
 
 def without_header(folder):
-    """A zip archive whose list of members leads to a storage that is none."""
+    """A zip archive whose list of members points to something that is not a storage."""
     tensor_file(0, (4,), (1,))(folder)
     path = folder / "pytorch_model.bin"
     data = path.read_bytes()
@@ -815,7 +815,7 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_models(tmp_path, monkeypatch, case):
-    """One line, and nothing in the folder was run."""
+    """There is one line of error, and nothing in the folder was run."""
     make, message = MODELS[case]
     make(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
@@ -843,7 +843,7 @@ def with_token(id_):
 
 
 def moved(token):
-    """A token, to a place outside."""
+    """A path that leads out of the folder, as a token."""
     return lambda tokenizer: tokenizer["model"]["vocab"].update({token: 5000})
 
 
@@ -905,7 +905,7 @@ def test_a_name_of_generation_config_for_a_terminal(tmp_path, caplog):
 
 
 def test_a_tokenizer_that_cannot_decode(tmp_path):
-    """Its library panics on a token that is shorter than what is to be cut off."""
+    """The tokenizers library panics on a token shorter than the part to strip."""
     generator = with_tokenizer(
         tmp_path / "m", lambda t: t.update(decoder={"type": "Strip", "content": "a", "start": 0, "stop": 5})
     )
@@ -916,7 +916,7 @@ def test_a_tokenizer_that_cannot_decode(tmp_path):
 
 
 def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
-    """tokenizer.json may ask for either, for training's sake."""
+    """tokenizer.json may ask for either, for training."""
     cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0,
            "pad_token": "x"}  # fmt: skip

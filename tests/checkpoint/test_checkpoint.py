@@ -1,4 +1,4 @@
-"""What every checkpoint has: golden logits, names, attention types; and folders that are refused."""
+"""What all checkpoints share: golden logits, names, attention types; and folders that are refused."""
 
 import json
 
@@ -432,7 +432,7 @@ def test_bad_folders(tmp_path, case):
 
 
 def test_data_cut_after_opening(tmp_path):
-    """TensorFlow raises an IndexError for it, which does not come through."""
+    """TensorFlow raises an IndexError, which becomes a CheckpointError."""
     folder = make_mesh_tf(tmp_path / "m")
     checkpoint = open_checkpoint(folder)
     cut(DATA_FILE, 100)(folder)
@@ -452,7 +452,7 @@ def test_golden_folders_may_be_read_only(tmp_path):
 
 
 def test_fingerprints(tmp_path):
-    """The same wherever the folder lies; another for any weight, for a tokenizer, for generation defaults."""
+    """It does not depend on the folder's path, but on any weight, the tokenizer, the generation defaults."""
     with open_checkpoint(MESH_TF / "local") as checkpoint:
         params, weights = checkpoint.params, {name: checkpoint.read(name) for name in checkpoint.names()}
 

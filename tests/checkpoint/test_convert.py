@@ -1,4 +1,4 @@
-"""Conversion between the formats, and what the other side makes of it."""
+"""Conversion between the formats, and that the other library reads the result."""
 
 import json
 import os

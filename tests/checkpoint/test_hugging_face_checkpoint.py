@@ -215,7 +215,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, caplog):
 
 
 def test_what_is_left_out_of_a_small_config(tmp_path, caplog):
-    """The keys that stand for others; and no token that the vocabulary does not have."""
+    """Alternative keys; and no default token outside the vocabulary."""
     plain = open_checkpoint(make_hugging_face(tmp_path / "plain")).params
     caplog.clear()
     folder = make_hugging_face(tmp_path / "m", {"num_attention_heads": 2, "num_heads": 4, "num_hidden_layers": 2})
@@ -289,7 +289,7 @@ def test_token_ids_and_generation_config(tmp_path):
 
 
 def test_what_is_asked_for_and_not_built_is_kept(tmp_path):
-    """A token's id may be 0; what changes nothing is no demand."""
+    """A token's id may be 0; options without effect are not reported."""
     folder = make_hugging_face(tmp_path / "m")
     asked = {"forced_eos_token_id": 0, "begin_suppress_tokens": [0], "num_beams": 4}
     neutral = {"forced_bos_token_id": None, "suppress_tokens": [], "num_beam_groups": 1, "length_penalty": 1.0,

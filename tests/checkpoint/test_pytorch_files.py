@@ -25,7 +25,7 @@ PYTORCH = DATA / "pytorch"
 
 
 class Name:
-    """Something that pickles as a name alone, wherever it is found."""
+    """Pickles as a bare name."""
 
     def __init__(self, module, name):
         self.name = f"{module}\n{name}\n".encode()
@@ -63,7 +63,7 @@ def pickled(value, protocol=2):
 
 
 def write_zip(path, value, storages=None, compression=zipfile.ZIP_STORED, protocol=2):
-    """A file as torch.save makes it: `value` pickled, and storages by key, arrays."""
+    """Writes a file as torch.save does: `value` pickled, and storages, arrays by key."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled(value, protocol))
         archive.writestr("archive/byteorder", "little")
@@ -127,7 +127,7 @@ def test_pickles_of_other_protocols(tmp_path, protocol):
 
 @pytest.mark.parametrize("file", ["trainer_zip.bin", "trainer_legacy.bin"])
 def test_files_of_a_training_loop(tmp_path, file, caplog):
-    """PyTorch's of a compiled model of float64 in DataParallel, with Adam's state, an epoch, a random state."""
+    """A file that PyTorch wrote, of a compiled float64 model in DataParallel, with Adam's state and more."""
     with open_checkpoint(folder_of(tmp_path, file=file)) as checkpoint:
         all_equal(checkpoint, random_weights(TINY))
     assert "the weights are read from its key 'state_dict'; ignored: epoch, loss, optimizer, rng" in caplog.text
@@ -187,7 +187,7 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_not_run(tmp_path, monkeypat
 
 
 def test_the_hostile_pickles_would_run(tmp_path, monkeypatch):
-    """Or the test above could not fail."""
+    """Otherwise the test above could not fail."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickled(HOSTILE["os.system"]))
     assert os.listdir(tmp_path) == ["made"]

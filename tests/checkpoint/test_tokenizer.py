@@ -1,4 +1,4 @@
-"""Tokenizers: the bundled one taken apart into vocab.json and merges.txt, and what is refused."""
+"""Tokenizers: the bundled one as vocab.json and merges.txt, and files that are refused."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_added_tokens_have_their_ids(folder):
 
 
 def test_more_tokens_than_the_model_has(folder):
-    """As where a padding token was added and the table was not made longer: only a prompt that uses it is refused."""
+    """A padding token was added, say, but the table not extended: only a prompt that uses the token is refused."""
     take_apart(folder)
     write_json(folder / "added_tokens.json", {"<pad>": 2048})
     generator = TextGenerator.from_pretrained(folder)
@@ -87,7 +87,7 @@ def added(**flags):
     ids=str,
 )
 def test_flags_of_added_tokens(folder, flags, same):
-    """lstrip and rstrip swallow spaces; a single word is none within another."""
+    """lstrip and rstrip swallow spaces; single_word does not match inside a word."""
     take_apart(folder)
 
     def tokens(config, text):
@@ -103,7 +103,7 @@ def test_flags_of_added_tokens(folder, flags, same):
 
 @pytest.mark.parametrize("bos", [{}, {"bos_token": "<|endoftext|>"}, {"bos_token": {"content": "She"}}], ids=str)
 def test_add_bos_token(folder, bos):
-    """Ahead of a prompt; not ahead of what stands behind one already."""
+    """It is put before a prompt, but not before a continuation."""
     take_apart(folder)
     plain = TextGenerator.from_pretrained(folder).encode("Emma was")
     write_json(folder / "tokenizer_config.json", {"add_bos_token": True, **bos})
@@ -141,7 +141,7 @@ def test_what_is_not_honoured_is_named(folder, caplog):
     ],
 )  # fmt: skip
 def test_what_stands_beside_tokenizer_json_is_named(folder, caplog, name, content, named):
-    """Where transformers (4.57 and 5) has other ids for it; those of tokenizer.json alone stay."""
+    """It is logged where transformers (4.57 and 5) would give other ids; those of tokenizer.json are kept."""
     plain = load_tokenizer(open_checkpoint(folder)).encode("Emma <m> <pad>").ids
     write_json(folder / name, content)
     assert load_tokenizer(open_checkpoint(folder)).encode("Emma <m> <pad>").ids == plain

@@ -1,4 +1,4 @@
-"""A file of prompts: what its lines may be, which batches it makes, and what is left when a run ends anywhere."""
+"""A prompts file: its lines, its batches, and what a run leaves wherever it ends."""
 
 import fcntl
 import json
@@ -26,11 +26,11 @@ from gpt_neo_sampling.generation.generator import MAX_BATCH, Interrupted
 
 
 class Death(BaseException):
-    """What no code of the library can catch."""
+    """An exception that the library does not catch."""
 
 
 class Stub:
-    """A generator whose tokens say what was asked for, and that dies, or is interrupted, in the call it is told to."""
+    """A generator whose tokens encode the request, and that dies or is interrupted in a given call."""
 
     dtype = "float32"
     mesh = types.SimpleNamespace(cluster=None)
@@ -64,7 +64,7 @@ class Stub:
 
 @pytest.fixture
 def files(tmp_path):
-    """A prompts file of 100 lines, of two groups and several lengths and streams; the output's path."""
+    """(a prompts file of 100 lines with two groups and several lengths and random streams; the output's path)."""
     lines = [{"prompt_ids": [7] * (1 + i * 37 % 60), "id": i} for i in range(100)]
     for line in lines[::3]:
         line.update(num_return_sequences=2, top_k=line["id"] + 1)
@@ -136,7 +136,7 @@ def test_a_death_in_any_batch(files):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_an_output_cut_at_any_byte(tmp_path, monkeypatch, finished):
-    """As a death in the midst of a write leaves it, or a disk that lost its power."""
+    """The file as it is after a kill in the middle of a write, or after a power failure."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some thousand times
     source = write(tmp_path / "in.jsonl", *({"prompt": "a" * n, "id": n} for n in (1, 2, 3)))
     output = tmp_path / "out.jsonl"
@@ -175,7 +175,7 @@ def test_a_death_between_the_last_line_and_its_place(files, monkeypatch):
 
 @pytest.mark.parametrize("which", [[0, 4], pytest.param([0, 1, 2, 3, 4], marks=pytest.mark.slow)])
 def test_lines_are_what_each_prompt_gives_alone(files, demo, monkeypatch, which):
-    """Also where the model says that nothing is to be sampled, which a call asks of all its prompts."""
+    """Also if the model's default is not to sample, an option that a call has for all its prompts."""
     requests = [
         {},
         {"temperature": 0.8, "seed": 5},
@@ -396,7 +396,7 @@ def test_files_of_other_names_are_left_alone(files):
 
 @pytest.mark.slow
 def test_limits_that_each_line_has_of_its_own(tmp_path, demo):
-    """Options are looked at before the file is, but not against a number of new tokens that no line has."""
+    """Options are checked before the file is read, but not against a number of new tokens that no line has."""
     prompts = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 70})
     generate_file(demo, prompts, tmp_path / "out.jsonl", min_new_tokens=66, seed=1)
     (line,) = read(tmp_path / "out.jsonl")
@@ -414,7 +414,7 @@ def test_one_process_at_a_time(files):
 
 @pytest.mark.parametrize("room", [100, 2_000, 10_000, 20_000, 25_000])
 def test_a_full_disk(files, room):
-    """No file can grow beyond `room` bytes: what it was begun with does not fit, or lines do not."""
+    """No file can grow beyond `room` bytes, so the run's settings or its lines do not fit."""
     source, output = files
     generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -481,7 +481,7 @@ def test_the_command_killed_and_interrupted(tmp_path):
 
 
 def test_a_prompt_without_a_distribution_leaves_the_others(tmp_path, demo):
-    """The second line's only tokens are masked: all others are written, each time that it is tried."""
+    """All tokens of the second line are masked: the other lines are written, however often it is tried."""
     banned = [[t] for t in range(2048) if t != 12]
     bad = {"prompt_ids": [5, 12], "bad_words_ids": banned, "no_repeat_ngram_size": 1}
     prompts, output = write(tmp_path / "in.jsonl", {"prompt": "Emma"}, bad, {"prompt": "She"}), tmp_path / "out.jsonl"

@@ -1,4 +1,4 @@
-"""The next-token distribution step by step: its figures, its table, its picture."""
+"""The next-token distribution step by step: its numbers, table and picture."""
 
 import json
 import re

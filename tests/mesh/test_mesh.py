@@ -1,4 +1,4 @@
-"""Meshes: their descriptions, what is wrong with some, and the same tokens on all."""
+"""Meshes: their descriptions, wrong ones, and the same tokens on all."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def generator(folder, mesh_shape=None, layout=None):
 
 
 def tokens(generator, prompts=PROMPTS):
-    """Tokens of each prompt by each of WAYS, the prompts of a way together."""
+    """The tokens of each prompt with each of WAYS, grouped by way."""
     repeated = {name: np.repeat(np.array(values, object), len(prompts)).tolist() for name, values in WAYS.items()}
     samples = generator.generate(prompts * N_WAYS, max_new_tokens=12, seed=7, eos_token_id=-1, **repeated)
     return [sample.tokens for sample in samples]
@@ -291,7 +291,7 @@ def test_sizes_that_do_not_divide_change_no_token(model, single, mesh_shape, lay
 
 @slow
 def test_padding_is_never_drawn(tmp_path):
-    """Logits are about −50, those of the padding's zero rows 0; a shard is all padding."""
+    """Logits are about −50, those of padding 0, and one shard is all padding."""
 
     def weights(params):
         w = random_weights(params, seed=3)
@@ -314,7 +314,7 @@ def test_padding_is_never_drawn(tmp_path):
 
 @slow
 def test_a_row_does_not_depend_on_how_many_there_are(model):
-    """With entmax; rows of one request are numbered, so samples of one prompt are rows like any other."""
+    """With entmax. The rows of a request are numbered, so samples of one prompt are rows like any other."""
     one, options = generator(model), dict(entmax_alpha=1.3, max_new_tokens=12, seed=7, eos_token_id=-1)
 
     def drawn(prompts, **more):
