@@ -319,18 +319,18 @@ def test_commands(capfd, folder, case):
     assert files(folder) == before
 
 
-# ------------------------------------------------- its streams, and full disks
+# ------------------------------------------------- standard files, and full disks
 
 
 @pytest.fixture
-def streams(monkeypatch):
+def standard_file(monkeypatch):
     """A function that replaces sys.stdout or sys.stderr."""
     with contextlib.ExitStack() as stack:
 
-        def put_in(name, stream):
-            monkeypatch.setattr(sys, name, stream)
-            if stream is not None:
-                stack.callback(stream.close)
+        def put_in(name, file):
+            monkeypatch.setattr(sys, name, file)
+            if file is not None:
+                stack.callback(file.close)
 
         yield put_in
 
@@ -353,8 +353,8 @@ def broken():
 
 
 BAD, GOOD = ["generate", "--prompt-ids", "x"], [*IDS, "--seed", "1", "--max-new-tokens", "2"]
-STREAMS = {
-    # what is run, which stream is what, the exit status, the line on stderr
+STANDARD_FILES = {
+    # what is run, which standard file is replaced by what, the exit status, the line on stderr
     "stdout is full": (GOOD, "stdout", full, 1, "stdout cannot be written: No space left on device"),
     "stdout is full, JSON": ([*GOOD, "--json"], "stdout", full, 1, "stdout cannot be written: No space left on device"),
     "stdout is full, scores": (
@@ -382,15 +382,15 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("case", STREAMS)
-def test_streams(capfd, shared, streams, case):
+@pytest.mark.parametrize("case", STANDARD_FILES)
+def test_standard_files(capfd, shared, standard_file, case):
     """The exit status reports it, Python prints nothing of its own, and no error goes to stdout."""
-    args, name, make, wanted, message = STREAMS[case]
-    streams(name, make and make())
+    args, name, make, wanted, message = STANDARD_FILES[case]
+    standard_file(name, make and make())
     status = cli.main(args)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()  # as at the end of a process: what is held has gone
+    for file in (sys.stdout, sys.stderr):
+        if file is not None:
+            file.flush()  # as at the end of a process
     out, err = capfd.readouterr()
     assert status == wanted
     assert (out != "") == (wanted == 0)

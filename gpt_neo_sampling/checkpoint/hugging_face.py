@@ -316,13 +316,14 @@ def _config(params: Params) -> dict[str, Any]:
       CheckpointError: for an option that Hugging Face's GPT-Neo does not have.
     """
     types = expand_attention_types(params["attention_types"], params["n_layer"])
-    odd = [f"{key}={params[key]!r}" for key in (*VARIANTS, *UNSUPPORTED_OPTIONS) if params.get(key)]
-    odd += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
+    unsupported = [f"{key}={params[key]!r}" for key in (*VARIANTS, *UNSUPPORTED_OPTIONS) if params.get(key)]
+    unsupported += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
     activation = params.get("activation_fn") or "gelu"
     if activation not in list(_ACTIVATIONS_OUT):
-        odd.append(f"activation_fn={activation!r}")
-    if odd:
-        raise CheckpointError(f"Hugging Face's GPT-Neo has no {', '.join(dict.fromkeys(odd))}; allowed: to='mesh-tf'")
+        unsupported.append(f"activation_fn={activation!r}")
+    if unsupported:
+        names = ", ".join(dict.fromkeys(unsupported))
+        raise CheckpointError(f"Hugging Face's GPT-Neo has no {names}; allowed: to='mesh-tf'")
     ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
     if not 0 <= ids.get("pad_token_id", 0) < params["n_vocab"]:
         del ids["pad_token_id"]  # transformers would look it up
@@ -390,9 +391,9 @@ def _weight_map(index_file: Path, files: list[str]) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file} has no weight_map from tensor names to files")
     # names only: a path could lead out of the folder
-    odd = [f for f in weight_map.values() if not isinstance(f, str) or f != os.path.basename(f) or not f]
-    if odd:
-        raise CheckpointError(f"{index_file}: weight_map names {odd[0]!r}; allowed: names of files beside it")
+    refused = [f for f in weight_map.values() if not isinstance(f, str) or f != os.path.basename(f) or not f]
+    if refused:
+        raise CheckpointError(f"{index_file}: weight_map names {refused[0]!r}; allowed: names of files beside it")
     missing = sorted(set(weight_map.values()) - set(files))
     if missing:
         raise CheckpointError(f"{index_file.parent} lacks {len(missing)} files that its index names: {some(missing)}")

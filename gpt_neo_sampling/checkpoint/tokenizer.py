@@ -77,17 +77,17 @@ def _note_beside(tokenizer: Tokenizer, file: Path) -> None:
     try:
         config = read_json(config_file) if config_file.is_file() else {}
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        odd = [f"token {text}" for _, text, _, _ in _added_tokens(file.parent, config) if text not in known]
+        ignored = [f"token {text}" for _, text, _, _ in _added_tokens(file.parent, config) if text not in known]
     except (AttributeError, TypeError, ValueError) as e:
         log.warning("%s: the files beside it cannot be read and are ignored: %s", file, one_line(e))
         return
-    odd += ["split_special_tokens"] if config.get("split_special_tokens") else []
+    ignored += ["split_special_tokens"] if config.get("split_special_tokens") else []
     if config.get("add_prefix_space"):
         splitting = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
-        odd += [] if '"add_prefix_space": true' in splitting else ["add_prefix_space"]
-    if odd:
+        ignored += [] if '"add_prefix_space": true' in splitting else ["add_prefix_space"]
+    if ignored:
         log.warning("%s: settings of the files beside it that would change ids are ignored: %s",
-                    file, one_line(", ".join(odd)))  # fmt: skip
+                    file, one_line(", ".join(ignored)))  # fmt: skip
 
 
 def encoded(tokenizer: Tokenizer, text: str, is_begin: bool = True) -> list[int]:
@@ -137,9 +137,9 @@ def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file:
             single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, id_)]
         )
         tokenizer.post_processor = template
-    odd = [key for key in _NOT_HONOURED if config.get(key)]
-    if odd:
-        log.warning("%s: settings that would change ids are ignored: %s", config_file, ", ".join(odd))
+    ignored = [key for key in _NOT_HONOURED if config.get(key)]
+    if ignored:
+        log.warning("%s: settings that would change ids are ignored: %s", config_file, ", ".join(ignored))
     return tokenizer
 
 

@@ -19,11 +19,11 @@ REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete character to
 class IncrementalDetokenizer:
     """The text of one continuation, token by token.
 
-    Each token is decoded behind only a few earlier ones, so its cost does not grow with the text.
+    Each token is decoded after only a few earlier ones, so its cost does not grow with the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
-        """prompt: a list of ids. New tokens are decoded behind its last ones, as a character may begin in it."""
+        """prompt: a list of ids. New tokens are decoded after its last ones, as a character may begin in it."""
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
         self._ids = list(prompt[-8:])  # a few tokens of context, then those whose text is still to come

@@ -149,17 +149,17 @@ def test_table_keeps_to_its_width(width, unicode):
 
 
 def test_style_is_the_terminals(monkeypatch):
-    class Stream:
+    class Terminal:
         def __init__(self, encoding, is_terminal):
             self.encoding, self.isatty = encoding, lambda: is_terminal
 
     monkeypatch.setenv("COLUMNS", "77")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert terminal_style(Stream("UTF-8", True)) == {"width": 77, "unicode": True, "colour": True}
-    assert terminal_style(Stream("latin-1", False)) == {"width": 77, "unicode": False, "colour": False}
+    assert terminal_style(Terminal("UTF-8", True)) == {"width": 77, "unicode": True, "colour": True}
+    assert terminal_style(Terminal("latin-1", False)) == {"width": 77, "unicode": False, "colour": False}
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not terminal_style(Stream("utf8", True))["colour"]
+    assert not terminal_style(Terminal("utf8", True))["colour"]
 
 
 def test_tokens_that_are_bytes_spaces_or_unknown():
