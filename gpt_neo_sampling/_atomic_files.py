@@ -8,12 +8,12 @@ from gpt_neo_sampling._types import StrPath
 
 
 def partial_beside(path: pathlib.Path, tag: str | None = None) -> pathlib.Path:
-    """A hidden name in the same folder, of a bounded length, with `tag` or else what nothing else has."""
+    """A hidden path in the same folder, its name of bounded length and made unique by `tag` or at random."""
     return path.with_name(f".{path.name[:40]}.{tag or uuid.uuid4().hex}.partial")
 
 
 def write_whole(path: StrPath, write: Callable[[pathlib.Path], object], tag: str | None = None) -> None:
-    """Has `write` make a file beside `path`, `partial_beside`, and puts it in its place once it is whole."""
+    """Calls `write` with the path of a temporary file beside `path`, and renames that to `path` once it is whole."""
     path = pathlib.Path(path)
     partial = partial_beside(path, tag)
     try:

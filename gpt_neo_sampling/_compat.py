@@ -1,7 +1,7 @@
 """TensorFlow and mesh-tensorflow, imported so that they work together.
 
-The one file that knows their private names. Everything else takes `tf` (the
-`tensorflow.compat.v1` API, used only to build graphs) and `mtf` from here.
+This is the only file that uses their private names. Everything else imports `tf`
+(the `tensorflow.compat.v1` API, used only to build graphs) and `mtf` from here.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 def quiet_stderr() -> Iterator[None]:
     """Keeps TensorFlow's C++ start-up lines off file descriptor 2.
 
-    They are written below Python, some before any log level is read. What was
-    held back is shown after all if the body raises. One thread at a time: the
-    descriptor is the whole process's.
+    They are written below Python, some before any log level is read. They are
+    shown after all if the body raises. Only one thread can be inside at a time,
+    as the descriptor belongs to the whole process.
     """
     with _stderr_lock:
         yield from _quiet_stderr()
@@ -38,7 +38,7 @@ def _quiet_stderr() -> Iterator[None]:
     try:
         sys.stderr.flush()
         held = tempfile.TemporaryFile()
-    except (OSError, AttributeError, ValueError):  # no stderr to speak of, or no place to hold it
+    except (OSError, AttributeError, ValueError):  # no stderr, or no room for a temporary file
         yield
         return
     with held:
@@ -61,12 +61,12 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _import_tensorflow() -> types.ModuleType:
-    if "tensorflow" in sys.modules:  # its chatter, if any, is history
+    if "tensorflow" in sys.modules:  # it has printed its lines already
         import tensorflow
 
         return tensorflow
-    # The level is read while TensorFlow loads; the caller's own setting wins,
-    # and the environment is left as it was found.
+    # TensorFlow reads the level while it loads. The caller's own setting wins,
+    # and the environment is restored.
     level = os.environ.get(_LOG_LEVEL)
     os.environ.setdefault(_LOG_LEVEL, "2")
     try:
@@ -80,11 +80,11 @@ def _import_tensorflow() -> types.ModuleType:
 
 @contextlib.contextmanager
 def _names_that_mtf_imports() -> Iterator[None]:
-    """Puts back, for the time of one import, what mesh-tensorflow looks for.
+    """Restores, during one import, the names that mesh-tensorflow needs.
 
-    `tensorflow.compat.v1.estimator` is gone since TensorFlow 2.16, and
-    `ops.register_tensor_conversion_function` has moved since 2.13. And gin takes
-    names again that a bare import registered before it failed.
+    `tensorflow.compat.v1.estimator` was removed in TensorFlow 2.16, and
+    `ops.register_tensor_conversion_function` moved in 2.13. gin is told to accept
+    names that an earlier, failed import registered already.
     """
     import tensorflow.compat.v1 as tf1
     from gin import config as gin
@@ -117,7 +117,7 @@ def _import_mesh_tensorflow() -> None:
         return
     if importlib.util.find_spec("mesh_tensorflow") is None:
         raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow")
-    # modules that a failed import has left would not become attributes of the package
+    # modules left by a failed import would not become attributes of the package
     for name in [name for name in sys.modules if name.startswith("mesh_tensorflow.")]:
         del sys.modules[name]
     with _names_that_mtf_imports():
@@ -132,18 +132,18 @@ import tensorflow.compat.v1 as tf  # noqa: E402
 from tensorflow.python.framework.func_graph import FuncGraph  # noqa: E402
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph  # noqa: E402
 
-# mesh-tensorflow's private names that the library stands on.
+# mesh-tensorflow's private names that the library uses
 LazyAllreduceSum = mtf.ops.LazyAllreduceSum
 PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
 
 
 def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:
-    """(dim, mesh axis) of each rule."""
+    """The rules as a sorted list of (dim, mesh axis)."""
     return sorted(layout._pairs)
 
 
 def static_value(x: mtf.Tensor) -> np.ndarray | None:
-    """What a tensor holds, an ndarray of its shape, where it is a constant that was made or imported; else None."""
+    """The value of a tensor that is a constant or an imported constant, as an ndarray of its shape; else None."""
     value = None
     if isinstance(x.operation, mtf.ops.Constant):
         value = x.operation._value
@@ -153,10 +153,10 @@ def static_value(x: mtf.Tensor) -> np.ndarray | None:
 
 
 def is_in_function() -> bool:
-    """Whether the graph that is being built is a tf.function's, or lies in one."""
+    """Whether the graph being built belongs to a tf.function, or lies inside one."""
     graph = tf.get_default_graph()
     while isinstance(graph, FuncGraph):
-        if not isinstance(graph, ControlFlowFuncGraph):  # a loop's body, or a branch
+        if not isinstance(graph, ControlFlowFuncGraph):  # those are loop bodies and branches
             return True
         graph = graph.outer_graph
     return False
@@ -164,7 +164,7 @@ def is_in_function() -> bool:
 
 @contextlib.contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Holds back TensorFlow's Python warnings (deprecations that mtf causes), in any number of threads at once."""
+    """Silences TensorFlow's Python warnings (deprecations that mtf causes). Any number of threads may be inside."""
     global _n_quiet, _level
     logger = tf.get_logger()
     with _logging_lock:
@@ -185,30 +185,30 @@ _logging_lock, _n_quiet, _level = threading.Lock(), 0, 0
 
 
 def extend_when_told(session: tf.Session) -> None:
-    """Has a session see new nodes of its graph at `extend_session` alone, not at each run: by then another thread may
-    have made half of a loop, and a node that a session has seen cannot be changed any more."""
+    """Makes a session pick up new nodes of its graph only at `extend_session`, not at each run: another thread may be
+    halfway through building a loop then, and a node that a session has seen can no longer be changed."""
     session._extend_graph = lambda: None
 
 
 def extend_session(session: tf.Session) -> None:
-    """Has a session see all of its graph."""
+    """Makes a session pick up all nodes of its graph."""
     type(session)._extend_graph(session)
 
 
 def probe_devices() -> None:
-    """Has TensorFlow look for its devices, once; raises RuntimeError as `check_not_forked`."""
+    """Makes TensorFlow look for its devices, once. Raises RuntimeError as `check_not_forked` does."""
     check_not_forked()
     _probe_once()
 
 
 @functools.cache
 def _probe_once() -> None:
-    """Has TensorFlow look for its devices and run a first graph, which it does once and not in silence."""
+    """Makes TensorFlow look for its devices and run a first graph; both print lines the first time."""
     os.register_at_fork(after_in_child=_note_fork)
     with quiet_stderr(), tf.Graph().as_default():
         tensorflow.config.list_physical_devices()
         with tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as session:
-            session.run(tf.no_op())  # 2.18 reports a pass that is off, at any log level
+            session.run(tf.no_op())  # at any log level 2.18 reports a graph pass that is off
 
 
 _is_fork = False
@@ -220,9 +220,9 @@ def _note_fork() -> None:
 
 
 def check_not_forked() -> None:
-    """Raises RuntimeError in a process that was forked from one that had used TensorFlow, which would hang in it."""
+    """Raises RuntimeError in a process forked from one that had used TensorFlow, where it would hang."""
     if _is_fork:
         raise RuntimeError(
             "this process was forked from one that had used TensorFlow, which hangs in such a process; start it with "
-            'multiprocessing.get_context("spawn"), or use the library in the new processes alone'
+            'multiprocessing.get_context("spawn"), or use the library only in the new processes'
         )

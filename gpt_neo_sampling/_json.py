@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it: without infinities and NaN, which Python's json writes as names that no JSON has."""
+"""JSON by RFC 8259, which has no infinities and no NaN; Python's json writes names for them."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """json.dumps, with null in place of an infinity or NaN."""
+    """json.dumps, with null for infinities and NaN."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 

@@ -1,4 +1,4 @@
-"""Names for the types that several modules share."""
+"""Types that several modules share, and the two checks for numbers."""
 
 import numbers
 import os
@@ -26,32 +26,24 @@ StrPath = str | os.PathLike[str]
 DType = str | tf.DType
 Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
 Prompts = Prompt | Sequence[Prompt]
-LaidOut = Any  # a MeshImpl's LaidOutTensor: a slice on each processor
+LaidOut = Any  # a MeshImpl's LaidOutTensor: one slice a processor
 ShapeLike = mtf.Shape | Iterable[mtf.Dimension]
 Tensor = np.ndarray | tf.Tensor | mtf.Tensor
 RowValue = float | Tensor  # one for all rows, or one a row
-TensorFunction = Callable[..., tf.Tensor]  # of slices
+TensorFunction = Callable[..., tf.Tensor]  # applied to slices
 LogitsProcessor = Callable[[mtf.Tensor, mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (logits, ids, position) to logits
 Streamer = Callable[[int, int, str | None, bool], object]  # (index, token, text, is_last)
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number, of Python's or of NumPy's types; a tensor is none."""
-    return isinstance(value, numbers.Real)
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """The same for integers."""
-    return isinstance(value, numbers.Integral)
-
-
 def is_real(value: object) -> TypeGuard[float]:
-    """`is_number`, but for True and False, which a user who asks for a number does not mean."""
-    return is_number(value) and not isinstance(value, bool)
+    """Whether it is a real number of Python's or NumPy's. True and False are not, nor is a tensor."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """`is_whole`, likewise."""
-    return is_whole(value) and not isinstance(value, bool)
+    """Whether it is an integer of Python's or NumPy's. True and False are not, nor is a tensor."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+

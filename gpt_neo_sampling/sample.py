@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
-from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_number, is_whole
+from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
@@ -388,7 +388,7 @@ def sample_autoregressive(
 def _check_arguments(
     max_steps: RowValue | None, invalid_token: int, has_partial_sequences: bool, prompt_lengths: Tensor | None
 ) -> None:
-    if is_number(max_steps) and max_steps < 0:
+    if is_real(max_steps) and max_steps < 0:
         raise ValueError(f"max_steps={max_steps}; 0 or more is needed")
     if not is_int(invalid_token) or not -(2**31) <= invalid_token < 2**31:
         raise ValueError(f"invalid_token={invalid_token!r}; a whole number of 32 bits is needed")
@@ -406,7 +406,7 @@ def _stop_tokens(stop_at_token: RowValue | Sequence[RowValue] | None, never_end:
 
 def _repeated_rows(batch_dims: list[mtf.Dimension], times: int) -> mtf.Shape:
     """mtf.Shape of the rows: `times` of them for each prompt."""
-    if not is_whole(times) or times < 1:
+    if not is_int(times) or times < 1:
         raise ValueError(f"num_return_sequences={times}; a whole number of at least 1 is needed")
     if times == 1:
         return mtf.Shape(batch_dims)
@@ -504,7 +504,7 @@ def _whole(ids: mtf.Tensor, whole_ids: mtf.Tensor) -> mtf.Tensor:
 def _length(name: str, value: Any, limit: int) -> int:
     if value is None:
         return limit
-    if not is_whole(value) or not 1 <= value <= limit:
+    if not is_int(value) or not 1 <= value <= limit:
         raise ValueError(f"{name}={value!r}; a whole number from 1 to {limit} is needed")
     return int(value)
 
@@ -520,7 +520,7 @@ def _vocab_size(params: Params, vocab_dim: mtf.Dimension) -> int | None:
 
 
 def _top_k_option(k: RowValue, vocab_size: int) -> RowValue | None:
-    if not is_number(k):
+    if not is_real(k):
         return k
     if k == -1:
         return None

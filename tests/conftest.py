@@ -1,4 +1,4 @@
-"""What pytest is told: the data folder, hypothesis' profiles, what makes the suite fast, the tables at its end."""
+"""pytest's configuration: paths, hypothesis' profiles, faster graph building, the tables after a run."""
 
 import gc
 import os
@@ -9,17 +9,17 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-# On a slow machine a bar would stand among what is compared, in the processes that tests start too.
+# on a slow machine progress bars would appear in compared output; the environment also reaches child processes
 os.environ["TQDM_DISABLE"] = "1"
 
 from programs import ONE_DEVICE
 
-# A shell has what it runs in the background ignore Ctrl-C, and its children too.
+# a shell's background jobs ignore Ctrl-C, and so would their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = pathlib.Path(__file__).parent
 DATA = TESTS / "data"
-# Some tests take helpers from tests of other rooms.
+# some tests import helpers from another room's tests
 sys.path += sorted({str(test.parent) for test in TESTS.glob("*/test_*.py")})
 
 
@@ -34,8 +34,8 @@ def pytest_configure():
 
 
 def build_graphs_faster():
-    """Most of the suite's time goes into the nodes of TensorFlow's graphs, and a tenth of that each into looking for
-    garbage among so many objects again and again, and into noting where each node was made."""
+    """Most of the suite's time goes into making the nodes of TensorFlow's graphs. Collecting garbage among so many
+    objects, and recording where each node was made, would take another tenth each."""
     from tensorflow.python.util import tf_stack
 
     gc.freeze()
@@ -45,8 +45,8 @@ def build_graphs_faster():
 
 
 def set_profiles_of_hypothesis():
-    """The same examples in every run; others each time with HYPOTHESIS_PROFILE=fuzz."""
-    from hypothesis import HealthCheck, Phase, settings  # which the benchmarks, that use this file too, do without
+    """The same examples in every run; with HYPOTHESIS_PROFILE=fuzz, new ones each time."""
+    from hypothesis import HealthCheck, Phase, settings  # here, as benchmarks use this file without hypothesis
 
     shared = dict(
         deadline=None,
@@ -60,10 +60,8 @@ def set_profiles_of_hypothesis():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What README.md gives figures of: the largest error of golden logits, and the table of test_matrix.py.
-
-    The table has a line for each mesh implementation, mesh shape, layout and way of sampling.
-    """
+    """Prints the largest error of golden logits, and the table of test_matrix.py, which has a line for each mesh
+    implementation, mesh shape, layout and way of sampling."""
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
     errors, cells = (
         [value for r in reports for name, value in r.user_properties if name == wanted]

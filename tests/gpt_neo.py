@@ -159,7 +159,7 @@ def run(name, folder, *command):
 
 
 def main_py(name, folder, *arguments):
-    """Seconds of main.py in a copy."""
+    """The seconds that main.py takes in a copy."""
     status, output, seconds = run(name, folder, __file__, "--inside", *arguments)
     if status:
         raise SystemExit(f"{folder.name}: {name} failed:\n{output[-4000:]}")
@@ -167,7 +167,7 @@ def main_py(name, folder, *arguments):
 
 
 def tests_of(folder):
-    """What pytest says of test_models.py."""
+    """pytest's result for test_models.py."""
     _, output, _ = run("tests", folder, "-m", "pytest", "-q", "test_models.py")
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", output.strip().splitlines()[-1])}
     return counts.get("passed", 0), sum(counts.values())
@@ -178,7 +178,7 @@ def last_loss(folder):
 
 
 def tokens_per_second(predictions):
-    """New tokens of all batches but the first, which waits for the graph, over the time that they took."""
+    """New tokens a second, of all batches but the first, which waits for the graph."""
     inputs, outputs = (np.array(predictions[name]) for name in ("inputs", "outputs"))
     new = ((outputs != DATASET["padding_id"]).sum(1) - (inputs != DATASET["padding_id"]).sum(1))[BATCH:].sum()
     return new / (predictions["seconds"][-1] - predictions["seconds"][BATCH - 1])

@@ -1,8 +1,7 @@
-"""Graphs that must give the same on every mesh implementation and backend.
+"""Graphs that must give the same results on every mesh implementation and backend.
 
-Each `Case` is a graph and what is fed to it, with its values on one device
-without XLA and TensorFlow's optimizer. test_simd.py and test_xla.py hold theirs
-against those.
+Each `Case` is a graph and its inputs, with its values on one device without XLA or
+TensorFlow's optimizer. test_simd.py and test_xla.py compare theirs with those.
 """
 
 import functools
@@ -40,15 +39,15 @@ LOWEST = np.finfo(np.float32).min
 
 
 class Case:
-    """build(mesh, *tensors) returns mtf tensors by name.
+    """build(mesh, *tensors), with a tensor for each of `arrays`, returns mtf tensors by name.
 
-    A tensor for each of `arrays`; a graph that is to be fed with others too has
-    them in `more`, {what to put before the names of their values: arrays}.
+    `further_arrays`, {prefix: arrays}, are fed to the same graph; their results get the prefix.
     """
 
-    def __init__(self, name, build, arrays, more=None):
+    def __init__(self, name, build, arrays, further_arrays=None):
         self.name, self.build = name, build
-        self._feeds = {what: [np.asarray(a) for a in arrays] for what, arrays in {"": arrays, **(more or {})}.items()}
+        all_arrays = {"": arrays, **(further_arrays or {})}
+        self._feeds = {prefix: [np.asarray(a) for a in arrays] for prefix, arrays in all_arrays.items()}
         self.arrays = self._feeds[""]
         self.inputs = [(tf.as_dtype(a.dtype), a.shape) for a in self.arrays]
 
@@ -56,17 +55,19 @@ class Case:
         return self.name
 
     def values(self, program):
-        """What a program of this graph gives, by name, of all that is to be fed."""
-        return {what + name: value for what, arrays in self._feeds.items() for name, value in program(*arrays).items()}
+        """The results of a program of this graph for all inputs, by name."""
+        return {
+            prefix + name: value for prefix, arrays in self._feeds.items() for name, value in program(*arrays).items()
+        }
 
     @functools.cached_property
     def single(self):
-        """The values on one device, without XLA."""
+        """The results on one device, without XLA."""
         return self.values(Program(self.build, self.inputs))
 
 
 def assert_same(got, want, atol=0):
-    """Holds {name: values} against each other, all of them; NaN is equal to NaN."""
+    """Asserts that two dicts, {name: values}, are equal; NaN equals NaN."""
     assert got.keys() == want.keys()
     wrong = []
     for name in want:
@@ -85,7 +86,7 @@ ROWS_ALPHAS = np.array([1, 1.3, 1.5, 2, 1.01, 1.7, 1.3, 1.5], np.float32)
 
 
 def weights(size):
-    """The rows from BATCH on are invalid: the culprit in the first shard, in the last, or all over."""
+    """The rows from BATCH on are invalid: by entries in the first shard, in the last, or everywhere."""
     rng = np.random.default_rng(size)
     w = np.exp(2 * rng.standard_normal((BATCH, size)))
     w[1] *= rng.random(size) < 0.3
@@ -108,7 +109,7 @@ def weights(size):
 
 
 def good_scores(size):
-    """Some rows with shards that hold nothing but −inf or masked entries; the last constant."""
+    """Some rows have shards with only −inf or masked entries; the last row is constant."""
     rng = np.random.default_rng(size + 1)
     x = 2 * rng.standard_normal((BATCH, size))
     x[1] *= 0.05
@@ -153,7 +154,7 @@ def _draws(mesh, edges, alphas, *arrays):
         # (many of the last size come of bfloat16)
         of = weights if size == SIZES[0] else mtf.cast(weights, tf.bfloat16)
         out[f"{size} many"] = sample_categorical(of, vocab, seed=12, stream=stream, samples_dim=samples)
-        # the last row's draw lies on a border, so this takes the slow way too
+        # the last row's draw lies on a boundary, so the exact draw runs too
         out[f"{size} scores"] = score_draw(scores, edges, edges, vocab, alphas if size == SIZES[0] else None)
     every_edge = mtf.import_tf_tensor(mesh, np.tile(EDGES, 2), mtf.Shape([batch]))
     out["edges"] = grouped_draw(weights, every_edge, every_edge, vocab)
@@ -232,7 +233,7 @@ def _penalties(mesh, good, bad, ids, values):
 
 ROWS_IDS = np.random.default_rng(8).integers(-1, 4, (BATCH, 12)).astype(np.int32) * 170
 PENALTIES = Case("penalties", _penalties, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_IDS, ROWS_ALPHAS])
-# More than a shard's entries are looked at one by one; and so many ties that the search goes on to their indices.
+# more entries than a shard looks at one by one; and so many ties that the search continues with their indices
 WIDE = 2048
 LIKELY = {
     "top-p": (top_p_mask, 0.9),
@@ -264,7 +265,7 @@ PAD, STOP = 0, 1
 
 
 class TableModel:
-    """GPT-Neo's signature; the next token's logits are a table's row, that of the last token."""
+    """A model with GPT-Neo's signature; the next token's logits are the table's row for the last token."""
 
     def __init__(self, table):
         self._table = table  # [row, vocab]
@@ -280,7 +281,7 @@ class TableModel:
 
 
 def _tables():
-    """A table of logits; and one with rows that are invalid, and shards that are all −inf or masked."""
+    """A table of logits; and a table with invalid rows, and shards that are all −inf or masked."""
     rng = np.random.default_rng(4)
     table = (2 * rng.standard_normal((WORDS, WORDS))).astype(np.float32)
     table[:, STOP] += 2  # some rows end early
@@ -295,12 +296,12 @@ def _tables():
 def _prompts():
     tokens = np.random.default_rng(5).integers(2, WORDS, (BATCH, LENGTH))
     lengths = np.array([1, 2, 5, LENGTH, 0, 3, LENGTH - 1, 4])
-    # what the first logits are looked up by: each kind of row that the hard table has
+    # the first logits are looked up by these: each kind of row in the hard table
     tokens[np.arange(BATCH), lengths - 1] = [33, 22, 41, 9, 9, 25, 53, 46]
     return np.where(np.arange(LENGTH) < lengths[:, np.newaxis], tokens, PAD).astype(np.int32)
 
 
-# For each option a value a row; the second row is greedy.
+# for each option one value a row; the second row is greedy
 _MIXED = {
     "temperature": np.array([0.9, 0, 0.3, 1, 2, 0.5, 0.7, 1.5], np.float32),
     "sampling_keep_top_k": np.array([-1, 5, 1, 3, 0, 8, 2, WORDS], np.int32),

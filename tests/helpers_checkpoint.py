@@ -1,7 +1,7 @@
-"""Checkpoints in both formats, made here.
+"""Writes checkpoints in both formats.
 
-Safetensors files are made byte by byte, so that the reader is not checked
-against the library that it reads with.
+Safetensors files are written byte by byte, so that the reader is not tested with
+the library that it uses.
 """
 
 import functools
@@ -169,7 +169,7 @@ def make_mesh_tf(folder, rotary=False):
 
 
 def copy(source, target):
-    """A copy that may be written to."""
+    """A writable copy."""
     shutil.copytree(source, target)
     for path in target.iterdir():
         path.chmod(0o644)
@@ -177,7 +177,7 @@ def copy(source, target):
 
 
 def save_variables(folder, variables):
-    """A TensorFlow checkpoint of these variables: name -> array, and TINY's config."""
+    """Writes a TensorFlow checkpoint of these variables, name -> array, and TINY's config."""
     folder.mkdir()
     write_json(folder / "config.json", TINY)
     with quiet_logging(), tf.Graph().as_default(), tf.Session() as session:
@@ -188,7 +188,7 @@ def save_variables(folder, variables):
 
 
 def spoiled(folder, name, index, value):
-    """The golden model "global", with another number, or other ones, in a weight."""
+    """Writes the golden model "global" with `value` at an index of a weight."""
     with open_checkpoint(MESH_TF / "global") as opened:
         weights = {n: opened.read(n).copy() for n in opened.names()}
         weights[name][index] = value
@@ -258,7 +258,7 @@ def only(**files):
 
 
 def in_index(name, change):
-    """What rewrites a TensorFlow checkpoint's index with another entry for a variable: change(BundleEntryProto)."""
+    """A function of a folder that applies change(BundleEntryProto) to a variable's entry in a checkpoint's index."""
 
     def edit(folder):
         entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
@@ -270,7 +270,7 @@ def in_index(name, change):
 
 
 def table(entries, first_restart=0, handles=1, n_restarts=None, compression=0):
-    """A LevelDB table of one block, and its index, so many times; readers begin at the first restart."""
+    """A LevelDB table whose index names its one block `handles` times; readers begin at the first restart."""
     blocks = b""
 
     def put_block(items, first_restart=0):
@@ -295,7 +295,7 @@ def number(n):
 
 
 def masked_checksum(data):
-    """As TensorFlow's records have it, at their end."""
+    """The masked CRC of TensorFlow's records, taken from the end of one."""
     with tempfile.TemporaryDirectory() as folder:
         with tf.io.TFRecordWriter(f"{folder}/record") as writer:
             writer.write(data)

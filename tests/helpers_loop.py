@@ -1,6 +1,6 @@
-"""Decode loops for tests: a simulation in NumPy float64, and models whose logits are a table's.
+"""Decode loops for tests: a simulation in NumPy float64, and models whose logits come from a table.
 
-`follow` walks along the tokens that came out and says at each what had to be
+`follow` goes through the tokens of a result and computes for each what had to be
 drawn there.
 """
 
@@ -33,7 +33,7 @@ def weights_of(logits, temperature, top_k, alpha):
 
 
 def boundary_distance(weights, u1, u2, groups=64):
-    """How far the uniforms are from where another index would be drawn."""
+    """How far the uniforms are from the nearest values that would draw another index."""
     size = -(-len(weights) // groups)
     totals = np.add.reduceat(weights, range(0, len(weights), size))
     cdf = np.cumsum(totals) / totals.sum()
@@ -62,15 +62,15 @@ def follow(
     weights=weights_of,
     margin=1e-5,
 ):
-    """Holds tokens against what had to be drawn after those before them.
+    """Compares each token with what had to be drawn after the tokens before it.
 
     out, prompts: int [rows, length]. logits_of(list of tokens): float32 [vocab].
-    The options may be numbers or one a row; a list of stop tokens is all rows'. The draws are float64; where one lies
-    within `margin` of another index, either is right.
+    Options are numbers or have one value a row; a list of stop tokens is for all rows. The draws are float64; within
+    `margin` of another index, either is right.
 
-    Asserts that prompts, ends of rows and padding are in place, and returns
-    (the tokens that are wrong, as (row, position, found, expected), the number
-    of tokens drawn, the number of those that the margin excused).
+    Asserts that prompts, row ends and padding are right. Returns (the wrong tokens,
+    as (row, position, actual, expected); the number of tokens drawn; the number of
+    those excused by the margin).
     """
     n_rows, length = prompts.shape
     assert out.shape == prompts.shape and out.dtype == np.int32
@@ -86,7 +86,7 @@ def follow(
         row = [int(t) for t in prompts[r, : lengths[r]]] or [int(of_row(bos))]
         start, limit = len(row), length if max_steps is None else of_row(max_steps)
         while len(row) < length and len(row) - start < limit:
-            found, close = out[r, len(row)], False
+            actual, close = int(out[r, len(row)]), False
             logits = logits_of(row)
             if never_end:
                 logits = np.where(np.isin(np.arange(len(logits)), stops), -np.inf, logits)
@@ -100,11 +100,11 @@ def follow(
                 expected = reference.two_level_draw(w, *u)
                 close = boundary_distance(w, *u) < margin
             drawn += 1
-            if found != expected:
+            if actual != expected:
                 excused += close
-                wrong += [] if close else [(r, len(row), int(found), int(expected))]
-            row.append(int(found))
-            if found in (*stops, INVALID):
+                wrong += [] if close else [(r, len(row), actual, int(expected))]
+            row.append(actual)
+            if actual in (*stops, INVALID):
                 break
         assert out[r].tolist() == row + [padding] * (length - len(row)), f"row {r}"
     return wrong, drawn, excused
@@ -117,19 +117,19 @@ def check(*args, at_least=20, **kwargs):
     assert excused <= drawn // 100
 
 
-# --- Models of a few lines -----------------------------------------------------------
+# --- Small models -----------------------------------------------------------------------
 
 rng = np.random.default_rng(0)
 TABLE = (2 * rng.standard_normal((VOCAB, VOCAB))).astype(np.float32)
 TABLE[:, STOP] += 4  # some rows end early
-TIES = rng.integers(-2, 3, (VOCAB, VOCAB)).astype(np.float32)  # each largest logit many times
+TIES = rng.integers(-2, 3, (VOCAB, VOCAB)).astype(np.float32)  # the largest logit occurs many times
 
-# behind these tokens the logits are no distribution (NOTHING: only −inf)
+# after these tokens the logits are not a distribution (NOTHING: only −inf)
 NAN, INFINITE, NOTHING = 100, 101, 102
 
 
 def spoiled(logits, token):
-    """float32 logits [..., vocab] behind `token` [..., vocab], in TensorFlow."""
+    """The float32 logits [..., vocab] after `token` [..., vocab], in TensorFlow."""
     third = tf.equal(tf.cast(tf.range(logits.shape[-1]), tf.int32), 3)
     at = lambda t: tf.equal(token, t)  # noqa: E731
     logits = tf.where_v2(tf.logical_and(at(NAN), third), np.nan, logits)
@@ -161,7 +161,7 @@ def token_at(ids, position):
 
 
 class Bigram:
-    """The next token's logits are a row of the table: that of the last token."""
+    """The next token's logits are the table's row for the last token."""
 
     def __init__(self):
         self.contexts = []
@@ -190,12 +190,11 @@ def bigram_logits(table, spoil=False):
 
 
 class History:
-    """Logits of all tokens so far, by way of states; only for the cached path.
+    """Logits from all tokens so far, through states; only for the cached path.
 
-    Row (sum of the tokens + offset) of the table, plus half the row of the last
-    token but one. The offset is the prompt's first token, as a constant state,
-    or the encoder's output. States leave as the sums over split dims that they
-    are, unreduced.
+    They are the table's row for (sum of the tokens + offset), plus half the row for
+    the second last token. The offset is the prompt's first token, as a constant
+    state, or the encoder's output. New states are unreduced sums over split dims.
     """
 
     def __init__(self, constant_state=False, encoder=False):
@@ -206,7 +205,7 @@ class History:
         length_dim = context.length_dim
         if context.mode == "first_part":
             assert context.inputs is ids
-            before = context.initial_position - 1  # what the first step will read
+            before = context.initial_position - 1  # the position that the first step will read
             earlier = mtf.less(mtf.range(mesh, length_dim, tf.int32), mtf.broadcast(before, ids.shape))
             total = mtf.reduce_sum(ids * mtf.cast(earlier, tf.int32), reduced_dim=length_dim)
             second = token_at(ids, before - 1) - mtf.cast(mtf.equal(before, 0), tf.int32)  # −1 where there is none
@@ -241,7 +240,7 @@ def history_logits(offset=lambda row: 0):
 
 
 class Input(str):
-    """Stands among a case's options for a tensor that is fed, by its name."""
+    """The name of a fed tensor, in place of an option's value."""
 
 
 INPUTS = {
@@ -260,8 +259,8 @@ INPUTS = {
 def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=ONE_DEVICE, weights=None, **params):
     """One graph with a decode loop for each of `cases`, {name: options}.
 
-    Returns a function of the prompts, int [batch, length], and of the Inputs
-    that the cases name, each [batch] or scalar, that returns {name: tokens}.
+    Returns a function of the prompts, int [batch, length], and the Inputs in the
+    cases, each [batch] or scalar, that returns {name: tokens}.
     """
     names = sorted({v for options in cases.values() for v in options.values() if isinstance(v, Input)})
 
@@ -293,7 +292,7 @@ def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=
 
 
 def prompts_of(lengths, length=LENGTH, vocab=VOCAB, padding=PAD, seed=1):
-    """int32 [rows, length]: random tokens, none of them special, then padding."""
+    """int32 [rows, length]: random tokens that are not special, then padding."""
     tokens = np.random.default_rng(seed).integers(10, min(vocab, 100), (len(lengths), length))
     return np.where(np.arange(length) < np.array(lengths)[:, None], tokens, padding).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""The bundled model on a mesh, with weights of the test's own."""
+"""The package's transformer on a mesh, with a test's own weights."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ FLOAT32 = mtf.VariableDType(tf.float32)
 
 
 def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more):
-    """GPT-Neo's config for one attention type a layer."""
+    """A GPT-Neo config for these attention types, one for each layer."""
     return {
         "attention_types": [[list(attention_types), 1]],
         "n_layer": len(attention_types),
@@ -34,7 +34,7 @@ def config(attention_types, *, n_head=4, n_embd=16, n_vocab=32, n_ctx=12, **more
 
 
 def variable_shapes(params):
-    """GPT-Neo's variables, as its checkpoints hold them: {name less "gpt2/": shape}."""
+    """The variables of GPT-Neo's checkpoints: {name without "gpt2/": shape}."""
     v, c, e, get = params["n_vocab"], params["n_ctx"], params["n_embd"], params.get
     inner = get("intermediate_size", 4 * e)
     shapes = {"wte": (v, e), "ln_f/g": (e,), "ln_f/b": (e,)}
@@ -83,7 +83,7 @@ def variable_shapes(params):
 
 
 def random_weights(params, seed=0):
-    """Weights that make every part of the model count (logits of size 1 or so)."""
+    """Weights with which every part of the model matters (logits are about 1)."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in variable_shapes(params).items():
@@ -114,14 +114,14 @@ def checkpoint(name):
 
 @functools.cache
 def two_layers():
-    """(params, weights) of the bundled model's first two layers, one of each kind of attention, and all around them."""
+    """(params, weights) of the bundled model with only its first two layers, one of each kind of attention."""
     with open_checkpoint(DEMO_FOLDER) as opened:
         params = {**opened.params, "mode": "predict", "n_layer": 2, "attention_types": [[["global", "local"], 1]]}
         return params, {n: opened.read(n) for n in opened.names() if not re.match("h([2-9]|[1-9][0-9]+)/", n)}
 
 
 def reference_config(params):
-    """What reference.gpt_neo_forward wants to know."""
+    """The arguments of reference.gpt_neo_forward."""
     return {
         "n_head": params["n_head"],
         "attention_types": [t for types, repeats in params["attention_types"] for _ in range(repeats) for t in types],
@@ -154,13 +154,13 @@ def features(mesh, params, batch, length, *, causal=True, variable_dtype=FLOAT32
 
 
 def call_model(ids, other, params, context=None, labels=None, variable_dtype=FLOAT32):
-    """gpt2.model in its scope, whose variables every call shares."""
+    """gpt2.model in its scope; all calls share its variables."""
     with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
         return gpt2.model({"inputs": ids, "labels": labels}, other, params, ids.mesh, variable_dtype, context=context)
 
 
 def context(ids, mode, position, states=None, variable_dtype=FLOAT32):
-    """What a model is told in a decode loop over ids [batch, sequence]."""
+    """The context of a model in a decode loop over ids [batch, sequence]."""
     return DecodeContext(
         mesh=ids.mesh,
         batch_dims=ids.shape.dims[:1],
@@ -176,10 +176,10 @@ def context(ids, mode, position, states=None, variable_dtype=FLOAT32):
 
 
 def incremental_logits(first_ids, ids, lengths, other, params, steps, variable_dtype=FLOAT32):
-    """(logits of the first pass, [logits [batch, 1, vocab] of each of `steps` tokens]).
+    """(logits of the first pass, a list of logits [batch, 1, vocab] for each of `steps` tokens).
 
-    The first pass sees first_ids; the steps read ids at lengths − 1, lengths, …
-    (int32 mtf tensors, [batch, sequence] twice, and [batch]).
+    The first pass reads first_ids; the steps read ids at lengths − 1, lengths, …
+    (int32 mtf tensors: ids and first_ids [batch, sequence], lengths [batch]).
     """
     ctx = context(ids, "first_part", mtf.range(ids.mesh, ids.shape.dims[1], tf.int32), None, variable_dtype)
     first_logits = call_model(first_ids, other, params, ctx, variable_dtype=variable_dtype)[0]

@@ -1,8 +1,8 @@
-"""The command in processes of its own, which do not import TensorFlow each.
+"""Runs the command in processes that need not import TensorFlow.
 
-That takes some 4 s of a processor, more than most else that a test has a process for. So one process, started when the
-first is wanted, imports the package and does nothing but fork. What it forks is a process like any other: with
-descriptors, an environment, a number and an end of its own. (Interpreters that start afresh: `run` of test_cli.py.)
+The import takes 4 s of a processor, longer than most of what such a test runs. So one process, started on first use,
+imports the package and then only forks. A forked process has its own file descriptors, environment, process id and
+exit status. (For a fresh interpreter: `run` in test_cli.py.)
 """
 
 import atexit
@@ -21,7 +21,7 @@ PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
 
 
 class Command:
-    """`gpt-neo-sampling` with these arguments; used as subprocess.Popen, its output being text."""
+    """`gpt-neo-sampling` with these arguments, with the methods of subprocess.Popen; output is text."""
 
     def __init__(self, *args, stderr=PIPE, env=None):
         self.args, self.returncode = [str(a) for a in args], None
@@ -32,9 +32,9 @@ class Command:
             from_err, err = os.pipe()
             self.stderr = open(from_err)
         self._end, ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        what = {"args": self.args, "env": dict(os.environ if env is None else env)}
-        with ends, open(os.devnull) as nothing:
-            socket.send_fds(_forker(), [json.dumps(what).encode()], [nothing.fileno(), self._out, err, ends.fileno()])
+        request = {"args": self.args, "env": dict(os.environ if env is None else env)}
+        with ends, open(os.devnull) as empty:
+            socket.send_fds(_forker(), [json.dumps(request).encode()], [empty.fileno(), self._out, err, ends.fileno()])
         for descriptor in {self._out, err}:
             os.close(descriptor)
         self.pid = int(self._end.recv(100))
@@ -62,7 +62,7 @@ class Command:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """(stdout, stderr), once it has ended."""
+        """(stdout, stderr), once the process has ended."""
         err = []
         thread = threading.Thread(target=lambda: err.append(self.stderr.read()))
         if self.stderr is not None:
@@ -79,11 +79,11 @@ class Command:
         return out, (err[0] if err else None)
 
     def close(self):
-        """Ends it, if it has not."""
+        """Kills the process if it still runs."""
         self.kill()
         self.wait()
-        for stream in filter(None, (self.stdout, self.stderr)):
-            stream.close()
+        for file in filter(None, (self.stdout, self.stderr)):
+            file.close()
 
     def __enter__(self):
         return self
@@ -93,7 +93,7 @@ class Command:
 
 
 def run(*args, **kwargs):
-    """A Command that is waited for: with returncode, stdout and stderr."""
+    """Runs a Command to its end; returns a subprocess.CompletedProcess."""
     with Command(*args, **kwargs) as command:
         out, err = command.communicate(timeout=300)
         return subprocess.CompletedProcess(command.args, command.returncode, out, err)
@@ -101,10 +101,10 @@ def run(*args, **kwargs):
 
 @functools.cache
 def _forker():
-    """The socket of the process that forks, which ends with this one."""
+    """The socket to the process that forks, which ends with this one."""
     own, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(its.fileno())]
-    # Of one thread, as a fork takes along no other; by itself, as Ctrl-C in a terminal goes to all that stand together.
+    # one thread, as a fork copies only one; a new session, as Ctrl-C in a terminal goes to the whole process group
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     with its:
         process = subprocess.Popen(command, pass_fds=[its.fileno()], env=environment, start_new_session=True)
@@ -118,7 +118,7 @@ def _forker():
 
 
 def _fork(requests):
-    """Runs in the process that forks: for each request makes a process, in which alone it returns."""
+    """Runs in the process that forks. Forks for each request, and returns the request in the child only."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 4)
         if not message:
@@ -127,7 +127,7 @@ def _fork(requests):
             requests.close()
             with socket.socket(fileno=descriptors.pop()) as ends:
                 pid = os.fork()
-                if pid:  # between the two, one that waits for the end and says it
+                if pid:  # a process in between, that waits for the child and reports its exit status
                     for descriptor in descriptors:
                         os.close(descriptor)
                     ends.send(str(pid).encode())
@@ -147,12 +147,12 @@ def _fork(requests):
 def _main():
     from gpt_neo_sampling.cli import main as cli
 
-    gc.freeze()  # looking for garbage in it would copy all that is shared
-    what = _fork(socket.socket(fileno=int(sys.argv[1])))
+    gc.freeze()  # collecting garbage would touch, and so copy, the shared memory
+    request = _fork(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
-    os.environ.update(what["env"])
+    os.environ.update(request["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(cli.main(what["args"]))
+    sys.exit(cli.main(request["args"]))
 
 
 if __name__ == "__main__":

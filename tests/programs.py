@@ -1,15 +1,15 @@
-"""Runs mtf graphs: on meshes of this machine's CPU devices, by TensorFlow's sessions or compiled by XLA.
+"""Runs mtf graphs on meshes of this machine's CPU devices, in TensorFlow sessions or compiled by XLA.
 
-A graph takes far longer to build than to run, by the number of its operations times the devices of its mesh. So a test
-puts its cases into one graph, of as few devices as the fact needs, and feeds what differs between them.
-(Programs of TPU cores: simd.py.)
+A graph takes far longer to build than to run, in proportion to its operations times the devices of its mesh. So a test
+puts its cases into one graph, on as few devices as it needs, and feeds the values that differ between them.
+(Programs for TPU cores: simd.py.)
 """
 
 import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, tensorflow, tf
 
-DEVICES = 8  # the most that a mesh has
+DEVICES = 8  # of the largest mesh
 
 
 def dims(**sizes):
@@ -18,9 +18,9 @@ def dims(**sizes):
 
 
 class MeshRunner:
-    """A mesh: mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y".
+    """A mesh of virtual CPU devices, one for each processor.
 
-    Every processor is a virtual CPU device of its own.
+    mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y".
     """
 
     def __init__(self, mesh_shape="", layout=""):
@@ -29,10 +29,7 @@ class MeshRunner:
         self.impl = PlacementMeshImpl(mesh_shape, layout, [""] if size == 1 else [f"cpu:{i}" for i in range(size)])
 
     def __call__(self, build, *arrays, times=None):
-        """What a `Program` of build gives for these arrays, and is then dropped.
-
-        With `times`, it is run that often: a list of results.
-        """
+        """The result of a `Program` of build for these arrays; with `times`, a list of as many results."""
         arrays = [np.asarray(a) for a in arrays]
         program = Program(build, [(tf.as_dtype(a.dtype), a.shape) for a in arrays], runner=self)
         results = [program(*arrays) for _ in range(times or 1)]
@@ -47,7 +44,7 @@ ONE_DEVICE = MeshRunner()
 
 
 def lowered(build, *tensors, impl=ONE_DEVICE.impl):
-    """tf.Tensors of what build(mesh, *tensors) returns, in the graph or function that is open."""
+    """The result of build(mesh, *tensors) as tf.Tensors, in the current graph or function."""
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
     outputs = build(mesh, *tensors)
     lowering = mtf.Lowering(mesh.graph, {mesh: impl}, autostack=False)
@@ -55,14 +52,13 @@ def lowered(build, *tensors, impl=ONE_DEVICE.impl):
 
 
 class Program:
-    """An mtf graph on a mesh, built once and run as often as wanted.
+    """An mtf graph on a mesh, built once and run any number of times.
 
-    build(mesh, *placeholders) returns mtf tensors, by themselves or in a nest;
-    there is a placeholder for each (dtype, shape) in `inputs`. `weights` are
-    loaded under their names with "gpt2/" before; they must be just the variables
-    that the graph has. Where they are None, variables start as their initialisers
-    say. TensorFlow rewrites the graph only if it is to be `optimized`, which takes
-    longer than all else that is run.
+    build(mesh, *placeholders) returns an mtf tensor or a nest of them; there is a
+    placeholder for each (dtype, shape) in `inputs`. `weights` are loaded under their
+    names with the prefix "gpt2/", and must be exactly the graph's variables; with None,
+    variables keep their initial values. TensorFlow rewrites the graph only if
+    `optimized`, as that takes longer than everything else.
     """
 
     def __init__(self, build, inputs=(), weights=None, runner=ONE_DEVICE, optimized=False):
@@ -86,10 +82,10 @@ class Program:
                 self._session.run(tf.global_variables_initializer(), feed)
                 self._session.run(lowering.copy_masters_to_slices())
 
-    def __call__(self, *arrays, only=None):
-        """What build returned, or of a dict the entry `only`."""
+    def __call__(self, *arrays, key=None):
+        """The result of build for these arrays, or its entry `key` if it is a dict."""
         assert len(arrays) == len(self._holders)
-        fetches = self._fetches if only is None else self._fetches[only]
+        fetches = self._fetches if key is None else self._fetches[key]
         return self._session.run(fetches, dict(zip(self._holders, arrays)))
 
     def close(self):
@@ -97,7 +93,7 @@ class Program:
 
 
 class XlaProgram:
-    """An mtf graph without variables on one device, compiled by XLA as a whole; otherwise as `Program`."""
+    """As `Program`, for a graph without variables on one device, compiled by XLA as a whole."""
 
     def __init__(self, build, inputs):
         self._inputs = [(tf.as_dtype(dtype), tuple(shape)) for dtype, shape in inputs]
@@ -112,6 +108,6 @@ class XlaProgram:
 
 
 def compiled(fn, jit=True):
-    """fn, of tensors, as a tf.function: compiled by XLA, or run operation by operation."""
+    """fn, a function of tensors, as a tf.function, compiled by XLA or run operation by operation."""
     probe_devices()
     return tensorflow.function(fn, jit_compile=jit, autograph=False)

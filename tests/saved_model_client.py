@@ -13,7 +13,7 @@ import sys
 
 
 class _Absent:
-    """Lets no import find what a machine with TensorFlow alone has not."""
+    """Makes imports fail that a machine with only TensorFlow would lack."""
 
     def find_spec(self, name, *_):
         if name.partition(".")[0] in ("gpt_neo_sampling", "mesh_tensorflow"):

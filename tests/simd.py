@@ -42,7 +42,7 @@ UNAVAILABLE = _why_unavailable()  # why no SimdProgram can be made here, or None
 
 
 class Collective(typing.NamedTuple):
-    """One collective of a compiled program, as one replica sends it."""
+    """One collective of a compiled program, as one replica runs it."""
 
     opcode: str
     dtype: str  # XLA's name: "f32", "s32"
@@ -120,7 +120,7 @@ class SimdProgram:
 
 
 def host_calls(hlo_text):
-    """The instructions that wait for the host, or may: calls of code that is not XLA's own."""
+    """Instructions that may wait for the host: calls of code outside XLA."""
     found = re.findall(r"\b((?:infeed|outfeed|send|recv|custom-call)(?:-done)?\(.*)", hlo_text)
     return [call for call in found if 'custom_call_target="TopK"' not in call]
 
@@ -155,7 +155,7 @@ def _mesh_impl(shape, layout, pnum):
 
 
 class _Collectives:
-    """In place of TensorFlow's tpu_ops, which only lower on a TPU."""
+    """Replaces TensorFlow's tpu_ops, which only lower on a TPU."""
 
     @staticmethod
     def cross_replica_sum(x, group_assignment, name=None):
@@ -227,7 +227,7 @@ class _Executable:
 
 
 class _Aval(typing.NamedTuple):
-    """What jaxlib asks of JAX's class of this name."""
+    """The parts of JAX's class of this name that jaxlib uses."""
 
     shape: tuple
     dtype: np.dtype

@@ -1,4 +1,4 @@
-"""What the property tests draw: places where an operation runs, and rows of values that are hard on it."""
+"""Strategies of the property tests: places where an operation runs, and rows of difficult values."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from gpt_neo_sampling._compat import mtf, tf
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A shape with a dim named "vocab" somewhere, a dtype, and a mesh; strings as mtf's."""
+    """A shape with a dim named "vocab" somewhere, a dtype, and a mesh; strings are in mtf's notation."""
 
     shape: str
     mesh: str = ""
@@ -91,7 +91,7 @@ def info(dtype):
 
 
 def rounded(x, dtype):
-    """float32 numbers of that dtype; what is beyond it is its largest or lowest."""
+    """The numbers rounded to that dtype, in float32, clipped to its range."""
     lowest, tiny, smallest = info(dtype)
     x = np.where(np.isfinite(x), np.clip(x, lowest, -lowest), x)
     kept = {"float32": 24, "bfloat16": 8, "float16": 11}[dtype]
@@ -143,7 +143,7 @@ SPECIAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A recipe for a row of numbers, and some that are planted in it, each at a part of its length."""
+    """A recipe for a row of numbers, and numbers to put into it, each at a fraction of its length."""
 
     kind: str
     seed: int = 0

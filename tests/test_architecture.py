@@ -29,7 +29,7 @@ MODULES = {
 
 
 def imports(module):
-    """The modules of the package that one imports, anywhere in its code."""
+    """The modules of the package that a module imports, anywhere in its code."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

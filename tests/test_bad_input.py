@@ -62,7 +62,7 @@ DEVICES = "cpu:0,cpu:1"
 
 
 def files(root):
-    """Everything below a folder: path -> bytes, None for what is no file."""
+    """Everything below a folder: path -> bytes, or None if it is not a file."""
     return {str(p): p.read_bytes() if p.is_file() else None for p in root.rglob("*")}
 
 
@@ -110,9 +110,9 @@ COMMANDS = {
     "too long": (["generate", "--prompt", "word " * 400], "is longer than the context; at most 256 are allowed"),
     "id outside": (["generate", "--prompt-ids", "5 2048"], "2048 is outside the vocabulary; 0 to 2047 are allowed"),
     "id below 0": (["generate", "--prompt-ids=-5"], "token id -5 is outside the vocabulary; 0 to 2047 are allowed"),
-    "id is a word": (["generate", "--prompt-ids", "5 x"], "'5 x': whole numbers with spaces between them are needed"),
-    "id with an underline": (["generate", "--prompt-ids", "1_0"], "'1_0': whole numbers with spaces between them are"),
-    "id of 5,000 digits": (["generate", "--prompt-ids", "1" * 5000], "whole numbers with spaces between them"),
+    "id is a word": (["generate", "--prompt-ids", "5 x"], "'5 x': whole numbers separated by spaces are needed"),
+    "id with an underline": (["generate", "--prompt-ids", "1_0"], "'1_0': whole numbers separated by spaces are"),
+    "id of 5,000 digits": (["generate", "--prompt-ids", "1" * 5000], "whole numbers separated by spaces"),
     "not Unicode": (["generate", "--prompt", "a\udcff"], "a text is not Unicode"),
     "text without a tokenizer": ([*GENERATE, "--model", GLOBAL], "no tokenizer.json, nor vocab.json and merges.txt"),
     # -- options
@@ -146,11 +146,11 @@ COMMANDS = {
         "top_k=3 with do_sample=False, which is greedy; leav",
     ),
     "dtype": ([*GENERATE, "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
-    "log-probabilities of text": ([*GENERATE, "--logprobs"], "--logprobs is for --json and --output alone"),
+    "log-probabilities of text": ([*GENERATE, "--logprobs"], "--logprobs needs --json or --output"),
     # -- models
-    "no model": ([*GENERATE, "--model", "nowhere"], "nowhere is not there; allowed: a folder on this machine"),
+    "no model": ([*GENERATE, "--model", "nowhere"], "nowhere does not exist; allowed: a folder on this machine"),
     "model's name too long": ([*GENERATE, "--model", f"{LONG}.json"], ".json cannot be read: [Errno 36] File name too"),
-    "model is a device": ([*GENERATE, "--model", "/dev/null"], "/dev/null is a file; allowed: the folder that holds t"),
+    "model is a device": ([*GENERATE, "--model", "/dev/null"], "/dev/null is a file; allowed: the model's folder"),
     # -- meshes and clusters
     "mesh shape": (
         [*IDS, "--mesh-shape", "x"],
@@ -172,11 +172,11 @@ COMMANDS = {
     ),
     "one axis for two": (
         [*IDS, "--devices", DEVICES, "--mesh-shape", "x:2", "--layout", "batch:x,vocab:x"],
-        "along the one axis x, but they stand together in a tensor",
+        "along the same axis x, but a tensor",
     ),
     "heads do not divide": (
         [*IDS, "--devices", "cpu:0,cpu:1,cpu:2", "--mesh-shape", "x:3", "--layout", "heads:x"],
-        "splits heads=4 over x:3, which does not divide it; sizes of x that fit: 1, 2, 4",
+        "splits heads=4 over x:3, which does not divide it; allowed sizes of x: 1, 2, 4",
     ),
     "no devices": (
         [*IDS, "--mesh-shape", "x:2"],
@@ -213,7 +213,7 @@ COMMANDS = {
         [*FILE, "TMP/o", "--prompt", "a"],
         "--prompt: not allowed with argument --prompts-file",
     ),
-    "output and --json": ([*FILE, "TMP/o", "--json"], "--json is for stdout; --output is JSON without it"),
+    "output and --json": ([*FILE, "TMP/o", "--json"], "--json is for stdout; --output is always JSON"),
     "no prompts file": (
         ["generate", "--prompts-file", "TMP/no", "--output", "TMP/o"],
         "no cannot be read: No such file",
@@ -225,7 +225,7 @@ COMMANDS = {
     ),
     "prompts with inf": (
         ["generate", "--prompts-file", "TMP/huge.jsonl", "--output", "TMP/o"],
-        "huge.jsonl, line 1: 1e400 is larger than any number of 64 bits",
+        "huge.jsonl, line 1: 1e400 is too large for a number of 64 bits",
     ),
     "file's option": ([*FILE, "TMP/o", "--top-p", "2"], "error: top_p=2.0; a number from 0 to 1 is needed"),
     "output is no run's": ([*FILE, "TMP/mine"], "mine.run holds a JSON list; allowed: an object"),
@@ -233,8 +233,8 @@ COMMANDS = {
     "output is a folder": ([*FILE, "TMP"], "cannot be written: Is a directory"),
     "output in a file": ([*FILE, "TMP/mine/o"], "mine/o cannot be written: Not a directory"),
     "output in no folder": ([*FILE, "TMP/no/o"], "no/o cannot be written: No such file or directory"),
-    "output is a device": ([*FILE, "/dev/full"], "/dev/full is no regular file; only one can be gone on with"),
-    "output is the prompts": ([*FILE, "TMP/link.jsonl"], "in.jsonl is the file of the prompts; give another output"),
+    "output is a device": ([*FILE, "/dev/full"], "/dev/full is not a regular file; one is needed"),
+    "output is the prompts": ([*FILE, "TMP/link.jsonl"], "in.jsonl is the prompts file; give another output"),
     "new output of a run": ([*FILE, "TMP/gone"], "gone.run holds a JSON list; allowed: an object"),
     "output's name, with .run, too long": ([*FILE, f"TMP/{LONG[:253]}"], ".run cannot be written: File name too long"),
     "output's name too long": ([*FILE, f"TMP/{LONG}"], "cannot be written: File name too long"),
@@ -247,7 +247,7 @@ COMMANDS = {
     "empty text": (["score", "--text", ""], "text 0 has 0 tokens; at least 2 are needed, or 1 with add_start_token"),
     "long text": (["score", "--text", "word " * 400], "tokens, more than the context, 256; give a stride"),
     "stride": (["score", "--text", "a b", "--stride", "256"], "stride=256; a whole number from 1 to 255 is needed"),
-    "text's ids": (["score", "--text-ids", "5 x"], "--text-ids '5 x': whole numbers with spaces between them"),
+    "text's ids": (["score", "--text-ids", "5 x"], "--text-ids '5 x': whole numbers separated by spaces"),
     "no text file": (["score", "--file", "TMP/no"], "no: [Errno 2] No such file or directory"),
     "text in Latin-1": (["score", "--file", "TMP/latin.txt"], "latin.txt: 'utf-8' codec can't decode byte 0xeb"),
     "text folder": (["score", "--file", "TMP"], "[Errno 21] Is a directory"),
@@ -255,7 +255,7 @@ COMMANDS = {
     "inspect's top-p": ([*INSPECT, "--top-p", "2"], "top_p=2.0; a number from 0 to 1 is needed"),
     "plot's format": (
         [*INSPECT, "--plot", "TMP/chain.xyz"],
-        "chain.xyz: the suffix says the format" if find_spec("matplotlib") else "plot needs the package matplotlib",
+        "chain.xyz: the suffix chooses the format" if find_spec("matplotlib") else "plot needs the package matplotlib",
     ),
     "plot is a folder": (
         [*INSPECT, "--plot", "TMP/folder.png"],
@@ -272,12 +272,12 @@ COMMANDS = {
     "prompt length": ([*EXPORT, "--prompt-length", "9"], "prompt_length=9; a whole number from 1 to 8 is needed"),
     "largest top-k": ([*EXPORT, "--max-top-k", "0"], "max_top_k=0; a whole number from 1 to 2048 is needed"),
     "controls": ([*EXPORT, "--controls", "warmth"], "argument --controls: invalid choice: 'warmth'"),
-    "exported model": ([*EXPORT, "--model", "TMP/no"], "no is not there; allowed: a folder on this machine"),
-    "export over a folder": ([*EXPORT, "--output", "TMP"], "is there already; allowed: a folder that is new or empty"),
+    "exported model": ([*EXPORT, "--model", "TMP/no"], "no does not exist; allowed: a folder on this machine"),
+    "export over a folder": ([*EXPORT, "--output", "TMP"], "exists already; allowed: a folder that is new or empty"),
     "export into a file": ([*EXPORT, "--output", "TMP/mine/m"], "mine/m cannot be written: Not a directory"),
     "export to nowhere": ([*EXPORT, "--output", "/proc/no"], "/proc/no cannot be written: No such file or directory"),
-    "convert over a folder": ([*CONVERT, "TMP"], "is there already; allowed: a folder that is new or empty"),
-    "convert over itself": ([*CONVERT, GLOBAL], "global is there already; allowed: a folder that is new or empty"),
+    "convert over a folder": ([*CONVERT, "TMP"], "exists already; allowed: a folder that is new or empty"),
+    "convert over itself": ([*CONVERT, GLOBAL], "global exists already; allowed: a folder that is new or empty"),
     "convert into a file": ([*CONVERT, "TMP/mine/m"], "mine/m cannot be written: Not a directory"),
     "convert to float16": (
         ["convert", str(HUGGING_FACE), "TMP/a/b", "--dtype", "float16"],
@@ -285,22 +285,25 @@ COMMANDS = {
     ),
     "shards": (
         [*CONVERT, "TMP/m", "--max-shard-size", "0GB"],
-        "max_shard_size '0GB'; allowed: bytes, or such as '500MB",
+        "max_shard_size '0GB'; allowed: a number of bytes, or a size such as '500MB",
     ),
-    "shards of 5,000 digits": ([*CONVERT, "TMP/m", "--max-shard-size", "1" * 5000], "; allowed: bytes, or such as"),
+    "shards of 5,000 digits": (
+        [*CONVERT, "TMP/m", "--max-shard-size", "1" * 5000],
+        "; allowed: a number of bytes, or a size such as",
+    ),
     "shards of mesh-TF": (
         ["convert", str(HUGGING_FACE), "TMP/m", "--max-shard-size", "1KB"],
-        "max_shard_size '1KB' is for huggingface; mesh-tf is one file",
+        "max_shard_size '1KB'; allowed: only with to='huggingface'",
     ),
     "convert's source": (
         ["convert", "TMP/in.jsonl", "TMP/m"],
-        "in.jsonl is a file; allowed: the folder that holds the",
+        "in.jsonl is a file; allowed: the model's folder",
     ),
 }
 
 
 def run(capfd, args):
-    """(status, stdout, stderr) of the command in this process."""
+    """(status, stdout, stderr) of the command, run in this process."""
     status = cli.main(list(map(str, args)))
     return status, *capfd.readouterr()
 
@@ -316,25 +319,25 @@ def test_commands(capfd, folder, case):
     assert files(folder) == before
 
 
-# ------------------------------------------------- its streams, and full disks
+# ------------------------------------------------- standard files, and full disks
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    """A function that has sys.stdout or sys.stderr be what it is given."""
+def standard_file(monkeypatch):
+    """A function that replaces sys.stdout or sys.stderr."""
     with contextlib.ExitStack() as stack:
 
-        def put_in(name, stream):
-            monkeypatch.setattr(sys, name, stream)
-            if stream is not None:
-                stack.callback(stream.close)
+        def put_in(name, file):
+            monkeypatch.setattr(sys, name, file)
+            if file is not None:
+                stack.callback(file.close)
 
         yield put_in
 
 
 @pytest.fixture
 def shared(monkeypatch):
-    """Commands with the same model take one generator, whose graphs are made once."""
+    """Commands with the same model share one generator, whose graphs are built once."""
     monkeypatch.setattr(TextGenerator, "from_pretrained", generator)
 
 
@@ -343,15 +346,15 @@ def full():
 
 
 def broken():
-    """A pipe that nobody reads any more."""
+    """A pipe whose reader has gone."""
     reader, writer = os.pipe()
     os.close(reader)
     return open(writer, "w")
 
 
 BAD, GOOD = ["generate", "--prompt-ids", "x"], [*IDS, "--seed", "1", "--max-new-tokens", "2"]
-STREAMS = {
-    # what is run, which stream is what, the exit status, the line on stderr
+STANDARD_FILES = {
+    # what is run, which standard file is replaced by what, the exit status, the line on stderr
     "stdout is full": (GOOD, "stdout", full, 1, "stdout cannot be written: No space left on device"),
     "stdout is full, JSON": ([*GOOD, "--json"], "stdout", full, 1, "stdout cannot be written: No space left on device"),
     "stdout is full, scores": (
@@ -371,7 +374,7 @@ STREAMS = {
     "stdout is full, help": (["--help"], "stdout", full, 1, None),
     "stdout has no reader": (GOOD, "stdout", broken, 1, None),
     "stdout has no reader, help": (["--help"], "stdout", broken, 1, None),
-    "stdout is closed": (GOOD, "stdout", None, 1, "stdout is closed; what is found goes there"),
+    "stdout is closed": (GOOD, "stdout", None, 1, "stdout is closed, but the result goes there"),
     "stderr is closed": (GOOD, "stderr", None, 0, None),
     "stderr is closed, bad": (BAD, "stderr", None, 2, None),
     "stderr is full, bad": (BAD, "stderr", full, 2, None),
@@ -379,15 +382,15 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("case", STREAMS)
-def test_streams(capfd, shared, streams, case):
-    """The exit status says it, Python itself says nothing, and an error never goes to stdout."""
-    args, name, make, wanted, message = STREAMS[case]
-    streams(name, make and make())
+@pytest.mark.parametrize("case", STANDARD_FILES)
+def test_standard_files(capfd, shared, standard_file, case):
+    """The exit status reports it, Python prints nothing of its own, and no error goes to stdout."""
+    args, name, make, wanted, message = STANDARD_FILES[case]
+    standard_file(name, make and make())
     status = cli.main(args)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()  # as at the end of a process: what is held has gone
+    for file in (sys.stdout, sys.stderr):
+        if file is not None:
+            file.flush()  # as at the end of a process
     out, err = capfd.readouterr()
     assert status == wanted
     assert (out != "") == (wanted == 0)
@@ -398,7 +401,7 @@ def test_streams(capfd, shared, streams, case):
 
 @contextlib.contextmanager
 def room_for(size):
-    """No file can grow beyond so many bytes."""
+    """Limits the size of every file that is written."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -417,7 +420,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c == "export")) for c in WRITERS])
 def test_full_disks(capfd, tmp_path, case):
-    """One line, what was there is as it was, and nothing else is."""
+    """There is one line of error, existing files are unchanged, and no others are left."""
     if case == "plot":
         pytest.importorskip("matplotlib")
     (tmp_path / "plot.png").write_bytes(b"old")
@@ -433,7 +436,7 @@ def test_full_disks(capfd, tmp_path, case):
 
 
 def pickle_file(pickle, members=(), compression=zipfile.ZIP_STORED, name="archive/data.pkl"):
-    """What puts a PyTorch file of this pickle into a Hugging Face folder."""
+    """A function that puts a PyTorch file with this pickle into a Hugging Face folder."""
 
     def make(folder):
         folder.mkdir()
@@ -480,7 +483,7 @@ def mesh_tf(change):
 
 
 def in_header(change):
-    """What changes a safetensors file's header, a dict; or puts the bytes in its place that `change` gives."""
+    """A function that changes a safetensors header, a dict, or replaces it by the bytes that `change` returns."""
 
     def edit(folder):
         path = folder / "model.safetensors"
@@ -511,7 +514,7 @@ def twice(header):
 
 
 def instead(name, make):
-    """What puts something else in a file's place."""
+    """A function that replaces a file by something else."""
 
     def edit(folder):
         (folder / name).unlink(missing_ok=True)
@@ -551,7 +554,7 @@ def index_entry(**fields):
 
 
 def written_index(change=lambda entries: None, **how):
-    """The index, in another way: see `table`."""
+    """A function that rewrites the index: see `table`."""
 
     def edit(folder):
         entries = dict(tensorflow_index.entries((folder / INDEX_FILE).read_bytes()))
@@ -567,13 +570,13 @@ def endless_number(folder):
 
 
 def legacy_tensor(size):
-    """A file before zip archives, whose storage says that it has so many numbers; it has 4."""
+    """A file of the layout before zip archives, whose storage claims another size than its 4 numbers."""
     value = {"wte": tensor(Storage("FloatStorage", "0", 4), 0, (4,), (1,))}
     return pytorch_model(LEGACY + pickled(value) + pickled(["0"]) + struct.pack("<q4f", size, 0, 0, 0, 0))
 
 
 def without_header(folder):
-    """A zip archive whose list of members leads to a storage that is none."""
+    """A zip archive whose list of members points to something that is not a storage."""
     tensor_file(0, (4,), (1,))(folder)
     path = folder / "pytorch_model.bin"
     data = path.read_bytes()
@@ -592,7 +595,7 @@ def dataset(**config):
 
 WTE = "transformer.wte.weight"
 CANARY = "touch canary"
-NOT_RUN = "which is no part of a tensor, and is not run; allowed: a dict of tensors"
+NOT_RUN = "which tensors do not need, and is not run; allowed: a dict of tensors"
 NO_SAFETENSORS = "model.safetensors cannot be read as safetensors, damaged: "
 NESTED = b"\x80\x02})" + b"\x85" * 200_000 + b"Ns."  # {((((…),),),): None}
 DOUBLED = b"\x80\x02})" + b"2\x86" * 60 + b"Ns."  # a key of 2⁶⁰ empty tuples
@@ -602,39 +605,45 @@ LEGACY = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 100
 MODELS = {
     # -- pickles that call something, each in another way
     "REDUCE": (pickle_file(b"cos\nsystem\n(V" + CANARY.encode() + b"\ntR."), f"asks for os.system, {NOT_RUN}"),
-    "INST": (pickle_file(b"(V" + CANARY.encode() + b"\nios\nsystem\n."), "the instruction INST, which no tensor needs"),
+    "INST": (
+        pickle_file(b"(V" + CANARY.encode() + b"\nios\nsystem\n."),
+        "the instruction INST, which tensors do not",
+    ),
     "OBJ": (pickle_file(b"(cos\nsystem\nV" + CANARY.encode() + b"\no."), f"asks for os.system, {NOT_RUN}"),
     "NEWOBJ": (
         pickle_file(b"csubprocess\nPopen\n(V" + CANARY.encode() + b"\nt\x81."),
         f"asks for subprocess.Popen, {NOT_RUN}",
     ),
     "STACK_GLOBAL": (pickle_file(b"\x80\x04\x8c\x02os\x8c\x06system\x93."), f"asks for os.system, {NOT_RUN}"),
-    "EXT1": (pickle_file(b"\x80\x02\x82\x01."), "the instruction EXT1, which no tensor needs"),
-    "a text is called": (pickle_file(b"Vos\n)R."), "something is called that is no function"),
+    "EXT1": (pickle_file(b"\x80\x02\x82\x01."), "the instruction EXT1, which tensors do not need"),
+    "a text is called": (pickle_file(b"Vos\n)R."), "it calls something that is not a function"),
     # -- pickles that take memory or time
     "memo of 2^28": (pickle_file(b"\x80\x02Nr\xff\xff\xff\x0f."), "it holds a NoneType, not a dict of tensors"),
     "tuples within each other": (pickle_file(NESTED), "a tuple in place of a tensor's name"),
-    "a name of tuples": (pickle_file(b"\x80\x04)" + b"\x85" * 500_000 + b"\x8c\x01a\x93."), "a name that is no text"),
+    "a name of tuples": (
+        pickle_file(b"\x80\x04)" + b"\x85" * 500_000 + b"\x8c\x01a\x93."),
+        "a name that is not text",
+    ),
     "legacy, a key of tuples": (
         pytorch_model(LEGACY + b"\x80\x02}." + b"\x80\x02])" + b"\x85" * 500_000 + b"a."),
-        "cannot be read as a PyTorch file, damaged: storages without names",
+        "cannot be read as a PyTorch file, damaged: its storages have no names",
     ),
     "100,000 dims": (
         tensor_file(0, (2**62,) * 100_000, (0,) * 100_000),
         "a tensor without a storage, offset, shape and strides",
     ),
-    "a key of 2^60": (pickle_file(DOUBLED), "the instruction DUP, which no tensor needs"),
+    "a key of 2^60": (pickle_file(DOUBLED), "the instruction DUP, which tensors do not need"),
     "a text of 2^40": (
         pickle_file(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"."),
         "cannot be read as a PyTorch file",
     ),
     "zip bomb": (
         pickle_file(b"}.", [("archive/byteorder", bytes(2**24))], zipfile.ZIP_DEFLATED),
-        "archive/byteorder in it is compressed",
+        "its archive/byteorder is compressed",
     ),
     "zip slip": (
         pickle_file(b"}.", name="../../../evil/data.pkl"),
-        "the variables are not those of the config: 30 missing",
+        "the variables do not match the config: 30 missing",
     ),
     "storage slips": (
         tensor_file(0, (4,), (1,), key="../../../etc/passwd"),
@@ -649,8 +658,8 @@ MODELS = {
         pytorch_model(LEGACY.replace(pickle.dumps(True, 2)[2:-1], pickle.dumps(False, 2)[2:-1])),
         "its numbers are big-endian; allowed: little-endian",
     ),
-    "legacy, a storage of another size": (legacy_tensor(5), "storage 0 is not of the size that it should be"),
-    "zip member without a header": (without_header, "archive/data/0 in it has no header"),
+    "legacy, a storage of another size": (legacy_tensor(5), "storage 0 has the wrong size"),
+    "zip member without a header": (without_header, "its archive/data/0 has no header"),
     "storage's key is a number": (tensor_file(0, (4,), (1,), key=0), "an unknown kind of storage"),
     "strides of 0": (tensor_file(0, (10**12,), (0,)), "a tensor that is larger than its storage 0"),
     # -- safetensors
@@ -667,7 +676,7 @@ MODELS = {
     "name is not UTF-8": (in_header(lambda h: json.dumps(h).encode().replace(b"wte", b"\xff\xfe")), NO_SAFETENSORS),
     "name for a terminal": (
         in_header(lambda header: header.update({"\x1b[31m\n" * 500: header.pop(WTE)})),
-        "1 left over: \\x1b[31m \\x1b[31m",
+        "1 unexpected: \\x1b[31m \\x1b[31m",
     ),
     "entry is a list": (in_header(lambda h: h.update({WTE: list(h[WTE].values())})), NO_SAFETENSORS),
     "dtype is an object": (entry(dtype={"F32": None}), NO_SAFETENSORS),
@@ -679,7 +688,7 @@ MODELS = {
     "weights are a pipe": (hugging_face(instead("model.safetensors", os.mkfifo)), "safetensors is not a file; allowed"),
     "weights are nowhere": (
         hugging_face(instead("model.safetensors", lambda path: path.symlink_to("blob"))),
-        "model.safetensors leads to a file that is not there; allowed: a file, or a link to one",
+        "model.safetensors is a link to a file that does not exist; allowed: a file, or a link to one",
     ),
     "config is a pipe": (hugging_face(instead("config.json", os.mkfifo)), "config.json is not a file; allowed"),
     "config has no end": (
@@ -704,9 +713,12 @@ MODELS = {
     # -- paths
     "index to /etc/passwd": (
         sharded(x="../../../etc/passwd"),
-        "weight_map names '../../../etc/passwd'; allowed: files beside",
+        "weight_map names '../../../etc/passwd'; allowed: names of files beside",
     ),
-    "index to the root": (sharded(x="/etc/passwd"), "weight_map names '/etc/passwd'; allowed: files beside it"),
+    "index to the root": (
+        sharded(x="/etc/passwd"),
+        "weight_map names '/etc/passwd'; allowed: names of files",
+    ),
     "index to itself": (sharded(x="."), "lacks 1 files that its index names: ."),
     "dataset's name too long": (
         mesh_tf(config_with(n_vocab=None, datasets=[[LONG * 20]])),
@@ -730,10 +742,10 @@ MODELS = {
         hugging_face(vocab_size=BIG),
         "vocab_size is 1000000000000000000000000000000; allowed: a whole",
     ),
-    "vocabulary below 0": (hugging_face(vocab_size=-11), "vocab_size is -11; allowed: a whole number, at least 1"),
+    "vocabulary below 0": (hugging_face(vocab_size=-11), "vocab_size is -11; allowed: a whole number from 1 to"),
     "vocabulary of NaN": (
         hugging_face(vocab_size=float("nan")),
-        "vocab_size is nan; allowed: a whole number, at least 1",
+        "vocab_size is nan; allowed: a whole number from 1 to",
     ),
     "window of 10^30": (
         hugging_face(window_size=BIG),
@@ -741,7 +753,7 @@ MODELS = {
     ),
     "layers of 10^9": (
         hugging_face(num_layers=10**9, attention_layers=None, attention_types=[[["global"], 10**9]]),
-        "num_layers is 1000000000; allowed: a whole number, at least 1 and at most 10000",
+        "num_layers is 1000000000; allowed: a whole number from 1 to 10000",
     ),
     "epsilon of 10^400": (hugging_face(layer_norm_epsilon=10**400), "allowed: a number, at least 0"),
     "padding of 10^30": (
@@ -749,7 +761,7 @@ MODELS = {
         "pad_token_id is 1000000000000000000000000000000; allowed: a whole",
     ),
     "mesh-TF padding of 10^30": (mesh_tf(config_with(padding_id=BIG)), "0; allowed: a whole number of 32 bits"),
-    "mesh-TF radius of 10^30": (mesh_tf(config_with(local_attention_radius=BIG)), "at least 1 and at most 2147483647"),
+    "mesh-TF radius of 10^30": (mesh_tf(config_with(local_attention_radius=BIG)), "from 1 to 2147483647"),
     "a long value": (hugging_face(model_type="x" * 10**6), "xxxx … xxxx"),
     "attention types that are none": (
         hugging_face(attention_types=[["global"]]),
@@ -769,19 +781,22 @@ MODELS = {
         sizes(2**40, 2**40, 0),
         "it is damaged: the shape of gpt2/wte is [1099511627776, ",
     ),
-    "hidden entries": (written_index(first_restart=7), "it is damaged: a block of it begins in the midst of an entry"),
-    "one block 100,000 times": (written_index(handles=100_000), "it is damaged: blocks of it overlap"),
+    "hidden entries": (
+        written_index(first_restart=7),
+        "damaged: one of its blocks has a restart inside an entry",
+    ),
+    "one block 100,000 times": (written_index(handles=100_000), "it is damaged: its blocks overlap"),
     "a name of 5,000 bytes": (
         written_index(lambda entries: entries.update({b"x" * 5000: entries[b"gpt2/wte"]})),
-        "it is damaged: a name of it has 5000 bytes",
+        "it is damaged: one of its names has 5000 bytes",
     ),
     "an entry that is none": (
         written_index(lambda entries: entries.update({b"gpt2/wte": b"\xff\xff"})),
         f"{INDEX_FILE} cannot be read, it is damaged: ",
     ),
-    "a compressed block": (written_index(compression=1), "it is damaged: a block of it is cut short, or compressed"),
-    "a million restarts": (written_index(n_restarts=10**6), "it is damaged: a block of it is cut short"),
-    "a number without end": (mesh_tf(endless_number), "it is damaged: a number in it has no end"),
+    "a compressed block": (written_index(compression=1), "it is damaged: one of its blocks is cut short or compressed"),
+    "a million restarts": (written_index(n_restarts=10**6), "it is damaged: one of its blocks is cut short"),
+    "a number without end": (mesh_tf(endless_number), "it is damaged: one of its numbers has no end"),
     "a tokenizer's path is a number": (dataset(n_vocab=11, tokenizer_path=5), "tokenizer_path is 5; allowed: a path"),
     "a million empty lines": (
         mesh_tf(lambda folder: (folder / "checkpoint").write_bytes(b"\n" * 10**6)),
@@ -800,7 +815,7 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_models(tmp_path, monkeypatch, case):
-    """One line, and nothing in the folder was run."""
+    """There is one line of error, and nothing in the folder was run."""
     make, message = MODELS[case]
     make(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
@@ -828,7 +843,7 @@ def with_token(id_):
 
 
 def moved(token):
-    """A token, to a place outside."""
+    """A path that leads out of the folder, as a token."""
     return lambda tokenizer: tokenizer["model"]["vocab"].update({token: 5000})
 
 
@@ -886,11 +901,11 @@ def test_a_name_of_generation_config_for_a_terminal(tmp_path, caplog):
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"x\x1b[31m\n" + "y" * 10**6: 1}))
     TextGenerator.from_pretrained(tmp_path / "m")
     (record,) = caplog.records
-    assert "is left out: x\\x1b[31m" in record.getMessage() and is_one_line(record.getMessage())
+    assert "are ignored: x\\x1b[31m" in record.getMessage() and is_one_line(record.getMessage())
 
 
 def test_a_tokenizer_that_cannot_decode(tmp_path):
-    """Its library panics on a token that is shorter than what is to be cut off."""
+    """The tokenizers library panics on a token shorter than the part to strip."""
     generator = with_tokenizer(
         tmp_path / "m", lambda t: t.update(decoder={"type": "Strip", "content": "a", "start": 0, "stop": 5})
     )
@@ -901,7 +916,7 @@ def test_a_tokenizer_that_cannot_decode(tmp_path):
 
 
 def test_a_tokenizer_neither_cuts_nor_pads(tmp_path):
-    """tokenizer.json may ask for either, for training's sake."""
+    """tokenizer.json may ask for either, for training."""
     cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0,
            "pad_token": "x"}  # fmt: skip
@@ -928,6 +943,15 @@ OPERATIONS = {
     "a dim of another size": (lambda x: g.top_p_mask(x, 0.5, mtf.Dimension("vocab", 6)), NO_SUCH_DIM),
     "a missing dim": (lambda x: g.entmax(mtf.reduce_sum(x)), "a tensor without dims has none to work along"),
     "alpha in words": (lambda x: g.entmax(x, "1.5"), "alpha holds '1.5'; numbers are needed"),
+    "a bool for alpha": (lambda x: g.entmax(x, True), "alpha holds True; numbers are needed"),
+    "a bool for steps": (lambda x: g.entmax(x, n_iter=True), "n_iter=True: a whole number of at least 1 is needed"),
+    "a bool for k": (lambda x: g.top_k_mask(x, True), "top-k: k=True; a whole number of at least 1 is needed"),
+    "a bool for top_p": (lambda x: g.top_p_mask(x, True), "top_p holds True; numbers are needed"),
+    "bools for seeds": (lambda x: g.sample_categorical(x, seed=[True, False]), "seed holds True; numbers are needed"),
+    "n-grams of a bool": (
+        lambda x: g.no_repeat_ngram_mask(x, ids_of(x, batch=2, length=4), 4, True),
+        "no_repeat_ngram_size=True; a whole number",
+    ),
     "alpha above 2": (lambda x: g.entmax(x, 2.5), "alpha=2.5 is out of range: from 1 (softmax) to 2 (sparsemax)"),
     "alpha of other rows": (
         lambda x: g.entmax(x, [1.5] * 3),
@@ -1049,7 +1073,7 @@ CALLS = {
     "inspect's samples": (
         lambda tiny: tiny.inspect([5], num_return_sequences=7, seed=3),
         TypeError,
-        "no option of how a token is drawn: num_return_sequences, seed; allowed: logits_processors, ",
+        "not an option for drawing a token: num_return_sequences, seed; allowed: logits_processors, ",
     ),
     "streamer is a number": (options(streamer=5), TypeError, "streamer=5; a function of (index, token, text, is_last)"),
     "stop tokens in a table": (
@@ -1081,7 +1105,7 @@ CALLS = {
     "cluster is a list": (
         lambda tiny: device_mesh(cluster=["a:1"]),
         MeshError,
-        "cluster ['a:1']; allowed: such as host:2222",
+        "cluster ['a:1']; allowed: addresses such as host:2222",
     ),
     "mesh of NaN": (
         lambda tiny: device_mesh({"x": float("nan")}),
@@ -1091,7 +1115,7 @@ CALLS = {
     "shards are a float": (
         lambda tiny: convert_checkpoint(GLOBAL, "new", max_shard_size=1.5),
         CheckpointError,
-        "max_shard_size 1.5; allowed: bytes, or such as '500MB' or '5GB'",
+        "max_shard_size 1.5; allowed: a number of bytes, or a size such as '500MB'",
     ),
     "batch is a text": (
         lambda tiny: export_saved_model("new", GLOBAL, batch="1", length=8),
@@ -1106,7 +1130,7 @@ CALLS = {
     "a file's options": (
         lambda tiny: generate_file(tiny, "in", "out", streams=1),
         TypeError,
-        "no option of a file's run: streams; allowed: repetition_penalty",
+        "not an option for a file: streams; allowed: repetition_penalty",
     ),
     "a file's seed": (
         lambda tiny: generate_file(tiny, "in", "out", seed=float("nan")),

@@ -1,4 +1,4 @@
-"""The benchmarks' harness: its processes, its checks and its statistics, on rows of this file's own."""
+"""The benchmarks' harness: its processes, checks and statistics, on rows defined here."""
 
 import pathlib
 import sys

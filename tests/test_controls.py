@@ -29,14 +29,14 @@ BIAS = np.where(np.arange(VOCAB) % 7 == 3, -np.inf, np.linspace(-1, 1, VOCAB)).a
 
 
 def favour_even(logits, ids, position):
-    """A user's own processor: ids get likelier where they are even, the more the further on."""
+    """A user's logits processor: even ids become likelier, the more the later the position."""
     at = mtf.range(logits.mesh, logits.shape[-1], tf.int32)
     even = mtf.cast(mtf.equal(mtf.mod(at, mtf.constant(logits.mesh, 2, dtype=tf.int32)), 0), tf.float32)
     return logits + 0.1 * mtf.cast(position, tf.float32) * even
 
 
 def last_token_again(logits, ids, position):
-    """One that looks at the ids: the last token is never drawn twice running."""
+    """A logits processor that reads the ids: no token is drawn twice in a row."""
     last = mtf.gather(ids, position - 1, ids.shape[-1])
     return logits - 1e9 * mtf.one_hot(last, logits.shape[-1])
 
@@ -184,7 +184,7 @@ def test_layouts(mesh_shape, layout, names):
 
 
 def test_a_value_for_each_row():
-    """Rows of all settings of numbers in one batch, each with its own, as tensors."""
+    """One batch with a row for each setting of numbers, passed as tensors."""
     own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6, top_h=0.7), dict(min_p=0.2),
            dict(typical_p=0.5), dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
            dict(frequency_penalty=-0.7)]  # fmt: skip
@@ -313,7 +313,7 @@ def test_samples_of_a_prompt_share_its_first_pass(runner):
     ids=str,
 )
 def test_a_criterion_of_the_users_own_ends_rows(runner):
-    """Rows end at an even token; on the host likewise, which sees each token once."""
+    """Rows end at an even token, in the graph and through the host, which sees each token once."""
     seen = []
 
     def is_even(ids, position):
@@ -405,7 +405,7 @@ def test_the_bundled_models_tokens_follow_the_exact_distribution(demo, names):
 
 def exact(logits, ids, repetition_penalty=1, logit_bias=(), bad_words_ids=(), temperature=None, top_k=None,
           entmax_alpha=None, **masks):  # fmt: skip
-    """The distribution that is drawn from behind `ids`, in float64."""
+    """The distribution that the token after `ids` is drawn from, in float64."""
     if repetition_penalty != 1:
         logits = reference.repetition_penalty(logits, reference.token_counts([ids], len(logits))[0], repetition_penalty)
     for token, bias in dict(logit_bias).items():

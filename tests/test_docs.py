@@ -34,7 +34,7 @@ RAISES = re.compile(r"^ +raise (?:\w*(?:Value|Type|Mesh|Checkpoint|Distribution|
 
 
 def functions():
-    """{name: function} of every public function, and every public method and property."""
+    """{name: function} for every public function, method and property."""
     found = {}
     for name, value in PUBLIC.items():
         if inspect.isfunction(value):
@@ -75,7 +75,7 @@ def test_public_names_are_in_the_docs():
 
 
 def test_public_names_are_tested():
-    """In a test or an example, imports aside; of a method or a property after a dot, there or in the package."""
+    """Used in a test or an example, imports aside; methods and properties after a dot, also in the package."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
     sources = [re.sub(r"^(from|import) .*?(\(.*?\n\)|$)", "", source, flags=re.M | re.S) for source in sources]
     sources += [example.source for test in DOCTESTS.values() for example in test.examples]
@@ -89,7 +89,7 @@ def test_public_names_are_tested():
 
 
 def doctests():
-    """{name: doctest.DocTest} of the docstrings that have examples."""
+    """{name: doctest.DocTest} for the docstrings that have examples."""
     names = [module.name for module in pkgutil.walk_packages(gpt_neo_sampling.__path__, "gpt_neo_sampling.")]
     found = [test for name in names for test in doctest.DocTestFinder().find(importlib.import_module(name))]
     return {test.name.removeprefix("gpt_neo_sampling."): test for test in found if test.examples}
@@ -100,7 +100,7 @@ DOCTESTS = doctests()
 
 @pytest.fixture(scope="module")
 def script():
-    """What the script in the docstring of models.utils defines, which the examples of other docstrings use."""
+    """The names that the script in models.utils' docstring defines; other docstrings' examples use them."""
     names = {}
     for example in DOCTESTS["models.utils"].examples[:-1]:
         exec(compile(example.source, "<the docstring of models.utils>", "exec"), names)
@@ -128,7 +128,7 @@ def test_docstring(name, script, bundled, monkeypatch):
 
 
 def places(pattern):
-    """{page and line: match} of a pattern in all pages."""
+    """{page and line: match} for a pattern in all pages."""
     found = ((path, match) for path, page in PAGES.items() for match in re.finditer(pattern, page, re.M | re.S))
     return {f"{path.name}:{1 + match.string.count(chr(10), 0, match.start())}": match for path, match in found}
 
@@ -150,7 +150,7 @@ RUNS = {place: args for args, place in RUNS.items() if not NOT_HERE.intersection
 
 @contextlib.contextmanager
 def terminal():
-    """Gives a function for what is written within to stdout and stderr, in order."""
+    """Gives a function that returns what was written to stdout and stderr inside, in order."""
     written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
         yield lambda: written.buffer.getvalue().decode()

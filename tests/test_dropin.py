@@ -109,7 +109,7 @@ def test_program(program, tmp_path):
 
 
 def run(before, params, folder):
-    """The program's predictions, a dict a prompt."""
+    """The program's predictions, a dict for each prompt."""
     config, predictions = folder / "config.json", folder / "predictions.json"
     config.write_text(json.dumps(params))
     code = before + "import runpy, sys; del sys.argv[0]; runpy.run_path('main.py', run_name='__main__')"
@@ -132,7 +132,7 @@ ALLOWED = {  # the tokens that may be drawn from these logits
 
 
 def check_row(row, prompt, allowed):
-    """That a row is its prompt, tokens that may follow, and from its end on padding."""
+    """Asserts that a row is its prompt, tokens that may follow, then padding."""
     assert len(row) == PARAMS["n_ctx"] and row[: len(prompt)] == prompt
     for at in range(len(prompt), len(row)):
         new = row[len(prompt) : at]

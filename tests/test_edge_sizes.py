@@ -1,4 +1,4 @@
-"""The smallest and the largest: a vocabulary of one, a length of one, a batch of 1,024, and logits of 8 bits."""
+"""Extreme sizes: a vocabulary of one, a length of one, a batch of 1,024, and logits of 8 bits."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ MASKS = (top_p_mask, min_p_mask, typical_p_mask, epsilon_mask, eta_mask)
 
 @pytest.mark.parametrize("dtype", [tf.float32, pytest.param(tf.bfloat16, marks=slow)], ids=lambda dtype: dtype.name)
 def test_operations_on_a_vocabulary_of_one(dtype):
-    """All mass on the one entry, whatever its logit; rows of −inf, NaN and +inf have none."""
+    """The one entry has all the mass, whatever its logit; rows of −inf, NaN or +inf have none."""
     x = np.array([0, -1e30, 1e30, -np.inf, np.nan, np.inf], np.float32)[:, np.newaxis]
     ones, numbers = np.full(6, 1, np.float32), np.array([0, 0, 0, -1, -1, -1])
     b, v, s = dims(batch=6, vocab=1, samples=3)
@@ -71,7 +71,7 @@ def test_operations_on_a_vocabulary_of_one(dtype):
     ids=["one device", "x:2"],
 )
 def test_a_model_of_one_token(tmp_path, mesh):
-    """It is all that can be drawn, with every option; a split vocabulary pads it."""
+    """It is always drawn, with every option; a split vocabulary is padded."""
     params = {**TINY, "n_vocab": 1, "n_ctx": 4, "padding_id": 1, "eos_id": 0}
     write_mesh_tf_checkpoint(tmp_path / "model", params, random_weights(params))
     generator = TextGenerator.from_pretrained(tmp_path / "model", **mesh)
@@ -88,7 +88,7 @@ def test_a_model_of_one_token(tmp_path, mesh):
 
 @slow
 def test_a_context_of_one_and_of_two(tmp_path, caplog):
-    """In one position a prompt is full; in two it gets one token, the one that a longer context gives."""
+    """With one position the prompt fills it; with two it gets one token, the same as in a longer context."""
     weights = random_weights(TINY)
     generators = {}
     for n_ctx in (1, 2, TINY["n_ctx"]):
@@ -110,7 +110,7 @@ def test_a_context_of_one_and_of_two(tmp_path, caplog):
 
 
 def test_one_prompt_token_one_step_and_a_memory_of_two():
-    """The loop with the transformer, in the least that gives a token: a batch of one row, greedy, against float64."""
+    """The loop with the transformer at its smallest: one row, one greedy token, against float64."""
     params = {**TINY, "mode": "predict"}
     weights = model_weights(params)
 
@@ -155,7 +155,7 @@ def test_1024_rows_of_bfloat16_logits():
 
 @slow
 def test_1024_prompts_of_a_request():
-    """More than a graph's rows: each prompt draws what it draws alone."""
+    """More prompts than a graph has rows: each draws what it draws alone."""
     generator = TextGenerator.from_pretrained()
     prompts = [[i] for i in range(1024)]
     samples = generator.generate(prompts, max_new_tokens=2, seed=5, eos_token_id=-1)

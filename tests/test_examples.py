@@ -1,4 +1,4 @@
-"""examples/: the scripts that train, a few steps of them, and the one that draws the docs' pictures."""
+"""examples/: a few steps of the training scripts, and the script that draws the docs' pictures."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def text(tmp_path):
 
 @pytest.mark.slow
 def test_train_entmax(text, tmp_path, monkeypatch, capsys):
-    """Two steps: what the first losses must be, the same start, the files, and models that can be sampled."""
+    """After two steps: the first losses, the same start, the files, and models that can be sampled."""
     small = {"n_ctx": 16, "n_embd": 16, "n_layer": 2, "attention_types": [[["global", "local"], 1]]}
     monkeypatch.setattr(train_entmax, "CONFIG", {**train_entmax.CONFIG, **small})
     output = tmp_path / "out.png"
@@ -109,7 +109,7 @@ def test_train_entmax_refuses(text, tmp_path, argv, message, capsys):
 
 @pytest.mark.slow
 def test_plot_settings(tmp_path, monkeypatch):
-    """All four pictures, of few settings and a short text: PNGs of the right sizes, small, and not blank."""
+    """All four pictures, for few settings and a short text, are small PNGs of the right sizes, and not blank."""
     monkeypatch.setattr(plot_settings, "TOKENS", 4)
     monkeypatch.setattr(plot_settings, "OPTIONS", {"top_k": (5,), "entmax_alpha": (1.3,)})
     plot_settings.main([str(tmp_path / "new"), "--prompt", "Emma"])

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: no Infinity, no NaN."""
+"""JSON that every reader accepts, without Infinity and NaN."""
 
 import json
 

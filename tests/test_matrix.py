@@ -57,7 +57,7 @@ def prompts():
 
 
 def loop(mesh, ids, temperature, top_k, alpha, seed, *weights):
-    """A decode loop of every way: entmax at α = 1 is softmax, and a top-k of −1 keeps all."""
+    """One decode loop for every way of sampling: entmax at α = 1 is softmax, and a top-k of −1 keeps all."""
     params, names = two_layers()
     shape, other = features(mesh, params, BATCH, LENGTH)
     with constant_weights(dict(zip(names, weights))):
@@ -101,7 +101,7 @@ def single():
 
 
 def check(cells, record_property, *place):
-    """Every way of sampling gives the single device's tokens; a row of the table for each."""
+    """Every way of sampling gives the tokens of one device; each is a row of the table."""
     differ = {}
     for way in WAYS:
         tokens = cells(way)
@@ -145,7 +145,7 @@ def test_the_table_tells_samples_apart():
 
 @slow
 def test_a_seed_derived_from_the_layout_is_caught(monkeypatch):
-    """Rows numbered within their shard, not within the request: right on one device, wrong on two."""
+    """Numbering rows within their shard, not within the request, is right on one device and wrong on two."""
 
     def row_of_the_shard(mesh, rows):
         zeros = mtf.zeros(mesh, rows, tf.int32)

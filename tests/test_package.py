@@ -1,4 +1,4 @@
-"""What importing the package does, and what it leaves alone, each in a fresh process; the package as it is shipped."""
+"""What importing the package changes, each in a fresh process; and the package as shipped."""
 
 import json
 import os
@@ -80,7 +80,7 @@ AFTER_TENSORFLOW = {
 
 @pytest.mark.slow
 def test_no_harm_is_done():
-    """By the package to what is there, or by what is there to the package, each in a fork of one with TensorFlow."""
+    """In either direction, each in a process forked from one with TensorFlow."""
     run(
         "import os, sys, traceback, tensorflow\n"
         f"for name, code in {AFTER_TENSORFLOW!r}.items():\n"

@@ -339,7 +339,7 @@ def test_two_level_draw_by_hand():
 
 
 def test_two_level_draw_of_a_lone_token():
-    """The original gives 0 where the mass falls short of the draw; this does not."""
+    """Where rounding leaves the mass short of the draw, the original gives 0; this does not."""
     weights = np.zeros(1000)
     weights[5] = 0.25
     for u in (0.0, 0.3, 1 - 2.0**-24):
@@ -359,7 +359,7 @@ def test_two_level_draw_arguments():
 
 @pytest.mark.parametrize("vocab", (1, 63, 64, 65, 127, 300))
 def test_two_level_draw_has_the_right_frequencies(vocab):
-    """Over a grid of (u1, u2) each entry comes up as often as its weight says."""
+    """Over a grid of (u1, u2) each entry is drawn in proportion to its weight."""
     weights = np.random.default_rng(7).random(vocab) ** 3
     weights[::7] = 0.0
     weights[-1] += 1.0

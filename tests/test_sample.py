@@ -1137,6 +1137,17 @@ REFUSED = [
     ({"invalid_token": 0.5}, r"invalid_token=0\.5; a whole number of 32 bits is needed"),
     ({"invalid_token": 2**31}, "invalid_token=2147483648; a whole number of 32 bits is needed"),
 ]
+# True and False are not numbers, alone or in a list
+REFUSED += [
+    ({"sampling_use_entmax": "alpha" in name, name: value}, rf"(?i){name.removeprefix('sampling_keep_')}.*number")
+    for name in ("temperature", "entmax_alpha", "seed", "stream", "max_steps", "prompt_lengths", "stop_at_token",
+                 "bos_id", "sampling_keep_top_k", "top_p", "repetition_penalty", "min_new_tokens")
+    for value in (True, np.array([False, True]))
+    if not (name == "sampling_keep_top_k" and value is not True)
+] + [
+    ({name: True}, f"{name}=True; a whole number")
+    for name in ("max_length", "max_prompt_length", "num_return_sequences", "invalid_token")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options, message", REFUSED)

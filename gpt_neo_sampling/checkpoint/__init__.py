@@ -1,10 +1,10 @@
 """Models on disk, opened by folder and read one tensor at a time.
 
 Two formats: GPT-Neo's own (a TensorFlow 1 checkpoint of its mesh-tensorflow
-variables, beside a JSON config), and a Hugging Face GPT-Neo folder. Either
-comes out with GPT-Neo's variable names and config keys. Everything is checked
-when the folder is opened, so that what is opened can be built. Nothing in a
-folder is ever run: a pickle is given no names but those that tensors need.
+variables, beside a JSON config), and a Hugging Face GPT-Neo folder. Both are read
+under GPT-Neo's variable names and config keys. Everything is checked when the
+folder is opened, so that an open checkpoint can always be built. Nothing in a
+folder is ever run: a pickle may use only the names that tensors need.
 
 Every error about a folder is a `CheckpointError` of one line, which says what
 was found and what is allowed.

@@ -1,4 +1,4 @@
-"""What every format shares: the open checkpoint, its errors, its checks, its files."""
+"""What both formats share: the open checkpoint, its errors, its checks, its files."""
 
 import contextlib
 import hashlib
@@ -34,9 +34,9 @@ ALLOWED = (
 )
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 PROGRESS_DELAY = 1.5  # seconds after which a progress bar appears
-_BLOCK, _BLOCKS = 4096, 1024  # bytes, and how many of them of a file of weights, tell it from another
-_LISTED = 5  # names that an error shows before it goes over to a count
-_ALIGNMENT = 64  # bytes; TensorFlow takes an array that is aligned so without a copy
+_BLOCK, _BLOCKS = 4096, 1024  # bytes of a block, and blocks of a file of weights, that a fingerprint reads
+_LISTED = 5  # names that an error lists before it counts the rest
+_ALIGNMENT = 64  # bytes; TensorFlow takes an array with this alignment without a copy
 LONGEST_TEXT = 10**8  # bytes of a config or an index
 _MOST_LAYERS = 10_000
 _LONGEST_MESSAGE = 1000  # characters
@@ -84,7 +84,7 @@ def variable_shapes(params: Params) -> dict[str, Shape]:
 
 
 def _layer_shapes(params: Params, attention_type: str) -> dict[str, Shape]:
-    """Of a layer's variables, by name in the layer's scope."""
+    """The shapes of a layer's variables, by name within the layer's scope."""
     n_embd, n_hidden = params["n_embd"], intermediate_size(params)
 
     def norm(scope: str) -> dict[str, Shape]:
@@ -114,11 +114,11 @@ def _linear_shapes(scope: str, name: str, n_in: int, n_out: int) -> dict[str, Sh
 
 
 class Store(Protocol):
-    """Where a format keeps its tensors."""
+    """The stored tensors of a checkpoint."""
 
     shapes: dict[str, Shape]
     dtypes: dict[str, str]
-    files: list[Path]  # which tell one model's weights from another's
+    files: list[Path]  # those that a fingerprint reads
 
     def read(self, name: str) -> np.ndarray: ...
 
@@ -133,27 +133,27 @@ class Checkpoint:
     Attributes:
       kind: "mesh-tf" or "huggingface".
       folder: pathlib.Path, the folder.
-      params: dict in GPT-Neo's config keys. Always there: n_vocab, n_ctx,
-        n_embd, n_head, n_layer (ints), attention_types (a list of one type a
-        layer) and local_attention_radius (int). padding_id, eos_id and bos_id
-        (ints) are there if the model names them. Where a Hugging Face model
+      params: dict by GPT-Neo's config keys. Always present: n_vocab, n_ctx, n_embd,
+        n_head, n_layer (ints), attention_types (a list of one type for each layer)
+        and local_attention_radius (int). Present if the model names them:
+        padding_id, eos_id and bos_id (ints). Present where a Hugging Face model
         differs from all of GPT-Neo's: intermediate_size (int), layer_norm_epsilon
         (a number), tie_word_embeddings (False), activation_fn (str). The other keys
-        of a mesh-TF config are there as they stood, but the first three of these,
-        which GPT-Neo does not read.
-      generation_defaults: dict of how the model asks to be sampled, with those
-        of these keys that it gives: eos_token_id (int, or a list of ints),
-        pad_token_id, bos_token_id; and those options of Hugging Face's that
-        `checkpoint.generation` lists, if there is a generation_config.json. If
-        that says anything of how tokens are drawn, transformers' defaults of
-        do_sample, temperature and top_k are among them too.
-      ignored_generation_options: dict of what else a generation_config.json
-        asks for that would change what is sampled, and is not built here.
+        of a mesh-TF config are kept as they are, except for the first three of
+        these, which GPT-Neo does not read.
+      generation_defaults: dict of the model's own sampling options: eos_token_id
+        (int, or a list of ints), pad_token_id and bos_token_id, if the model gives
+        them; and from a generation_config.json the options that
+        `checkpoint.generation` lists. If that file says anything about how tokens
+        are drawn, transformers' defaults of do_sample, temperature and top_k are
+        included.
+      ignored_generation_options: dict of the other options in a
+        generation_config.json that would change the samples; they are not supported.
       tokenizer_file: pathlib.Path of the model's tokenizer.json, or None.
       tokenizer_files: (vocab.json, merges.txt) as pathlib.Paths, or None unless
-        both are there.
-      tokenizer_name: str, the tokenizer that the model's dataset config asks for
-        and that is not on this machine ("gpt2", say), or None.
+        both exist.
+      tokenizer_name: str, the tokenizer that the model's dataset config names if
+        it is not on this machine ("gpt2", say), or None.
     """
 
     def __init__(
@@ -168,8 +168,8 @@ class Checkpoint:
         tokenizer_name: str | None = None,
     ) -> None:
         # generation: (generation_defaults, ignored_generation_options)
-        # sources: name -> (the store's name, whether it stores the transpose)
-        # tokenizer: a tokenizer.json, or a folder that may hold one; by default the model's
+        # sources: name -> (its name in the store, whether the transpose is stored)
+        # tokenizer: a tokenizer.json, or a folder that may hold one; by default the model's folder
         self.kind = kind
         self.folder = folder
         self.params = params
@@ -189,7 +189,7 @@ class Checkpoint:
             log.warning("%s: %d float64 variables are rounded to float32: %s", folder, len(doubles), some(doubles))
 
     def names(self) -> list[str]:
-        """The variables' names, without the scope `gpt2/`: a sorted list of strings."""
+        """The names of the variables, without the scope `gpt2/`: a sorted list of strings."""
         return sorted(self._shapes)
 
     def shape(self, name: str) -> Shape:
@@ -209,7 +209,7 @@ class Checkpoint:
         return self._shapes[name]
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one variable; the others stay on disk.
+        """Reads one variable.
 
         Args:
           name: str, one of `names()`.
@@ -219,14 +219,14 @@ class Checkpoint:
           caller owns it.
 
         Raises:
-          CheckpointError: if `names()` does not have the name, the file turns
-            out to be damaged, a number is beyond float32, or the checkpoint is closed.
+          CheckpointError: if `names()` does not have the name, the file is damaged,
+            a number is beyond float32, or the checkpoint is closed.
         """
         self.shape(name)
         if self._store is None:
             raise CheckpointError(f"{self.folder} is closed; open it again to read {name!r}")
         stored_name, transposed = self._sources[name]
-        value = np.asarray(self._store.read(stored_name))  # TensorFlow gives a number for a scalar
+        value = np.asarray(self._store.read(stored_name))  # TensorFlow returns a scalar as a number
         with np.errstate(over="ignore"):
             result = aligned(value.T if transposed else value, np.float32)
         if value.dtype == np.float64 and np.isinf(result).sum() > np.isinf(value).sum():
@@ -234,7 +234,7 @@ class Checkpoint:
         return result
 
     def first_not_finite(self) -> str | None:
-        """The name of a variable that holds NaN or infinite numbers, the first in `names()`, or None. Reads them all.
+        """The first variable in `names()` that holds NaN or infinite numbers, or None. Reads them all.
 
         Raises:
           CheckpointError: as `read`.
@@ -248,12 +248,12 @@ class Checkpoint:
         return None
 
     def fingerprint(self) -> str:
-        """What tells this model from another without reading all of it: 64 hexadecimal digits.
+        """64 hexadecimal digits that tell this model from another, without reading all of it.
 
-        SHA-256 of the config and the generation defaults, the tokenizer, and of each file of weights its size
-        and blocks of it, evenly spread, so that any tensor of more than a thousandth of the
-        file is among them. (Of a TensorFlow checkpoint, its index, which holds
-        each tensor's checksum.) Where the folder lies does not matter.
+        SHA-256 of the config, the generation defaults, the tokenizer, and for each file
+        of weights its size and evenly spaced blocks, so that every tensor of more than a
+        thousandth of the file is included. (For a TensorFlow checkpoint, of its index,
+        which holds each tensor's checksum.) The folder's path does not matter.
 
         Raises:
           CheckpointError: if a file cannot be read.
@@ -273,7 +273,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Lets go of the files. What is not a weight stays readable."""
+        """Closes the files. Everything but the weights stays available."""
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -286,7 +286,7 @@ class Checkpoint:
 
 
 def one_line(message: object) -> str:
-    """A message as one line of a bounded length, without characters that a terminal would obey."""
+    """A message as one line of bounded length, with control characters escaped."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).strip().splitlines()))
     half = _LONGEST_MESSAGE // 2
     return line if len(line) <= _LONGEST_MESSAGE else f"{line[:half]} … {line[-half:]}"
@@ -296,14 +296,14 @@ def one_line(message: object) -> str:
 
 
 def is_int32(value: object) -> bool:
-    """Whether it is a whole number that TensorFlow can hold, as everything in a config must be."""
+    """Whether it is a whole number of 32 bits, as a config's numbers must be for TensorFlow."""
     return is_int(value) and -(2**31) <= value < 2**31
 
 
 def check_sizes(params: Params, source: object, names: dict[str, str] | None = None) -> list[str]:
-    """Checks the numbers of a config; returns its attention type a layer.
+    """Checks the numbers of a config; returns its attention types, one for each layer.
 
-    source: what the message starts with. names: what its file calls the keys.
+    source: the beginning of error messages. names: the keys as the config file spells them.
     """
     names = names or {}
     required = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
@@ -315,12 +315,12 @@ def check_sizes(params: Params, source: object, names: dict[str, str] | None = N
         most = _MOST_LAYERS if key == "n_layer" else 2**31 - 1
         if value is not None and not (is_int(value) and 1 <= value <= most):
             raise CheckpointError(
-                f"{source}: {names.get(key, key)} is {value!r}; allowed: a whole number, at least 1 and at most {most}"
+                f"{source}: {names.get(key, key)} is {value!r}; allowed: a whole number from 1 to {most}"
             )
     if params["n_embd"] % params["n_head"]:
         n_embd, n_head = names.get("n_embd", "n_embd"), names.get("n_head", "n_head")
         raise CheckpointError(
-            f"{source}: {n_embd} is {params['n_embd']}; allowed: a multiple of {n_head}, {params['n_head']}"
+            f"{source}: {n_embd} is {params['n_embd']}; allowed: a multiple of {n_head}={params['n_head']}"
         )
     try:
         check_variants(params)
@@ -329,30 +329,32 @@ def check_sizes(params: Params, source: object, names: dict[str, str] | None = N
         raise CheckpointError(f"{source}: {e}") from None
 
 
-def compare(source: object, expected: dict[str, Shape], found: Mapping[str, Sequence[int]], params: Params) -> None:
+def check_shapes(
+    source: object, expected: dict[str, Shape], actual: Mapping[str, Sequence[int]], params: Params
+) -> None:
     """Checks that two dicts, name -> shape, are the same."""
-    found = {name: tuple(shape) for name, shape in found.items()}
-    missing = [n for n in expected if n not in found]
+    actual = {name: tuple(shape) for name, shape in actual.items()}
+    missing = [n for n in expected if n not in actual]
     wrong = [
-        f"{n} (is {list(found[n])}, should be {list(s)})"
+        f"{n} (is {list(actual[n])}, should be {list(s)})"
         for n, s in expected.items()
-        if n in found and found[n] != tuple(s)
+        if n in actual and actual[n] != tuple(s)
     ]
-    left_over = sorted(n for n in found if n not in expected)
+    unexpected = sorted(n for n in actual if n not in expected)
     problems = [
         f"{len(names)} {problem}: {some(names)}"
-        for problem, names in (("missing", missing), ("of wrong shape", wrong), ("left over", left_over))
+        for problem, names in (("missing", missing), ("of wrong shape", wrong), ("unexpected", unexpected))
         if names
     ]
     if not problems:
         return
     options = [f"{option}={params[option]!r}" for option in UNSUPPORTED_OPTIONS if params.get(option)]
     hint = f" (the config sets {', '.join(options)}, which is not supported)" if options else ""
-    raise CheckpointError(f"{source}: the variables are not those of the config{hint}: {'; '.join(problems)}")
+    raise CheckpointError(f"{source}: the variables do not match the config{hint}: {'; '.join(problems)}")
 
 
 def check_dtypes(source: object, dtypes: dict[str, str]) -> None:
-    """Checks a dict, name -> dtype, of variables that are to be read."""
+    """Checks the dtypes, name -> dtype, of variables that will be read."""
     wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in STORED_BYTES]
     if wrong:
         raise CheckpointError(
@@ -365,14 +367,14 @@ def check_dtypes(source: object, dtypes: dict[str, str]) -> None:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """The sorted names of what is in a folder."""
+    """The sorted names of a folder's entries."""
     try:
         files = sorted(os.listdir(folder))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not there; allowed: a folder on this machine") from None
+        raise CheckpointError(f"{folder} does not exist; allowed: a folder on this machine") from None
     except NotADirectoryError:
         raise CheckpointError(
-            f"{folder} is a file; allowed: the folder that holds the model, or GPT-Neo's *.json config"
+            f"{folder} is a file; allowed: the model's folder, or its GPT-Neo config (*.json)"
         ) from None
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{folder} cannot be listed: {e}") from None
@@ -382,9 +384,9 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def check_file(path: Path, most_bytes: int | None = None) -> None:
-    """Raises CheckpointError for what is no file to read: a folder, a pipe or a device, which could have no end."""
+    """Raises CheckpointError for anything but a regular file: a pipe or a device may never end."""
     if not path.is_file():
-        what = "is not a file" if path.exists() else "leads to a file that is not there"
+        what = "is not a file" if path.exists() else "is a link to a file that does not exist"
         raise CheckpointError(f"{path} {what}; allowed: a file, or a link to one")
     size = path.stat().st_size
     if most_bytes is not None and size > most_bytes:
@@ -419,16 +421,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_new_folder(path: StrPath) -> Path:
-    """The absolute path of a folder that is to be written: one that is not there yet, or is empty."""
+    """The absolute path of a folder to write; it must be new or empty."""
     folder = Path(path).resolve()
     if folder.exists() and not (folder.is_dir() and not os.listdir(folder)):
-        raise CheckpointError(f"{folder} is there already; allowed: a folder that is new or empty")
+        raise CheckpointError(f"{folder} exists already; allowed: a folder that is new or empty")
     return folder
 
 
 @contextlib.contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, where files are made before they move; gone afterwards."""
+    """A temporary folder beside `folder`, to write files in before they are moved."""
     staging = partial_beside(folder)
     try:
         new_parents = [p for p in folder.parents if not p.exists()]
@@ -437,29 +439,29 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} cannot be written: {e.strerror}") from None
     try:
         yield staging
-    except tf.errors.OpError as e:  # as which TensorFlow reports a full disk
+    except tf.errors.OpError as e:  # how TensorFlow reports a full disk
         raise OSError(f"{folder} cannot be written: {e.message.splitlines()[0]}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in new_parents:
-            with contextlib.suppress(OSError):  # it is not empty: the folder is there
+            with contextlib.suppress(OSError):  # not empty: the folder was written
                 parent.rmdir()
 
 
 def some(names: Iterable[str]) -> str:
-    """Names for a message, the first few of them."""
+    """The first few names, for a message."""
     names = list(names)
     if not names:
         return "nothing"
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest
 
 
 # ----------------------------------------------------------------- tensors
 
 
 def aligned_empty(shape: Sequence[int], dtype: npt.DTypeLike) -> np.ndarray:
-    """np.empty, at an address that TensorFlow takes without a copy."""
+    """np.empty, aligned so that TensorFlow takes it without a copy."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
@@ -468,7 +470,7 @@ def aligned_empty(shape: Sequence[int], dtype: npt.DTypeLike) -> np.ndarray:
 
 
 def aligned(value: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
-    """The array in this dtype and in C's order, at an address that TensorFlow takes without a copy."""
+    """The array in this dtype and C order, aligned so that TensorFlow takes it without a copy."""
     if value.dtype == dtype and value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
         return value
     copy = aligned_empty(value.shape, dtype)
@@ -477,21 +479,21 @@ def aligned(value: np.ndarray, dtype: npt.DTypeLike) -> np.ndarray:
 
 
 def in_batches(names: Iterable[str], shapes: Mapping[str, Shape], size: int) -> Iterator[list[str]]:
-    """Lists of names in order, each of at most `size` bytes in float32, or of one name."""
+    """Splits names, in order, into lists of at most `size` bytes in float32; a larger variable gets its own list."""
     batch: list[str] = []
-    held = 0
+    batch_bytes = 0
     for name in names:
-        needed = 4 * int(np.prod(shapes[name]))
-        if batch and held + needed > size:
+        n_bytes = 4 * int(np.prod(shapes[name]))
+        if batch and batch_bytes + n_bytes > size:
             yield batch
-            batch, held = [], 0
+            batch, batch_bytes = [], 0
         batch.append(name)
-        held += needed
+        batch_bytes += n_bytes
     if batch:
         yield batch
 
 
 def progress_bar(what: str, shapes: Iterable[Shape]) -> tqdm:
-    """A tqdm bar on stderr that counts bytes of float32; only what takes long shows it."""
+    """A tqdm bar on stderr that counts bytes in float32; it appears only if the work takes long."""
     total = sum(4 * int(np.prod(shape)) for shape in shapes)
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=PROGRESS_DELAY)

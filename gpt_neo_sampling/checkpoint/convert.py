@@ -1,4 +1,4 @@
-"""From one format to the other."""
+"""Conversion from one format to the other."""
 
 import os
 import re
@@ -26,27 +26,27 @@ def convert_checkpoint(
 ) -> None:
     """Writes a model in another format, a few tensors at a time.
 
-    Weights keep every bit in float32. The tokenizer's files and
-    generation_config.json come along, and the ids of the end, the padding and
-    the beginning are in the config of either format (Hugging Face's has no
-    padding id outside the vocabulary). The destination appears whole or not.
+    In float32, weights keep every bit. The tokenizer's files and
+    generation_config.json are copied, and both formats' configs get the ids of the
+    end, the padding and the beginning (Hugging Face's has no padding id outside the
+    vocabulary). The destination appears whole or not at all.
 
     Args:
-      source: what `open_checkpoint` takes.
-      destination: a path of a folder that is not there yet, or is empty.
+      source: as for `open_checkpoint`.
+      destination: path of a new or empty folder.
       to: "mesh-tf" or "huggingface"; by default the one that the source is not.
-      dtype: of the weights that are written, "float32" or "bfloat16", or for
-        Hugging Face "float16".
-      max_shard_size: for Hugging Face, how much of the weights a file may hold,
-        counted in float32: bytes, or a str such as "500MB"; by default "5GB". A
-        tensor is never cut.
+      dtype: of the written weights, "float32" or "bfloat16", or for Hugging Face
+        also "float16".
+      max_shard_size: for Hugging Face, the most that one file may hold, counted in
+        float32: bytes, or a str such as "500MB"; by default "5GB". A tensor is never
+        split.
 
     Raises:
-      CheckpointError: (a ValueError) if the source cannot be read, the
-        destination holds something, an argument is not one of these, or the
-        format has no such model: GPT-Neo's has one layer_norm_epsilon, an
-        intermediate_size of 4·n_embd, no `lm_head` and only some of Hugging Face's
-        activation functions; Hugging Face's has none of `models.config.VARIANTS`.
+      CheckpointError: (a ValueError) if the source cannot be read, the destination
+        is not empty, an argument is not allowed, or the format cannot hold the model:
+        GPT-Neo's has one layer_norm_epsilon, an intermediate_size of 4·n_embd, no
+        `lm_head` and only some of Hugging Face's activation functions; Hugging
+        Face's has none of `models.config.VARIANTS`.
 
     Example, with the model that comes with the package:
 
@@ -66,7 +66,7 @@ def convert_checkpoint(
             to = "mesh-tf" if checkpoint.kind == "huggingface" else "huggingface"
         if to == "mesh-tf":
             if max_shard_size is not None:
-                raise CheckpointError(f"max_shard_size {max_shard_size!r} is for huggingface; mesh-tf is one file")
+                raise CheckpointError(f"max_shard_size {max_shard_size!r}; allowed: only with to='huggingface'")
             save_mesh_tf(staging, checkpoint.params, checkpoint.read, dtype)
         else:
             save_hugging_face(staging, checkpoint.params, checkpoint.read, dtype, max_shard_bytes)
@@ -76,7 +76,7 @@ def convert_checkpoint(
 
 
 def files_beside(checkpoint: Checkpoint) -> list[tuple[Path, str]]:
-    """(path, name) of what goes where a model goes: the tokenizer's files and generation_config.json."""
+    """(path, name) of the files that are copied with a model: the tokenizer's and generation_config.json."""
     tokenizer = checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
     files = {checkpoint.folder / "generation_config.json": "generation_config.json"}
     if tokenizer is not None:
@@ -89,5 +89,5 @@ def files_beside(checkpoint: Checkpoint) -> list[tuple[Path, str]]:
 def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*([0-9]{1,18})\s*([kmg]i?b)?\s*", str(size), re.IGNORECASE)
     if not match or not (is_int(size) or isinstance(size, str)) or int(match[1]) < 1:
-        raise CheckpointError(f"max_shard_size {size!r}; allowed: bytes, or such as '500MB' or '5GB'")
+        raise CheckpointError(f"max_shard_size {size!r}; allowed: a number of bytes, or a size such as '500MB'")
     return int(match[1]) * _UNITS[(match[2] or "").upper()]

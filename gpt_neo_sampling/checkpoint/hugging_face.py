@@ -1,4 +1,4 @@
-"""Hugging Face's format: config.json, and safetensors or PyTorch files, in one piece or in shards."""
+"""Hugging Face's format: config.json, and safetensors or PyTorch files, whole or in shards."""
 
 import json
 import logging
@@ -20,8 +20,8 @@ from gpt_neo_sampling.checkpoint.base import (
     CheckpointError,
     check_dtypes,
     check_file,
+    check_shapes,
     check_sizes,
-    compare,
     in_batches,
     progress_bar,
     read_json,
@@ -44,13 +44,13 @@ from gpt_neo_sampling.models.config import (
 
 log = logging.getLogger(__name__)
 
-# What lists the tensors of a file of each kind; the first kind that is there is read.
+# The function that lists the tensors of each kind of file. The first kind that the folder has is read.
 FILES = {"model.safetensors": list_safetensors, "pytorch_model.bin": list_pytorch}
 
 _SCOPE = "transformer."
-_HEAD = "lm_head.weight"  # which has no scope
-# What stands among the names of a tensor where the model was saved inside of torch.compile, DataParallel, FSDP,
-# recomputation, Lightning or its Fabric.
+_HEAD = "lm_head.weight"  # outside the scope
+# Parts of a tensor's name that come from saving the model inside torch.compile, DataParallel, FSDP, recomputation,
+# Lightning or its Fabric.
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "_forward_module")
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")  # constant masks
 _DTYPES = {
@@ -87,8 +87,8 @@ _SIZES = {
     "n_head": "num_heads",
     "n_layer": "num_layers",
 }
-_OTHER_KEYS = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # which transformers takes first
-# What transformers takes for a key that a config leaves out, of those that count here.
+_OTHER_KEYS = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # transformers prefers these
+# transformers' defaults of the keys that are read here
 _DEFAULTS = {
     "vocab_size": 50257,
     "max_position_embeddings": 2048,
@@ -100,8 +100,8 @@ _DEFAULTS = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": NORM_EPSILON,
 }
-_DEFAULT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}  # which a small vocabulary does not have
-# transformers' activation functions, and the model's name of each. (Its prelu and xielu have weights of their own.)
+_DEFAULT_IDS = {"bos_token_id": 50256, "eos_token_id": 50256}  # unless the vocabulary is too small
+# transformers' activation functions -> activation_fn (without prelu and xielu, which have weights of their own)
 _ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_accurate": "gelu",
@@ -135,7 +135,7 @@ def holds_hugging_face(files: list[str]) -> bool:
 
 
 def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
-    """The `Checkpoint` of a folder that holds these files."""
+    """The `Checkpoint` of a folder with these files."""
     config_file = folder / "config.json"
     if "config.json" not in files:
         raise CheckpointError(f"{folder} has weights but no config.json; {ALLOWED}")
@@ -145,32 +145,32 @@ def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
     if "generation_config.json" not in files:
         note_old_options(config, config_file)
     if "adapter_config.json" in files:
-        log.warning("%s holds an adapter (adapter_config.json), which is left out; merge it into the weights", folder)
+        log.warning("%s holds an adapter (adapter_config.json), which is ignored; merge it into the weights", folder)
 
     store = TensorFiles(_unwrapped(_tensors(folder, files), folder))
     scope = _SCOPE if any(n.startswith(_SCOPE) for n in store.shapes) else ""  # a bare GPTNeoModel has none
-    _note_head(config, config_file, params, store, scope)
+    _detect_head(config, config_file, params, store, scope)
     shapes = variable_shapes(params)
     sources = {n: (_stored_name(scope, n), _is_kernel(n, shape)) for n, shape in shapes.items()}
     wte = sources["wte"][0]
     if wte not in store.shapes and _HEAD in store.shapes and config.get("tie_word_embeddings") is not False:
-        sources["wte"] = (_HEAD, False)  # the one name that safetensors' save_model keeps of a tensor with two
+        sources["wte"] = (_HEAD, False)  # of a tensor with two names, safetensors' save_model keeps only this one
     expected = {sources[n][0]: s[::-1] if sources[n][1] else s for n, s in shapes.items()}
-    found = {n: s for n, s in store.shapes.items() if not _BUFFER.fullmatch(n) and (n != _HEAD or n in expected)}
-    compare(folder, expected, found, params)
+    actual = {n: s for n, s in store.shapes.items() if not _BUFFER.fullmatch(n) and (n != _HEAD or n in expected)}
+    check_shapes(folder, expected, actual, params)
     check_dtypes(folder, {name: store.dtypes[name] for name in expected})
     return Checkpoint("huggingface", folder, params, generation, store, sources)
 
 
-def _note_head(config: dict[str, Any], config_file: Path, params: Params, store: TensorFiles, scope: str) -> None:
-    """Puts into params whether the output is a table of its own, by the tensors and not by what the config says."""
+def _detect_head(config: dict[str, Any], config_file: Path, params: Params, store: TensorFiles, scope: str) -> None:
+    """Sets tie_word_embeddings in params if the output has its own table. The tensors decide, not the config."""
     wte = _stored_name(scope, "wte")
     if _HEAD not in store.shapes:
         if config.get("tie_word_embeddings") is False:
             log.warning(
                 "%s: tie_word_embeddings is false, but there is no %s: the output is %s", config_file, _HEAD, wte
             )
-    elif wte in store.shapes and not store.are_one(_HEAD, wte):
+    elif wte in store.shapes and not store.are_same(_HEAD, wte):
         check_dtypes(config_file.parent, {name: store.dtypes[name] for name in (_HEAD, wte)})
         same_shape = store.shapes[_HEAD] == store.shapes[wte]
         if not same_shape or not np.array_equal(store.read(_HEAD), store.read(wte), equal_nan=True):
@@ -180,15 +180,15 @@ def _note_head(config: dict[str, Any], config_file: Path, params: Params, store:
 def save_hugging_face(
     folder: Path, params: Params, read: Callable[[str], np.ndarray], dtype: str, max_shard_bytes: int
 ) -> None:
-    """Writes config.json and safetensors into a folder, a tensor at a time.
+    """Writes config.json and safetensors into a folder, one tensor at a time.
 
     Args:
       folder: pathlib.Path.
       params: a dict of GPT-Neo's config keys.
       read: a function from a variable's name to its array.
       dtype: "float32", "bfloat16" or "float16".
-      max_shard_bytes: int, of a file's tensors in float32; of more there are
-        several files and an index.
+      max_shard_bytes: int, the most bytes of one file's tensors in float32; a larger
+        model gets several files and an index.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype {dtype!r}; allowed: {', '.join(map(repr, _DTYPES))}")
@@ -211,9 +211,9 @@ def save_hugging_face(
 def _write_safetensors(
     path: Path, shapes: dict[str, Shape], read: Callable[[str], np.ndarray], dtype: str, progress: tqdm
 ) -> None:
-    """Writes variables, {name: shape}, to one file: see `list_safetensors`.
+    """Writes variables, {name: shape}, to one file in the format of `list_safetensors`.
 
-    The library's own function takes all tensors at once.
+    The safetensors library's own function needs all tensors at once.
     """
     code, numpy_dtype = _DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -223,7 +223,7 @@ def _write_safetensors(
         stored_shape = shape[::-1] if _is_kernel(name, shape) else shape
         header[_stored_name(_SCOPE, name)] = {"dtype": code, "shape": stored_shape, "data_offsets": [begin, end]}
     text = json.dumps(header, allow_nan=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
@@ -252,7 +252,7 @@ def _is_kernel(name: str, shape: Shape) -> bool:
 
 
 def _read_config(config_file: Path) -> dict[str, Any]:
-    """A config.json of a GPT-Neo, with what transformers takes for keys that are not there."""
+    """A GPT-Neo's config.json, with transformers' defaults for missing keys."""
     config = read_json(config_file)
     if config.get("model_type") != "gpt_neo":
         raise CheckpointError(f"{config_file}: model_type is {config.get('model_type')!r}; allowed: 'gpt_neo'")
@@ -264,7 +264,7 @@ def _read_config(config_file: Path) -> dict[str, Any]:
     absent |= {k: v for k, v in _DEFAULT_IDS.items() if k not in config and is_int(vocab_size) and v < vocab_size}
     if absent:
         shown = ", ".join(f"{key} {value}" for key, value in absent.items())
-        log.warning("%s leaves these out; transformers' defaults are used: %s", config_file, shown)
+        log.warning("%s lacks some keys; transformers' defaults are used: %s", config_file, shown)
     return {**config, **absent}
 
 
@@ -283,7 +283,7 @@ def _params(config: dict[str, Any], config_file: Path) -> Params:
     params: Params = {key: config[hf_key] for key, hf_key in _SIZES.items()}
     params["intermediate_size"] = config.get("intermediate_size")
     params["local_attention_radius"] = LOCAL_RADIUS if config.get("window_size") is None else config["window_size"]
-    # Both name a type a layer; the library that wrote them builds attention_layers.
+    # Both give each layer's type; transformers builds the model from attention_layers.
     params["attention_types"] = config.get("attention_layers") or config.get("attention_types")
     types = check_sizes(params, config_file, {**_SIZES, "local_attention_radius": "window_size"})
     if config.get("attention_types") is not None:
@@ -292,12 +292,12 @@ def _params(config: dict[str, Any], config_file: Path) -> Params:
         except ValueError as e:
             raise CheckpointError(f"{config_file}: {e}") from None
         if nested != types:
-            raise CheckpointError(f"{config_file}: attention_types and attention_layers do not say the same")
+            raise CheckpointError(f"{config_file}: attention_types and attention_layers do not agree")
     for t in types:
         if t not in ("global", "local"):
             raise CheckpointError(f"{config_file}: attention type {t!r}; allowed: 'global', 'local'")
     params["attention_types"] = types
-    # Of what GPT-Neo's own models have one value of, any other
+    # only where they differ from the value that all of GPT-Neo's own models have
     if params["intermediate_size"] in (None, 4 * params["n_embd"]):
         del params["intermediate_size"]
     if np.float32(epsilon) != np.float32(NORM_EPSILON):
@@ -316,13 +316,14 @@ def _config(params: Params) -> dict[str, Any]:
       CheckpointError: for an option that Hugging Face's GPT-Neo does not have.
     """
     types = expand_attention_types(params["attention_types"], params["n_layer"])
-    odd = [f"{key}={params[key]!r}" for key in (*VARIANTS, *UNSUPPORTED_OPTIONS) if params.get(key)]
-    odd += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
+    unsupported = [f"{key}={params[key]!r}" for key in (*VARIANTS, *UNSUPPORTED_OPTIONS) if params.get(key)]
+    unsupported += [f"attention type {t!r}" for t in dict.fromkeys(types) if t not in ("global", "local")]
     activation = params.get("activation_fn") or "gelu"
     if activation not in list(_ACTIVATIONS_OUT):
-        odd.append(f"activation_fn={activation!r}")
-    if odd:
-        raise CheckpointError(f"Hugging Face's GPT-Neo has no {', '.join(dict.fromkeys(odd))}; allowed: to='mesh-tf'")
+        unsupported.append(f"activation_fn={activation!r}")
+    if unsupported:
+        names = ", ".join(dict.fromkeys(unsupported))
+        raise CheckpointError(f"Hugging Face's GPT-Neo has no {names}; allowed: to='mesh-tf'")
     ids = {hf_key: params[key] for hf_key, key in ID_KEYS.items() if params.get(key) is not None}
     if not 0 <= ids.get("pad_token_id", 0) < params["n_vocab"]:
         del ids["pad_token_id"]  # transformers would look it up
@@ -347,7 +348,7 @@ def _config(params: Params) -> dict[str, Any]:
 
 
 def _unwrapped(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """The tensors by the names that the model itself gives them."""
+    """The tensors by their names in the model, without the parts that wrappers added."""
     plain: dict[str, StoredTensor] = {}
     wrappers: dict[str, None] = {}
     for name, tensor in tensors.items():
@@ -357,12 +358,12 @@ def _unwrapped(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, Stor
         if plain.setdefault(plain_name, tensor) != tensor:
             raise CheckpointError(f"{folder} holds {plain_name} twice, under {name} and another name")
     if wrappers:
-        log.warning("%s: dropped from the names of tensors: %s", folder, ", ".join(f"{w}." for w in wrappers))
+        log.warning("%s: dropped from tensor names: %s", folder, ", ".join(f"{w}." for w in wrappers))
     return plain
 
 
 def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:
-    """Every tensor of a folder: name -> StoredTensor."""
+    """All tensors of a folder: name -> StoredTensor."""
     single = next(f for f in FILES if f in files or f"{f}.index.json" in files)
 
     def list_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -379,7 +380,7 @@ def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(
-            f"{index_file} names {len(absent)} tensors that are not in the file it gives: {some(absent)}"
+            f"{index_file} names {len(absent)} tensors that are not in the file it assigns them to: {some(absent)}"
         )
     return tensors
 
@@ -389,10 +390,10 @@ def _weight_map(index_file: Path, files: list[str]) -> dict[str, str]:
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file} has no weight_map from tensor names to files")
-    # Names only: a path could lead out of the folder.
-    odd = [f for f in weight_map.values() if not isinstance(f, str) or f != os.path.basename(f) or not f]
-    if odd:
-        raise CheckpointError(f"{index_file}: weight_map names {odd[0]!r}; allowed: files beside it")
+    # names only: a path could lead out of the folder
+    refused = [f for f in weight_map.values() if not isinstance(f, str) or f != os.path.basename(f) or not f]
+    if refused:
+        raise CheckpointError(f"{index_file}: weight_map names {refused[0]!r}; allowed: names of files beside it")
     missing = sorted(set(weight_map.values()) - set(files))
     if missing:
         raise CheckpointError(f"{index_file.parent} lacks {len(missing)} files that its index names: {some(missing)}")

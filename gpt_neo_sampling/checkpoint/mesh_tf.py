@@ -20,8 +20,8 @@ from gpt_neo_sampling.checkpoint.base import (
     CheckpointError,
     check_dtypes,
     check_file,
+    check_shapes,
     check_sizes,
-    compare,
     in_batches,
     is_int32,
     list_folder,
@@ -46,24 +46,24 @@ from gpt_neo_sampling.models.config import (
 )
 
 SCOPE = "gpt2/"
-SHARD_BYTES = 2**26  # of a data file, of which one at a time is in memory
+SHARD_BYTES = 2**26  # of a data file when writing; one file at a time is in memory
 
-# What a checkpoint may hold beside the model: what optimizers keep a variable
-# (Adam's and Adafactor's moments), and the step.
+# What a checkpoint may hold besides the model: the moments that Adam and Adafactor
+# keep for each variable, and the step.
 _OPTIMIZER_STATE = re.compile(r".*(/adam_[mv]|/v[rc]|_slot_(vr|vc|v|m))|(gpt2/)?global_step")
 
 
 def lists_checkpoints(folder: Path, files: list[str]) -> bool:
-    """Whether a folder with these files has TensorFlow's list of checkpoints; scripts keep folders of that name too."""
+    """Whether the folder has TensorFlow's file `checkpoint`; some scripts make a folder of that name."""
     return "checkpoint" in files and not (folder / "checkpoint").is_dir()
 
 
 def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None) -> Checkpoint:
-    """The `Checkpoint` of a folder that holds these files; its config, unless it is elsewhere, among them."""
+    """The `Checkpoint` of a folder with these files. Its config is one of them, unless `config_file` is given."""
     config_file = _config_file(folder, files) if config_file is None else config_file
     params = {key: value for key, value in read_json(config_file).items() if key not in HUGGING_FACE_OPTIONS}
     dataset, dataset_file = _dataset(params, config_file, folder)
-    if dataset_file is not None:  # as GPT-Neo does it: these two are the dataset's, whatever the model's config says
+    if dataset_file is not None:  # as in GPT-Neo, the dataset config sets these two, whatever the model's config says
         params.update(eos_id=dataset.get("eos_id", 1), padding_id=dataset.get("padding_id", 0))
         if params.get("n_vocab") is None and dataset.get("n_vocab") is not None:
             params["n_vocab"] = dataset["n_vocab"]
@@ -80,8 +80,8 @@ def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None
     shapes = variable_shapes(params)
     sources = {name: (SCOPE + name, False) for name in shapes}
     expected = {SCOPE + name: shape for name, shape in shapes.items()}
-    found = {name: shape for name, shape in store.shapes.items() if not _OPTIMIZER_STATE.fullmatch(name)}
-    compare(folder, expected, found, params)
+    actual = {name: shape for name, shape in store.shapes.items() if not _OPTIMIZER_STATE.fullmatch(name)}
+    check_shapes(folder, expected, actual, params)
     check_dtypes(folder, {name: store.dtypes[name] for name in expected})
     return Checkpoint(
         "mesh-tf", folder, params, read_generation(ids, folder, files), store, sources,
@@ -90,12 +90,12 @@ def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None
 
 
 def open_mesh_tf_config(config_file: Path) -> Checkpoint:
-    """The `Checkpoint` of the folder that a config's model_path names, or else that the config is in."""
+    """The `Checkpoint` in the folder that a config's model_path names, or without one in the config's own folder."""
     config = read_json(config_file)
     if "n_embd" not in config:
         raise CheckpointError(
-            f"{config_file} has no n_embd, so it is no config of GPT-Neo's; "
-            "allowed: one that has, or the folder that holds the model"
+            f"{config_file} has no n_embd, so it is not a GPT-Neo config; "
+            "allowed: a config with n_embd, or the model's folder"
         )
     model_path = config.get("model_path")
     if model_path is None:
@@ -105,50 +105,50 @@ def open_mesh_tf_config(config_file: Path) -> Checkpoint:
     elif re.match(r"\w+://", model_path):
         raise CheckpointError(
             f"{config_file}: model_path is {model_path}, which is not on this machine; "
-            "download it and make model_path the folder, or give the folder itself as the model"
+            "download it and set model_path to its folder, or give the folder itself as the model"
         )
     else:
         candidates = [config_file.parent / model_path, Path(model_path)]
-        found = next((c for c in candidates if c.is_dir()), None)
-        if found is None:
+        folders = [c for c in candidates if c.is_dir()]
+        if not folders:
             raise CheckpointError(
                 f"{config_file}: model_path is {model_path}; there is no such folder "
                 f"in {config_file.parent} or in the working directory"
             )
-        folder = found
+        folder = folders[0]
     return open_mesh_tf(folder, list_folder(folder), config_file)
 
 
 def write_mesh_tf_checkpoint(
     folder: StrPath, params: Params, weights: Mapping[str, np.ndarray], *, dtype: str = "float32", step: int = 0
 ) -> None:
-    """Writes a model in GPT-Neo's own format, one that `open_checkpoint` reads.
+    """Writes a model in GPT-Neo's own format, which `open_checkpoint` reads.
 
-    That is `model.ckpt-{step}.*`, the file `checkpoint`, which names it without
-    its folder, and `config.json`. They are made in a temporary folder beside
-    `folder` and then moved: a new folder appears whole, and one that is there
-    keeps its other files and gets `checkpoint` last, so that until then the
-    model that was there is the one that opens (if its step is another).
+    The files are `model.ckpt-{step}.*`, `checkpoint`, which names it without its
+    folder, and `config.json`. They are written to a temporary folder beside `folder`
+    and then moved. A new folder appears whole. An existing one keeps its other files
+    and gets `checkpoint` last, so that until then its old model still opens (if that
+    has another step).
 
     Args:
-      folder: a path; it and the folders above it are made if need be.
+      folder: a path; it and its parents are created if needed.
       params: a dict of GPT-Neo's config keys that JSON can hold; see
         `variable_shapes`. attention_types is written nested.
-      weights: a mapping from every name of `variable_shapes(params)` to an
-        array of that shape, of any float dtype.
+      weights: a mapping from every name of `variable_shapes(params)` to an array of
+        that shape and of any float dtype.
       dtype: "float32" or "bfloat16" (rounded to nearest, ties to even).
       step: int, at least 0.
 
     Raises:
-      CheckpointError: (a ValueError) for another dtype or step, params that are
-        not a model's or not JSON, weights that are missing, left over or of
+      CheckpointError: (a ValueError) for another dtype or step, params that do not
+        describe a model or are not JSON, weights that are missing, unexpected or of
         another shape, or a `folder` that is a file.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; allowed: a folder, there already or not")
+        raise CheckpointError(f"{folder} is a file; allowed: a folder, existing or new")
     check_sizes(params, "params")
-    compare("weights", variable_shapes(params), {name: np.shape(value) for name, value in weights.items()}, params)
+    check_shapes("weights", variable_shapes(params), {name: np.shape(value) for name, value in weights.items()}, params)
     with staging_folder(folder) as staging:
         save_mesh_tf(staging, params, weights.__getitem__, dtype, step)
         if folder.exists():
@@ -161,9 +161,9 @@ def write_mesh_tf_checkpoint(
 def save_mesh_tf(
     folder: Path, params: Params, read: Callable[[str], np.ndarray], dtype: str = "float32", step: int = 0
 ) -> None:
-    """Writes the files of a checkpoint into a folder, some variables at a time.
+    """Writes a checkpoint's files into a folder, a few variables at a time.
 
-    read: a function from a variable's name to its array. The rest is as for
+    read: a function from a variable's name to its array. The rest as for
     `write_mesh_tf_checkpoint`.
     """
     if dtype not in ("float32", "bfloat16"):
@@ -171,9 +171,9 @@ def save_mesh_tf(
     if not is_int(step) or step < 0:
         raise CheckpointError(f"step {step!r}; allowed: a whole number of at least 0")
     types = check_sizes(params, "params")
-    odd = _beyond_gpt_neo(params)
-    if odd:
-        raise CheckpointError(f"GPT-Neo's checkpoints have no {', '.join(odd)}; allowed: to='huggingface'")
+    unsupported = _beyond_gpt_neo(params)
+    if unsupported:
+        raise CheckpointError(f"GPT-Neo's checkpoints have no {', '.join(unsupported)}; allowed: to='huggingface'")
     try:
         write_json(folder / "config.json", {**params, "attention_types": [[[t], 1] for t in types]})
     except (TypeError, ValueError) as e:
@@ -197,21 +197,21 @@ def save_mesh_tf(
 
 
 def _beyond_gpt_neo(params: Params) -> list[str]:
-    """What a Hugging Face model of these params has, and GPT-Neo's code cannot be told by a config."""
-    odd = ["output table of its own (lm_head)"] * has_own_head(params)
+    """What these params of a Hugging Face model have that no GPT-Neo config can express."""
+    features = ["output table of its own (lm_head)"] * has_own_head(params)
     if intermediate_size(params) != 4 * params["n_embd"]:
-        odd.append(f"intermediate_size={params['intermediate_size']!r} (only 4 * n_embd)")
+        features.append(f"intermediate_size={params['intermediate_size']!r} (only 4 * n_embd)")
     if norm_epsilon(params) != NORM_EPSILON:
-        odd.append(f"layer_norm_epsilon={params['layer_norm_epsilon']!r} (only {NORM_EPSILON})")
+        features.append(f"layer_norm_epsilon={params['layer_norm_epsilon']!r} (only {NORM_EPSILON})")
     if params.get("activation_fn") in HUGGING_FACE_ACTIVATIONS:
-        odd.append(f"activation_fn={params['activation_fn']!r}")
-    return odd
+        features.append(f"activation_fn={params['activation_fn']!r}")
+    return features
 
 
 def _save_part(prefix: str, values: dict[str, np.ndarray]) -> None:
     """Writes values, {name: array}, as a TensorFlow checkpoint."""
     with tf.Graph().as_default(), _cpu_session() as session:
-        # Fed, not constants: those would end in a graph of 2 GB at most.
+        # fed, as constants would be part of the graph, which can have at most 2 GB
         tensors = [tf.placeholder(value.dtype, value.shape) for value in values.values()]
         save = tf.raw_ops.SaveV2(
             prefix=prefix, tensor_names=list(values), shape_and_slices=[""] * len(values), tensors=tensors
@@ -228,9 +228,9 @@ def _cpu_session() -> tf.Session:
 
 
 def _dataset(params: Params, config_file: Path, folder: Path) -> tuple[dict[str, Any], Path | None]:
-    """The last dataset config that a model's config names and that is there, and its path; or {} and None."""
+    """The last dataset config that a model's config names and that exists, and its path; or {} and None."""
     datasets = params.get("datasets")
-    found: tuple[dict[str, Any], Path | None] = {}, None
+    last: tuple[dict[str, Any], Path | None] = {}, None
     for entry in datasets if isinstance(datasets, list) else []:
         name = entry[0] if isinstance(entry, list) and entry else entry
         if not isinstance(name, str):
@@ -238,18 +238,18 @@ def _dataset(params: Params, config_file: Path, folder: Path) -> tuple[dict[str,
         for place in (folder, config_file.parent):
             dataset_file = place / "dataset_configs" / f"{os.path.basename(name).removesuffix('.json')}.json"
             if dataset_file.is_file():
-                found = read_json(dataset_file), dataset_file
-    return found
+                last = read_json(dataset_file), dataset_file
+    return last
 
 
 def _tokenizer(dataset: dict[str, Any], dataset_file: Path | None) -> dict[str, Any]:
-    """What `Checkpoint` is to know of the tokenizer that a dataset config names."""
+    """The arguments of `Checkpoint` for the tokenizer that a dataset config names."""
     path = dataset.get("tokenizer_path")
     if path is None or dataset_file is None:
         return {}
     if not isinstance(path, str):
         raise CheckpointError(f"{dataset_file}: tokenizer_path is {path!r}; allowed: a path or a name")
-    for local in (dataset_file.parent / path, Path(path)):  # as model_path is: beside the config, or from where one is
+    for local in (dataset_file.parent / path, Path(path)):  # relative to the config or the working directory
         if local.exists():
             return {"tokenizer": local}
     return {"tokenizer_name": path}
@@ -274,28 +274,28 @@ def _config_file(folder: Path, files: list[str]) -> Path:
             f"{folder} holds {len(candidates)} configs: {some(candidates)}; "
             "allowed: config.json, or a single *.json file with n_embd"
         )
-    if error and len(json_files) == 1:  # a damaged config, as far as one can tell
+    if error and len(json_files) == 1:  # presumably a damaged config
         raise error
-    found = f"{some(json_files)}, without n_embd" if json_files else "no *.json file"
-    raise CheckpointError(f"{folder} holds {found}; its config is config.json or the only *.json file with n_embd")
+    has = f"{some(json_files)}, without n_embd" if json_files else "no *.json file"
+    raise CheckpointError(f"{folder} has {has}; allowed: config.json, or a single *.json file with n_embd")
 
 
 def _newest(folder: Path, files: list[str]) -> str:
     """The base name of the newest TensorFlow checkpoint, such as model.ckpt-7."""
-    there = [f[: -len(".index")] for f in files if f.endswith(".index")]
+    bases = [f.removesuffix(".index") for f in files if f.endswith(".index")]
     if lists_checkpoints(folder, files):
         text = read_text(folder / "checkpoint")
         named = re.search(r'^[ \t]*model_checkpoint_path[ \t]*:[ \t]*"([^"\n]+)"', text, re.MULTILINE)
         if not named:
             raise CheckpointError(f'{folder / "checkpoint"} has no line model_checkpoint_path: "model.ckpt-N"')
         base = re.split(r"[/\\]", named[1])[-1]
-        if base not in there:
+        if base not in bases:
             raise CheckpointError(
-                f"{folder / 'checkpoint'} names {base}, but {base}.index is not there; "
-                f"the folder has {some([f'{b}.index' for b in there])}"
+                f"{folder / 'checkpoint'} names {base}, but {base}.index does not exist; "
+                f"the folder has {some([f'{b}.index' for b in bases])}"
             )
         return base
-    steps = {int(m[1]): b for b in there for m in [re.fullmatch(r"model\.ckpt-(\d+)", b)] if m}
+    steps = {int(m[1]): b for b in bases for m in [re.fullmatch(r"model\.ckpt-(\d+)", b)] if m}
     if not steps:
         parts = [f for f in files if f.startswith("model.ckpt-")]
         raise CheckpointError(f"{folder} has no model.ckpt-N.index, only {some(parts)}; {ALLOWED}")
@@ -303,10 +303,10 @@ def _newest(folder: Path, files: list[str]) -> str:
 
 
 class _TensorFlowStore:
-    """The tensors of a TensorFlow checkpoint: a `Store`, of whose files the first holds the checksums."""
+    """The `Store` of a TensorFlow checkpoint. Of its files, a fingerprint reads the index, which has checksums."""
 
-    # What TensorFlow's reader raises for damaged files: some of its C++ errors
-    # come out as Python's own types (a short file as an IndexError).
+    # What TensorFlow's reader raises for damaged files; some of its C++ errors
+    # become Python's own (an IndexError for a short file).
     _ERRORS = (tf.errors.OpError, LookupError, RuntimeError, TypeError, ValueError, OSError)
 
     def __init__(self, folder: Path, base: str, files: list[str]) -> None:
@@ -326,15 +326,15 @@ class _TensorFlowStore:
         except self._ERRORS as e:
             raise CheckpointError(f"{self._path}.index cannot be read, it is damaged: {e}") from None
         needed = sum(STORED_BYTES.get(self.dtypes[n], 0) * math.prod(s) for n, s in self.shapes.items())
-        there = sum((folder / f).stat().st_size for f in shards)
-        if there < needed:
-            raise CheckpointError(f"{self._path}.data-* is cut short: {there} bytes of at least {needed}")
+        size = sum((folder / f).stat().st_size for f in shards)
+        if size < needed:
+            raise CheckpointError(f"{self._path}.data-* is cut short: {size} bytes of at least {needed}")
 
     def _without_wildcards(self, folder: Path) -> Path:
-        """The folder, by a link if need be: TensorFlow globs the paths it opens."""
+        """The folder, or a link to it if its path has wildcards: TensorFlow globs the paths it opens."""
         if not re.search(r"[*?\[\\]", str(folder)) or os.name == "nt":
             return folder
-        self._link_folder = tempfile.TemporaryDirectory()  # goes with the reader
+        self._link_folder = tempfile.TemporaryDirectory()  # removed with this store
         link = Path(self._link_folder.name) / "model"
         link.symlink_to(folder.resolve())
         return link
@@ -348,7 +348,7 @@ class _TensorFlowStore:
             raise CheckpointError(f"{name} in {self._path} cannot be read: {e}") from None
 
     def _read_bfloat16(self, name: str) -> np.ndarray:
-        """The tensor as float32, by TensorFlow: it keeps the memory of what it reads, and gives it to later ones."""
+        """The tensor as float32, cast by TensorFlow, which reuses the memory of one read for the next."""
         with tf.Graph().as_default(), _cpu_session() as session:
             (stored,) = tf.raw_ops.RestoreV2(
                 prefix=self._prefix, tensor_names=[name], shape_and_slices=[""], dtypes=[tf.bfloat16]
@@ -365,8 +365,8 @@ def _data_files(path: Path, base: str, files: list[str]) -> list[str]:
     """The names of a checkpoint's data files, all of them."""
     shards = [m for f in files for m in [re.fullmatch(re.escape(base) + r"\.data-(\d{5})-of-(\d{5})", f)] if m]
     total = max((int(m[2]) for m in shards), default=1)
-    there = {m[0] for m in shards}
-    missing = [f for f in (f"{base}.data-{i:05d}-of-{total:05d}" for i in range(total)) if f not in there]
+    names = {m[0] for m in shards}
+    missing = [f for f in (f"{base}.data-{i:05d}-of-{total:05d}" for i in range(total)) if f not in names]
     if missing:
         raise CheckpointError(f"{path.parent} has {base}.index but not {some(missing)}")
-    return sorted(there)
+    return sorted(names)

@@ -1,4 +1,4 @@
-"""Opening a model, of whichever kind it is."""
+"""Opening a model of either format."""
 
 import re
 from pathlib import Path
@@ -10,25 +10,25 @@ from gpt_neo_sampling.checkpoint.mesh_tf import lists_checkpoints, open_mesh_tf,
 
 
 def open_checkpoint(path: StrPath) -> Checkpoint:
-    """Opens the model in a folder, of whichever kind it is, and checks it.
+    """Opens the model in a folder, whatever its format, and checks it.
 
-    A GPT-Neo mesh-TF folder holds TensorFlow checkpoints `model.ckpt-N.*`, of
-    which the one that the file `checkpoint` names is taken (by its base name,
-    so a folder may be moved), or without that file the highest N; and a config,
-    `config.json` or else the only *.json file with an `n_embd`. Where the config
-    names `datasets`, and `dataset_configs/NAME.json` of one is beside it or in the
-    folder, the last of them says, as in GPT-Neo, what eos_id and padding_id are
-    (1 and 0 if it does not), and n_vocab if the config does not, and the tokenizer,
-    if its tokenizer_path is on this machine.
+    A GPT-Neo mesh-TF folder holds TensorFlow checkpoints `model.ckpt-N.*` and a
+    config. The checkpoint is the one that the file `checkpoint` names (by its base
+    name, so a folder may be moved), or without that file the one with the highest N.
+    The config is `config.json`, or else the only *.json file with an `n_embd`. If it
+    names `datasets`, and `dataset_configs/NAME.json` of some is beside it or in the
+    folder, the last of them sets, as in GPT-Neo, eos_id and padding_id (by default 1
+    and 0), n_vocab if the config does not, and the tokenizer, if its tokenizer_path
+    is on this machine.
 
     A Hugging Face folder holds `config.json` and `model.safetensors`, or else
-    `pytorch_model.bin`, either of them whole or as shards with an index
-    (`model.safetensors.index.json`); a pytorch_model.bin of a training loop may have
-    the weights under `state_dict`, `model_state_dict`, `model` or `module`. What a
-    wrapper (torch.compile, DataParallel, …) put into tensors' names is passed over, and
-    a key that the config leaves out has transformers' default; either is logged. No
-    weights are read yet, but for the token table and an output table where a model
-    stores both.
+    `pytorch_model.bin`, as one file or as shards with an index
+    (`model.safetensors.index.json`). A pytorch_model.bin from a training loop may
+    have the weights under `state_dict`, `model_state_dict`, `model` or `module`.
+    Prefixes that a wrapper (torch.compile, DataParallel, …) added to tensor names are
+    dropped, and a key missing from the config has transformers' default; both are
+    logged. No weights are read yet, except the token table and the output table where
+    a model stores both.
 
     Args:
       path: of a folder, or of a mesh-TF model's JSON config; the folder is then
@@ -39,11 +39,11 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
       a `Checkpoint`.
 
     Raises:
-      CheckpointError: (a ValueError) if there is no such folder, it holds no
-        model or more than one kind, a file is damaged, the config asks for what
-        GPT-Neo does not have, the variables are not those of the config, or
-        their file is a pickle that asks for more than tensors; and for
-        safetensors if that package is not installed.
+      CheckpointError: (a ValueError) if there is no such folder, it holds no model
+        or both formats, a file is damaged, the config asks for something that
+        GPT-Neo does not have, the variables do not match the config, or a pickle
+        asks for more than tensors; and for safetensors if that package is not
+        installed.
 
     Example, with the model that comes with the package:
 
@@ -68,7 +68,7 @@ def _opened(path: Path) -> Checkpoint:
     hugging_face = holds_hugging_face(files)
     if mesh_tf and hugging_face:
         raise CheckpointError(
-            f"{path} holds both a TensorFlow checkpoint and Hugging Face's weights; allowed: one of them"
+            f"{path} holds both a TensorFlow checkpoint and Hugging Face weights; allowed: one of them"
         )
     if mesh_tf:
         return open_mesh_tf(path, files)

@@ -1,10 +1,10 @@
-"""The pickle of a PyTorch file, read and not run.
+"""The pickle of a PyTorch file, read without running it.
 
-A pickle is a program, which builds what it holds by calling functions by name.
-Python's own machine for it is not used: even where it is given no names, a few
-bytes make it take all memory (by the number of a place in its memo) or end the
-process (by a key of tuples within each other, when that is hashed). Here is a
-reader of the instructions and names that tensors need; any other is an error.
+A pickle is a program that builds its content by calling functions by name.
+Python's unpickler is not used: even if it may look up no names, a few bytes make
+it take all memory (through a large memo index) or crash (by hashing deeply nested
+tuples as a key). This reader knows only the instructions and names that tensors
+need; any other is an error.
 """
 
 import math
@@ -46,21 +46,22 @@ class Tensor(NamedTuple):
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from a tensor's first to its last."""
+    """The number of stored elements from a tensor's first to its last."""
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if all(shape) else 0
 
 
 def read_pickle(file: IO[bytes], path: Path) -> tuple[Any, set[Storage]]:
-    """What the pickle at the file's position holds, and the storages that it names.
+    """(content of the pickle at the file's position, the storages that it names).
 
-    That is texts, numbers, lists, tuples, dicts by text or whole number (as an optimizer's are), `Tensor`s.
+    The content may be text, numbers, `Tensor`s, lists, tuples, and dicts with keys that
+    are text or whole numbers (as in an optimizer's state).
 
     Args:
-      file: a file that is open for reading bytes; it then stands behind the pickle.
+      file: open for reading bytes; afterwards at the end of the pickle.
       path: of that file, for messages.
 
     Raises:
-      CheckpointError: for a name that is no part of a tensor.
+      CheckpointError: for a name that tensors do not need.
       Exception: any, for a damaged pickle.
     """
     stack: list[Any] = []
@@ -68,13 +69,13 @@ def read_pickle(file: IO[bytes], path: Path) -> tuple[Any, set[Storage]]:
     memo: dict[int, Any] = {}
     storages: set[Storage] = set()
 
-    def to_mark() -> list[Any]:
+    def pop_to_mark() -> list[Any]:
         begin = marks.pop()
         values = stack[begin:]
         del stack[begin:]
         return values
 
-    def last(n: int) -> list[Any]:
+    def pop(n: int) -> list[Any]:
         values = stack[-n:]
         del stack[-n:]
         return values
@@ -103,61 +104,61 @@ def read_pickle(file: IO[bytes], path: Path) -> tuple[Any, set[Storage]]:
             case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
                 stack.append({"T": tuple, "L": list, "D": dict}[instruction.name[6]]())
             case "TUPLE":
-                stack.append(tuple(to_mark()))
+                stack.append(tuple(pop_to_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(last(int(instruction.name[-1]))))
+                stack.append(tuple(pop(int(instruction.name[-1]))))
             case "APPEND":
-                (value,) = last(1)
+                (value,) = pop(1)
                 stack[-1].append(value)
             case "APPENDS":
-                values = to_mark()
+                values = pop_to_mark()
                 stack[-1].extend(values)
             case "SETITEM":
-                pair = last(2)
+                pair = pop(2)
                 _set_items(stack[-1], [pair])
             case "SETITEMS":
-                values = to_mark()
+                values = pop_to_mark()
                 _set_items(stack[-1], zip(values[::2], values[1::2]))
             case "GLOBAL":
                 module, name = argument.split(" ", 1)
                 stack.append(_named(module, name, path))
             case "STACK_GLOBAL":
-                module, name = last(2)
+                module, name = pop(2)
                 stack.append(_named(module, name, path))
             case "REDUCE":
-                function, arguments = last(2)
+                function, arguments = pop(2)
                 if function not in _FUNCTIONS.values():
-                    raise ValueError("something is called that is no function")
+                    raise ValueError("it calls something that is not a function")
                 stack.append(function(*arguments))
-            case "BUILD":  # attributes of an OrderedDict, which say nothing of its tensors
-                last(1)
+            case "BUILD":  # attributes of an OrderedDict, which tensors do not need
+                pop(1)
             case "BINPERSID":
-                stack.append(_storage(*last(1)))
+                stack.append(_storage(*pop(1)))
                 storages.add(stack[-1])
             case other:
-                raise ValueError(f"the instruction {other}, which no tensor needs")
+                raise ValueError(f"it has the instruction {other}, which tensors do not need")
     (value,) = stack
     return value, storages
 
 
 def _named(module: Any, name: Any, path: Path) -> Any:
-    """What stands for a function or a class of PyTorch's."""
-    if not (isinstance(module, str) and isinstance(name, str)):  # ahead of being hashed, or written out
-        raise ValueError("a name that is no text")
+    """The stand-in for a function or class of PyTorch's."""
+    if not (isinstance(module, str) and isinstance(name, str)):  # before it is hashed or printed
+        raise ValueError("it has a name that is not text")
     if (module, name) in _FUNCTIONS:
         return _FUNCTIONS[module, name]
     if module == "torch" and name in _STORAGES:
         return _STORAGES[name]
     raise CheckpointError(
-        f"{path} asks for {module}.{name}, which is no part of a tensor, and is not run; "
-        "allowed: a dict of tensors (convert it to safetensors where you trust it)"
+        f"{path} asks for {module}.{name}, which tensors do not need, and is not run; "
+        "allowed: a dict of tensors (if you trust the file, convert it to safetensors)"
     )
 
 
 def _set_items(target: Any, pairs: Iterable[Any]) -> None:
     for key, value in pairs:
         if not isinstance(target, dict) or type(key) not in (str, int):
-            raise ValueError(f"a {type(key).__name__} in place of a tensor's name")
+            raise ValueError(f"it has a {type(key).__name__} in place of a tensor's name")
         target[key] = value
 
 
@@ -171,19 +172,19 @@ def _storage(reference: Any) -> Storage:
     kind, storage_type, key, _device, size, *view = reference
     known = kind == "storage" and storage_type in _STORAGES.values()
     if not known or not isinstance(key, str) or not _is_size(size) or any(v is not None for v in view):
-        raise ValueError("an unknown kind of storage")
+        raise ValueError("it has an unknown kind of storage")
     dtype, itemsize = storage_type
     return Storage(dtype, itemsize, key, size)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_gradient_and_hooks: object) -> Tensor:
-    is_whole = isinstance(storage, Storage) and len(shape) == len(strides) <= _MOST_DIMS
-    if not is_whole or not all(map(_is_size, (offset, *shape, *strides))):
-        raise ValueError("a tensor without a storage, offset, shape and strides")
+    is_complete = isinstance(storage, Storage) and len(shape) == len(strides) <= _MOST_DIMS
+    if not is_complete or not all(map(_is_size, (offset, *shape, *strides))):
+        raise ValueError("it has a tensor without a storage, offset, shape and strides")
     if offset + span(shape, strides) > storage.size:
-        raise ValueError(f"a tensor that ends behind its storage {storage.key}")
-    if math.prod(shape) > storage.size:  # by strides of 0, of any size
-        raise ValueError(f"a tensor that is larger than its storage {storage.key}")
+        raise ValueError(f"it has a tensor that ends after its storage {storage.key}")
+    if math.prod(shape) > storage.size:  # strides of 0 allow any size
+        raise ValueError(f"it has a tensor that is larger than its storage {storage.key}")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -192,7 +193,7 @@ def _first(value: Any, *_gradient_and_hooks: object) -> Any:
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "Counter"): _first,  # of a dict: what schedules of learning rates hold
+    ("collections", "Counter"): _first,  # of a dict, as in a learning rate schedule
     ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,

@@ -1,8 +1,8 @@
-"""Tensors that lie as they are in files: safetensors, and PyTorch's own format without its code.
+"""Tensors stored as plain bytes in files: safetensors, and PyTorch's own format without its code.
 
 A PyTorch file (pytorch_model.bin) has one of two layouts: a zip archive with a
 pickle and a file for each storage (PyTorch 1.6 and later), or pickles followed by
-the storages. See `pickles`: they only say where the tensors lie.
+the storages. Of the pickles, only the tensors' positions are used: see `pickles`.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 _STORED_AS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}  # numpy has no bfloat16
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-_NESTED = ("state_dict", "model_state_dict", "model", "module")  # under which trainers keep a model's tensors
+_NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers store a model's tensors
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """The position of a tensor in a file."""
 
     path: Path
     begin: int  # of its first element, in bytes from the file's start
@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """The `Store` of a checkpoint whose tensors lie in files."""
+    """The `Store` of a checkpoint in safetensors or PyTorch files."""
 
     def __init__(self, tensors: dict[str, StoredTensor]) -> None:
         self._tensors = tensors
@@ -50,12 +50,12 @@ class TensorFiles:
         self.dtypes = {name: t.dtype for name, t in tensors.items()}
         self.files = sorted({t.path for t in tensors.values()})
 
-    def are_one(self, a: str, b: str) -> bool:
-        """Whether two names have one place in the files."""
+    def are_same(self, a: str, b: str) -> bool:
+        """Whether two names stand for the same bytes."""
         return self._tensors[a] == self._tensors[b]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, in float32 unless float64 is stored."""
+        """A tensor in float32, or in float64 if it is stored so."""
         t = self._tensors[name]
         dtype = np.dtype(_STORED_AS[t.dtype])
         size = span(t.shape, t.strides)
@@ -84,15 +84,15 @@ class TensorFiles:
 def list_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file: name -> StoredTensor.
 
-    The file is a length (8 bytes, little-endian), that many bytes of JSON with
-    each tensor's place after them, and the tensors.
+    The file has a length (8 bytes, little-endian), that many bytes of JSON, and the
+    tensors. The JSON gives each tensor's position after it.
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install gpt_neo_sampling[hf]") from None
     try:
-        with safe_open(str(path), framework="np"):  # checks the header and every place in it
+        with safe_open(str(path), framework="np"):  # checks the header and all positions
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -108,13 +108,13 @@ def list_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
             for name, entry in header.items()
         }
-    # the last two: the library takes more than one form of an entry, and writes one
+    # LookupError, TypeError: the library accepts more forms of an entry than the one it writes
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as e:
-        raise CheckpointError(f"{path} cannot be read as safetensors, {_why(path, e)}") from None
+        raise CheckpointError(f"{path} cannot be read as safetensors, {_reason(path, e)}") from None
 
 
 def list_pytorch(path: Path) -> dict[str, StoredTensor]:
-    """The same of a PyTorch file, which holds a dict of tensors, or one under a key of `_NESTED`."""
+    """The same for a PyTorch file with a dict of tensors, or with such a dict under a key of `_NESTED`."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
@@ -130,7 +130,7 @@ def list_pytorch(path: Path) -> dict[str, StoredTensor]:
         if others:
             raise ValueError(
                 f"it holds {len(others)} things that are not tensors: {some(others)}; "
-                f"allowed: a dict of tensors, or one under one of the keys {', '.join(_NESTED)}"
+                f"allowed: a dict of tensors, alone or under one of the keys {', '.join(_NESTED)}"
             )
         return {
             name: StoredTensor(
@@ -141,41 +141,41 @@ def list_pytorch(path: Path) -> dict[str, StoredTensor]:
     except CheckpointError:
         raise
     except Exception as e:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{path} cannot be read as a PyTorch file, {_why(path, e)}") from None
+        raise CheckpointError(f"{path} cannot be read as a PyTorch file, {_reason(path, e)}") from None
 
 
 # ---------------------------------------------------------- PyTorch's format
 
 
 def _list_zip(path: Path) -> tuple[Any, dict[str, int]]:
-    """(what the pickle holds, storage's key -> its first byte) of a zip archive."""
+    """(the pickle's content, storage's key -> its first byte) of a zip archive."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         members = {m.filename: m for m in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError(f"a zip archive with {len(pickles)} data.pkl; allowed: one")
+            raise ValueError(f"it is a zip archive with {len(pickles)} data.pkl; allowed: one")
         prefix = pickles[0].removesuffix("data.pkl")
 
         def begin(name: str) -> int:
             member = members[name]
             if member.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} in it is compressed")
+                raise ValueError(f"its {name} is compressed")
             file.seek(member.header_offset)
             header = file.read(30)
             if header[:4] != b"PK\3\4":
-                raise ValueError(f"{name} in it has no header")
+                raise ValueError(f"its {name} has no header")
             return member.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
 
-        def opened(name: str) -> IO[bytes]:
-            begin(name)  # refused if it is compressed, and so of any size
+        def open_member(name: str) -> IO[bytes]:
+            begin(name)  # refuses compressed members, which could expand to any size
             return archive.open(name)
 
         if f"{prefix}byteorder" in members:
-            with opened(f"{prefix}byteorder") as stream:
-                if stream.read(6) != b"little":
+            with open_member(f"{prefix}byteorder") as byteorder:
+                if byteorder.read(6) != b"little":
                     raise ValueError("its numbers are big-endian; allowed: little-endian")
-        with opened(pickles[0]) as stream:
-            tensors, storages = read_pickle(stream, path)
+        with open_member(pickles[0]) as pickle:
+            tensors, storages = read_pickle(pickle, path)
         begins = {}
         for storage in storages:
             name = f"{prefix}data/{storage.key}"
@@ -186,26 +186,26 @@ def _list_zip(path: Path) -> tuple[Any, dict[str, int]]:
 
 
 def _list_legacy(path: Path) -> tuple[Any, dict[str, int]]:
-    """The same of pickles (magic number, protocol, machine, tensors, keys) and storages behind them."""
+    """The same for the older layout: pickles (magic number, protocol, machine, tensors, keys), then the storages."""
     with open(path, "rb") as file:
 
         def load() -> Any:
             return read_pickle(file, path)[0]
 
         if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
-            raise ValueError("it is not one; a pickle by itself is not read")
+            raise ValueError("it is not one; a bare pickle is not read")
         if load().get("little_endian") is not True:
             raise ValueError("its numbers are big-endian; allowed: little-endian")
         tensors, named = read_pickle(file, path)
         keys = load()
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise ValueError("storages without names")
+            raise ValueError("its storages have no names")
         storages = {storage.key: storage for storage in named}
         end, begins = os.fstat(file.fileno()).st_size, {}
         for key in keys:
             storage = storages[key]
             if struct.unpack("<q", file.read(8)) != (storage.size,):
-                raise ValueError(f"storage {key} is not of the size that it should be")
+                raise ValueError(f"storage {key} has the wrong size")
             begins[key] = file.tell()
             if file.seek(storage.size * storage.itemsize, os.SEEK_CUR) > end:
                 raise ValueError(f"storage {key} is cut short")
@@ -216,7 +216,7 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape)))
 
 
-def _why(path: Path, error: Exception) -> str:
+def _reason(path: Path, error: Exception) -> str:
     try:
         with open(path, "rb") as file:
             if file.read(32).startswith(b"version https://git-lfs"):

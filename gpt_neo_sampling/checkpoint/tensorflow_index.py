@@ -1,6 +1,6 @@
-"""The index of a TensorFlow checkpoint, looked through before TensorFlow has it.
+"""The index of a TensorFlow checkpoint, checked before TensorFlow reads it.
 
-TensorFlow's reader ends the process where a shape in the index is none. The format is LevelDB's table
+TensorFlow's reader aborts the process if a shape in the index is invalid. The format is LevelDB's table
 (github.com/google/leveldb, doc/table_format.md) of BundleEntryProto by tensor name.
 """
 
@@ -15,11 +15,11 @@ from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
 _FOOTER_BYTES = 48
 _MAGIC = 0xDB4775248B80FB57
 _MOST_DIMS = 8
-_LONGEST_NAME = 4096  # bytes; with no bound, a million names that share a million bytes would take hours
+_LONGEST_NAME = 4096  # bytes; without a bound, a million names that share a million bytes would take hours
 
 
 def check_index(path: Path) -> None:
-    """Raises ValueError or LookupError for an index that TensorFlow does not survive."""
+    """Raises ValueError or LookupError for an index that would crash TensorFlow."""
     for name, value in entries(path.read_bytes()):
         if not name:  # the header
             continue
@@ -34,31 +34,31 @@ def check_index(path: Path) -> None:
 
 
 def entries(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of each entry of a table, bytes all of them, in order."""
+    """(key, value) of each entry of a table, in order; all are bytes."""
     footer = table[-_FOOTER_BYTES:]
     if len(table) < _FOOTER_BYTES or struct.unpack("<Q", footer[-8:]) != (_MAGIC,):
-        raise ValueError("it is no table of TensorFlow's")
+        raise ValueError("it is not a TensorFlow table")
     end = 0
     for _, handle in _block(table, *_numbers(footer, 4)[2:4]):
         begin, size = _numbers(handle, 2)[:2]
-        if begin < end:  # many of one block would take a time without end
-            raise ValueError("blocks of it overlap")
+        if begin < end:  # naming one block many times would take forever
+            raise ValueError("its blocks overlap")
         yield from _block(table, begin, size)
         end = begin + size
 
 
 def _block(table: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """(key, value) of each entry of a block. A key is stored as what differs from the one before it.
+    """(key, value) of each entry of a block. A key is stored without the prefix that it shares with the one before.
 
-    At its restarts it is stored whole. TensorFlow begins there, so they have to be among the entries.
+    At the block's restarts keys are stored whole. TensorFlow starts reading there, so they must be at entries.
     """
     block = table[begin : begin + size]
     if len(block) < max(size, 4) or table[begin + size] != 0:
-        raise ValueError("a block of it is cut short, or compressed")
+        raise ValueError("one of its blocks is cut short or compressed")
     (n_restarts,) = struct.unpack("<I", block[-4:])
     end = len(block) - 4 * (n_restarts + 1)
     if end < 0:
-        raise ValueError("a block of it is cut short")
+        raise ValueError("one of its blocks is cut short")
     first, *restarts = struct.unpack(f"<{n_restarts}I", block[end:-4]) or (0,)
     block, starts = block[:end], set()
     at, key = 0, b""
@@ -66,19 +66,19 @@ def _block(table: bytes, begin: int, size: int) -> Iterator[tuple[bytes, bytes]]
         begin_of_entry = at
         shared, own, length, at = _numbers(block, 3, at)
         if shared > len(key) or shared + own > _LONGEST_NAME:
-            raise ValueError(f"a name of it has {shared + own} bytes")
+            raise ValueError(f"one of its names has {shared + own} bytes")
         if not shared:
             starts.add(begin_of_entry)
         key = key[:shared] + block[at : at + own]
         yield key, block[at + own : at + own + length]
         at += own + length
     if first != 0 or not starts.issuperset(restarts):
-        raise ValueError("a block of it begins in the midst of an entry")
+        raise ValueError("one of its blocks has a restart inside an entry")
 
 
 def _numbers(data: bytes, count: int, at: int = 0) -> list[int]:
-    """Numbers in seven bits a byte, the least significant first, and behind them where they end."""
-    found = []
+    """`count` numbers of seven bits a byte, least significant first, followed by the position after them."""
+    numbers = []
     for _ in range(count):
         number = 0
         for shift in range(0, 70, 7):
@@ -87,6 +87,6 @@ def _numbers(data: bytes, count: int, at: int = 0) -> list[int]:
             if data[at - 1] < 128:
                 break
         else:
-            raise ValueError("a number in it has no end")
-        found.append(number)
-    return [*found, at]
+            raise ValueError("one of its numbers has no end")
+        numbers.append(number)
+    return [*numbers, at]

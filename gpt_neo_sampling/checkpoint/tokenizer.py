@@ -1,4 +1,4 @@
-"""The tokenizer of a model: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
+"""A model's tokenizer: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
 import contextlib
 import json
@@ -21,26 +21,25 @@ from gpt_neo_sampling.checkpoint.base import (
 log = logging.getLogger(__name__)
 
 _ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-# Everything that may belong to a tokenizer, for what copies a model.
+# All files that may belong to a tokenizer, for copying a model
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", *_ADDED_TOKENS)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """The tokenizer of a checkpoint.
 
-    tokenizer.json holds all of it; what only the files beside it say, and would
-    change ids, is named in a note. vocab.json and merges.txt are byte-level BPE's
-    (Radford et al. 2019); tokens that must not be cut, such as <|endoftext|>,
-    are then those of added_tokens.json, special_tokens_map.json and
-    tokenizer_config.json, where these are there.
+    tokenizer.json describes it fully; anything that only the files beside it say,
+    and that would change ids, is logged. vocab.json and merges.txt describe a
+    byte-level BPE (Radford et al. 2019); tokens that must not be split, such as
+    <|endoftext|>, are then read from added_tokens.json, special_tokens_map.json and
+    tokenizer_config.json, if these exist.
 
     Args:
       checkpoint: a `Checkpoint`.
 
     Returns:
-      a tokenizers.Tokenizer, or None if the model comes without one.
-
-    It may have more tokens than the model, whose ids no prompt may then have.
+      a tokenizers.Tokenizer, or None if the model comes without one. It may have more
+      tokens than the model; prompts cannot use those.
 
     Raises:
       CheckpointError: if a file cannot be read, or the package tokenizers is not
@@ -66,39 +65,39 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from None
     if single is not None:
         _note_beside(tokenizer, single)
-    # which a tokenizer.json may ask for, and which would cut prompts, or add to them, without a word
+    # a tokenizer.json may ask for these, which would silently shorten or pad prompts
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _note_beside(tokenizer: Tokenizer, file: Path) -> None:
-    """Names what only the files beside a tokenizer.json say, where transformers' ids would be other ones."""
+    """Logs what only the files beside a tokenizer.json say, where it would give transformers other ids."""
     config_file = file.parent / "tokenizer_config.json"
     try:
         config = read_json(config_file) if config_file.is_file() else {}
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        odd = [f"token {text}" for _, text, _, _ in _added_tokens(file.parent, config) if text not in known]
+        ignored = [f"token {text}" for _, text, _, _ in _added_tokens(file.parent, config) if text not in known]
     except (AttributeError, TypeError, ValueError) as e:
-        log.warning("%s: what stands beside it cannot be read, and is left out: %s", file, one_line(e))
+        log.warning("%s: the files beside it cannot be read and are ignored: %s", file, one_line(e))
         return
-    odd += ["split_special_tokens"] if config.get("split_special_tokens") else []
+    ignored += ["split_special_tokens"] if config.get("split_special_tokens") else []
     if config.get("add_prefix_space"):
         splitting = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
-        odd += [] if '"add_prefix_space": true' in splitting else ["add_prefix_space"]
-    if odd:
-        log.warning("%s: what only the files beside it say is left out, and would change ids: %s",
-                    file, one_line(", ".join(odd)))  # fmt: skip
+        ignored += [] if '"add_prefix_space": true' in splitting else ["add_prefix_space"]
+    if ignored:
+        log.warning("%s: settings of the files beside it that would change ids are ignored: %s",
+                    file, one_line(", ".join(ignored)))  # fmt: skip
 
 
 def encoded(tokenizer: Tokenizer, text: str, is_begin: bool = True) -> list[int]:
-    """The ids of a text, and if it `is_begin` those that the tokenizer puts ahead; a ValueError where it cannot."""
+    """The ids of a text, with `is_begin` after those that the tokenizer puts first; a ValueError if it fails."""
     with _one_line_errors(f"encode {text[:60]!r}"):
         return tokenizer.encode(text, add_special_tokens=is_begin).ids
 
 
 def decoded(tokenizer: Tokenizer, ids: Iterable[int], **options: bool) -> str:
-    """The text of ids; a ValueError where the tokenizer cannot."""
+    """The text of ids; a ValueError if the tokenizer fails."""
     ids = list(ids)
     with _one_line_errors(f"decode {ids[:8]}"):
         return tokenizer.decode(ids, **options)
@@ -128,7 +127,7 @@ def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file:
         (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
         if id_ is not None and tokenizer.token_to_id(text) != id_:
             raise CheckpointError(
-                f"{vocab_file.parent}: {text} is to be token {id_}, but is token {tokenizer.token_to_id(text)}"
+                f"{vocab_file.parent}: {text} should be token {id_}, but is token {tokenizer.token_to_id(text)}"
             )
     if config.get("add_bos_token"):
         bos = _content(config.get("bos_token")) or "<|endoftext|>"  # GPT-2's
@@ -138,25 +137,25 @@ def _byte_level_bpe(tokenizers: types.ModuleType, vocab_file: Path, merges_file:
             single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, id_)]
         )
         tokenizer.post_processor = template
-    odd = [key for key in _NOT_HONOURED if config.get(key)]
-    if odd:
-        log.warning("%s: what it says of %s is left out, and would change ids", config_file, ", ".join(odd))
+    ignored = [key for key in _NOT_HONOURED if config.get(key)]
+    if ignored:
+        log.warning("%s: settings that would change ids are ignored: %s", config_file, ", ".join(ignored))
     return tokenizer
 
 
-# what else a tokenizer_config.json may ask for that changes which ids a text has
+# further keys of a tokenizer_config.json that change the ids of a text
 _NOT_HONOURED = ("add_eos_token", "do_lower_case", "split_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def _content(entry: Any) -> str | None:
-    """The text of a token that a config names, as a text or as an object."""
+    """The text of a token in a config, where it is a string or an object."""
     content = entry.get("content") if isinstance(entry, dict) else entry
     return content if isinstance(content, str) else None
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int | None, str, bool, dict[str, bool]]]:
-    """(id or None, text, whether decoding leaves it out, flags of AddedToken) of each token that is added, by id."""
+    """(id or None, text, whether decoding skips it, flags of AddedToken) of each added token, sorted by id."""
     ids: dict[str, int | None] = {}
     special: set[str] = set()
     flags: dict[str, dict[str, bool]] = {}

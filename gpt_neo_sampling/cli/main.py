@@ -1,8 +1,8 @@
 """The command `gpt-neo-sampling`.
 
-Results go to stdout, everything else to stderr. A bad value, or a model whose
-logits are no distribution, is one line and exit status 2, a failure on the way one
-line and exit status 1.
+Results go to stdout, everything else to stderr. Errors are one line: with exit
+status 2 for a bad value or a model whose logits are not a distribution, and with 1
+for any other failure.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _int(text: str) -> int:
-    """Of ASCII digits alone: int takes 1_0 too."""
+    """An int of ASCII digits only; int() would accept 1_0."""
     if not re.fullmatch(r"-?[0-9]+", text):
         raise ValueError
     return int(text)
@@ -69,7 +69,7 @@ def _ids(text: str, option: str = "--prompt-ids") -> list[int]:
     try:
         return [_int(w) for w in words if w]
     except ValueError:
-        raise ValueError(f"{option} {text!r}: whole numbers with spaces between them are needed") from None
+        raise ValueError(f"{option} {text!r}: whole numbers separated by spaces are needed") from None
 
 
 def _prompts(args: argparse.Namespace) -> Sequence[Prompt]:
@@ -79,15 +79,15 @@ def _prompts(args: argparse.Namespace) -> Sequence[Prompt]:
 def _inspect(args: argparse.Namespace) -> None:
     check_int("--show", args.show, 1)
     if args.plot is not None:
-        plot_format(args.plot)  # what is wrong with it is said ahead of the work
+        plot_format(args.plot)  # reports a bad path before the work begins
     prompt = args.prompt if args.prompt is not None else _ids(args.prompt_ids)
     generator = _generator(args)
     steps = generator.inspect(prompt, args.continuation, **_sampling(args))
     text = functools.partial(token_text, generator.tokenizer)
     shown = _prompt_text(prompt, generator.tokenizer) + args.continuation
     if args.json:
-        found = to_json(steps, text if generator.tokenizer else None, args.show)
-        _write(_json.dumps({"prompt_tokens": generator.encode(prompt), **found}) + "\n")
+        chain = to_json(steps, text if generator.tokenizer else None, args.show)
+        _write(_json.dumps({"prompt_tokens": generator.encode(prompt), **chain}) + "\n")
     else:
         sys.stderr.write(shown + "\n\n")
         sys.stderr.flush()
@@ -140,9 +140,9 @@ def _generate(args: argparse.Namespace) -> None:
     if (args.output is None) != (args.prompts_file is None):
         raise ValueError("--prompts-file and --output need each other")
     if args.output is not None and args.json:
-        raise ValueError("--json is for stdout; --output is JSON without it")
+        raise ValueError("--json is for stdout; --output is always JSON")
     if args.logprobs and not args.json and args.output is None:
-        raise ValueError("--logprobs is for --json and --output alone")
+        raise ValueError("--logprobs needs --json or --output")
     generator = _generator(args)
     options = dict(
         max_new_tokens=args.max_new_tokens,
@@ -158,7 +158,7 @@ def _generate(args: argparse.Namespace) -> None:
     seed = args.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
-    request = generator.check(prompts, seed=seed, **options)  # what is wrong is said alone
+    request = generator.check(prompts, seed=seed, **options)  # an error is then the only output
     if args.seed is None and not request.greedy:
         print(f"seed {seed}", file=sys.stderr)
     writer = _JsonWriter() if args.json else _TextWriter(generator, prompts, request.num_return_sequences)
@@ -178,21 +178,21 @@ def _generate_file(args: argparse.Namespace, generator: TextGenerator, options: 
 
 
 class _JsonWriter:
-    """Prints all samples at the end, null for one that is missing."""
+    """Prints all samples at the end, with null for missing ones."""
 
     def on_token(self, *args: object) -> None:
-        """Nothing; that there is a streamer makes Ctrl-C heard."""
+        """Does nothing, but a streamer lets Ctrl-C take effect within a step."""
 
     def finish(self, samples: Sequence[Sample | None]) -> None:
         _write(_json.dumps({"samples": [s and s.as_dict() for s in samples]}) + "\n")
 
 
 class _TextWriter:
-    """Prints samples in turn, each as its tokens come. In a terminal a prompt stands right before its continuation."""
+    """Prints samples in turn, each as its tokens come. In a terminal the prompt appears right before them."""
 
     def __init__(self, generator: TextGenerator, prompts: Sequence[Prompt], n_samples: int) -> None:
         self._prompts = [_prompt_text(p, generator.tokenizer) for p in prompts for _ in range(n_samples)]
-        # of samples whose turn has not come
+        # not printed yet, by sample
         self._pieces: dict[int, list[tuple[int | str, bool]]] = collections.defaultdict(list)
         self._turn = 0
         self._in_sample = False
@@ -203,7 +203,7 @@ class _TextWriter:
             self._print(*self._pieces[self._turn].pop(0))
 
     def _print(self, text: int | str, is_last: bool) -> None:
-        if isinstance(text, int):  # a token, of a model without a tokenizer
+        if isinstance(text, int):  # a token id, without a tokenizer
             text = f" {text}" if self._in_sample else str(text)
         if not self._in_sample:
             sys.stderr.write(self._prompts[self._turn])
@@ -213,7 +213,7 @@ class _TextWriter:
         self._turn += is_last
 
     def finish(self, samples: Sequence[Sample | None]) -> None:
-        """Prints what is not printed yet, of samples that are None nothing more."""
+        """Prints the rest, but nothing more of samples that are None."""
         if self._in_sample:
             self._print("", is_last=True)
         while self._turn < len(samples):
@@ -280,31 +280,31 @@ def _write(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    if sys.stderr is None:  # closed: print would take stdout in its place
+    if sys.stderr is None:  # closed: print would use stdout instead
         sys.stderr = open(os.devnull, "w")
     try:
         status, message = _run(argv)
-    except SystemExit as e:  # of argparse
+    except SystemExit as e:  # from argparse
         status, message = int(e.code or 0), None
-    except BrokenPipeError:  # the reader has gone: nothing is left to say
+    except BrokenPipeError:  # nobody reads the output any more
         status, message = 1, None
-    with contextlib.suppress(OSError):  # where nobody can be told, the status does
+    with contextlib.suppress(OSError):  # if stderr cannot be written, the status has to do
         if message is not None:
             print(f"{PROGRAM}: error: {one_line(message)}", file=sys.stderr)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for file in filter(None, (sys.stdout, sys.stderr)):
         try:
-            stream.flush()
-        except OSError:  # what is held would be tried again at the end, with a message of Python's
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            file.flush()
+        except OSError:  # at exit Python would try again, and print a message of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             status = status or 1
     return status
 
 
 def _run(argv: Sequence[str] | None) -> tuple[int, object]:
-    """(exit status, what is wrong or None)."""
+    """(exit status, error or None)."""
     args = parser().parse_args(argv)
     if sys.stdout is None and args.command in ("generate", "score", "inspect") and not getattr(args, "output", None):
-        return 1, "stdout is closed; what is found goes there"
+        return 1, "stdout is closed, but the result goes there"
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
     tf.get_logger().setLevel("ERROR")
     try:

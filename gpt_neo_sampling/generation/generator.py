@@ -1,4 +1,4 @@
-"""Prompts in, text out: a model on disk, its graphs and its session."""
+"""`TextGenerator`: prompts in, samples out."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_int, is_whole
+from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_int
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import encoded
@@ -24,14 +24,14 @@ from gpt_neo_sampling.generation.session import (
     program_key,
     score_key,
 )
-from gpt_neo_sampling.generation.streaming import TextStream, Watcher
+from gpt_neo_sampling.generation.streaming import IncrementalDetokenizer, Watcher
 from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh.cluster import Cluster
 from gpt_neo_sampling.mesh.devices import DeviceMesh, device_mesh
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.sampling.controls import INT32_MAX
 
-MAX_BATCH = 32  # rows of a request that one graph takes; a larger one goes through in parts
+MAX_BATCH = 32  # rows of one graph; a larger request takes several runs
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,14 @@ class Sample:
     """One continuation of one prompt.
 
     Attributes:
-      prompt_tokens: list of ids; an empty prompt is the model's first token.
+      prompt_tokens: list of ids; for an empty prompt, the model's first token.
       tokens: list of the new ids only; ends with the stop token if one was drawn.
       text: str of the new tokens, without special ones; None without a tokenizer.
-      finish_reason: "length", or "stop": a stop token, or a stop string, which the
-        text ends ahead of.
-      logprobs: list, one a new token: natural logarithms of the model's own
-        probabilities; None where `return_logprobs` does not ask for them.
-      draw_logprobs: list of those that the tokens were drawn with, or None.
+      finish_reason: "length"; or "stop" for a stop token or a stop string (the text
+        ends before the stop string).
+      logprobs: list of the natural logarithms of the model's own probabilities, one
+        for each new token; None unless `return_logprobs` asks for them.
+      draw_logprobs: the same of the probabilities that the tokens were drawn with.
     """
 
     prompt_tokens: list[int]
@@ -59,16 +59,16 @@ class Sample:
     draw_logprobs: list[float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: a dict of the fields, without what was not asked for."""
+        """For JSON: a dict of the fields, without the log-probabilities that were not asked for."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None or name == "text"}
 
 
 class InvalidDistributionError(ArithmeticError):
-    """There are logits that no token can be drawn from (NaN, say).
+    """The model gave logits that no token can be drawn from (NaN, say).
 
-    If they are in a request of `generate`, `sample` is the number of the first such sample, `step` which of its new
-    tokens has none, from 0, and `samples` are the others, in order, None where there are such logits. `reason` says
-    what may be wrong.
+    From `generate`, `sample` is the index of the first sample that had them, `step` the index of the new token that
+    could not be drawn, and `samples` a list of the other samples in order, with None where drawing failed. `reason`
+    says what may be wrong.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class InvalidDistributionError(ArithmeticError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. `samples` are those that were finished, in order, None for the others."""
+    """Ctrl-C. `samples` is a list of the finished samples in order, with None for the others."""
 
     def __init__(self, samples: list[Sample | None]) -> None:
         super().__init__()
@@ -90,22 +90,22 @@ class Interrupted(KeyboardInterrupt):
 class TextGenerator:
     """A GPT-Neo that continues prompts.
 
-    Made by `from_pretrained`. Holds one copy of the weights, and a graph for
-    each size of request that it has met, rounded up to a few sizes; at most
-    `session.MAX_PROGRAMS` of them, so that mixed requests do not grow its memory.
+    Made by `from_pretrained`. Holds one copy of the weights, and a graph for each
+    size of request so far. Sizes are rounded up to a few, and at most
+    `session.MAX_PROGRAMS` graphs are kept, so mixed requests do not grow its memory.
 
-    Any number of threads may use one at once, and a streamer may use the generator that calls it: each
-    call gives what it gives alone. Graphs are built one at a time and run side by
-    side. Processes are another matter: TensorFlow hangs in one that was forked from a process
-    that had used it, so there a call raises RuntimeError; start processes with multiprocessing's
-    "spawn".
+    Any number of threads may use one generator at once, and a streamer may use the
+    generator that calls it; no call changes the result of another. Graphs are built
+    one at a time and run side by side. TensorFlow hangs in a process forked from one
+    that had used it, so there a call raises RuntimeError; start processes with
+    multiprocessing's "spawn".
 
     Attributes:
       checkpoint: the `Checkpoint`.
       tokenizer: a `tokenizers.Tokenizer`, or None.
       mesh: the `DeviceMesh`.
-      params: dict, GPT-Neo's config: n_vocab, n_ctx and so on.
-      dtype: str, what activations are computed in.
+      params: dict, the model's config by GPT-Neo's keys: n_vocab, n_ctx and so on.
+      dtype: str, the dtype of activations.
     """
 
     def __init__(
@@ -118,9 +118,12 @@ class TextGenerator:
         """
         Args:
           checkpoint: a `Checkpoint`, open.
-          tokenizer: a `tokenizers.Tokenizer` that fits it, or None.
+          tokenizer: the model's `tokenizers.Tokenizer`, or None.
           mesh: a `devices.DeviceMesh`; by default one CPU.
-          dtype: as for `from_pretrained`, which says what is raised.
+          dtype: as for `from_pretrained`.
+
+        Raises:
+          MeshError, ValueError: as `from_pretrained`.
         """
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -129,12 +132,12 @@ class TextGenerator:
         self.params, self.dtype = self._graphs.params, self._graphs.dtype
         if checkpoint.ignored_generation_options:
             options = (f"{key}={value!r}" for key, value in checkpoint.ignored_generation_options.items())
-            log.warning("the model's generation_config.json asks for what is not built and is left out: %s",
+            log.warning("the model's generation_config.json has options that are not supported and are ignored: %s",
                         one_line(", ".join(options)))  # fmt: skip
         _, unusable = models_stop_strings(checkpoint, tokenizer)
         if unusable:
             why = "there is no tokenizer" if tokenizer is None else "no text holds a special token"
-            log.warning("stop_strings of the model's generation_config.json are left out, as %s: %s",
+            log.warning("stop_strings of the model's generation_config.json are ignored, as %s: %s",
                         why, one_line(", ".join(map(repr, unusable))))  # fmt: skip
 
     @classmethod
@@ -151,26 +154,25 @@ class TextGenerator:
         """Opens the model in a folder.
 
         Args:
-          folder: a path of a folder with GPT-Neo's mesh-TF checkpoint and its
-            JSON config, or with a Hugging Face GPT-Neo, or of a JSON config; None
-            for the model that comes with the package. See `open_checkpoint`. A
-            tokenizer that comes with the model is used: see `load_tokenizer`.
-          dtype: "float32" or "bfloat16", a str or a tf.DType: what weights are
-            held in and activations computed in. None is float32, whatever the
-            folder stores. bfloat16 halves the memory and gives logits of 8
-            significant bits; what is drawn from them is computed in float32
-            either way.
+          folder: path of a folder with a GPT-Neo mesh-TF checkpoint and its JSON
+            config, of a folder with a Hugging Face GPT-Neo, or of a JSON config; None
+            for the model that comes with the package. See `open_checkpoint`; for the
+            tokenizer beside the model, see `load_tokenizer`.
+          dtype: "float32" or "bfloat16", a str or a tf.DType, for weights and
+            activations. None means float32, whatever the folder stores. bfloat16
+            halves the memory and gives logits of 8 significant bits; sampling is
+            computed in float32 either way.
           mesh_shape, layout, devices, cluster: see `devices.device_mesh`; by default
-            one CPU. They change where the work is done and not what comes out:
-            a vocabulary that a layout does not divide is padded with entries
-            that are never drawn, and a batch with rows that are dropped.
+            one CPU. They decide where the work is done and do not change the result:
+            a vocabulary that a layout does not divide is padded with entries that
+            are never drawn, and a batch with rows that are dropped.
 
         Returns:
           a TextGenerator. The weights are read at the first `generate`.
 
         Raises:
           CheckpointError: (a ValueError) if the folder cannot be read as a model.
-          MeshError: (a ValueError) if the mesh cannot be had, or the layout does
+          MeshError: (a ValueError) if the devices are not there, or the layout does
             not fit the model.
           ValueError: if the model has options that are not supported, or for
             another dtype.
@@ -187,27 +189,27 @@ class TextGenerator:
             need the model's tokenizer. An empty prompt stands for the model's
             first token (its bos_id, or else its eos_id).
           streamer: a function of (index, token, text, is_last), called for each new
-            token as soon as it is drawn: which of the samples, the token's id, the
-            text that it completes (whole characters alone; None without a tokenizer),
-            and whether it is the sample's last. It is called in the caller's thread, while more
-            is drawn.
+            token as soon as it is drawn: the index of the sample, the token's id, the
+            text that it completes (whole characters only; None without a tokenizer),
+            and whether it is the sample's last. It is called in the caller's thread,
+            while further tokens are drawn.
           **options: see `GenerationOptions`.
 
         Returns:
           a list of `Sample`, in the order of the prompts; the
-          num_return_sequences of one prompt stand together.
+          num_return_sequences of one prompt are adjacent.
 
         Raises:
-          TypeError: for an option that there is not.
-          ValueError: for a value that is out of range; the message says what
-            was given and what is allowed.
-          InvalidDistributionError: if the model gives logits that are NaN or infinite,
-            or all tokens are masked, in some sample; it has the others, and names
-            sample, step and a weight that holds such numbers, if one does.
+          TypeError: for an unknown option.
+          ValueError: for a value out of range; the message says what was given and
+            what is allowed.
+          InvalidDistributionError: if some sample's logits are NaN or infinite, or all
+            its tokens are masked; the error holds the other samples, and names
+            sample, step, and a weight that is not finite, if there is one.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
-          RuntimeError: in a process that was forked from one that had used TensorFlow.
+          RuntimeError: in a process forked from one that had used TensorFlow.
           Interrupted: (a KeyboardInterrupt) at Ctrl-C: within a step if there is a
-            streamer, and else when a graph has run to its end.
+            streamer, otherwise when the running graph ends.
 
         Example:
 
@@ -220,39 +222,40 @@ class TextGenerator:
         if not (streamer is None or callable(streamer)):
             raise TypeError(f"streamer={streamer!r}; a function of (index, token, text, is_last) is needed")
         if streamer is not None and self.mesh.cluster is not None:
-            raise ValueError("a streamer needs a mesh of this process's devices, not a cluster")
+            raise ValueError("a streamer needs a mesh of this process's own devices, not a cluster")
         for length, limit in zip(map(len, request.prompts), request.values["max_new_tokens"]):
             if length + limit > self.params["n_ctx"]:
                 log.warning(
-                    "%d prompt tokens and %d new ones pass the context's end; generation stops there, at %d",
+                    "%d prompt tokens and %d new ones exceed the context; generation stops at its end, %d",
                     length, limit, self.params["n_ctx"],
                 )  # fmt: skip
                 break
         n_samples = request.num_return_sequences
         samples: list[Sample | None] = [None] * (len(request.prompts) * n_samples)
-        at_once = min(n_samples, MAX_BATCH)
-        faults = []
+        samples_per_run = min(n_samples, MAX_BATCH)  # of one prompt
+        prompts_per_run = MAX_BATCH // samples_per_run
+        errors = []
         try:
-            for begin in range(0, len(request.prompts), MAX_BATCH // at_once):
-                prompts = range(begin, min(begin + MAX_BATCH // at_once, len(request.prompts)))
-                for first in range(0, n_samples, at_once):
-                    part = range(first, min(first + at_once, n_samples))
-                    faults += self._run(request, prompts, part, samples, streamer)
+            for begin in range(0, len(request.prompts), prompts_per_run):
+                prompt_range = range(begin, min(begin + prompts_per_run, len(request.prompts)))
+                for first in range(0, n_samples, samples_per_run):
+                    sample_range = range(first, min(first + samples_per_run, n_samples))
+                    errors += self._run(request, prompt_range, sample_range, samples, streamer)
         except KeyboardInterrupt:
             raise Interrupted(samples) from None
-        if faults:
-            faults[0].samples = samples
-            raise faults[0]
+        if errors:
+            errors[0].samples = samples
+            raise errors[0]
         return cast(list[Sample], samples)
 
     def check(self, prompts: Prompts, **options: Any) -> Request:
-        """What `generate` does with its arguments before any model is run.
+        """Checks arguments as `generate` does, without running the model.
 
         Args:
           prompts, **options: as for `generate`.
 
         Returns:
-          the `request.Request` that it would run.
+          the `request.Request` that `generate` would run.
 
         Raises:
           TypeError, ValueError: as `generate`.
@@ -260,18 +263,19 @@ class TextGenerator:
         return self._request(prompts, GenerationOptions(**options))
 
     def inspect(self, prompt: Prompt, continuation: Prompt = (), **options: Any) -> list[ChainStep]:
-        """The distribution of the token behind a prompt, and what each option makes of it.
+        """The distribution of the next token after a prompt, step by step as the options change it.
 
         Args:
           prompt: a str or a list of token ids.
-          continuation: the same: new tokens that stand behind the prompt already,
-            for the options that look at new ones alone.
+          continuation: a str or a list of token ids that follow the prompt and count
+            as new tokens, for the options that look only at those.
           **options: those of `GenerationOptions` that say how a token is drawn.
 
         Returns:
-          a list of `ChainStep`: the model's own distribution, then that behind each
-          step that the options ask for, the last what a token is drawn from
-          ("softmax", "entmax"; "argmax" for greedy decoding, all of it on one token).
+          a list of `ChainStep`: the model's own distribution, then the distribution
+          after each step that the options ask for, and last the one that a token is
+          drawn from ("softmax", "entmax"; for greedy decoding "argmax", with
+          probability 1 on one token).
 
         Raises:
           TypeError, ValueError, InvalidDistributionError, ClusterError: as `generate`.
@@ -289,42 +293,41 @@ class TextGenerator:
         unknown = options.keys() - set(TOKEN_OPTIONS)
         if unknown:
             names = ", ".join(sorted(unknown))
-            raise TypeError(f"no option of how a token is drawn: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
+            raise TypeError(f"not an option for drawing a token: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
         new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation, is_begin=False)
-        options["max_new_tokens"] = INT32_MAX  # it is no matter how many more there are to be
+        options["max_new_tokens"] = INT32_MAX  # how many more may follow does not matter here
         request = self._request([self.encode(prompt) + new], GenerationOptions(**options), len(new))
         key = program_key(request, request.prompts, [0], 1, self.mesh)
-        found = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
+        chain = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
         steps = [
-            ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]]) for (_, name), p in found.items()
+            ChainStep(name, request.setting(name), p[0, : self.params["n_vocab"]]) for (_, name), p in chain.items()
         ]
         for step in steps:
-            if not step.probabilities.sum() > 0.5:  # NaN is not either
-                where = f"behind {len(request.prompts[0])} tokens, step {step.name!r} of the chain"
+            if not step.probabilities.sum() > 0.5:  # true of NaN too
+                where = f"after {len(request.prompts[0])} tokens, step {step.name!r} of the chain"
                 raise InvalidDistributionError(f"{where}: {self._no_distribution}")
         return steps
 
     def score(self, texts: Prompts, *, add_start_token: bool = False, stride: int | None = None) -> list[TextScore]:
-        """How likely the model finds texts, by its own distribution: no temperature, no masks.
+        """How likely texts are under the model's own distribution, without temperature or masks.
 
         Args:
-          texts: what `generate` takes as prompts; none empty.
-          add_start_token: True to read each text behind the model's first token (its
-            bos_id, or else its eos_id), which scores the text's first token too. That
-            one is left out otherwise, as in transformers: nothing stands before it.
-          stride: int from 1 to the context's length − 1, for texts longer than the
-            context, start token included (None: an error). They are read in windows
-            of the context's length that begin `stride` tokens apart, and each
-            token is scored in the first that has it, behind at least context −
-            stride others once the first window is full. Smaller is slower and
-            shows the model more.
+          texts: as the prompts of `generate`; none empty.
+          add_start_token: True to put the model's first token (its bos_id, or else
+            its eos_id) before each text, so that the text's first token is scored
+            too. Otherwise it is not, as in transformers: nothing precedes it.
+          stride: int from 1 to the context's length − 1, for texts that are longer
+            than the context, start token included (None: those are an error). They
+            are read in windows of the context's length that begin `stride` tokens
+            apart. Each token is scored in the first window that has it, so after the
+            first window it follows at least context − stride others. A smaller stride
+            is slower and gives the model more to go by.
 
         Returns:
           a list of `TextScore`, in the order of the texts.
 
         Raises:
-          ValueError: for a value that is out of range, or a text that is too short
-            or too long.
+          ValueError: for a value out of range, or a text that is too short or too long.
           InvalidDistributionError: if the model gives logits that are NaN or infinite.
           ClusterError: (an OSError) if a machine of the cluster is missing or lost.
 
@@ -340,12 +343,12 @@ class TextGenerator:
         start = [first_token_of(self.checkpoint)] if add_start_token else []
         scores = score_texts(texts, self._logprobs, self.params["n_ctx"], start, stride)
         for i, score in enumerate(scores):
-            if np.isnan(score.sum_logprob):  # of all its tokens: in the pass, NaN times 0 reaches those before
+            if np.isnan(score.sum_logprob):  # then all its tokens are: NaN times 0 reaches the earlier positions too
                 raise InvalidDistributionError(f"text {i}: {self._no_distribution}")
         return scores
 
     def close(self) -> None:
-        """Frees the weights and the graphs; the next `generate` makes them anew."""
+        """Frees the weights and the graphs; the next call loads and builds them again."""
         self._graphs.close()
 
     # --- requests
@@ -355,13 +358,13 @@ class TextGenerator:
         return [self.encode(p) for p in _listed(prompts)]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids that a prompt stands for.
+        """The token ids of a prompt.
 
         Args:
           prompt: a str or a list of token ids.
 
         Returns:
-          a list of ids, at least one: an empty prompt is the model's first token.
+          a list of at least one id: an empty prompt gives the model's first token.
 
         Raises:
           ValueError: as `generate`.
@@ -372,7 +375,7 @@ class TextGenerator:
         if isinstance(text, str):
             if self.tokenizer is None:
                 name = self.checkpoint.tokenizer_name
-                wanted = f" (its dataset's is {name}, which is not downloaded)" if name else ""
+                wanted = f" (its dataset config names {name}, which is not downloaded)" if name else ""
                 raise ValueError(
                     f"{self.checkpoint.folder} has no tokenizer.json, nor vocab.json and merges.txt{wanted}; "
                     "give token ids"
@@ -392,13 +395,13 @@ class TextGenerator:
 
     @functools.cached_property
     def _no_distribution(self) -> str:
-        """What may be wrong with logits that are not a distribution. Reads the weights."""
+        """Why logits may not be a distribution. Reads all weights."""
         try:
             name = self.checkpoint.first_not_finite()
-            found = "all weights are finite" if name is None else f"the weight {name} holds NaN or infinite numbers"
+            weights = "all weights are finite" if name is None else f"the weight {name} holds NaN or infinite numbers"
         except CheckpointError as e:
-            found = f"the weights cannot be looked at: {e}"
-        return f"the logits hold NaN or +inf, or every token is masked ({found})"
+            weights = f"the weights cannot be read: {e}"
+        return f"the logits hold NaN or +inf, or every token is masked ({weights})"
 
     def _request(self, prompts: Prompts, options: GenerationOptions, n_new: int = 0) -> Request:
         return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer, n_new)
@@ -406,7 +409,7 @@ class TextGenerator:
     def _sample(
         self, request: Request, index: int, prompt: list[int], drawn: np.ndarray, logprobs: list[np.ndarray]
     ) -> Sample:
-        """Sample number `index` of a request, of ids drawn up to its limit and their log-probabilities."""
+        """Sample number `index` of a request, from the ids drawn up to its limit and their log-probabilities."""
         new = drawn.tolist()
         end = next((at + 1 for at, token in enumerate(new) if token in request.stop_tokens), None)
         reason = "length" if end is None else "stop"
@@ -418,10 +421,10 @@ class TextGenerator:
             raise InvalidDistributionError(f"{where}: {reason}", index, step, reason)
         text = None
         if self.tokenizer is not None:
-            stream, text = TextStream(self.tokenizer, prompt, request.stop_strings), ""
+            detokenizer, text = IncrementalDetokenizer(self.tokenizer, prompt, request.stop_strings), ""
             for at, token in enumerate(new, 1):
-                text += stream.push(token, is_last=at == len(new))
-                if stream.stopped:
+                text += detokenizer.push(token, is_last=at == len(new))
+                if detokenizer.stopped:
                     new, reason = new[:at], "stop"
                     break
         return Sample(prompt, new, text, reason, *(p[: len(new)].tolist() for p in logprobs))
@@ -429,59 +432,66 @@ class TextGenerator:
     # --- runs
 
     def _run(
-        self, request: Request, prompts: range, which: range, samples: list[Sample | None], streamer: Streamer | None
+        self,
+        request: Request,
+        prompt_range: range,
+        sample_range: range,
+        samples: list[Sample | None],
+        streamer: Streamer | None,
     ) -> list[InvalidDistributionError]:
-        """Fills in these samples of these prompts, ranges both; returns what is wrong with those it cannot."""
-        part = [request.prompts[p] for p in prompts]
-        wanted = request.values["max_new_tokens"][prompts.start : prompts.stop].tolist()
-        limits = [min(n, self.params["n_ctx"] - len(p)) for p, n in zip(part, wanted)]
-        indices = [p * request.num_return_sequences + n for p in prompts for n in which]
-        rows = [(prompt, limit) for prompt, limit in zip(part, limits) for _ in which]
+        """Runs one graph for a range of prompts and of their samples. Fills in `samples`; returns their errors."""
+        prompts = request.prompts[prompt_range.start : prompt_range.stop]
+        wanted = request.values["max_new_tokens"][prompt_range.start : prompt_range.stop].tolist()
+        limits = [min(n, self.params["n_ctx"] - len(p)) for p, n in zip(prompts, wanted)]
+        indices = [p * request.num_return_sequences + n for p in prompt_range for n in sample_range]
+        rows = [(prompt, limit) for prompt, limit in zip(prompts, limits) for _ in sample_range]
         watcher = None
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
             watcher = self._watcher(request, indices, rows, streamer)
-        key = program_key(request, part, limits, len(which), self.mesh)
-        args = key, request, prompts, which, limits
+        key = program_key(request, prompts, limits, len(sample_range), self.mesh)
+        args = key, request, prompt_range, sample_range, limits
         if watcher is None:
             results = self._graphs.run(DecodeProgram, *args)
         else:
-            results = self._graphs.run(WatchedProgram, *args, run=watcher.run, watcher=watcher)
+            results = self._graphs.run(WatchedProgram, *args, around=watcher.run, watcher=watcher)
         finished = watcher.finished if watcher is not None and watcher.interrupted else None
-        faults = []
+        errors = []
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
             if finished is None or finished[row]:
                 new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
                 try:
                     samples[index] = self._sample(request, index, prompt, new, logprobs)
                 except InvalidDistributionError as e:
-                    faults.append(e)
+                    errors.append(e)
         if finished is not None:
             raise KeyboardInterrupt
-        return faults
+        return errors
 
     def _logprobs(self, rows: list[list[int]]) -> list[np.ndarray]:
-        """Of rows of ids, the log-probabilities of all but the first of each."""
+        """For each row of ids, the log-probabilities of all but the first."""
         out = self._graphs.run(ScoreProgram, score_key(rows, self.params["n_ctx"], self.mesh), rows)
         return [logprobs[: len(row) - 1] for logprobs, row in zip(out, rows)]
 
     def _watcher(
         self, request: Request, indices: list[int], rows: list[tuple[list[int], int]], streamer: Streamer | None
     ) -> Watcher:
-        def text_of(prompt: list[int]) -> TextStream | None:
-            return None if self.tokenizer is None else TextStream(self.tokenizer, prompt, request.stop_strings)
+        def detokenizer(prompt: list[int]) -> IncrementalDetokenizer | None:
+            if self.tokenizer is None:
+                return None
+            return IncrementalDetokenizer(self.tokenizer, prompt, request.stop_strings)
 
-        watched = [(text_of(prompt), limit, request.stop_tokens) for prompt, limit in rows]
+        watched = [(detokenizer(prompt), limit, request.stop_tokens) for prompt, limit in rows]
         return Watcher(watched, None if streamer is None else lambda row, *args: streamer(indices[row], *args))
 
 
 def _listed(texts: Prompts) -> list[Prompt]:
-    """Texts, strings or ids each, from one or a list of them."""
+    """A list of texts, each a str or ids, from one text or several."""
     if isinstance(texts, str):
         return [texts]
     texts = _list_of(texts, "prompts or texts", "a str, a list of token ids, or a list of either")
     if not texts:
         raise ValueError("no prompts or texts; at least one is needed")
-    return [texts] if is_whole(texts[0]) else texts
+    return [texts] if is_int(texts[0]) else texts
 
 
 def _list_of(values: Any, what: str, allowed: str) -> list[Any]:

@@ -1,9 +1,9 @@
-"""Prompts from a file, samples to a file, in batches: a run that may end at any moment and be started again.
+"""Prompts from a file, samples to a file, in batches; a run may be killed at any moment and started again.
 
-The order in which records are run follows from the prompts and the options alone, and a batch is written when it
-is finished. A run that is started again reads off the output which lines are there whole. A batch that is there in
-part is run again as a whole: the same graph and the same streams give the same tokens. At the end the lines are put
-in the order of the prompts, so the file does not depend on where runs ended.
+Only the prompts and the options decide in which order the records run, and a batch is written as soon as it is
+finished. A restarted run looks which whole lines the output has. A batch of which some lines are missing runs again
+as a whole: the same graph and the same random streams give the same tokens. At the end the lines are put in the order
+of the prompts, so the file does not depend on where runs were interrupted.
 """
 
 import codecs
@@ -39,22 +39,22 @@ from gpt_neo_sampling.generation.generator import (
 from gpt_neo_sampling.generation.options import PER_PROMPT, GenerationOptions
 from gpt_neo_sampling.sampling.controls import INT32_MAX
 
-# what a record, and a run, may ask for: functions cannot be remembered, and streams are given out here
+# the options of a record, and of a run: functions cannot be stored, and random streams are assigned here
 OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
-SIDECAR = ".run"  # what the name of the file beside the output has more
-HASHED = ("prompts_file", "model")  # what it holds as a hash
+SIDECAR = ".run"  # suffix of the file beside the output that stores the run's settings
+HASHED = ("prompts_file", "model")  # settings stored as a hash
 PROMPT_KEYS = ("prompt", "prompt_ids")
 
 log = logging.getLogger(__name__)
 
 
 class FileRun(typing.NamedTuple):
-    """A run that is finished.
+    """A finished run.
 
     Attributes:
-      prompts: int, how many the file has.
-      written: int, how many of their lines this call wrote; the others were there.
-      seed: int, that of the prompts without one of their own.
+      prompts: int, the number of prompts in the file.
+      written: int, the number of lines that this call wrote; the others were there already.
+      seed: int, for the prompts without a seed of their own.
     """
 
     prompts: int
@@ -67,79 +67,79 @@ class _Record:
     """A line of the prompts file, checked."""
 
     index: int  # of its line, from 0
-    given: dict[str, Any]  # its "id", "prompt" and "prompt_ids", those that it has
+    given: dict[str, Any]  # "id", "prompt" and "prompt_ids", as far as the line has them
     prompt: list[int]
-    options: dict[str, Any]  # of generate's, none None; what depends on the prompt or on others, as a number
-    stream: int  # of its first sample: how many samples the records before it have
-    steps: list[Any]  # of sampling that it has, by name: what its graph is built of
+    options: dict[str, Any]  # of generate, none None; defaults that depend on the prompt or other options filled in
+    stream: int  # the random stream of its first sample: the number of samples before it in the file
+    steps: list[Any]  # names of its sampling steps, which decide the graph
 
     @property
-    def samples(self) -> int:
+    def n_samples(self) -> int:
         return self.options["num_return_sequences"]
 
     @property
-    def most_tokens(self) -> int:
-        return self.samples * self.options["max_new_tokens"]
+    def max_tokens(self) -> int:
+        return self.n_samples * self.options["max_new_tokens"]
 
 
 def generate_file(
     generator: TextGenerator, prompts_file: StrPath, output: StrPath, *, seed: int | None = None, **options: Any
 ) -> FileRun:
-    """Continues the prompts of a file, and writes what comes out to another.
+    """Continues the prompts of one file and writes the samples to another.
 
-    A prompt is a line of JSON, an object with "prompt" (a text) or "prompt_ids"
-    (a list of token ids); if wanted "id", any value, which is handed through; and
-    options of `TextGenerator.generate` by its names, which go before those given
-    here (null: as if not given at all). A line of the output is an object of
+    Each line of the prompts file is a JSON object with "prompt" (a text) or
+    "prompt_ids" (a list of token ids); optionally "id", any value, which is copied
+    to the output; and options of `TextGenerator.generate` by their names, which
+    override those given here (null: as if given nowhere). Each line of the output
+    is an object of
 
       "index": the prompt's line, from 0
-      "id", "prompt", "prompt_ids": as they were given, those that were
+      "id", "prompt", "prompt_ids": copied, if given
       "samples": a list of num_return_sequences objects, each a `Sample`
 
-    in the order of the prompts when all are there, and until then in that of the
-    batches (longest first, which makes a batch that does not fit into memory the
-    first). Lines are on disk as soon as their batch is finished.
+    in the order of the prompts once all are there, before that in the order of the
+    batches (longest first, so that a batch too large for the memory fails at once).
+    Lines are on disk as soon as their batch is finished.
 
-    Started again with the same arguments, after whatever end, it goes on where it
-    stopped: no line is lost, doubled or half written, and the file becomes the
-    same to the byte (with the same devices: see the README on other layouts). What
-    it was begun with is remembered in a file beside it, `output` with ".run"
-    at the end, which should be kept as long as the output is.
+    Started again with the same arguments, however it ended, it continues where it
+    stopped: no line is lost, duplicated or half written, and the file becomes the
+    same to the byte (with the same devices: see the README on other layouts). The
+    run's settings are stored beside the output, in a file of its name with ".run"
+    appended; keep it as long as the output.
 
     Args:
       generator: a `TextGenerator`.
-      prompts_file: a path; UTF-8, a prompt a line.
-      output: a path: of a new file, an empty one, or one that an earlier run left.
-      seed: int, of all prompts that have none of their own; a prompt's first
-        stream of random numbers is the number of samples before it in the file,
-        so it draws the same in whatever batch. None for the one that the
-        run was begun with, or at its beginning for a fresh one.
+      prompts_file: a path; UTF-8, one prompt a line.
+      output: a path of a new file, an empty one, or one that an earlier run left.
+      seed: int, for all prompts without a seed of their own. A prompt's first
+        random stream is the number of samples before it in the file, so its draws
+        do not depend on its batch. None for the seed that the run was begun with;
+        a new run draws one.
       **options: as for `generate`.
 
     Returns:
       a FileRun.
 
     Raises:
-      TypeError: for an option that there is not.
+      TypeError: for an unknown option.
       ValueError: before anything is run, if a line or an option is not allowed
         (the message names file, line, what was given and what is allowed), or the
-        output was begun with other ones or is no run's.
-      OSError: if the output cannot be written, or is being written by another
-        process.
+        output was begun with other settings or by something else.
+      OSError: if the output cannot be written, or another process is writing it.
       InvalidDistributionError, ClusterError, KeyboardInterrupt: as `generate`;
-        what is finished is on disk.
+        finished batches are on disk.
     """
     seed, options = _plain(seed), _plain(options)
     unknown = options.keys() - set(OPTIONS)
     if unknown:
-        raise TypeError(f"no option of a file's run: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
+        raise TypeError(f"not an option for a file: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
     options = {name: value for name, value in options.items() if value is not None}
-    # before the file is looked at; how many new tokens fit is a matter of each line's prompt
+    # checked before the file is read; how many new tokens fit depends on each prompt
     generator.check([[0]], **_columns([{"max_new_tokens": INT32_MAX, **options, "seed": seed}]))
     output = Path(output).resolve()
     data = _read(prompts_file)
     if os.path.exists(output) and output.samefile(prompts_file):
-        raise ValueError(f"{output} is the file of the prompts; give another output")
+        raise ValueError(f"{output} is the prompts file; give another output")
     records = _records(generator, data, prompts_file, options)
     batches = _batches(records)
     settings = {
@@ -162,7 +162,7 @@ def generate_file(
             if missing:
                 _run(generator, batches, seed, file, output, done)
         except KeyboardInterrupt:
-            log.warning("stopped; %d of %d prompts are done, and the same command goes on with %s",
+            log.warning("stopped; %d of %d prompts are done; the same command continues %s",
                         len(done), len(records), output)  # fmt: skip
             raise
         _put_in_order(file, output)
@@ -170,7 +170,7 @@ def generate_file(
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy's as Python's, which JSON takes."""
+    """NumPy's numbers and arrays as Python's, for JSON."""
     if isinstance(value, dict):
         return {_plain(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -189,12 +189,12 @@ def _read(path: StrPath) -> bytes:
 
 
 def _records(generator: TextGenerator, data: bytes, source: StrPath, options: dict[str, Any]) -> list[_Record]:
-    """The lines of a prompts file as _Records; `options` are the run's."""
+    """The lines of a prompts file as _Records; `options` are those of the whole run."""
     lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if not lines[-1]:
         lines.pop()
     if not lines:
-        raise ValueError(f'{source} is empty; a JSON object a line is needed, as {{"prompt": "Emma"}}')
+        raise ValueError(f'{source} is empty; one JSON object a line is needed, such as {{"prompt": "Emma"}}')
     records, stream, cut, n_ctx = [], 0, [], generator.params["n_ctx"]
     for index, line in enumerate(lines):
         try:
@@ -206,54 +206,55 @@ def _records(generator: TextGenerator, data: bytes, source: StrPath, options: di
             own["max_new_tokens"] = min(values["max_new_tokens"].item(), max(1, n_ctx - len(prompt)))
             if own["max_new_tokens"] < values["max_new_tokens"]:
                 cut.append(index + 1)
-            samples = own["num_return_sequences"] = request.num_return_sequences
-            if stream + samples - 1 > INT32_MAX:
-                raise ValueError(f"with its {samples} samples the file has more than {INT32_MAX + 1}, the most allowed")
+            n_samples = own["num_return_sequences"] = request.num_return_sequences
+            if stream + n_samples - 1 > INT32_MAX:
+                raise ValueError(f"its {n_samples} samples bring the file above {INT32_MAX + 1}, the most allowed")
         except ValueError as e:
             raise ValueError(f"{source}, line {index + 1}: {e}") from None
         records.append(_Record(index, given, prompt, own, stream, [request.greedy, *sorted(request.steps)]))
-        stream += records[-1].samples
+        stream += n_samples
     if cut:
         log.warning(
-            "with their new tokens %d prompts pass the context's end, line %d's first; generation stops there, at %d",
+            "with their new tokens %d prompts exceed the context, first that of line %d; generation stops at its end, "
+            "%d",
             len(cut), cut[0], n_ctx,
         )  # fmt: skip
     return records
 
 
 def _columns(options: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The options of several prompts as those of one call of generate. What is no row option is the same in all."""
+    """The options of several prompts as those of one call of generate. Options that are not per row must be equal."""
     names = {name for own in options for name in own}
     return {n: [own.get(n) for own in options] if n in PER_PROMPT else options[0][n] for n in names}
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is handed through, options) of a line, its options as they stand there."""
+    """(what is copied to the output, options) of a line."""
     try:
         record = json.loads(line.decode(), parse_constant=_not_json, parse_float=_float, object_pairs_hook=_object)
     except UnicodeDecodeError as e:
         raise ValueError(f"not UTF-8: {e}") from None
     except RecursionError:
-        raise ValueError("lists or objects within each other too deep") from None
+        raise ValueError("lists or objects are nested too deep") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e}") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}; an object is needed")
     unknown = set(record) - {*PROMPT_KEYS, "id", *OPTIONS}
     if unknown:
-        raise ValueError(f"{min(unknown)!r} is none of {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
+        raise ValueError(f"unknown key {min(unknown)!r}; allowed: {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
     if len(record.keys() & set(PROMPT_KEYS)) != 1:
-        raise ValueError("one of prompt and prompt_ids is needed")
+        raise ValueError("either prompt or prompt_ids is needed")
     for key, kind in (("prompt", str), ("prompt_ids", list)):
         if key in record and not isinstance(record[key], kind):
             raise ValueError(f"{key}={record[key]!r}; a {'text' if kind is str else 'list of token ids'} is needed")
     record.get("prompt", "").encode()  # raises for half of a surrogate pair
     given = {key: value for key, value in record.items() if key not in OPTIONS}
     options = {key: value for key, value in record.items() if key in OPTIONS}
-    if isinstance(options.get("logit_bias"), dict):  # JSON has no other keys than texts
+    if isinstance(options.get("logit_bias"), dict):  # whose keys are strings in JSON
         plain = {str(int(k)) if k.isdecimal() else k for k in options["logit_bias"]}
         if plain != set(options["logit_bias"]):
-            raise ValueError(f"logit_bias={options['logit_bias']!r}; token ids are written without zeros before them")
+            raise ValueError(f"logit_bias={options['logit_bias']!r}; token ids without leading zeros are needed")
         options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in options["logit_bias"].items()}
     return given, options
 
@@ -265,31 +266,32 @@ def _not_json(constant: str) -> NoReturn:
 def _float(text: str) -> float:
     number = float(text)
     if number in (float("inf"), -float("inf")):
-        raise ValueError(f"{text} is larger than any number of 64 bits")
+        raise ValueError(f"{text} is too large for a number of 64 bits")
     return number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"an object with a key twice: {', '.join(key for key, _ in pairs)}")
+        raise ValueError(f"an object has a key twice: {', '.join(key for key, _ in pairs)}")
     return record
 
 
 def _batches(records: list[_Record]) -> list[list[_Record]]:
-    """Lists of records, each a call of generate, in the order they are run in: a function of the records alone.
+    """The batches in the order they run, each for one call of generate. They depend on the records alone.
 
-    Rows of a batch take as many steps, and graphs as many positions, as the longest needs, so likes stand together.
+    A batch runs as many steps, in a graph of as many positions, as its longest row needs, so records of similar
+    length go together.
     """
     groups: dict[str, list[_Record]] = {}
     for record in records:
         shared = {name: value for name, value in record.options.items() if name not in PER_PROMPT}
-        # and the same steps, so that few graphs are built, and one after the other
+        # grouped by sampling steps too, so that few graphs are built, one after another
         groups.setdefault(_json.dumps([record.steps, shared], sort_keys=True), []).append(record)
     batches = []
     for group in groups.values():
         group.sort(key=lambda r: (r.options["max_new_tokens"], len(r.prompt)), reverse=True)
-        size = max(1, MAX_BATCH // group[0].samples)
+        size = max(1, MAX_BATCH // group[0].n_samples)
         batches += [group[begin : begin + size] for begin in range(0, len(group), size)]
     return batches
 
@@ -300,12 +302,12 @@ def _batches(records: list[_Record]) -> list[list[_Record]]:
 def _run(
     generator: TextGenerator, batches: list[list[_Record]], seed: int, file: io.FileIO, output: Path, done: set[int]
 ) -> None:
-    """Appends the lines of the records that are not in the set `done`, and adds these to it."""
+    """Appends the lines of the records whose index is not in `done`, and adds it."""
     total = sum(map(len, batches))
     batches = [batch for batch in batches if any(record.index not in done for record in batch)]
-    most_tokens = [sum(record.most_tokens for record in batch) for batch in batches]
-    fault = None
-    with tqdm(desc=output.name, total=sum(most_tokens), unit=" tokens", disable=None) as progress:
+    max_tokens = [sum(record.max_tokens for record in batch) for batch in batches]
+    error = None
+    with tqdm(desc=output.name, total=sum(max_tokens), unit=" tokens", disable=None) as progress:
 
         def on_token(*args: object) -> None:
             progress.update()
@@ -314,10 +316,10 @@ def _run(
             progress.set_postfix_str(f"{len(done)} of {total} prompts")
 
         show_done()
-        for batch, most in zip(batches, most_tokens):
+        for batch, max_tokens_of_batch in zip(batches, max_tokens):
             begin = progress.n
             options = _columns([{"seed": seed, **record.options, "stream": record.stream} for record in batch])
-            # on a cluster tokens are not seen before the end of the batch, nor is Ctrl-C
+            # on a cluster neither tokens nor Ctrl-C are seen before the batch ends
             streamer = None if generator.mesh.cluster else on_token
             try:
                 samples: Sequence[Sample | None] = generator.generate(
@@ -326,26 +328,26 @@ def _run(
             except Interrupted as e:
                 _write(file, batch, e.samples, done)
                 raise
-            except InvalidDistributionError as e:  # the others go on
-                row, sample = divmod(e.sample or 0, batch[0].samples)
+            except InvalidDistributionError as e:  # the other records continue
+                row, sample = divmod(e.sample or 0, batch[0].n_samples)
                 where = f"the prompt of line {batch[row].index + 1}: sample {sample}, step {e.step}"
-                fault = fault or InvalidDistributionError(f"{where}: {e.reason}")
+                error = error or InvalidDistributionError(f"{where}: {e.reason}")
                 samples = e.samples
             _write(file, batch, samples, done)
             tokens = sum(len(sample.tokens) for sample in samples if sample)
-            progress.total += tokens - most
+            progress.total += tokens - max_tokens_of_batch
             progress.update(begin + tokens - progress.n)
             show_done()
-    if fault:
-        raise fault
+    if error:
+        raise error
 
 
 def _write(file: io.FileIO, batch: list[_Record], samples: Sequence[Sample | None], done: set[int]) -> None:
-    """Appends lines of a batch to the file, those whose samples are all there and that are not in `done` yet."""
+    """Appends the lines of a batch that have all their samples and are not in `done` yet."""
     lines = []
     for i, record in enumerate(batch):
-        own = [s for s in samples[i * record.samples : (i + 1) * record.samples] if s is not None]
-        if record.index not in done and len(own) == record.samples:
+        own = [s for s in samples[i * record.n_samples : (i + 1) * record.n_samples] if s is not None]
+        if record.index not in done and len(own) == record.n_samples:
             line = {"index": record.index, **record.given, "samples": [sample.as_dict() for sample in own]}
             lines.append(_json.dumps(line).encode() + b"\n")
             done.add(record.index)
@@ -357,7 +359,7 @@ def _write(file: io.FileIO, batch: list[_Record], samples: Sequence[Sample | Non
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[tuple[io.FileIO, bool]]:
-    """The file for reading and appending, which no other process has; made if it is not there, and whether it was."""
+    """(the file, open for reading and appending and locked against other processes; whether it is new)."""
     import fcntl  # Windows has none
 
     while True:
@@ -368,36 +370,36 @@ def _locked(path: Path) -> Iterator[tuple[io.FileIO, bool]]:
             raise ValueError(f"{path} cannot be written: {e.strerror}") from None
         with file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path} is no regular file; only one can be gone on with")
+                raise ValueError(f"{path} is not a regular file; one is needed, so that a run can continue it")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OSError(f"{path} is being written by another process") from None
-            # a process that had the lock may just have put another file in this one's place
+            # the last owner of the lock may just have replaced the file
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file, not was_there
                 return
 
 
 def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | None) -> int:
-    """Begins an output that is empty; checks one that is not against what it was begun with. Returns the seed."""
+    """Begins an empty output, or checks that another was begun with the same settings. Returns the seed."""
     sidecar = output.with_name(output.name + SIDECAR)
     try:
-        found = read_json(sidecar) if sidecar.exists() else {}
-    except OSError as e:  # its name is longer than the output's
+        stored = read_json(sidecar) if sidecar.exists() else {}
+    except OSError as e:  # too long a name, where the output's is not
         raise ValueError(f"{sidecar} cannot be written: {e.strerror}") from None
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings = json.loads(_json.dumps({**settings, "seed": found.get("seed") if seed is None else seed}))
-    if found == settings:
+    settings = json.loads(_json.dumps({**settings, "seed": stored.get("seed") if seed is None else seed}))
+    if stored == settings:
         return settings["seed"]
     if os.fstat(file.fileno()).st_size:
-        if not found:
-            raise ValueError(f"{output} is there already, without {sidecar.name} beside it; give an output that is new")
+        if not stored:
+            raise ValueError(f"{output} exists, but {sidecar.name} is not beside it; give a new output")
         differing = [
-            f"another {name}" if name in HASHED else f"{name}={found.get(name)!r} (now {settings.get(name)!r})"
-            for name in {**found, **settings} if found.get(name) != settings.get(name)
+            f"another {name}" if name in HASHED else f"{name}={stored.get(name)!r} (now {settings.get(name)!r})"
+            for name in {**stored, **settings} if stored.get(name) != settings.get(name)
         ]  # fmt: skip
-        raise ValueError(f"{output} was begun with {', '.join(differing)}; give the same, or remove it to begin anew")
+        raise ValueError(f"{output} was begun with {', '.join(differing)}; give the same, or remove it to start over")
     settings["seed"] = secrets.randbits(32) if seed is None else seed
     # on disk before the first line is
     _replace(sidecar, [_json.dumps(settings, indent=1).encode() + b"\n"])
@@ -405,28 +407,28 @@ def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | 
 
 
 def _resume(file: io.FileIO, output: Path, total: int) -> set[int]:
-    """The set of records whose lines are there; cuts off what a death left unfinished behind them."""
+    """The indices whose lines are there. Truncates the file after them, where a killed run left part of a line."""
     done: set[int] = set()
-    whole = 0
+    size = 0
     for number, (index, _, end) in enumerate(_lines(file), 1):
         if index is None or index in done or index not in range(total):
+            problem = "the index of an earlier line" if index in done else f"no index from 0 to {total - 1}"
             raise ValueError(
-                f"{output}, line {number}: {'twice the same' if index in done else 'no'} index of a prompt, 0 to "
-                f"{total - 1}; the file was changed: put it back as it was, or remove it to begin anew"
+                f"{output}, line {number}: {problem}; the file was changed: restore it, or remove it to start over"
             )
         done.add(index)
-        whole = end
-    file.truncate(whole)
+        size = end
+    file.truncate(size)
     return done
 
 
 def _lines(file: io.FileIO) -> Iterator[tuple[int | None, int, int]]:
-    """(index of its prompt, begin, end) of each line that stands whole; None for a line that has no such index."""
+    """(index of its prompt, begin, end) of each whole line up to the first damaged one; None for a missing index."""
     begin = 0
     with open(file.fileno(), "rb", closefd=False) as reader:
         reader.seek(0)
         for line in reader:
-            # Killed: a line without its end. Without power: blocks of zeros, which were never written.
+            # A killed process leaves a line without its end; a power failure leaves zeros in place of unwritten blocks.
             if not line.endswith(b"\n") or b"\0" in line:
                 return
             try:
@@ -438,41 +440,41 @@ def _lines(file: io.FileIO) -> Iterator[tuple[int | None, int, int]]:
 
 
 def _append(file: io.FileIO, data: bytes) -> None:
-    """Writes to the disk itself."""
-    with _named(file.name):
+    """Appends, and returns once the data is on disk."""
+    with _naming(file.name):
         while data:
             data = data[file.write(data) :]
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _named(path: StrPath) -> Iterator[None]:
-    """What goes wrong within, with the file's name: the system's errors of writing have none."""
+def _naming(path: StrPath) -> Iterator[None]:
+    """Adds the file's name to errors of writing, which have none."""
     try:
         yield
     except OSError as e:
-        raise OSError(f"{path} cannot be written: {e.strerror}; what is finished is kept") from None
+        raise OSError(f"{path} cannot be written: {e.strerror}; finished lines are kept") from None
 
 
 def _put_in_order(file: io.FileIO, output: Path) -> None:
-    """Sorts the lines by their prompts, in a file that takes the output's place."""
+    """Replaces the output by one with the lines in the order of the prompts."""
     lines = list(_lines(file))
     if lines != sorted(lines):
         _replace(output, (os.pread(file.fileno(), end - begin, begin) for _, begin, end in sorted(lines)))
 
 
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all, to the disk itself."""
+    """Writes a file whole or not at all, and returns once it is on disk."""
 
     def write(partial: Path) -> None:
-        with _named(partial), open(partial, "wb") as file:
+        with _naming(partial), open(partial, "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
 
-    # one name for one file, so that what a death leaves is written over
+    # always the same temporary name, so that the next run overwrites what a killed one left
     write_whole(path, write, hashlib.sha256(path.name.encode()).hexdigest()[:32])
-    with _named(path.parent):
+    with _naming(path.parent):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

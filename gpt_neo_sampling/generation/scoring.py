@@ -1,4 +1,4 @@
-"""How likely a model finds a text: the log-probability of each token, given those before it."""
+"""How likely a text is under a model: the log-probability of each token given those before it."""
 
 import dataclasses
 import math
@@ -14,17 +14,17 @@ from gpt_neo_sampling.sampling.controls import check_int
 from gpt_neo_sampling.sampling.entmax import log_softmax_at
 from gpt_neo_sampling.sampling.masks import padding_mask
 
-MAX_ROWS = 32  # of one pass,
-MAX_POSITIONS = 2048  # and of all its rows together: its logits are [rows, positions, vocab]
+MAX_ROWS = 32  # of one pass
+MAX_POSITIONS = 2048  # of all rows of a pass together: its logits are [rows, positions, vocab]
 
 
 @dataclasses.dataclass
 class TextScore:
-    """What a model makes of one text. Logarithms are natural ones.
+    """The score of one text. Logarithms are natural.
 
     Attributes:
       tokens: list of ids.
-      logprobs: list, a token each; None for a first one that nothing stands before.
+      logprobs: list, one for each token; None for a first token that nothing precedes.
       sum_logprob: float, in nats.
       perplexity: float, exp(−mean) of the tokens that have a log-probability.
     """
@@ -49,7 +49,7 @@ class ScoreProgram:
     def __init__(
         self, key: ScoreKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
     ) -> None:
-        """n_vocab: entries of the vocabulary's dimension, padding included."""
+        """n_vocab: the size of the vocabulary's dimension, padding included; the rest as for `decode_graph.build`."""
         mesh = mtf.Mesh(mtf.Graph(), "mesh")
         shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
         self._ids, self._targets = (tf.placeholder(tf.int32, shape.to_integer_list) for _ in range(2))
@@ -62,7 +62,7 @@ class ScoreProgram:
         self.results = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(logprobs)
 
     def feeds(self, key: ScoreKey, rows: list[list[int]]) -> dict[tf.Tensor, np.ndarray]:
-        """What is fed for rows of ids; the targets are what follows each id."""
+        """The feeds for rows of ids; the target of an id is the one after it."""
         ids = np.zeros([key.batch, key.length + 1], np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
@@ -71,7 +71,7 @@ class ScoreProgram:
 
 def score_texts(
     texts: Sequence[Sequence[int]],
-    run: Callable[[list[list[int]]], list[np.ndarray]],
+    logprobs_of: Callable[[list[list[int]]], list[np.ndarray]],
     context: int,
     start: Sequence[int] = (),
     stride: int | None = None,
@@ -80,10 +80,10 @@ def score_texts(
 
     Args:
       texts: a list of lists of ids.
-      run: a function of a list of lists of ids, each of 2 to `context`, that gives
+      logprobs_of: a function of a list of lists of 2 to `context` ids, that returns
         for each an array of the log-probabilities of all ids but the first.
-      context: int, most ids that the model sees at a time.
-      start: ids put before each text.
+      context: int, the most ids that the model can read at a time.
+      start: ids to put before each text.
       stride: int in [1, context), or None: see `windows`.
 
     Returns:
@@ -101,23 +101,24 @@ def score_texts(
         if stride is None and len(row) > context:
             raise ValueError(f"text {i} has {len(row)} tokens, more than the context, {context}; give a stride")
     logprobs = [np.zeros(len(row)) for row in rows]
-    # of like length together
+    # longest first, so that windows of similar length share a pass
     spans = sorted(((i, *w) for i, row in enumerate(rows) for w in windows(len(row), context, stride)),
                    key=lambda span: span[1] - span[2])  # fmt: skip
     while spans:
         n = _rows_of(longest=spans[0][2] - spans[0][1])
         batch, spans = spans[:n], spans[n:]
-        for (i, begin, end, first), found in zip(batch, run([rows[i][begin:end] for i, begin, end, _ in batch])):
-            logprobs[i][first:end] = found[first - begin - 1 :]
-    return [_text_score(text, found[len(start) :], 0 if start else 1) for text, found in zip(texts, logprobs)]
+        results = logprobs_of([rows[i][begin:end] for i, begin, end, _ in batch])
+        for (i, begin, end, first), result in zip(batch, results):
+            logprobs[i][first:end] = result[first - begin - 1 :]
+    return [_text_score(text, row[len(start) :], 0 if start else 1) for text, row in zip(texts, logprobs)]
 
 
 def windows(length: int, context: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
-    """The windows that a long text is read in, as users of transformers do it: (begin, end, first) of each.
+    """The windows that a long text is read in, as is usual with transformers: (begin, end, first) of each.
 
-    They are `context` tokens long and begin `stride` apart. Each scores what no
-    window before it did, its tokens from `first` on: behind the first window these
-    have at least context − stride tokens before them.
+    They are `context` tokens long and begin `stride` apart. Each scores its tokens
+    from `first` on, those that no earlier window scored; after the first window they
+    follow at least context − stride tokens.
     """
     first = 1
     for begin in range(0, length, stride or length):
@@ -129,7 +130,7 @@ def windows(length: int, context: int, stride: int | None) -> Iterator[tuple[int
 
 
 def _rows_of(longest: int) -> int:
-    """How many rows a pass takes, a power of two."""
+    """The number of rows in a pass, a power of two."""
     return 1 << min(MAX_ROWS, max(1, MAX_POSITIONS // longest)).bit_length() - 1
 
 

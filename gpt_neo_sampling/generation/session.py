@@ -1,4 +1,4 @@
-"""One copy of a model's weights in a session, and graphs of a few sizes that run on it."""
+"""One copy of a model's weights in a session, and graphs of a few sizes that share it."""
 
 import contextlib
 import dataclasses
@@ -44,19 +44,19 @@ from gpt_neo_sampling.mesh.devices import DeviceMesh, round_up
 from gpt_neo_sampling.mesh.sharded_rows import padded_size
 from gpt_neo_sampling.models import config, gpt2
 
-MAX_PROGRAMS = 8  # graphs kept; one more, and all are dropped and the weights read again
+MAX_PROGRAMS = 8  # graphs kept; before one more, all are dropped and the weights loaded again
 SHORTEST = 32  # positions of the smallest graph
 
 
 class Graphs:
-    """The session of a model on a mesh, and the graphs that were asked for, at most `MAX_PROGRAMS` of them."""
+    """A model's session on a mesh, and the graphs built so far, at most `MAX_PROGRAMS` of them."""
 
     def __init__(self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None) -> None:
-        """Takes a `Checkpoint`, a `devices.DeviceMesh` and a dtype as for `TextGenerator`; raises what it does."""
+        """Takes a `Checkpoint`, a `devices.DeviceMesh` and a dtype, and raises, as `TextGenerator` does."""
         gpt2.check_params(checkpoint.params)
         self.params = dict(checkpoint.params, mode="predict")
         self.mesh = mesh
-        # memory is as long as the request, rounded up, and at most n_ctx; with `num_mem_kv` ahead of it
+        # memory is as long as the request, rounded up, and at most n_ctx, after the learned keys of `num_mem_kv`
         memory_length = math.gcd(self.params["n_ctx"], config.n_learned_keys(self.params))
         mesh.check(dict(config.splittable_dims(self.params), memory_length=memory_length), config.TENSORS)
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
@@ -70,91 +70,91 @@ class Graphs:
         self._checkpoint = checkpoint
         self._build_lock = threading.Lock()  # not held while a graph runs
         self._builder: int | None = None  # the thread that holds it
-        self._state_lock = threading.Lock()  # of what follows, for moments
+        self._state_lock = threading.Lock()  # guards what follows, briefly
         self._loaded: _Loaded | None = None
 
     def run(
         self,
-        kind: type[Any],
+        program_class: type[Any],
         key: Any,
-        *request: Any,
-        run: Callable[[Callable[[], Any]], Any] | None = None,
-        **more: Any,
+        *args: Any,
+        around: Callable[[Callable[[], Any]], Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """What a graph gives for a request. Any number of threads may run graphs at once, and others build meanwhile.
+        """Runs a graph. Any number of threads may do so at once, while another graph is built.
 
         Args:
-          kind: one of the classes below, or `ScoreProgram`.
+          program_class: one of the classes below, or `ScoreProgram`.
           key: what the graph is built for.
-          *request, **more: what the class's `feeds` takes behind the key.
-          run: None, or a function that calls the one it is given and returns its result.
+          *args, **kwargs: passed on to the class's `feeds`, after the key.
+          around: None, or a function that runs the graph by calling its argument, and returns the result.
 
         Returns:
-          what the graph's `results` are, as ndarrays.
+          the class's `results`, as ndarrays.
 
         Raises:
-          RuntimeError: in a process that was forked from one that had used TensorFlow, and from within a function
-            that this very graph is being built with.
+          RuntimeError: in a process forked from one that had used TensorFlow, and from within a logits processor
+            while the graph that it belongs to is being built.
         """
         check_not_forked()
-        loaded = self._loaded_with(kind, key)
+        loaded = self._acquire(program_class, key)
         try:
-            program = loaded.programs[kind, key]
-            feeds = program.feeds(key, *request, **more)
+            program = loaded.programs[program_class, key]
+            feeds = program.feeds(key, *args, **kwargs)
             run_graph = functools.partial(self.mesh.run, loaded.session, program.results, feeds)
-            return run_graph() if run is None else run(run_graph)
+            return run_graph() if around is None else around(run_graph)
         except ClusterError:
-            self._retire(loaded)  # what the processes held is lost: the next request begins anew
+            self._retire(loaded)  # the processes' state is lost: the next request starts over
             raise
         finally:
             self._release(loaded)
 
     def close(self) -> None:
-        """Frees the weights and the graphs, once what runs has ended; the next run makes them anew."""
+        """Frees the weights and the graphs once no graph runs; the next run loads and builds them again."""
         if (loaded := self._loaded) is not None:
             self._retire(loaded)
 
-    def _loaded_with(self, kind: type[Any], key: Any) -> "_Loaded":
-        """What has the graph of a kind for a key, built if need be, to be released in the end."""
+    def _acquire(self, program_class: type[Any], key: Any) -> "_Loaded":
+        """The loaded weights, with this program built on them. To be given back to `_release`."""
         with self._state_lock:
-            if self._loaded is not None and (kind, key) in self._loaded.programs:
-                return self._loaded.taken()
+            if self._loaded is not None and (program_class, key) in self._loaded.programs:
+                return self._loaded.add_user()
         if self._builder == threading.get_ident():
             raise RuntimeError("a logits processor cannot use the generator that it is built into")
         with self._build_lock:
             self._builder = threading.get_ident()
             try:
-                return self._built(kind, key)
+                return self._load_and_build(program_class, key)
             finally:
                 self._builder = None
 
-    def _built(self, kind: type[Any], key: Any) -> "_Loaded":
+    def _load_and_build(self, program_class: type[Any], key: Any) -> "_Loaded":
         with self._state_lock:
             loaded = self._loaded
             if loaded is not None:
-                loaded.taken()
-        if loaded is not None and (kind, key) not in loaded.programs and len(loaded.programs) >= MAX_PROGRAMS:
-            self._retire(loaded)  # nodes cannot be taken out of a graph, only the graph dropped
+                loaded.add_user()
+        if loaded is not None and (program_class, key) not in loaded.programs and len(loaded.programs) >= MAX_PROGRAMS:
+            self._retire(loaded)  # nodes cannot be removed from a graph; only the whole graph can be dropped
             self._release(loaded)
             loaded = None
         if loaded is None:
             probe_devices()
-            loaded = _Loaded(self._session_with_weights()).taken()
+            loaded = _Loaded(self._session_with_weights()).add_user()
             with self._state_lock:
                 self._loaded = loaded
         try:
-            if (kind, key) not in loaded.programs:
+            if (program_class, key) not in loaded.programs:
                 with self._open(loaded.session.graph):
-                    program = kind(key, *self._model)
+                    program = program_class(key, *self._model)
                 extend_session(loaded.session)
-                loaded.programs[kind, key] = program
+                loaded.programs[program_class, key] = program
         except BaseException:
             self._release(loaded)
             raise
         return loaded
 
     def _retire(self, loaded: "_Loaded") -> None:
-        """No more runs begin in it, and it is closed when those of now have ended."""
+        """Lets no further run begin in it, and closes it once the current ones have ended."""
         with self._state_lock:
             loaded.retired = True
             if self._loaded is loaded:
@@ -196,17 +196,17 @@ class _Loaded:
     """Weights in a session, and the graphs on them."""
 
     session: tf.Session
-    programs: dict[tuple[type[Any], Any], Any] = dataclasses.field(default_factory=dict)
-    n_users: int = 0  # how many runs there are now
+    programs: dict[tuple[type[Any], Any], Any] = dataclasses.field(default_factory=dict)  # by class and key
+    n_users: int = 0  # runs under way
     retired: bool = False
 
-    def taken(self) -> "_Loaded":
+    def add_user(self) -> "_Loaded":
         self.n_users += 1
         return self
 
 
 class DecodeProgram:
-    """A decode graph: tokens, and log-probabilities if the key asks for them."""
+    """A decode graph. Its results are tokens, and log-probabilities if the key asks for them."""
 
     def __init__(
         self, key: ProgramKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
@@ -236,33 +236,34 @@ class DecodeProgram:
         return build(key, self._inputs, *model)
 
     def feeds(
-        self, key: ProgramKey, request: Request, prompts: range, which: range, limits: list[int]
+        self, key: ProgramKey, request: Request, prompt_range: range, sample_range: range, limits: list[int]
     ) -> dict[tf.Tensor, Any]:
-        """What is fed for these samples of these prompts of a `Request`, ranges both; limits: how many new tokens each
-        prompt may get."""
-        to, n_filling = self._inputs, key.batch - len(prompts)  # rows of one token, and no step, fill the batch
-        ids = np.zeros([key.batch, key.length], np.int32)  # behind the prompts anything
-        part = [request.prompts[p] for p in prompts]
-        for row, prompt in enumerate(part):
+        """The feeds for a range of a `Request`'s prompts and of their samples; limits: the most new tokens of each
+        prompt."""
+        inputs, prompts = self._inputs, request.prompts[prompt_range.start : prompt_range.stop]
+        n_padding = key.batch - len(prompts)  # rows of one token, and no step, that fill the batch
+        ids = np.zeros([key.batch, key.length], np.int32)  # what follows a prompt does not matter
+        for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
 
         def for_rows(name: str) -> np.ndarray:
-            column = request.values[name][prompts.start : prompts.stop]
-            return np.repeat(np.pad(column, (0, n_filling), mode="edge"), key.samples)
+            values = request.values[name][prompt_range.start : prompt_range.stop]
+            return np.repeat(np.pad(values, (0, n_padding), mode="edge"), key.samples)
 
         stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
         feeds = {
-            to.ids: ids,
-            to.prompt_lengths: [len(p) for p in part] + [1] * n_filling,
-            to.max_steps: np.repeat(limits + [0] * n_filling, key.samples),
-            to.stream: for_rows("stream") + np.tile(np.arange(which.start, which.stop, dtype=np.int32), key.batch),
-            to.seed: for_rows("seed"),
-            to.temperature: for_rows("temperature"),
-            **dict(zip(to.stop_tokens, stop_tokens)),
-            **{placeholder: for_rows(name) for name, placeholder in to.options.items() if name != LOGIT_BIAS},
+            inputs.ids: ids,
+            inputs.prompt_lengths: [len(p) for p in prompts] + [1] * n_padding,
+            inputs.max_steps: np.repeat(limits + [0] * n_padding, key.samples),
+            inputs.stream: for_rows("stream") + np.tile(np.array(sample_range, np.int32), key.batch),
+            inputs.seed: for_rows("seed"),
+            inputs.temperature: for_rows("temperature"),
+            **dict(zip(inputs.stop_tokens, stop_tokens)),
+            **{placeholder: for_rows(name) for name, placeholder in inputs.options.items() if name != LOGIT_BIAS},
         }
         if request.logit_bias is not None:
-            feeds[to.options[LOGIT_BIAS]] = np.pad(request.logit_bias, (0, self._n_vocab - len(request.logit_bias)))
+            bias = np.pad(request.logit_bias, (0, self._n_vocab - len(request.logit_bias)))
+            feeds[inputs.options[LOGIT_BIAS]] = bias
         return feeds
 
 
@@ -270,7 +271,7 @@ class WatchedProgram(DecodeProgram):
     """A decode graph that calls a `Watcher` after each step."""
 
     def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
-        self._number = tf.placeholder(tf.int32, [])  # of the watcher that a run is for
+        self._number = tf.placeholder(tf.int32, [])  # which watcher belongs to the run
         self._watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
         return build(key, self._inputs, *model, on_tokens=self._watch, run_number=self._number)
 
@@ -278,7 +279,7 @@ class WatchedProgram(DecodeProgram):
         return self._watchers[int(number)](tokens, n_drawn)
 
     def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
-        """watcher: of this run, which keeps it as long as it lasts."""
+        """watcher: of this run; the caller keeps it alive until the run ends."""
         assert watcher is not None
         number = next(_numbers) % 2**31
         self._watchers[number] = watcher
@@ -289,7 +290,7 @@ _numbers = itertools.count()
 
 
 class ChainProgram(DecodeProgram):
-    """One step behind a prompt; its results are a dict, (number, name) of each step of the chain -> probabilities."""
+    """One step after a prompt. Its results are a dict: (number, name) of each step of the chain -> probabilities."""
 
     def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
         return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, *model))}
@@ -298,9 +299,9 @@ class ChainProgram(DecodeProgram):
 def program_key(
     request: Request, prompts: list[list[int]], limits: list[int], n_samples: int, mesh: DeviceMesh
 ) -> ProgramKey:
-    """The ProgramKey of the smallest graph for some prompts of a `Request`, lists of ids.
+    """The ProgramKey of the smallest graph for these prompts of a `Request`, lists of ids.
 
-    limits: how many new tokens each of them may get; n_samples: of each prompt; mesh: `devices.DeviceMesh`.
+    limits: the most new tokens of each prompt; n_samples: samples of each prompt; mesh: `devices.DeviceMesh`.
     """
     n_ctx, n_vocab = request.n_ctx, request.n_vocab
     steps = request.steps if request.logit_bias is None else request.steps | {LOGIT_BIAS}
@@ -320,7 +321,7 @@ def program_key(
 
 
 def score_key(rows: list[list[int]], n_ctx: int, mesh: DeviceMesh) -> ScoreKey:
-    """The ScoreKey of the smallest graph for some rows of ids."""
+    """The ScoreKey of the smallest graph for these rows of ids."""
     return ScoreKey(_batch(len(rows), mesh), _length(max(map(len, rows)), n_ctx, mesh))
 
 
@@ -337,7 +338,7 @@ def _round_up_power(size: int) -> int:
 
 
 def _round_up_length(length: int, n_ctx: int) -> int:
-    """32, 48, 64, 96, 128, …: powers of two and the middles between them."""
+    """32, 48, 64, 96, 128, …: powers of two and the midpoints between them."""
     size = SHORTEST
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

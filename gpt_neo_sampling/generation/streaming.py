@@ -1,4 +1,4 @@
-"""Tokens as text while they are drawn: whole characters, stop strings, and a way to end early."""
+"""New tokens as text while they are drawn: whole characters, stop strings, and a way to end early."""
 
 import concurrent.futures
 import contextlib
@@ -13,111 +13,111 @@ import numpy as np
 from gpt_neo_sampling._types import Streamer, Tokenizer
 from gpt_neo_sampling.checkpoint.tokenizer import decoded
 
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes an incomplete character to
 
 
-class TextStream:
-    """The text of one continuation, piece by piece.
+class IncrementalDetokenizer:
+    """The text of one continuation, token by token.
 
-    What a token adds is told from a few tokens before it, so that its cost does not grow with the text.
+    Each token is decoded after only a few earlier ones, so its cost does not grow with the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
-        """prompt: a list of ids, which new tokens are decoded behind: a character's bytes may lie on both sides."""
+        """prompt: a list of ids. New tokens are decoded after its last ones, as a character may begin in it."""
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
-        self._ids = list(prompt[-8:])  # a few that are out, for the others to be decoded behind them
-        self._n_out = len(self._ids)
-        self._held = ""  # decoded, and not shown yet: it may be the beginning of a stop string
-        self.stopped = False  # a stop string has come; nothing comes behind it
+        self._ids = list(prompt[-8:])  # a few tokens of context, then those whose text is still to come
+        self._n_context = len(self._ids)
+        self._held = ""  # decoded but not returned yet, as a stop string may begin in it
+        self.stopped = False  # a stop string was reached; no text follows
 
     def push(self, token: int, is_last: bool = False) -> str:
-        """The text that this token completes: whole characters, and nothing of a stop string."""
+        """The text that this token completes: whole characters, and no part of a stop string."""
         self._ids.append(token)
-        before, text = (decoded(self._tokenizer, ids) for ids in (self._ids[: self._n_out], self._ids))
-        # where the prompt ends with half a character, all of that is new
-        out = before if text.startswith(before) else before.rstrip(REPLACEMENT)
+        context, text = (decoded(self._tokenizer, ids) for ids in (self._ids[: self._n_context], self._ids))
+        # a character that the prompt leaves incomplete counts as new
+        old = context if text.startswith(context) else context.rstrip(REPLACEMENT)
         new = ""
-        if text == before and not text.endswith(REPLACEMENT):  # a special token
+        if text == context and not text.endswith(REPLACEMENT):  # a special token
             self._ids.pop()
-        elif len(text) > len(out) and (is_last or not text.endswith(REPLACEMENT)):
-            new = text[len(out) :]
-            if out == before:  # characters begin there
-                del self._ids[: self._n_out]
-            self._n_out = len(self._ids)
+        elif len(text) > len(old) and (is_last or not text.endswith(REPLACEMENT)):
+            new = text[len(old) :]
+            if old == context:  # the new tokens begin a character
+                del self._ids[: self._n_context]
+            self._n_context = len(self._ids)
         self._held += new
         ends = [at for at in (self._held.find(s) for s in self._stop_strings) if at >= 0]
         if ends:
             self.stopped = True
-            out, self._held = self._held[: min(ends)], ""
-            return out
-        keep = 0 if is_last else max((_overlap(self._held, s) for s in self._stop_strings), default=0)
-        cut = len(self._held) - keep
-        out, self._held = self._held[:cut], self._held[cut:]
-        return out
+            completed, self._held = self._held[: min(ends)], ""
+            return completed
+        n_held = 0 if is_last else max((_overlap(self._held, s) for s in self._stop_strings), default=0)
+        cut = len(self._held) - n_held
+        completed, self._held = self._held[:cut], self._held[cut:]
+        return completed
 
 
 def _overlap(text: str, stop_string: str) -> int:
-    """How many of the last characters of a text may be the first ones of a stop string."""
+    """How many of the text's last characters could begin the stop string."""
     longest = min(len(text), len(stop_string) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop_string[:n])), 0)
 
 
 class Watcher:
-    """Sees each token of a batch as it is drawn, and says which rows are done.
+    """Receives each token of a batch as it is drawn, and decides which rows are done.
 
-    Belongs to one run of a graph. TensorFlow's threads call it; the caller of `run` hands the tokens on.
+    Belongs to one run of a graph. TensorFlow's threads call it; the thread that called `run` calls `on_token`.
     """
 
     def __init__(
-        self, rows: Sequence[tuple[TextStream | None, int, Sequence[int]]], on_token: Streamer | None = None
+        self, rows: Sequence[tuple[IncrementalDetokenizer | None, int, Sequence[int]]], on_token: Streamer | None = None
     ) -> None:
-        """rows: list of (TextStream or None, how many new tokens at most, stop tokens); on_token: a function of
-        (row, token, text, is_last), text None where there is no TextStream."""
+        """rows: list of (IncrementalDetokenizer or None, the most new tokens, stop tokens); on_token: a function of
+        (row, token, text, is_last), with None for text if the row has no detokenizer."""
         self._rows = rows
         self._on_token = on_token
         self._drawn = np.zeros(len(rows), int)
         self._events: queue.SimpleQueue[tuple[int, int, str | None, bool] | None] = queue.SimpleQueue()
         self._cancelled = False
-        self._error: BaseException | None = None  # what watching raised
+        self._error: BaseException | None = None  # raised while watching
         self.finished = np.zeros(len(rows), bool)  # rows whose last token was drawn
         self.interrupted = False  # by Ctrl-C
 
     def __call__(self, tokens: np.ndarray, n_drawn: np.ndarray) -> np.ndarray:
-        """Takes a step's tokens [batch] and how many each row has had; returns float32 [batch], 1.0 for a row that is
-        done. Rows behind those of the request fill the batch."""
+        """Takes a step's tokens [batch] and how many each row has drawn; returns float32 [batch], 1.0 for a row that is
+        done. Rows beyond those of the request only fill the batch."""
         done = np.zeros(len(tokens), np.float32)
         if not self._cancelled:
             try:
                 for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn).tolist():
                     done[row] = self._push(row, int(tokens[row]))
-            except BaseException as e:  # TensorFlow would make another error of it
+            except BaseException as e:  # TensorFlow would turn it into an error of its own
                 self._error = e
                 self._cancelled = True
         return np.ones_like(done) if self._cancelled else done
 
     def _push(self, row: int, token: int) -> bool:
-        stream, limit, stop_tokens = self._rows[row]
+        detokenizer, limit, stop_tokens = self._rows[row]
         self._drawn[row] += 1
         if token < 0:  # no distribution to draw from
             return True
         text, is_last = None, bool(self._drawn[row] == limit or token in stop_tokens)
-        if stream is not None:
-            text = stream.push(token, is_last)
-            is_last = is_last or stream.stopped
+        if detokenizer is not None:
+            text = detokenizer.push(token, is_last)
+            is_last = is_last or detokenizer.stopped
         if self._on_token is not None:
             self._events.put((row, token, text, is_last))
         self.finished[row] = is_last
         return is_last
 
     def run(self, fn: Callable[[], Any]) -> Any:
-        """The result of fn(), which calls this watcher meanwhile.
+        """Runs fn(), which calls this watcher, in another thread, and returns its result.
 
-        It runs in a thread of its own. This one calls `on_token`, which may do what it likes, another run
-        included. Ctrl-C ends all rows once `on_token` has returned, and sets `interrupted`; a second one interrupts
-        `on_token` itself. What `on_token` raises ends the rows too, and is raised here.
+        Meanwhile this thread calls `on_token`, which may do anything, even start another run. Ctrl-C ends all rows
+        once `on_token` has returned, and sets `interrupted`; a second Ctrl-C interrupts `on_token` itself. An
+        exception from `on_token` ends the rows too, and is raised here.
         """
-        begin = threading.Event()  # once Ctrl-C is caught
+        begin = threading.Event()  # set once Ctrl-C is handled here
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def work() -> None:
@@ -136,7 +136,7 @@ class Watcher:
                     self._hand_on(future)
                 except KeyboardInterrupt:  # a second Ctrl-C, or another handler's
                     self._interrupt()
-                    self._hand_on(future)  # what was drawn before
+                    self._hand_on(future)  # the tokens drawn before it
         finally:
             self._cancelled = True
             concurrent.futures.wait([future])
@@ -147,7 +147,7 @@ class Watcher:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C is heard between two calls of on_token: Python's own handler would raise in the middle of one."""
+        """Ctrl-C takes effect between two calls of on_token; Python's own handler would raise in the middle of one."""
 
         def handler(*_: object) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -168,7 +168,7 @@ class Watcher:
         self._events.put(None)
 
     def _hand_on(self, future: "concurrent.futures.Future[Any]") -> None:
-        """Calls on_token for each token that is drawn until there are no more."""
+        """Calls on_token for each token, until the run has ended."""
         while not (future.done() and self._events.empty()):
             with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=1)

@@ -1,7 +1,8 @@
 """The next-token distribution, step by step: as a table, as JSON, as a picture.
 
-Plain data in, text and files out. A chain is a list of `ChainStep`: the model's
-own distribution, what each step of sampling makes of it, and what is drawn from.
+Plain data in, text and files out. A chain is a list of `ChainStep`: the model's own
+distribution, the distribution after each sampling step, and last the one that
+tokens are drawn from.
 """
 
 from gpt_neo_sampling.inspection.picture import plot, plot_format

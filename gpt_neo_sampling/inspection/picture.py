@@ -26,10 +26,11 @@ _STEP_COLOURS = ("#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#e69f00", "#f0e442
 
 
 def plot_format(path: StrPath) -> str:
-    """The format that a picture's suffix names, as "png".
+    """The format that a path's suffix names, such as "png".
 
     Raises:
-      ValueError: if matplotlib is not installed or does not write that format, or there is no such folder.
+      ValueError: if matplotlib is not installed or cannot write the format, the path is a folder, or its folder does
+        not exist.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -38,7 +39,7 @@ def plot_format(path: StrPath) -> str:
     path = pathlib.Path(path)
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"{path}: the suffix says the format; allowed are .{', .'.join(formats)}")
+        raise ValueError(f"{path}: the suffix chooses the format; allowed: .{', .'.join(formats)}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a file is needed")
     if not path.resolve().parent.is_dir():
@@ -54,21 +55,22 @@ def plot(
     title: str = "",
     count: int = DEFAULT_COUNT,
 ) -> None:
-    """Draws the chain: probability against rank, the likeliest tokens, support and entropy of each step.
+    """Plots the chain: probability by rank, the likeliest tokens, and each step's support and entropy.
 
     Args:
       steps: list of ChainStep.
       text: a function from an id to the token's text; see `token_text`.
-      path: the file, replaced if it is there; its suffix says the format.
-      title: a line above.
-      count: tokens to show.
+      path: the file to write or replace; its suffix chooses the format.
+      title: a line above the plots.
+      count: the number of tokens to show.
 
     Raises:
-      ValueError, OSError: see `plot_format`.
+      ValueError: as `plot_format`.
+      OSError: if the file cannot be written.
     """
     file_format = plot_format(path)
     from matplotlib import style
-    from matplotlib.figure import Figure  # no pyplot: its backend and its figures are the caller's
+    from matplotlib.figure import Figure  # not pyplot, whose backend and figures belong to the caller
 
     with style.context(["default", _PLOT_STYLE]):
         figure = Figure(figsize=(11, 8), layout="constrained")
@@ -98,7 +100,7 @@ _PLOT_STYLE = {
 
 
 def _plot_colours(steps: Sequence[ChainStep]) -> list[str]:
-    """A colour for each step; one that changes nothing has that of the step before it."""
+    """A colour for each step; a step that changes nothing has the colour of the one before."""
     shown = [step for step, _ in changing(steps)]
     between = itertools.cycle(_STEP_COLOURS)
     colours = []
@@ -111,7 +113,7 @@ def _plot_colours(steps: Sequence[ChainStep]) -> list[str]:
 
 
 def _drawable(text: str) -> str:
-    """Text with escapes for what the font lacks."""
+    """Text with escapes for characters that the font lacks."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
@@ -132,7 +134,7 @@ def _draw_curves(plane: Any, steps: Sequence[ChainStep], colours: list[str]) -> 
             plane.plot([len(p)] * 2, [p[-1], 1e-12], ":", color=colour, linewidth=1)
     lowest = np.float64(steps[0].probabilities[steps[0].probabilities > 0]).min()
     plane.set(xscale="log", yscale="log", xlim=(0.8, 2.5 * size), ylim=(max(lowest, 1e-6) / 1.5, 1.3))
-    plane.set(xlabel="rank of the token in that step", title="Probability by rank; a dot: the last that can be drawn")
+    plane.set(xlabel="rank of the token in that step", title="Probability by rank (dot: last that can be drawn)")
     plane.xaxis.set_major_formatter("{x:,.0f}")
     plane.yaxis.set_major_formatter(lambda p, _: f"{100 * p:.6f}".rstrip("0").rstrip(".") + "%")
     plane.legend(loc="lower left")
@@ -170,7 +172,7 @@ def _draw_sizes(support: Any, entropy: Any, steps: Sequence[ChainStep], colours:
             plane.annotate(label, (value, place), (4, 0), textcoords="offset points", va="center", fontsize="small")
         plane.invert_yaxis()
         plane.grid(False, axis="y")
-    # The axis of the curves above, so that their dotted lines lead to the bars.
+    # the same axis as the curves above, so that their dotted lines lead to the bars
     support.set(xscale="log", xlim=(0.8, 2.5 * len(steps[0].probabilities)), title="Tokens that can be drawn")
     support.set_yticks(places, [step.label for step in steps])
     support.xaxis.set_major_formatter("{x:,.0f}")

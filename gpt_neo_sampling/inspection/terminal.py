@@ -25,7 +25,7 @@ from gpt_neo_sampling.inspection.steps import (
 
 _LEAST_BAR, _MOST_BAR = 4, 24  # characters
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_BAR_COLOURS = ("34", "36", "33")  # ANSI: the model's bars, those in between, what is drawn from
+_BAR_COLOURS = ("34", "36", "33")  # ANSI: bars of the first step, of those in between, of the last
 
 
 def table(
@@ -37,16 +37,16 @@ def table(
     unicode: bool = True,
     colour: bool = False,
 ) -> str:
-    """The chain for a terminal: a line a step, and under it a line a token.
+    """The chain for a terminal: a line for each step, then a line for each token.
 
     Args:
       steps: list of ChainStep.
       text: a function from an id to the token's text; see `token_text`.
-      count: tokens to show.
-      width: of the terminal, in characters. Where it is too small for every step
-        there are no bars for those in between, and then no columns.
-      unicode: False for ASCII alone.
-      colour: True for ANSI's colours.
+      count: the number of tokens to show.
+      width: of the terminal, in characters. If it is too small for all steps, those
+        in between lose first their bars and then their columns.
+      unicode: False for ASCII only.
+      colour: True for ANSI colours.
 
     Returns:
       a str of whole lines.
@@ -56,18 +56,18 @@ def table(
     return "".join(line.rstrip() + "\n" for line in lines)
 
 
-def terminal_style(stream: TextIO) -> dict[str, Any]:
-    """{width, unicode, colour} for a `table` that is written to a text stream."""
+def terminal_style(file: TextIO) -> dict[str, Any]:
+    """{width, unicode, colour} for a `table` that is written to a text file, such as sys.stdout."""
     return {
         "width": shutil.get_terminal_size((100, 24)).columns,
-        "unicode": (stream.encoding or "").lower().replace("-", "") == "utf8",
-        "colour": stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
+        "unicode": (file.encoding or "").lower().replace("-", "") == "utf8",
+        "colour": file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Page:
-    """How things are written."""
+    """How to write text, tokens and bars."""
 
     unicode: bool
     colour: bool
@@ -76,25 +76,25 @@ class _Page:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code and text.strip() else text
 
     def token(self, text: str, width: int = MOST_TOKEN_WIDTH) -> str:
-        """A token with its spaces and ends of lines to be seen."""
+        """A token, with spaces and line breaks made visible."""
         return self.fit(visible(text) if self.unicode else ascii(text), width)
 
     def fit(self, text: str, width: int) -> str:
-        """As much of a text as there is room for."""
+        """The text, shortened to `width` columns if it is longer."""
         if _text_width(text) <= width:
             return text
         widths = itertools.accumulate(map(_text_width, text))
         fitting = sum(1 for _ in itertools.takewhile(lambda w: w < width, widths))
         return text[:fitting] + ("…" if self.unicode else "~")
 
-    def bar(self, part: float, width: int, code: str) -> str:
-        """`part` of a bar of `width` characters; anything above 0 is seen."""
-        part = min(part, 1.0) if width else 0.0
+    def bar(self, fraction: float, width: int, code: str) -> str:
+        """A bar over `fraction` of `width` characters; never empty if that is above 0."""
+        fraction = min(fraction, 1.0) if width else 0.0
         if self.unicode:
-            eighths = max(round(part * width * 8), 1 if part > 0 else 0)
+            eighths = max(round(fraction * width * 8), 1 if fraction > 0 else 0)
             bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
         else:
-            bar = "#" * round(part * width) or ("." if part > 0 else "")
+            bar = "#" * round(fraction * width) or ("." if fraction > 0 else "")
         return self.paint(bar, code) + " " * (width - len(bar))
 
     def bold(self, text: str) -> str:
@@ -116,9 +116,9 @@ def _step_lines(page: _Page, steps: Sequence[ChainStep], text: Callable[[int], s
     def room() -> int:
         return width - name_width - sum(2 + size for size in widths.values())
 
-    for least_needed in ("effective", "cut"):
+    for column in ("effective", "cut"):  # the least important first
         if room() < 0:
-            del widths[least_needed]
+            del widths[column]
     bar_width = min(room() - 2, _MOST_BAR) if room() - 2 >= _LEAST_BAR else 0
     token_width = min(6 + max(room() - 2 - bar_width, 0), MOST_TOKEN_WIDTH)
 
@@ -161,7 +161,7 @@ class _Column:
         return max(figures, *map(len, _pieces(self.step.label)))
 
     def cell(self, page: _Page, token_id: int, scale: float, was_cut: bool) -> str:
-        """scale: the probability of a whole bar."""
+        """scale: the probability that a full bar stands for."""
         p = float(self.step.probabilities[token_id])
         if p <= 0:
             return page.dim(("" if was_cut else "  cut").ljust(self.width))
@@ -170,7 +170,7 @@ class _Column:
 
 
 def _pieces(label: str) -> list[str]:
-    """Where a label may be broken: behind _ and spaces."""
+    """A label, split after _ and spaces, where a line may break."""
     return re.findall(r"[^_ ]+[_ ]?", label)
 
 
@@ -185,7 +185,7 @@ def _broken(label: str, width: int) -> list[str]:
 
 
 def _columns(steps: Sequence[ChainStep], room: int) -> tuple[list[_Column], list[ChainStep]]:
-    """([_Column] that fit in `room` characters, the steps left out: those that change the least)."""
+    """([_Column] that fit in `room` characters, the steps left out, which are those that change the least)."""
     shown = changing(steps)
     left_out: list[ChainStep] = []
     while True:
@@ -234,5 +234,5 @@ def _token_lines(
         others = f"{len(rank) - len(ids):,} others"
         yield "  ".join([(" " * (id_width + 2) + others).ljust(left), *cells])
     if left_out:
-        note = "not shown, for want of room: " + "; ".join(step.label for step in left_out)
+        note = "not shown, too little room: " + "; ".join(step.label for step in left_out)
         yield from map(page.dim, textwrap.wrap(note, width))

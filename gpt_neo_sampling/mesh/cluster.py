@@ -1,9 +1,9 @@
 """Several processes as one mesh, through TensorFlow's own distributed runtime.
 
 Every process of a cluster serves its devices (`serve`); one program, the client,
-builds the graph for all of them. TensorFlow itself waits without end for a
-process that is missing and long for one that has died, so both are watched from
-here: by opening a connection to each address, before the session and during it.
+builds the graph for all of them. TensorFlow waits forever for a missing process
+and long for a dead one. So this module checks for both, by opening a connection to
+each address before the session and during it.
 """
 
 import atexit
@@ -24,24 +24,24 @@ from typing import Any
 
 from gpt_neo_sampling._compat import quiet_stderr, tf
 
-CONNECT_SECONDS = 20  # how long a process may take to come up
-WATCH_SECONDS = 2  # between looks at whether all are still there
-LOST_AFTER = 2  # looks in a row that found one gone
+CONNECT_SECONDS = 20  # the longest that a process may take to start
+WATCH_SECONDS = 2  # between checks that all processes are there
+LOST_AFTER = 2  # failed checks in a row
 ANSWER_SECONDS = 60  # for a cluster that accepts connections to answer its first request
-CLOSE_SECONDS = 5  # for it to free what a session held
-MOST_CPUS = 1024  # CPU devices of a process; TensorFlow makes each of them, and all up to the last that is named
+CLOSE_SECONDS = 5  # for a cluster to free a session's state
+MOST_CPUS = 1024  # CPU devices of a process; TensorFlow creates all of them up to the last that is named
 
 
 class ClusterError(OSError):
-    """A process of the cluster that cannot be reached; the message is one line."""
+    """A process of the cluster cannot be reached; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """The processes of a cluster. Made by `parse_cluster` or `cluster_from_environment`."""
 
-    jobs: dict[str, list[str]]  # job's name -> its addresses, "host:port", a task each
-    task: str | None = None  # what this process is, such as "worker:0"; None for a client from outside
+    jobs: dict[str, list[str]]  # job's name -> the addresses of its tasks, "host:port"
+    task: str | None = None  # this process's task, such as "worker:0"; None for a client outside the cluster
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -49,7 +49,7 @@ class Cluster:
         return {f"{job}:{i}": address for job, tasks in self.jobs.items() for i, address in enumerate(tasks)}
 
     def checked(self, what: str = "cluster") -> "Cluster":
-        """Itself; raises ValueError for addresses or a task that cannot be."""
+        """Itself; raises ValueError for invalid addresses or an unknown task."""
         addresses = list(self.addresses.values())
         if not addresses:
             raise ValueError(f"{what} names no address; allowed: host:port,host:port")
@@ -65,7 +65,7 @@ class Cluster:
 
     @property
     def master(self) -> str:
-        """The address of the process that sessions are held with."""
+        """The address of the process that sessions connect to."""
         return self.addresses[self.task] if self.task else next(iter(self.addresses.values()))
 
     def first_cpus(self) -> tuple[str, ...]:
@@ -76,14 +76,14 @@ class Cluster:
         """A tf.Session on the cluster, once every process has answered.
 
         Raises:
-          ClusterError: if one does not within CONNECT_SECONDS, or has not the
-            devices that the mesh names.
+          ClusterError: if a process does not answer within CONNECT_SECONDS, or lacks
+            a device that the mesh names.
         """
         if self.task:
             own = _device_prefix(self.task) + "/device:CPU:"
             _local_server(self, max((int(d.removeprefix(own)) + 1 for d in devices if d.startswith(own)), default=1))
         self._wait_for_all()
-        # Without isolation, sessions share variables by name, which outlive them.
+        # without isolation, sessions share variables by name, and variables outlive their session
         config = tf.ConfigProto(allow_soft_placement=True, isolate_session_state=True)
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         with quiet_stderr():
@@ -92,7 +92,7 @@ class Cluster:
             answer = tf.no_op()
         try:
             self._watched(lambda: session.run(answer), seconds=ANSWER_SECONDS)
-            # Not before: while it waits, it lets no other thread of Python run.
+            # only after the answer: list_devices may wait, and then blocks all Python threads
             present = {d.name for d in session.list_devices()}
             for d in devices:
                 if d not in present:
@@ -106,10 +106,10 @@ class Cluster:
         return session
 
     def run(self, session: tf.Session, fetches: Any, feed: dict[Any, Any] | None = None) -> Any:
-        """session.run, with an eye on the cluster.
+        """session.run, while watching the cluster.
 
         Raises:
-          ClusterError: seconds after a process has gone.
+          ClusterError: within seconds of losing a process.
         """
         return self._watched(lambda: session.run(fetches, feed))
 
@@ -125,7 +125,7 @@ class Cluster:
             time.sleep(0.2)
 
     def gone(self, tasks: Iterable[str] | None = None) -> list[str]:
-        """Which tasks, of all or of some, accept no connection."""
+        """The tasks, out of these or all, that accept no connection."""
         addresses = self.addresses
         return [t for t in (addresses if tasks is None else tasks) if not _answers(addresses[t])]
 
@@ -133,7 +133,7 @@ class Cluster:
         return ", ".join(f"{t} at {self.addresses[t]}" for t in tasks)
 
     def _watched(self, call: Callable[[], Any], seconds: float | None = None) -> Any:
-        """call() on a thread of its own, for as long as the cluster is whole."""
+        """Runs call() in another thread, and raises ClusterError if the cluster loses a process meanwhile."""
         results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def target() -> None:
@@ -151,13 +151,13 @@ class Cluster:
             except queue.Empty:
                 gone = self.gone()
                 suspects = {t: suspects.get(t, 0) + 1 for t in gone}
-                lost = [t for t, looks in suspects.items() if looks >= LOST_AFTER]
+                lost = [t for t, n_checks in suspects.items() if n_checks >= LOST_AFTER]
                 if lost:
-                    raise ClusterError(f"{self._named(lost)} has gone; what it held is lost") from None
+                    raise ClusterError(f"{self._named(lost)} has gone; its state is lost") from None
                 if end is not None and time.monotonic() > end:
                     raise ClusterError(
                         f"the cluster accepts connections, but gave no answer within {seconds} s; is each of "
-                        f"{self._named(list(self.addresses))} a gpt-neo-sampling serve of the same cluster?"
+                        f"{self._named(list(self.addresses))} a gpt-neo-sampling serve with the same cluster?"
                     ) from None
                 continue
             if error is None:
@@ -165,17 +165,17 @@ class Cluster:
             if isinstance(error, tf.errors.OpError):
                 time.sleep(0.5)  # a process that dies may still accept for a moment
                 if gone := self.gone():
-                    raise ClusterError(f"{self._named(gone)} has gone; what it held is lost") from None
+                    raise ClusterError(f"{self._named(gone)} has gone; its state is lost") from None
                 if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)):
                     raise ClusterError(f"the cluster has lost a process or its state: {_reason(error)}") from None
             raise error
 
 
 class _Session(tf.Session):
-    """A session that ends in bounded time.
+    """A session that closes in bounded time.
 
-    TensorFlow would wait for a process that has gone until it is back, or for
-    minutes, and do so too when the session is collected or the program ends.
+    TensorFlow would wait minutes, or until it is back, for a process that has gone,
+    even when the session is garbage-collected or the program ends.
     """
 
     def __init__(self, cluster: Cluster, graph: tf.Graph | None, config: tf.ConfigProto) -> None:
@@ -190,7 +190,7 @@ class _Session(tf.Session):
         self.ended = True
         closed = threading.Event()
 
-        def end() -> None:  # holds the session, which so is not freed before
+        def end() -> None:  # refers to the session, which is therefore not freed earlier
             self.close_now()
             closed.set()
 
@@ -199,7 +199,7 @@ class _Session(tf.Session):
             closed.wait(CLOSE_SECONDS)
 
     def close_now(self) -> None:
-        with contextlib.suppress(tf.errors.OpError):  # such as for a session that is no more
+        with contextlib.suppress(tf.errors.OpError):  # the session may no longer exist
             super().close()
 
     def __del__(self) -> None:
@@ -215,7 +215,7 @@ class _Session(tf.Session):
 
 
 def _start(target: Callable[[], object]) -> None:
-    """Runs target() on a thread that the program's end waits for, a while: cut off in TensorFlow 2.12, it aborts."""
+    """Runs target() in a thread that program exit waits for, briefly: TensorFlow 2.12 aborts if it is cut off."""
     thread = threading.Thread(target=target, daemon=True)
     _threads.add(thread)
     thread.start()
@@ -223,19 +223,19 @@ def _start(target: Callable[[], object]) -> None:
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of _start
 _open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
-# A thread of one's own may not be started while garbage is collected.
+# calls for the background thread; garbage collection cannot start a thread itself
 _background: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
 
 @functools.cache
 def _start_background() -> None:
-    """Starts a thread for sessions that nobody has closed, also those left at the program's end."""
+    """Starts a thread that closes sessions nobody has closed, including those left at program exit."""
 
     def work() -> None:
         while True:
             _background.get()()
 
-    def at_exit() -> None:  # newer Pythons start no thread here
+    def at_exit() -> None:  # newer Pythons cannot start a thread at exit
         done = threading.Event()
         for session in list(_open_sessions):
             if not session.ended:
@@ -252,23 +252,23 @@ def _start_background() -> None:
 
 
 def parse_cluster(text: str, task: str | None = None) -> Cluster:
-    """A cluster from "host:port,host:port", its tasks being worker:0, worker:1 …
+    """A cluster from "host:port,host:port", with tasks worker:0, worker:1 …
 
     Raises:
-      ValueError: for another form.
+      ValueError: for text of another form.
     """
     addresses = [a.strip() for a in text.split(",") if a.strip()]
     return Cluster({"worker": addresses}, task).checked(f"cluster {text!r}")
 
 
 def cluster_from_environment() -> Cluster | None:
-    """The cluster of the environment variable TF_CONFIG, or None without one.
+    """The cluster in the environment variable TF_CONFIG, or None without one.
 
-    `{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}`;
-    without "task", this process is a client from outside.
+    It has the form `{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}}`;
+    without "task", this process is a client outside the cluster.
 
     Raises:
-      ValueError: for another form.
+      ValueError: for text of another form.
     """
     text = os.environ.get("TF_CONFIG", "").strip()
     if not text:
@@ -279,7 +279,7 @@ def cluster_from_environment() -> Cluster | None:
         task = config.get("task")
         task = None if not task else f"{task['type']}:{int(task.get('index', 0))}"
         if not all(isinstance(addresses, list) for addresses in jobs.values()):
-            raise TypeError("each job needs a list of addresses")
+            raise TypeError("each job needs a list of addresses")  # shown in the message below
         jobs = {job: [str(a) for a in addresses] for job, addresses in jobs.items()}
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as e:
         raise ValueError(
@@ -289,15 +289,15 @@ def cluster_from_environment() -> Cluster | None:
 
 
 def serve(cluster: Cluster, cpus: int = 1, started: Callable[[], object] | None = None) -> None:
-    """Serves this process's devices to the cluster, until a signal ends it.
+    """Serves this process's devices to the cluster until a signal stops it.
 
     Args:
       cluster: a Cluster with a task.
-      cpus: int, how many CPU devices to offer.
-      started: None or a function, called without arguments once it serves.
+      cpus: int, the number of CPU devices to offer.
+      started: None, or a function without arguments that is called once the server runs.
 
     Raises:
-      ClusterError: if its address cannot be had.
+      ClusterError: if the address cannot be used.
     """
     _local_server(cluster, cpus)
     stop = threading.Event()
@@ -309,7 +309,7 @@ def serve(cluster: Cluster, cpus: int = 1, started: Callable[[], object] | None 
         pass
 
 
-_servers: dict[str, tf.train.Server] = {}  # TensorFlow cannot end a server: one for each address and process
+_servers: dict[str, tf.train.Server] = {}  # by address; TensorFlow cannot stop a server
 
 
 def _local_server(cluster: Cluster, cpus: int = 1) -> None:
@@ -320,7 +320,7 @@ def _local_server(cluster: Cluster, cpus: int = 1) -> None:
         return
     job, index = cluster.task.rsplit(":", 1)
     if _answers(address):
-        raise ClusterError(f"{cluster.task} cannot serve at {address}: something answers there already")
+        raise ClusterError(f"{cluster.task} cannot serve at {address}: the address is in use already")
     config = tf.ConfigProto(device_count={"CPU": cpus}, allow_soft_placement=True)
     with quiet_stderr():
         try:
@@ -338,12 +338,12 @@ def _answers(address: str) -> bool:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
         return True
-    except (OSError, UnicodeError):  # UnicodeError: a host's name that cannot be
+    except (OSError, UnicodeError):  # UnicodeError: an invalid host name
         return False
 
 
 def _reason(error: Exception) -> str:
-    """The line of TensorFlow's message that says something."""
+    """The first informative line of TensorFlow's message."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
 
@@ -354,7 +354,7 @@ def _device_prefix(task: str) -> str:
 
 
 def short_name(device: str) -> str:
-    """A TensorFlow device as users name it: worker:1/cpu:0."""
+    """The short form of a TensorFlow device's name, such as worker:1/cpu:0."""
     match = re.fullmatch(r"(?:/job:(.*))?/device:(\w+):(\d+)", device)
     if match is None:
         return device

@@ -1,4 +1,4 @@
-"""Meshes: what is split over which processors, on which devices and machines.
+"""Meshes: which dimensions are split over which processors, on which devices and machines.
 
 A mesh is an array of processors with named axes, such as `x:2,y:2`; a layout
 says which dimension of the model is split along which axis, such as
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, layout_pairs, mtf, probe_devices, quiet_stderr, tensorflow, tf
-from gpt_neo_sampling._types import is_whole
+from gpt_neo_sampling._types import is_int
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
 
 AUTO = "auto"
@@ -23,7 +23,7 @@ SIZE = r"[1-9][0-9]{0,9}"
 
 
 class MeshError(ValueError):
-    """A mesh, layout or device that cannot be had; the message is one line."""
+    """A mesh, layout or device that is not possible or not there; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class DeviceMesh:
     Attributes:
       shape: mtf.Shape of the axes.
       layout: dict, name of a dimension -> name of an axis.
-      devices: tuple of TensorFlow's names, one a processor, the last axis
-        fastest; ("",) for its choice.
-      cluster: a `cluster.Cluster`, where the devices lie in other processes, or None.
+      devices: tuple of TensorFlow's device names, one for each processor, the last
+        axis varying fastest; ("",) lets TensorFlow choose.
+      cluster: a `cluster.Cluster` if the devices belong to other processes, or None.
     """
 
     shape: mtf.Shape
@@ -46,38 +46,38 @@ class DeviceMesh:
     cluster: Cluster | None = None
 
     def impl(self) -> mtf.MeshImpl:
-        """The mesh implementation that a lowering takes; lower it under `place`."""
-        # without a name of its own for the device, mtf keeps a single copy of the weights
+        """The mesh implementation for a lowering, which should run under `place`."""
+        # with an unnamed device, mtf keeps a single copy of the weights
         names = [""] if self.size == 1 else list(self.devices)
-        # mtf minds two dimensions of a tensor on one axis even where that is of size 1
+        # mtf refuses two dimensions of a tensor on one axis even if its size is 1
         rules = {(dim, axis) for dim, axis in self.layout.items() if self.parts(dim) > 1}
         return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(rules), names)
 
     def place(self) -> contextlib.AbstractContextManager[Any]:
-        """A context for building the graph: on the one device, where there is one."""
+        """A context to build the graph in; it places operations if the mesh has only one device."""
         return tf.device(self.devices[0]) if self.size == 1 else contextlib.nullcontext()
 
     @property
     def size(self) -> int:
-        """int: how many processors there are."""
+        """int: the number of processors."""
         return self.shape.size
 
     def parts(self, dim: str) -> int:
-        """int: in how many parts the dimension of the name `dim` is cut."""
+        """int: the number of parts that the dimension named `dim` is split into."""
         axis = self.layout.get(dim)
         return 1 if axis is None else self.shape.get_dim_by_name(axis).size
 
     def check(self, sizes: dict[str, int | None], tensors: Iterable[tuple[str, ...]]) -> None:
-        """Whether the layout fits a model.
+        """Checks that the layout fits a model.
 
         Args:
-          sizes: {dimension's name: its size}, every dimension that may be split;
-            None for one that is padded to fit.
-          tensors: tuples of names of dimensions: those that stand together in a
-            tensor, and so need different axes.
+          sizes: {dimension's name: its size} of every dimension that may be split;
+            None as the size of one that is padded to fit.
+          tensors: tuples of names of dimensions that occur in one tensor, and so need
+            different axes.
 
         Raises:
-          MeshError: (a ValueError) unless it does.
+          MeshError: (a ValueError) if it does not.
         """
         for dim, axis in self.layout.items():
             if dim not in sizes:
@@ -88,7 +88,7 @@ class DeviceMesh:
                 fitting = [n for n in range(1, min(size, 64) + 1) if size % n == 0]
                 raise MeshError(
                     f"layout {self._rule(dim)} splits {dim}={size} over {axis}:{parts}, which does not divide it; "
-                    f"sizes of {axis} that fit: {', '.join(map(str, fitting))}"
+                    f"allowed sizes of {axis}: {', '.join(map(str, fitting))}"
                 )
         for dims in tensors:
             along = collections.defaultdict(list)
@@ -98,19 +98,19 @@ class DeviceMesh:
             for axis, together in along.items():
                 if len(together) > 1 and self.shape.get_dim_by_name(axis).size > 1:
                     raise MeshError(
-                        f"layout {','.join(map(self._rule, together))} splits {' and '.join(together)} along the one "
-                        f"axis {axis}, but they stand together in a tensor [{', '.join(dims)}]; split them along "
-                        "different axes, or one of them"
+                        f"layout {','.join(map(self._rule, together))} splits {' and '.join(together)} along the same "
+                        f"axis {axis}, but a tensor [{', '.join(dims)}] has both; split them along different axes, "
+                        "or only one of them"
                     )
 
     def _rule(self, dim: str) -> str:
         return f"{dim}:{self.layout[dim]}"
 
     def session(self, graph: tf.Graph | None = None) -> tf.Session:
-        """A tf.Session that has the mesh's devices.
+        """A tf.Session with the mesh's devices.
 
         Args:
-          graph: tf.Graph; the default graph by default.
+          graph: a tf.Graph, or None for the default graph.
 
         Returns:
           a tf.Session.
@@ -122,23 +122,23 @@ class DeviceMesh:
             return self.cluster.session(graph, self.devices)
         cpus = [int(m[1]) for m in (re.fullmatch(r"/device:CPU:(\d+)", d) for d in self.devices) if m]
         config = tf.ConfigProto(allow_soft_placement=True, device_count={"CPU": max(cpus, default=0) + 1})
-        if self.size > 1:  # on graphs of many devices it takes longer than it saves
+        if self.size > 1:  # on graphs for several devices the optimizer takes longer than it saves
             config.graph_options.rewrite_options.disable_meta_optimizer = True
         with quiet_stderr():
             return tf.Session(graph=graph, config=config)
 
     def run(self, session: tf.Session, fetches: Any, feed: dict[Any, Any] | None = None) -> Any:
-        """session.run, with an eye on the cluster, if there is one.
+        """session.run, while watching the cluster, if there is one.
 
         Args:
-          session: what `session` gave.
+          session: one that `session` returned.
           fetches, feed: as for tf.Session.run.
 
         Returns:
-          what tf.Session.run does.
+          as tf.Session.run.
 
         Raises:
-          ClusterError: within seconds of a machine's loss.
+          ClusterError: within seconds of losing a machine.
         """
         if self.cluster:
             return self.cluster.run(session, fetches, feed)
@@ -151,30 +151,30 @@ def device_mesh(
     devices: str | Sequence[str] | None = None,
     cluster: str | Cluster | None = None,
 ) -> DeviceMesh:
-    """A mesh from its description; by default one device, the one that TensorFlow chooses.
+    """A mesh from its description; by default one device of TensorFlow's choice.
 
     Args:
-      mesh_shape: a str such as "x:2,y:2", an mtf.Shape, a dict, a list of pairs
-        or of strings, or None for one processor (with devices="auto", for as
-        many as there are GPUs, on an axis "all").
-      layout: a str such as "batch:x,vocab:y", an mtf.LayoutRules, a dict, a list
-        of pairs or of strings, or None for nothing split (with devices="auto"
-        and no mesh_shape, for "batch:all").
-      devices: as many devices as the mesh has processors, all different, the
-        last axis fastest: a list, or a str with commas. A device is "cpu:0",
-        "gpu:1", or in a cluster "worker:1/cpu:0" or TensorFlow's whole name.
-        "auto" for the GPUs that are there. None for TensorFlow's choice (a GPU
-        if there is one), and in a cluster for the first CPU of each machine.
+      mesh_shape: a str such as "x:2,y:2", an mtf.Shape, a dict, or a list of pairs
+        or of strings. None means one processor, or with devices="auto" one for each
+        GPU, on an axis "all".
+      layout: a str such as "batch:x,vocab:y", an mtf.LayoutRules, a dict, or a list
+        of pairs or of strings. None splits nothing, or with devices="auto" and no
+        mesh_shape means "batch:all".
+      devices: a list, or a str with commas, of different devices, one for each
+        processor, the last axis varying fastest. A device is "cpu:0" or "gpu:1", in a
+        cluster "worker:1/cpu:0", or TensorFlow's full name. "auto" means all GPUs of
+        this machine. None means TensorFlow's choice (a GPU if there is one), in a
+        cluster the first CPU of each machine.
       cluster: a str such as "host:2222,host:2223", a `cluster.Cluster`, or None.
 
     Returns:
       a DeviceMesh.
 
     Raises:
-      MeshError: (a ValueError) for a description of another form, a layout along
-        an axis that the mesh has not, devices that are not there, not all
-        different, or not as many as the mesh has processors.
-      ValueError: for a cluster whose addresses cannot be.
+      MeshError: (a ValueError) for a description of another form, a layout along an
+        axis that the mesh does not have, or devices that do not exist, are not all
+        different, or are not as many as the mesh has processors.
+      ValueError: for a cluster with invalid addresses.
 
     Example:
 
@@ -188,10 +188,10 @@ def device_mesh(
     if isinstance(cluster, str):
         cluster = parse_cluster(cluster)
     elif not (cluster is None or isinstance(cluster, Cluster)):
-        raise MeshError(f"cluster {cluster!r}; allowed: such as host:2222,host:2223")
+        raise MeshError(f"cluster {cluster!r}; allowed: addresses such as host:2222,host:2223")
     if devices == AUTO:
         if cluster:
-            raise MeshError("devices auto looks at this machine alone; in a cluster name each, as in worker:1/gpu:0")
+            raise MeshError("devices auto sees only this machine; in a cluster name each device, as in worker:1/gpu:0")
         devices = tuple(f"/device:GPU:{i}" for i in range(_gpu_count()))
         if not devices:
             raise MeshError("devices auto: TensorFlow sees no GPU here; name CPUs, as in cpu:0,cpu:1")
@@ -215,7 +215,7 @@ def device_mesh(
         raise MeshError(
             f"mesh shape {_written(shape)} has {_count(shape.size, 'processor')}, but {_count(len(devices), 'device')} "
             f"{'is' if len(devices) == 1 else 'are'} named ({', '.join(map(short_name, devices))}); "
-            f"name {shape.size}, or shape the mesh for {len(devices)}, such as x:{len(devices)}"
+            f"name {shape.size}, or give a mesh shape for {len(devices)}, such as x:{len(devices)}"
         )
     return DeviceMesh(shape, layout, devices, cluster)
 
@@ -237,13 +237,13 @@ def _parse_layout(layout: Any, shape: mtf.Shape) -> dict[str, str]:
                 "the mesh has no axes (give a mesh shape, such as x:2)")  # fmt: skip
             raise MeshError(f"layout {dim}:{axis} splits along {axis}, but {has}")
         if dim in rules:
-            raise MeshError(f"layout {layout!r} names {dim} twice; a dimension is split along one axis")
+            raise MeshError(f"layout {layout!r} names {dim} twice; a dimension is split along at most one axis")
         rules[dim] = axis
     return rules
 
 
 def _pairs(value: Any, what: str, form: str, second: str) -> list[list[str]]:
-    """Pairs of strings, from any of the forms that describe a mesh shape or a layout."""
+    """Pairs of strings from any of the forms of a mesh shape or a layout. `second` is the pattern of the second one."""
     if value is None:
         return []
     parts = value
@@ -260,7 +260,7 @@ def _pairs(value: Any, what: str, form: str, second: str) -> list[list[str]]:
     pairs = []
     for part in parts:
         words = part.split(":") if isinstance(part, str) else part if isinstance(part, (list, tuple)) else []
-        words = [str(word).strip() if isinstance(word, str) or is_whole(word) else "" for word in words]
+        words = [str(word).strip() if isinstance(word, str) or is_int(word) else "" for word in words]
         if len(words) != 2 or not re.fullmatch(NAME, words[0]) or not re.fullmatch(second, words[1]):
             raise MeshError(f"{what} {value!r}: {part!r} is not {form}")
         pairs.append(words)
@@ -274,12 +274,10 @@ def _parse_devices(devices: str | Sequence[str], cluster: Cluster | None) -> tup
     names = tuple(_parse_device(name, cluster) for name in names)
     twice = [n for n, count in collections.Counter(names).items() if count > 1]
     if twice:
-        raise MeshError(
-            f"devices: {short_name(twice[0])} is named more than once; each processor needs a device of its own"
-        )
+        raise MeshError(f"devices: {short_name(twice[0])} is named more than once; each processor needs its own device")
     gpus = [int(m[1]) for m in (re.fullmatch(r"/device:GPU:(\d+)", n) for n in names) if m]
     if gpus and max(gpus) >= _gpu_count():
-        raise MeshError(f"devices: gpu:{max(gpus)} is not there; TensorFlow sees {_count(_gpu_count(), 'GPU')}")
+        raise MeshError(f"devices: there is no gpu:{max(gpus)}; TensorFlow sees {_count(_gpu_count(), 'GPU')}")
     return names
 
 
@@ -297,7 +295,7 @@ def _parse_device(name: Any, cluster: Cluster | None) -> str:
     if (job is not None) != (cluster is not None):
         wanted = "it needs a machine, as in worker:1/cpu:0" if cluster else "there is no cluster (see --cluster)"
         raise MeshError(f"devices: {name!r}: {wanted}")
-    if job is None or cluster is None:  # both
+    if job is None or cluster is None:  # then both are None
         return local
     if f"{job}:{task}" not in cluster.addresses:
         raise MeshError(f"devices: {name!r} is on {job}:{task}; the cluster has {', '.join(cluster.addresses)}")
@@ -318,5 +316,5 @@ def _gpu_count() -> int:
 
 
 def round_up(size: int, parts: int) -> int:
-    """The least multiple of `parts` that is at least `size`."""
+    """The smallest multiple of `parts` that is at least `size`."""
     return math.ceil(size / parts) * parts

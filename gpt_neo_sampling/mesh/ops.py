@@ -542,8 +542,8 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
       mtf.Tensor of `dtype`, scalar or with dims among `rows`.
 
     Raises:
-      ValueError: for a shape that is neither, what is no number, or where `dtype` is int32 half of one, or one that
-        it does not hold.
+      ValueError: for a shape that is neither, True, False or anything else that is not a number, and for int32 a
+        number that is not whole or does not fit.
     """
     rows = mtf.Shape(rows)
     listed = value if isinstance(value, (list, tuple)) else [value]
@@ -566,9 +566,9 @@ def import_rows(mesh: mtf.Mesh, value: RowValue, dtype: tf.DType, rows: ShapeLik
 
 
 def _checked_numbers(values: np.ndarray, dtype: tf.DType, name: str) -> np.ndarray:
-    if values.dtype.kind in "OSUM":
+    if values.dtype.kind in "bOSUM":
         raise ValueError(f"{name} holds {(values.ravel().tolist() or [values])[0]!r}; numbers are needed")
-    if dtype.is_integer and values.dtype.kind in "biuf":
+    if dtype.is_integer and values.dtype.kind in "iuf":
         wrong = values[~(np.isfinite(values) & (np.floor(values) == values))]
         if wrong.size:
             raise ValueError(f"{name}={wrong[0].item()!r}; whole numbers are needed")

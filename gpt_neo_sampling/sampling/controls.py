@@ -12,7 +12,7 @@ from typing import Any, Generic, TypedDict, TypeVar, cast
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, RowValue, Tensor, is_int, is_number, is_real
+from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, RowValue, Tensor, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, settle
 from gpt_neo_sampling.sampling import masks, penalties
 from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
@@ -302,7 +302,7 @@ class SamplingOptions(Controls[RowValue]):
         """
         for name, number in NUMBERS.items():
             value = getattr(self, name)
-            if is_number(value):
+            if is_real(value):
                 number.check(name, value)
         if self.entmax_alpha is not None and not self.use_entmax:
             raise ValueError("entmax_alpha is given, but entmax is not used; True is needed for it, or no entmax_alpha")
@@ -315,7 +315,7 @@ class SamplingOptions(Controls[RowValue]):
     def changes(self, name: str) -> bool:
         """Whether the control of this name is given, and not as the number that changes nothing."""
         value, control = getattr(self, name), CONTROLS[name]
-        return value is not None and not (isinstance(control, Number) and is_number(value) and value == control.neutral)
+        return value is not None and not (isinstance(control, Number) and is_real(value) and value == control.neutral)
 
     def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
         """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers.
@@ -332,7 +332,7 @@ class SamplingOptions(Controls[RowValue]):
         """
 
         def per_row(name: str, value: RowValue | None, is_int: bool) -> RowValue | None:
-            if value is None or is_number(value):
+            if value is None or is_real(value):
                 return value
             return settle(import_rows(mesh, value, tf.int32 if is_int else tf.float32, rows, name))
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import LaidOut, RowValue, is_number, is_whole
+from gpt_neo_sampling._types import LaidOut, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.ops import (
     MeshOperation,
     align,
@@ -61,11 +61,11 @@ def entmax(
         array([[0.831, 0.169, 0.   , 0.   ]], dtype=float32)
     """
     dim = dim_of(x, dim)
-    if not is_whole(n_iter) or n_iter < 1:
+    if not is_int(n_iter) or n_iter < 1:
         raise ValueError(f"n_iter={n_iter}: a whole number of at least 1 is needed")
     check_floating(x, "entmax: scores")
     imported = _import_alpha(x.mesh, alpha, x.shape - dim)
-    if is_number(alpha) and alpha == 1:
+    if is_real(alpha) and alpha == 1:
         return softmax(x, dim)
     return _EntmaxOperation(x, imported, dim, n_iter, chosen_of(alpha)).outputs[0]
 
@@ -105,7 +105,7 @@ def log_softmax_at(x: mtf.Tensor, at: mtf.Tensor, dim: mtf.Dimension) -> mtf.Ten
 
 
 def _import_alpha(mesh: mtf.Mesh, alpha: RowValue, rows: mtf.Shape) -> mtf.Tensor:
-    if is_number(alpha) and not 1 <= alpha <= 2:  # NaN fails too
+    if is_real(alpha) and not 1 <= alpha <= 2:  # NaN fails too
         raise ValueError(f"alpha={alpha} is out of range: from 1 (softmax) to 2 (sparsemax)")
     return import_rows(mesh, alpha, tf.float32, rows, "alpha")
 

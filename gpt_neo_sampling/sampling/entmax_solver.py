@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_neo_sampling._compat import tf
-from gpt_neo_sampling._types import LaidOut, RowValue, is_number
+from gpt_neo_sampling._types import LaidOut, RowValue, is_real
 from gpt_neo_sampling.mesh.ops import size_of
 from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, sum_across
 from gpt_neo_sampling.sampling.top_k import largest
@@ -13,7 +13,7 @@ from gpt_neo_sampling.sampling.top_k import largest
 
 def chosen_of(alpha: RowValue) -> int:
     """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
-    return 64 if is_number(alpha) and alpha >= 1.45 else 256
+    return 64 if is_real(alpha) and alpha >= 1.45 else 256
 
 
 def entmax_by_chosen(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import FLOAT32_MAX, RowValue, is_number, is_whole
+from gpt_neo_sampling._types import FLOAT32_MAX, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, take
 from gpt_neo_sampling.sampling import cutoffs
 from gpt_neo_sampling.sampling.top_k import top_k
@@ -141,14 +141,14 @@ def _import_k(
     logits: mtf.Tensor, k: RowValue, dim: mtf.Dimension, max_top_k: int | None
 ) -> tuple[mtf.Tensor, int] | None:
     """(k as an int32 mtf.Tensor, the largest it may be); None for a number that masks nothing."""
-    if is_whole(k):
+    if is_int(k):
         if k < 1:
             raise ValueError(f"top-k: k={k}; at least 1 is needed")
         if k >= dim.size:
             return None
         k_max = int(k)
     else:
-        if is_number(k) or isinstance(k, str) or k is None:
+        if is_real(k) or isinstance(k, (bool, str)) or k is None:
             raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
         if max_top_k is None or max_top_k < 1:
             raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
@@ -311,7 +311,7 @@ def eta_mask(
 
 def _masks_nothing(name: str, option: RowValue, neutral: float, excluded: float | None = None, most: float = 1) -> bool:
     """Whether an option is the neutral number; raises ValueError for a number that is out of range."""
-    if not is_number(option):
+    if not is_real(option):
         return False
     if not 0 <= option <= most or option == excluded:
         allowed = "number from 0 to 1" if most == 1 else "finite number of at least 0"

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_number, is_whole
+from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
 from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
@@ -117,7 +117,7 @@ def chain_distributions(
     """
     rows = logits.shape - vocab_dim
     found = _before_temperature(logits, vocab_dim, options, history)
-    if is_number(options.temperature) and options.temperature == 0:
+    if is_real(options.temperature) and options.temperature == 0:
         likeliest = mtf.one_hot(first_argmax(found[-1][1], vocab_dim), vocab_dim, dtype=tf.float32)
         return [(name, softmax(x, vocab_dim)) for name, x in found] + [("argmax", likeliest)]
     factor = inverse_temperature(logits.mesh, options.temperature, rows)
@@ -174,7 +174,7 @@ def next_token(
     rows, mesh = logits.shape - vocab_dim, logits.mesh
     steps = _before_temperature(logits, vocab_dim, options, history)
     raw, logits = steps[0][1], steps[-1][1]
-    fixed = is_number(options.temperature)
+    fixed = is_real(options.temperature)
     if fixed and options.temperature == 0:
         drawn = [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)]
     else:
@@ -225,15 +225,15 @@ def _draw(
     k, max_k = options.top_k, options.max_top_k
     if k is None or not options.changes("top_k"):
         return draw(logits, dim)
-    most = k if is_whole(k) else max_k or 0
-    if most > MOST_CANDIDATES or (masks and not is_whole(k)):
+    most = k if is_int(k) else max_k or 0
+    if most > MOST_CANDIDATES or (masks and not is_int(k)):
         return draw(top_k_mask(logits, k, dim, max_top_k=max_k, masked=-np.inf), dim)
     candidates = top_k_candidates(logits, k, dim, max_top_k=max_k)
     if candidates is None:
         return draw(logits, dim)
     values, ids = candidates
     drawn = draw(values, values.shape[-1], ids)
-    if is_whole(k):
+    if is_int(k):
         return drawn
     no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), dim), rows)
     return _select(no_mask, draw(logits, dim, only=no_mask), drawn)  # rows without a mask draw from all
@@ -289,7 +289,7 @@ def inverse_temperature(mesh: mtf.Mesh, temperature: RowValue, rows: mtf.Shape) 
       scalar or with dims among `rows`: 1 where the temperature is 0, and NaN where
       it is below. Never so small that masked logits would come near the others.
     """
-    if is_number(temperature) and temperature == 1:
+    if is_real(temperature) and temperature == 1:
         return None
 
     def reciprocal(t: tf.Tensor) -> tf.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_number, is_whole
+from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_add, size_of
 from gpt_neo_sampling.sampling.masks import mask_out, mask_value
 
@@ -133,7 +133,7 @@ def _import_number(
     allowed: str = "finite number",
 ) -> mtf.Tensor:
     largest = float(tf.float32.max)
-    if is_number(value) and not max(lowest, -largest) <= value <= largest:
+    if is_real(value) and not max(lowest, -largest) <= value <= largest:
         raise ValueError(f"{name}={value}; a {allowed} is needed")
     return import_rows(logits.mesh, value, tf.float32, logits.shape - dim_of(logits, dim), name)
 
@@ -182,7 +182,7 @@ def no_repeat_ngram_mask(
     """
     dim = dim_of(logits, dim)
     rows = mtf.Shape(ids.shape.dims[:-1])
-    if not is_whole(ngram_size) or ngram_size < 1:
+    if not is_int(ngram_size) or ngram_size < 1:
         raise ValueError(f"no_repeat_ngram_size={ngram_size!r}; a whole number of at least 1 is needed")
     if set(rows.dims) != set((logits.shape - dim).dims):
         raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")

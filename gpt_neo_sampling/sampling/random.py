@@ -3,7 +3,7 @@
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, ShapeLike, is_whole
+from gpt_neo_sampling._types import RowValue, ShapeLike, is_int
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, import_rows, union_shape
 
 
@@ -99,7 +99,7 @@ def import_seed(mesh: mtf.Mesh, seed: RowValue | None, rows: ShapeLike = ()) -> 
     """
     if seed is None:
         return _FreshSeedOperation(mesh).outputs[0]
-    if is_whole(seed):
+    if is_int(seed):
         if not -(2**31) <= seed < 2**32:
             raise ValueError(f"seed={seed} is out of range: from -2**31 to 2**32 - 1")
         seed = np.array(int(seed) % 2**32, np.uint32).view(np.int32)

@@ -1,4 +1,4 @@
-"""What every checkpoint has: golden logits, names, attention types; and folders that are refused."""
+"""What all checkpoints share: golden logits, names, attention types; and folders that are refused."""
 
 import json
 
@@ -224,8 +224,8 @@ HEAD = {"lm_head.weight": ("F32", np.ones((12, 8), np.float32))}
 
 BAD_FOLDERS = {
     # -- what is there
-    "nothing there": (lambda folder: None, "is not there; allowed: a folder on this machine"),
-    "a file": (lambda folder: folder.write_text("x"), "is a file; allowed: the folder that holds the model"),
+    "nothing there": (lambda folder: None, "does not exist; allowed: a folder on this machine"),
+    "a file": (lambda folder: folder.write_text("x"), "is a file; allowed: the model's folder"),
     "empty": (lambda folder: folder.mkdir(), "is empty; allowed: a GPT-Neo mesh-TF checkpoint"),
     "no model": (
         only(readme__txt=b"x", flax_model__msgpack=b"x"),
@@ -233,11 +233,14 @@ BAD_FOLDERS = {
     ),
     "both kinds": (
         mesh_tf(put("model.safetensors", b"x")),
-        "both a TensorFlow checkpoint and Hugging Face's",
+        "both a TensorFlow checkpoint and Hugging Face",
     ),
     # -- mesh-TF: config
-    "no config": (mesh_tf(remove("config.json")), "holds no *.json file; its config is config.json or the only *.json"),
-    "config without n_embd": (mesh_tf(config_without("n_embd")), "holds config.json, without n_embd"),
+    "no config": (
+        mesh_tf(remove("config.json")),
+        "has no *.json file; allowed: config.json, or a",
+    ),
+    "config without n_embd": (mesh_tf(config_without("n_embd")), "has config.json, without n_embd"),
     "two configs": (
         lambda folder: (
             make_mesh_tf(folder),
@@ -259,16 +262,16 @@ BAD_FOLDERS = {
         mesh_tf(config_with(attention_types=[[["global"], 3]])),
         "config.json: attention_types names 3 layers, but n_layer is 2",
     ),
-    "size of zero": (mesh_tf(config_with(n_ctx=0)), "config.json: n_ctx is 0; allowed: a whole number, at least 1"),
+    "size of zero": (mesh_tf(config_with(n_ctx=0)), "config.json: n_ctx is 0; allowed: a whole number from 1 to"),
     "size is text": (mesh_tf(config_with(n_layer="2")), "config.json: n_layer is '2'; allowed"),
     "size is true": (mesh_tf(config_with(n_layer=True)), "config.json: n_layer is True; allowed"),
     "radius": (mesh_tf(config_with(local_attention_radius=-1)), "local_attention_radius is -1; allowed"),
-    "heads": (mesh_tf(config_with(n_head=3)), "n_embd is 8; allowed: a multiple of n_head, 3"),
+    "heads": (mesh_tf(config_with(n_head=3)), "n_embd is 8; allowed: a multiple of n_head=3"),
     "eos": (mesh_tf(config_with(eos_id="<end>")), "eos_id is '<end>'; allowed: a whole number"),
     # -- mesh-TF: files
     "checkpoint names another": (
         mesh_tf(put("checkpoint", b'model_checkpoint_path: "model.ckpt-8"\n')),
-        "names model.ckpt-8, but model.ckpt-8.index is not there; the folder has model.ckpt-0.index",
+        "names model.ckpt-8, but model.ckpt-8.index does not exist; the folder has model.ckpt-0.index",
     ),
     "checkpoint is garbage": (
         mesh_tf(put("checkpoint", b"x")),
@@ -290,18 +293,18 @@ BAD_FOLDERS = {
     # -- mesh-TF: variables
     "another vocabulary": (
         mesh_tf(config_with(n_vocab=12)),
-        "not those of the config: 1 of wrong shape: gpt2/wte (is [11, 8], should be [12, 8])",
+        "do not match the config: 1 of wrong shape: gpt2/wte (is [11, 8], should be [12, 8])",
     ),
     "fewer layers stored": (
         mesh_tf(config_with(n_layer=3, attention_types=[[["global"], 3]])),
         "13 missing: gpt2/h2/norm_1/g, gpt2/h2/norm_1/b, gpt2/h2/attn/q, gpt2/h2/attn/k, gpt2/h2/attn/v and 8 more",
     ),
-    "one more stored": (with_another_variable, "not those of the config: 1 left over: gpt2/h2/attn/q"),
-    "wpe beside rotary": (mesh_tf(config_with(rotary_emb=True)), "1 left over: gpt2/wpe"),
+    "one more stored": (with_another_variable, "do not match the config: 1 unexpected: gpt2/h2/attn/q"),
+    "wpe beside rotary": (mesh_tf(config_with(rotary_emb=True)), "1 unexpected: gpt2/wpe"),
     "no wpe": (mesh_tf(config_with(rotary_emb=False), rotary=True), "1 missing: gpt2/wpe"),
     "an option that has other variables": (
         mesh_tf(config_with(attention_types=[[["none", "local"], 1]], moe_layers=[1])),
-        "(the config sets moe_layers=[1], which is not supported): 7 left over",
+        "(the config sets moe_layers=[1], which is not supported): 7 unexpected",
     ),
     "an option that the variables lack": (mesh_tf(config_with(rezero=True)), "4 missing: gpt2/h0/norm_rezero_1/g"),
     "a grid of one side": (mesh_tf(config_with(axial_pos_emb=[6])), "config.json: config option axial_pos_emb=[6]"),
@@ -321,20 +324,20 @@ BAD_FOLDERS = {
     ),
     "no intermediate_size": (
         hugging_face(config={"intermediate_size": 0}),
-        "intermediate_size is 0; allowed: a whole number, at least 1",
+        "intermediate_size is 0; allowed: a whole number from 1 to",
     ),
     "epsilon": (hugging_face(config={"layer_norm_epsilon": -1e-6}), "layer_norm_epsilon is -1e-06; allowed: a number"),
     "epsilon is not a number": (hugging_face(config={"layer_norm_epsilon": float("nan")}), "layer_norm_epsilon is nan"),
     "hidden_size missing": (hugging_face(config={"hidden_size": None}), "config.json does not give hidden_size"),
-    "window_size": (hugging_face(config={"window_size": 0}), "window_size is 0; allowed: a whole number, at least 1"),
-    "num_heads": (hugging_face(config={"num_heads": 5}), "hidden_size is 8; allowed: a multiple of num_heads, 5"),
+    "window_size": (hugging_face(config={"window_size": 0}), "window_size is 0; allowed: a whole number from 1 to"),
+    "num_heads": (hugging_face(config={"num_heads": 5}), "hidden_size is 8; allowed: a multiple of num_heads=5"),
     "linear attention": (
         hugging_face(config={"attention_layers": None, "attention_types": [[["linear", "local"], 1]]}),
         "attention type 'linear'; allowed: 'global', 'local'",
     ),
     "two answers": (
         hugging_face(config={"attention_layers": ["local", "local"]}),
-        "attention_types and attention_layers do not say the same",
+        "attention_types and attention_layers do not agree",
     ),
     "layers": (
         hugging_face(config={"attention_layers": ["local"]}),
@@ -385,15 +388,15 @@ BAD_FOLDERS = {
     "index is not JSON": (sharded(put(SHARD_INDEX, b"nope")), f"{SHARD_INDEX} is not JSON"),
     "index leads outside": (
         sharded(edit_json(SHARD_INDEX, lambda index: index["weight_map"].update(x="../x.safetensors"))),
-        "weight_map names '../x.safetensors'; allowed: files beside it",
+        "weight_map names '../x.safetensors'; allowed: names of files beside it",
     ),
     "index leads to no file": (
         sharded(edit_json(SHARD_INDEX, lambda index: index["weight_map"].update(x=None))),
-        "weight_map names None; allowed: files beside it",
+        "weight_map names None; allowed: names of files beside it",
     ),
     "index is wrong": (
         sharded(edit_json(SHARD_INDEX, lambda index: index["weight_map"].update(x="model-00001-of-00003.safetensors"))),
-        "names 1 tensors that are not in the file it gives: x",
+        "names 1 tensors that are not in the file it assigns them to: x",
     ),
     # -- Hugging Face: variables
     "tensor missing": (hugging_face(drop=["transformer.h.1.ln_2.bias"]), "1 missing: transformer.h.1.ln_2.bias"),
@@ -403,7 +406,7 @@ BAD_FOLDERS = {
     ),
     "tensors left over": (
         many_left_over,
-        "8 left over: " + ", ".join(f"transformer.extra.{i}" for i in range(5)) + " and 3 more",
+        "8 unexpected: " + ", ".join(f"transformer.extra.{i}" for i in range(5)) + " and 3 more",
     ),
     "integers": (
         hugging_face(tensors={"transformer.wpe.weight": ("I8", np.zeros((6, 8), np.int8))}),
@@ -429,7 +432,7 @@ def test_bad_folders(tmp_path, case):
 
 
 def test_data_cut_after_opening(tmp_path):
-    """TensorFlow raises an IndexError for it, which does not come through."""
+    """TensorFlow raises an IndexError, which becomes a CheckpointError."""
     folder = make_mesh_tf(tmp_path / "m")
     checkpoint = open_checkpoint(folder)
     cut(DATA_FILE, 100)(folder)
@@ -449,7 +452,7 @@ def test_golden_folders_may_be_read_only(tmp_path):
 
 
 def test_fingerprints(tmp_path):
-    """The same wherever the folder lies; another for any weight, for a tokenizer, for generation defaults."""
+    """It does not depend on the folder's path, but on any weight, the tokenizer, the generation defaults."""
     with open_checkpoint(MESH_TF / "local") as checkpoint:
         params, weights = checkpoint.params, {name: checkpoint.read(name) for name in checkpoint.names()}
 

@@ -1,4 +1,4 @@
-"""Conversion between the formats, and what the other side makes of it."""
+"""Conversion between the formats, and that the other library reads the result."""
 
 import json
 import os
@@ -107,8 +107,8 @@ def test_what_stands_beside_the_weights_comes_along(tmp_path):
         (MESH_TF / "global", {"dtype": "float64"}, "dtype 'float64'; allowed: 'float32', 'float16', 'bfloat16'"),
         (HUGGING_FACE, {"dtype": "float16"}, "dtype 'float16'; allowed: 'float32', 'bfloat16'"),
         (HUGGING_FACE, {"to": "flax"}, "to 'flax'; allowed: 'mesh-tf', 'huggingface'"),
-        (MESH_TF / "global", {"max_shard_size": "5 apples"}, "max_shard_size '5 apples'; allowed: bytes"),
-        (MESH_TF / "nowhere", {}, "is not there"),
+        (MESH_TF / "global", {"max_shard_size": "5 apples"}, "max_shard_size '5 apples'; allowed: a number of bytes"),
+        (MESH_TF / "nowhere", {}, "nowhere does not exist"),
     ],
 )
 def test_what_is_not_converted_leaves_nothing(tmp_path, source, options, message):
@@ -138,7 +138,7 @@ def test_nothing_is_written_over(tmp_path):
     (tmp_path / "m").mkdir()
     convert_checkpoint(HUGGING_FACE, tmp_path / "m")  # empty: it may be
     before = sorted(os.listdir(tmp_path / "m"))
-    with pytest.raises(CheckpointError, match="m is there already; allowed: a folder that is new or empty"):
+    with pytest.raises(CheckpointError, match="m exists already; allowed: a folder that is new or empty"):
         convert_checkpoint(HUGGING_FACE, tmp_path / "m")
     assert sorted(os.listdir(tmp_path / "m")) == before and os.listdir(tmp_path) == ["m"]
 

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json asks for, and what of it counts."""
+"""Which options of a model's generation_config.json take effect."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def test_a_file_that_samples_only_where_asked_says_so(asking, caplog):
 
 
 def test_options_of_an_old_config_are_named(tmp_path, caplog):
-    """Which transformers reads where there is no generation_config.json."""
+    """transformers reads these if there is no generation_config.json."""
     neutral = dict(top_k=50, max_length=20, num_beams=1, do_sample=False, bad_words_ids=None, min_length=0,
                    task_specific_params={"text-generation": {"do_sample": True}})  # fmt: skip
     odd = dict(temperature=0.7, typical_p=0, num_return_sequences=3, length_penalty=2.0)
@@ -114,7 +114,7 @@ def test_what_changes_nothing_is_passed_over(asking, caplog):
 
 def test_words_that_are_banned(asking, caplog):
     model = asking(bad_words_ids=[[7], [8, 9], [12]])
-    assert "left out: bad_words_ids=[[8, 9]]" in caplog.text
+    assert "ignored: bad_words_ids=[[8, 9]]" in caplog.text
     bias = model.check([[5]]).logit_bias
     assert np.flatnonzero(bias).tolist() == [7, 12] and np.isneginf(bias[7])
     assert model.check([[5]], bad_words_ids=[]).logit_bias is None
@@ -154,7 +154,7 @@ def test_number_of_samples(asking, tmp_path, capfd, monkeypatch):
 
 
 def test_lines_of_a_file_have_the_models_number_of_samples(asking, tmp_path):
-    """In the numbering of streams too."""
+    """The model's default counts in the numbering of random streams too."""
     calls = []
     model = asking(num_return_sequences=3, max_new_tokens=2)
     model.generate = lambda prompts, **options: calls.append((options["num_return_sequences"], options["stream"])) or []
@@ -164,16 +164,16 @@ def test_lines_of_a_file_have_the_models_number_of_samples(asking, tmp_path):
 
 
 def test_stop_strings(tmp_path, asking, caplog):
-    """Those that no text can hold are named: one has a special token, or there is no tokenizer."""
+    """Strings that cannot occur in text are logged: with a special token, or without a tokenizer."""
     folder = shutil.copytree(DEMO_FOLDER, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [" handsome", "<|endoftext|>"]}))
     model = TextGenerator.from_pretrained(folder)
-    assert "are left out, as no text holds a special token: '<|endoftext|>'" in caplog.text
+    assert "are ignored, as no text holds a special token: '<|endoftext|>'" in caplog.text
     for given, used in ((None, (" handsome",)), ([], ()), ("x", ("x",))):
         assert model.check("Elizabeth", stop_strings=given).stop_strings == used
     caplog.clear()
     assert asking(stop_strings="x").check([5]).stop_strings == ()
-    assert "are left out, as there is no tokenizer: 'x'" in caplog.text
+    assert "are ignored, as there is no tokenizer: 'x'" in caplog.text
 
 
 def test_the_command_tells_none_from_not_given(monkeypatch, capfd):
@@ -230,7 +230,7 @@ def test_a_model_may_ask_for_greedy_tokens(asking):
     ],
 )  # fmt: skip
 def test_greedy_tokens_of_transformers(asking, file, tokens):
-    """Those that its generate (4.57.6 and 5.24.0) gave for the prompts one by one."""
+    """The tokens that its generate (4.57.6 and 5.24.0) gave for each prompt alone."""
     model = asking(**file, max_new_tokens=len(tokens[1]))
     assert [s.tokens for s in model.generate([[5, 17, 101, 7], [9], [200, 3, 3, 3, 3, 3]])] == tokens
 
@@ -280,4 +280,4 @@ def test_max_length_counts_the_prompt(asking):
 def test_what_is_not_built_is_named_once(asking, caplog):
     asking(penalty_alpha=0.9, length_penalty=1.2, num_beams=1, use_cache=False, transformers_version="5")
     assert caplog.text.count("\n") == 1
-    assert "left out: penalty_alpha=0.9, length_penalty=1.2" in caplog.text
+    assert "ignored: penalty_alpha=0.9, length_penalty=1.2" in caplog.text

@@ -210,12 +210,12 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, caplog):
     write_safetensors(folder / "model.safetensors", as_hugging_face(random_weights(params), "F16"))
     with caplog.at_level(logging.WARNING):
         assert open_checkpoint(folder).params == params
-    assert "config.json leaves these out; transformers' defaults are used: vocab_size 50257, " in caplog.text
+    assert "config.json lacks some keys; transformers' defaults are used: vocab_size 50257, " in caplog.text
     assert "num_heads 16" in caplog.text and "hidden_size" not in caplog.text
 
 
 def test_what_is_left_out_of_a_small_config(tmp_path, caplog):
-    """The keys that stand for others; and no token that the vocabulary does not have."""
+    """Alternative keys; and no default token outside the vocabulary."""
     plain = open_checkpoint(make_hugging_face(tmp_path / "plain")).params
     caplog.clear()
     folder = make_hugging_face(tmp_path / "m", {"num_attention_heads": 2, "num_heads": 4, "num_hidden_layers": 2})
@@ -242,7 +242,7 @@ def test_names_of_wrapped_models(tmp_path, caplog, rename, scope):
     if scope:
         tensors[rename("lm_head.weight")] = tensors[rename("transformer.wte.weight")]
     all_equal(open_checkpoint(make_hugging_face(tmp_path / "m", tensors=tensors)), random_weights(TINY))
-    assert caplog.text.count("dropped from the names of tensors: ") == 1
+    assert caplog.text.count("dropped from tensor names: ") == 1
 
 
 def test_a_tensor_under_two_wrappers(tmp_path):
@@ -289,7 +289,7 @@ def test_token_ids_and_generation_config(tmp_path):
 
 
 def test_what_is_asked_for_and_not_built_is_kept(tmp_path):
-    """A token's id may be 0; what changes nothing is no demand."""
+    """A token's id may be 0; options without effect are not reported."""
     folder = make_hugging_face(tmp_path / "m")
     asked = {"forced_eos_token_id": 0, "begin_suppress_tokens": [0], "num_beams": 4}
     neutral = {"forced_bos_token_id": None, "suppress_tokens": [], "num_beam_groups": 1, "length_penalty": 1.0,
@@ -304,7 +304,7 @@ def test_an_adapter_is_named(tmp_path, caplog):
     assert caplog.text == ""
     write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
     open_checkpoint(folder)
-    assert "holds an adapter (adapter_config.json), which is left out" in caplog.text
+    assert "holds an adapter (adapter_config.json), which is ignored" in caplog.text
 
 
 def test_tokenizer_files(tmp_path):

@@ -95,7 +95,7 @@ def test_peak_memory(tmp_path, weights, forms, meshes):
 
 
 def written(folder, weights, form):
-    """A folder with the weights in that form."""
+    """A folder with the weights in that format."""
     folder.mkdir()
     if form.startswith("mesh-tf"):
         save_mesh_tf(folder, SHAPE, weights.__getitem__, "bfloat16" if "bfloat16" in form else "float32")

@@ -75,7 +75,7 @@ def test_optimizer_state_is_passed_over(tmp_path):
 
 
 def test_keys_of_hugging_face_s_configs_are_not_read(tmp_path):
-    """As GPT-Neo does not: its models have one epsilon, one width and one table."""
+    """Hugging Face's keys are not read, as in GPT-Neo, whose models have one epsilon, one width and one table."""
     folder = make_mesh_tf(tmp_path / "m")
     before = open_checkpoint(folder).params
     others = {"layer_norm_epsilon": 1e-12, "intermediate_size": 16, "tie_word_embeddings": False}
@@ -96,7 +96,7 @@ def test_float16_variables(tmp_path):
 
 
 def test_one_damaged_tensor_leaves_the_others(tmp_path):
-    """So a tensor is read alone; TensorFlow checks the sum of what it reads."""
+    """Each tensor is read alone; TensorFlow verifies the checksum of what it reads."""
     folder = make_mesh_tf(tmp_path / "model")
     expected = random_weights(TINY)
     data = folder / "model.ckpt-0.data-00000-of-00001"
@@ -110,7 +110,7 @@ def test_one_damaged_tensor_leaves_the_others(tmp_path):
 
 
 def test_a_folder_whose_name_is_a_pattern(tmp_path):
-    """TensorFlow takes what it opens for a glob pattern."""
+    """TensorFlow treats paths as glob patterns."""
     folder = make_mesh_tf(tmp_path / "a [b]" / "c*")
     with open_checkpoint(folder) as checkpoint:
         all_equal(checkpoint, random_weights(TINY))
@@ -229,10 +229,10 @@ def test_a_write_that_stops_half_way_leaves_the_old_model(tmp_path, monkeypatch)
         (lambda p, w: {"step": -1}, "step -1; allowed: a whole number of at least 0"),
         (lambda p, w: {"step": 1.0}, "step 1.0; allowed"),
         (lambda p, w: {"weights": without(w, "h1/attn/q")}, "1 missing: h1/attn/q"),
-        (lambda p, w: {"weights": {**w, "gpt2/wte": w["wte"]}}, "1 left over: gpt2/wte"),
+        (lambda p, w: {"weights": {**w, "gpt2/wte": w["wte"]}}, "1 unexpected: gpt2/wte"),
         (lambda p, w: {"weights": {**w, "wte": w["wte"].T}}, "1 of wrong shape: wte (is [8, 11], should be [11, 8])"),
         (lambda p, w: {"params": without(p, "n_head")}, "params does not give n_head"),
-        (lambda p, w: {"params": {**p, "n_head": 3}}, "params: n_embd is 8; allowed: a multiple of n_head, 3"),
+        (lambda p, w: {"params": {**p, "n_head": 3}}, "params: n_embd is 8; allowed: a multiple of n_head=3"),
         (lambda p, w: {"params": {**p, "x": object()}}, "params cannot be written as JSON"),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_file_is_not_written_over(tmp_path):
 
 
 def config_elsewhere(tmp_path, model_path, dataset=None, **changes):
-    """A config in configs/, the model in model/, a dataset's config in configs/dataset_configs/."""
+    """The config in configs/, the model in model/, a dataset config in configs/dataset_configs/."""
     folder = make_mesh_tf(tmp_path / "model")
     (folder / "config.json").unlink()
     (tmp_path / "configs" / "dataset_configs").mkdir(parents=True)
@@ -288,7 +288,7 @@ DATASET = {"n_vocab": 11, "path": "gs://x", "tokenizer_is_pretrained": True, "to
 
 @pytest.mark.parametrize("datasets", [["pile"], [["pile", 25, "documents_random", 1.0]], [["books", None], "pile"]])
 def test_a_datasets_ids(tmp_path, datasets):
-    """Its stop token and padding stand above the model's config's (4 and none), as in GPT-Neo, its vocabulary below."""
+    """As in GPT-Neo, its stop token and padding override the model's config (4 and none); its vocabulary does not."""
     config = config_elsewhere(tmp_path, "../model", DATASET, datasets=datasets, n_vocab=None, padding_id=None)
     checkpoint = open_checkpoint(config)
     assert [checkpoint.params[k] for k in ("n_vocab", "padding_id", "eos_id")] == [11, 11, 10]

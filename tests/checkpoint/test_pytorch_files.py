@@ -25,7 +25,7 @@ PYTORCH = DATA / "pytorch"
 
 
 class Name:
-    """Something that pickles as a name alone, wherever it is found."""
+    """Pickles as a bare name."""
 
     def __init__(self, module, name):
         self.name = f"{module}\n{name}\n".encode()
@@ -63,7 +63,7 @@ def pickled(value, protocol=2):
 
 
 def write_zip(path, value, storages=None, compression=zipfile.ZIP_STORED, protocol=2):
-    """A file as torch.save makes it: `value` pickled, and storages by key, arrays."""
+    """Writes a file as torch.save does: `value` pickled, and storages, arrays by key."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled(value, protocol))
         archive.writestr("archive/byteorder", "little")
@@ -127,11 +127,11 @@ def test_pickles_of_other_protocols(tmp_path, protocol):
 
 @pytest.mark.parametrize("file", ["trainer_zip.bin", "trainer_legacy.bin"])
 def test_files_of_a_training_loop(tmp_path, file, caplog):
-    """PyTorch's of a compiled model of float64 in DataParallel, with Adam's state, an epoch, a random state."""
+    """A file that PyTorch wrote, of a compiled float64 model in DataParallel, with Adam's state and more."""
     with open_checkpoint(folder_of(tmp_path, file=file)) as checkpoint:
         all_equal(checkpoint, random_weights(TINY))
     assert "the weights are read from its key 'state_dict'; ignored: epoch, loss, optimizer, rng" in caplog.text
-    assert "dropped from the names of tensors: module., _orig_mod." in caplog.text
+    assert "dropped from tensor names: module., _orig_mod." in caplog.text
     assert "float64 variables are rounded to float32" in caplog.text
 
 
@@ -180,16 +180,14 @@ HOSTILE = {
 def test_a_pickle_that_asks_for_more_than_tensors_is_not_run(tmp_path, monkeypatch, name, write):
     folder = folder_of(tmp_path, lambda path: write(path, HOSTILE[name]))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=f"asks for {name}, which is no part of a tensor, and is not run"
-    ) as error:
+    with pytest.raises(CheckpointError, match=f"asks for {name}, which tensors do not need, and is not run") as error:
         open_checkpoint(folder)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["m"]
 
 
 def test_the_hostile_pickles_would_run(tmp_path, monkeypatch):
-    """Or the test above could not fail."""
+    """Otherwise the test above could not fail."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickled(HOSTILE["os.system"]))
     assert os.listdir(tmp_path) == ["made"]
@@ -225,18 +223,18 @@ DAMAGED = {
     "weights under two keys": (
         "zip.bin",
         lambda path: write_zip(path, {"model": {}, "state_dict": {}, 7: 1}),
-        "3 things that are not tensors: model, state_dict, 7; allowed: a dict of tensors, or one under one of the keys "
-        "state_dict, model_state_dict, model, module",
+        "3 things that are not tensors: model, state_dict, 7; allowed: a dict of tensors, alone or under one of the "
+        "keys state_dict, model_state_dict, model, module",
     ),
     "a name of a tuple": ("zip.bin", lambda path: write_zip(path, {(1, 2): 3}), "a tuple in place of a tensor's name"),
-    "outside its storage": ("zip.bin", holding(shape=(5,)), "ends behind its storage"),
-    "offset outside": ("zip.bin", holding(offset=1), "ends behind its storage"),
+    "outside its storage": ("zip.bin", holding(shape=(5,)), "ends after its storage"),
+    "offset outside": ("zip.bin", holding(offset=1), "ends after its storage"),
     "negative stride": ("zip.bin", holding(strides=(-1,)), "a tensor without a storage, offset, shape and strides"),
     "storage cut short": ("zip.bin", holding(size=8), "storage 0 is cut short"),
     "compressed": (
         "zip.bin",
         lambda path: write_zip(path, {}, compression=zipfile.ZIP_DEFLATED),
-        "in it is compressed",
+        "its archive/byteorder is compressed",
     ),
     "Git LFS": (
         "zip.bin",

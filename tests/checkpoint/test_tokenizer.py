@@ -1,4 +1,4 @@
-"""Tokenizers: the bundled one taken apart into vocab.json and merges.txt, and what is refused."""
+"""Tokenizers: the bundled one as vocab.json and merges.txt, and files that are refused."""
 
 import json
 import shutil
@@ -59,12 +59,12 @@ def test_added_tokens_have_their_ids(folder):
     tokenizer = load_tokenizer(open_checkpoint(folder))
     assert [tokenizer.token_to_id(text) for text in ("<a>", "<b>")] == [size, size + 1]
     write_json(folder / "added_tokens.json", {"<a>": size + 5})
-    with pytest.raises(CheckpointError, match=f"<a> is to be token {size + 5}, but is token {size}"):
+    with pytest.raises(CheckpointError, match=f"<a> should be token {size + 5}, but is token {size}"):
         load_tokenizer(open_checkpoint(folder))
 
 
 def test_more_tokens_than_the_model_has(folder):
-    """As where a padding token was added and the table was not made longer: only a prompt that uses it is refused."""
+    """A padding token was added, say, but the table not extended: only a prompt that uses the token is refused."""
     take_apart(folder)
     write_json(folder / "added_tokens.json", {"<pad>": 2048})
     generator = TextGenerator.from_pretrained(folder)
@@ -87,7 +87,7 @@ def added(**flags):
     ids=str,
 )
 def test_flags_of_added_tokens(folder, flags, same):
-    """lstrip and rstrip swallow spaces; a single word is none within another."""
+    """lstrip and rstrip swallow spaces; single_word does not match inside a word."""
     take_apart(folder)
 
     def tokens(config, text):
@@ -103,7 +103,7 @@ def test_flags_of_added_tokens(folder, flags, same):
 
 @pytest.mark.parametrize("bos", [{}, {"bos_token": "<|endoftext|>"}, {"bos_token": {"content": "She"}}], ids=str)
 def test_add_bos_token(folder, bos):
-    """Ahead of a prompt; not ahead of what stands behind one already."""
+    """It is put before a prompt, but not before a continuation."""
     take_apart(folder)
     plain = TextGenerator.from_pretrained(folder).encode("Emma was")
     write_json(folder / "tokenizer_config.json", {"add_bos_token": True, **bos})
@@ -118,7 +118,7 @@ def test_what_is_not_honoured_is_named(folder, caplog):
     take_apart(folder)
     write_json(folder / "tokenizer_config.json", {"split_special_tokens": True, "add_eos_token": False})
     load_tokenizer(open_checkpoint(folder))
-    assert "tokenizer_config.json: what it says of split_special_tokens is left out" in caplog.text
+    assert "tokenizer_config.json: settings that would change ids are ignored: split_special_tokens" in caplog.text
     write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>"})
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     tokenizer = load_tokenizer(open_checkpoint(folder))
@@ -135,13 +135,13 @@ def test_what_is_not_honoured_is_named(folder, caplog):
         ("special_tokens_map.json", {"eos_token": "She"}, "token She"),  # else a piece that others may take part of
         ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space"),
         ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": "<m>"}}, "cannot be read, and is left out"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": "<m>"}}, "cannot be read and are ignored"),
         ("tokenizer_config.json", {"add_prefix_space": False, "model_max_length": 2, "chat_template": "x",
                                    "bos_token": "<|endoftext|>", "add_bos_token": True}, None),
     ],
 )  # fmt: skip
 def test_what_stands_beside_tokenizer_json_is_named(folder, caplog, name, content, named):
-    """Where transformers (4.57 and 5) has other ids for it; those of tokenizer.json alone stay."""
+    """It is logged where transformers (4.57 and 5) would give other ids; those of tokenizer.json are kept."""
     plain = load_tokenizer(open_checkpoint(folder)).encode("Emma <m> <pad>").ids
     write_json(folder / name, content)
     assert load_tokenizer(open_checkpoint(folder)).encode("Emma <m> <pad>").ids == plain

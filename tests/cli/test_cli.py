@@ -1,4 +1,4 @@
-"""The command line: in this process, and in a few of its own, as a user runs it."""
+"""The command line, in this process and a few times in its own, as a user runs it."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ GLOBAL = DATA / "gpt_neo_checkpoints" / "global"
 
 
 def run(*args, **kwargs):
-    """The installed command, in a process of its own."""
+    """The installed command, in its own process."""
     command = [sys.executable, "-m", "gpt_neo_sampling.cli.main", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
@@ -45,7 +45,7 @@ from_pretrained = TextGenerator.from_pretrained
 
 @pytest.fixture
 def shared(monkeypatch):
-    """Commands of this process with the same model take one generator, whose graphs are made once."""
+    """Commands with the same model share one generator, whose graphs are built once."""
     monkeypatch.setattr(TextGenerator, "from_pretrained", generator)
 
 
@@ -143,7 +143,7 @@ def test_the_contexts_end_is_noted_on_stderr(capfd, shared, monkeypatch):
 
 
 def test_score(capfd, shared, tmp_path):
-    """A line a text; with --json what TextGenerator.score gives; a file is one text."""
+    """One line for each text; with --json the result of TextGenerator.score; a file is one text."""
     texts = ["The family of Dashwood", "had long been settled in Sussex.\r\nÉ"]
     (tmp_path / "text.txt").write_bytes(texts[1].encode())
     wanted = [dataclasses.asdict(s) for s in TextGenerator.from_pretrained().score(texts)]
@@ -198,7 +198,7 @@ def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, shared, with
     "command, where",
     [
         (["score", "--text-ids", "5 6 7 8 9"], "text 0"),
-        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "behind 4 tokens, step 'model' of the chain"),
+        (["inspect", "--prompt-ids", "5 6 7 8", "--top-k", 3], "after 4 tokens, step 'model' of the chain"),
     ],
 )
 def test_nan_is_reported_with_its_place_by_other_commands(capfd, shared, with_nan, command, where):

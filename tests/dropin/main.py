@@ -17,7 +17,7 @@ from tensorflow.python.tpu import tpu_config, tpu_estimator
 
 
 def train_input(params):
-    """Batches of (tokens, the tokens that follow them): numbers counted up, in a cycle that eos_id ends."""
+    """Batches of (tokens, next tokens): numbers counting up, in cycles that eos_id ends."""
     rng = np.random.default_rng(params["seed"])
     first = rng.integers(0, params["eos_id"], (params["train_steps"] * params["train_batch_size"], 1))
     numbers = 1 + (first + np.arange(params["n_ctx"] + 1)) % params["eos_id"]
@@ -26,7 +26,7 @@ def train_input(params):
 
 
 def predict_input(params):
-    """The prompts, filled up with padding to the model's whole length."""
+    """The prompts, padded to the model's full length."""
     rows = np.full((len(params["prompts"]), params["n_ctx"]), params["padding_id"], np.int32)
     for row, prompt in zip(rows, params["prompts"]):
         row[: len(prompt)] = prompt

@@ -132,7 +132,7 @@ def model_fn(features, labels, mode, params):
 
 
 def _clipped(gradients, most):
-    """The gradients, scaled down where their common norm is above `most`."""
+    """The gradients, scaled down if their global norm is above `most`."""
     norm = mtf.sqrt(mtf.add_n([mtf.reduce_sum(mtf.square(g)) for g in gradients]))
     factor = most / mtf.maximum(norm, most)
     return [g * factor for g in gradients]

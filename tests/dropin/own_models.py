@@ -1,4 +1,4 @@
-"""Models that a program brings along: GPT-Neo's signature, and states of their own in the decode loop."""
+"""A program's own models, with GPT-Neo's signature and their own states in the decode loop."""
 
 import mesh_tensorflow as mtf
 import numpy as np
@@ -42,7 +42,7 @@ def attention_model(mtf_features, other_features, params, mesh, variable_dtype, 
 
 
 def averaging_model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
-    """A sum of all tokens so far, the older the less: its state is that sum alone, [batch, embd]."""
+    """A decaying sum of all tokens so far; its only state is that sum, [batch, embd]."""
     x, batch_dim, sequence_dim, embd_dim, vocab_dim, _ = parse_inputs(mtf_features, other_features)
     weights = _weights_of(mesh, variable_dtype)
     wte = weights("wte", vocab_dim, embd_dim)

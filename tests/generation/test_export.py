@@ -1,4 +1,4 @@
-"""SavedModels: run without this package, they give what TextGenerator gives."""
+"""SavedModels, run without this package, give the results of TextGenerator."""
 
 import functools
 import json

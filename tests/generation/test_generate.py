@@ -1,4 +1,4 @@
-"""TextGenerator: golden tokens, options, sizes, and what it does with bad requests."""
+"""TextGenerator: golden tokens, options, sizes, and bad requests."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_sampled_tokens_are_those_of_numpy(tiny, options):
     ],
 )
 def test_dtype(dtype, bytes_a_weight):
-    """Held so, in one copy; greedy tokens in bfloat16 are those of some near-best logit, in float32 the golden ones."""
+    """Weights are held so, in one copy; greedy tokens are near-best in bfloat16, and the golden ones in float32."""
     generator = TextGenerator.from_pretrained(MESH_TF / "rotary", dtype=dtype)
     golden, checkpoint = np.load(MESH_TF / "rotary" / "golden.npz"), generator.checkpoint
     prompts = [row[:n].tolist() for row, n in zip(golden["prompts"], golden["lengths"])]
@@ -238,7 +238,7 @@ print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 
 @slow
 def test_resident_set_of_64_new_tokens():
-    """Of a process of its own. (ru_maxrss would count what pytest held when it started it.)"""
+    """Peak memory in its own process. (ru_maxrss would include pytest's memory at the start.)"""
     done = subprocess.run([sys.executable, "-c", RESIDENT_SET], stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) < 1.5 * 2**20  # in kB
 
@@ -360,7 +360,7 @@ def test_text_without_a_tokenizer_names_the_datasets(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "datasets": ["pile"]}))
     (folder / "dataset_configs").mkdir()
     (folder / "dataset_configs" / "pile.json").write_text(json.dumps({"tokenizer_path": "gpt2"}))
-    with pytest.raises(ValueError, match="its dataset's is gpt2, which is not downloaded.*give token ids"):
+    with pytest.raises(ValueError, match="its dataset config names gpt2, which is not downloaded.*give token ids"):
         TextGenerator.from_pretrained(folder).generate("text")
 
 
@@ -421,7 +421,7 @@ def test_log_probabilities_are_those_of_score(demo):
 
 @slow
 def test_samples_beside_one_without_a_distribution(tiny):
-    """A prompt whose only tokens are masked: the others are in the error."""
+    """All tokens of one prompt are masked: the error has the samples of the others."""
     banned, options = [[t] for t in range(127) if t != 9], dict(seed=1, max_new_tokens=3, eos_token_id=-1)
     with pytest.raises(InvalidDistributionError, match="sample 0, step 0: .* every token is masked") as error:
         tiny.generate([[5, 9], [5, 6]], bad_words_ids=banned, no_repeat_ngram_size=1, **options)

@@ -21,7 +21,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tokens():
-    """What the sound model draws."""
+    """The tokens of the model without NaN."""
     return [s.tokens for s in TextGenerator.from_pretrained(MESH_TF / "global").generate(PROMPTS, **OPTIONS)]
 
 
@@ -30,7 +30,7 @@ SPLIT = dict(mesh_shape="x:2", layout="vocab:x", devices="cpu:0,cpu:1")
 
 @pytest.mark.parametrize("value, mesh", [(np.nan, {}), pytest.param(np.inf, SPLIT, marks=slow)])
 def test_a_weight_that_is_not_finite_is_named(tmp_path, tokens, value, mesh):
-    """It stands where position 6 is read; the first row has ended by then, the last has not come there."""
+    """It is read at position 6; the first row has ended by then, and the last does not get there."""
     model = spoiled(tmp_path / "model", "wpe", (6, 2), value)
     streamed, limits = [], [4, 9, 5]
     with pytest.raises(InvalidDistributionError) as error:
@@ -62,7 +62,7 @@ def test_infinite_logits_of_every_row(tmp_path, value, options):
 
 @slow
 def test_a_processor_that_spoils_one_row(tokens):
-    """The third of six rows at its eighth token; the weights are not blamed, and the others stay as they were."""
+    """The third of six rows fails at its eighth token; no weight is blamed, and the other rows are unchanged."""
 
     def spoil(logits, ids, position):
         def tf_fn(x, position, row):
@@ -80,13 +80,13 @@ def test_a_processor_that_spoils_one_row(tokens):
     assert [samples[0].tokens, samples[4].tokens] == [tokens[0], tokens[2]]
     (tmp := generator.checkpoint).close()
     del generator._no_distribution
-    with pytest.raises(InvalidDistributionError, match=rf"the weights cannot be looked at: {tmp.folder} is closed"):
+    with pytest.raises(InvalidDistributionError, match=rf"the weights cannot be read: {tmp.folder} is closed"):
         generator.generate(PROMPTS, **options)
 
 
 @slow
 def test_lines_of_a_file_go_on(tmp_path, capsys):
-    """The second line alone comes to position 6; its two samples are counted from 0."""
+    """Only the second line reaches position 6; its two samples are counted from 0."""
     model = spoiled(tmp_path / "model", "wpe", 6, np.nan)
     records = [{"prompt_ids": p, "max_new_tokens": n} for p, n in zip(PROMPTS, (2, 7, 5))]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

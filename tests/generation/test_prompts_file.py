@@ -1,4 +1,4 @@
-"""A file of prompts: what its lines may be, which batches it makes, and what is left when a run ends anywhere."""
+"""A prompts file: its lines, its batches, and what a run leaves wherever it ends."""
 
 import fcntl
 import json
@@ -26,11 +26,11 @@ from gpt_neo_sampling.generation.generator import MAX_BATCH, Interrupted
 
 
 class Death(BaseException):
-    """What no code of the library can catch."""
+    """An exception that the library does not catch."""
 
 
 class Stub:
-    """A generator whose tokens say what was asked for, and that dies, or is interrupted, in the call it is told to."""
+    """A generator whose tokens encode the request, and that dies or is interrupted in a given call."""
 
     dtype = "float32"
     mesh = types.SimpleNamespace(cluster=None)
@@ -64,7 +64,7 @@ class Stub:
 
 @pytest.fixture
 def files(tmp_path):
-    """A prompts file of 100 lines, of two groups and several lengths and streams; the output's path."""
+    """(a prompts file of 100 lines with two groups and several lengths and random streams; the output's path)."""
     lines = [{"prompt_ids": [7] * (1 + i * 37 % 60), "id": i} for i in range(100)]
     for line in lines[::3]:
         line.update(num_return_sequences=2, top_k=line["id"] + 1)
@@ -136,7 +136,7 @@ def test_a_death_in_any_batch(files):
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_an_output_cut_at_any_byte(tmp_path, monkeypatch, finished):
-    """As a death in the midst of a write leaves it, or a disk that lost its power."""
+    """The file as it is after a kill in the middle of a write, or after a power failure."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # some thousand times
     source = write(tmp_path / "in.jsonl", *({"prompt": "a" * n, "id": n} for n in (1, 2, 3)))
     output = tmp_path / "out.jsonl"
@@ -175,7 +175,7 @@ def test_a_death_between_the_last_line_and_its_place(files, monkeypatch):
 
 @pytest.mark.parametrize("which", [[0, 4], pytest.param([0, 1, 2, 3, 4], marks=pytest.mark.slow)])
 def test_lines_are_what_each_prompt_gives_alone(files, demo, monkeypatch, which):
-    """Also where the model says that nothing is to be sampled, which a call asks of all its prompts."""
+    """Also if the model's default is not to sample, an option that a call has for all its prompts."""
     requests = [
         {},
         {"temperature": 0.8, "seed": 5},
@@ -206,7 +206,7 @@ def test_new_tokens_end_at_the_context(files, demo, caplog):
     write(files[0], {"prompt_ids": [5]}, *({"prompt_ids": [5] * n, "max_new_tokens": 9} for n in (250, 256)))
     generate_file(demo, *files, max_new_tokens=1, eos_token_id=-1, seed=1)
     assert [len(line["samples"][0]["tokens"]) for line in read(files[1])] == [1, 6, 0]
-    assert "2 prompts pass the context's end, line 2's first" in caplog.text
+    assert "2 prompts exceed the context, first that of line 2" in caplog.text
 
 
 def test_logits_that_are_nan_are_named_by_line(files):
@@ -287,13 +287,13 @@ BAD_LINES = [
     (b'{"prompt": "\xff"}', "not UTF-8"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
     (b'["a"]', "a JSON list; an object is needed"),
-    (b'{"prompt": "a", "temprature": 1}', "'temprature' is none of prompt, prompt_ids, id, "),
+    (b'{"prompt": "a", "temprature": 1}', "unknown key 'temprature'; allowed: prompt, prompt_ids, id, "),
     (b'{"prompt": "a", "prompt": "b"}', "a key twice: prompt, prompt"),
-    (b'{"id": 1}', "one of prompt and prompt_ids is needed"),
-    (b'{"prompt": "a", "prompt_ids": [1]}', "one of prompt and prompt_ids is needed"),
+    (b'{"id": 1}', "either prompt or prompt_ids is needed"),
+    (b'{"prompt": "a", "prompt_ids": [1]}', "either prompt or prompt_ids is needed"),
     (b'{"prompt": 5}', "prompt=5; a text is needed"),
     (b'{"prompt_ids": "5"}', "prompt_ids='5'; a list of token ids is needed"),
-    (b'{"prompt": "a", "stream": 1}', "'stream' is none of"),
+    (b'{"prompt": "a", "stream": 1}', "unknown key 'stream'"),
     (b'{"prompt": "a\\ud800"}', "surrogates not allowed"),
     (b"[" * 100_000, "too deep"),
 ]
@@ -306,13 +306,13 @@ BAD_REQUESTS = [
     (b'{"prompt": "a", "top_k": 0.5}', "top_k=0.5"),
     (b'{"prompt": "a", "do_sample": "false"}', "do_sample='false'"),
     (b'{"prompt": "a", "eos_token_id": 1099511627776}', "eos_token_id=1099511627776"),
-    (b'{"prompt": "a", "logit_bias": {"1": 1, "01": 5}}', "without zeros before them"),
+    (b'{"prompt": "a", "logit_bias": {"1": 1, "01": 5}}', "without leading zeros"),
     (b'{"prompt_ids": [true]}', "token id True"),
     (b'{"prompt": "a", "num_return_sequences": 0}', "num_return_sequences=0"),
     (b'{"prompt": "a", "seed": 1e99}', "seed=1e+99"),
     (b'{"prompt": "a", "entmax_alpha": 3}', "entmax_alpha=3"),
     (b'{"prompt": "a", "logit_bias": {"5": -1%s}}' % (b"0" * 400), "; a finite number of 32 bits, or -inf, is needed"),
-    (b'{"prompt": "a", "num_return_sequences": 2147483647}', "more than 2147483648, the most allowed"),
+    (b'{"prompt": "a", "num_return_sequences": 2147483647}', "above 2147483648, the most allowed"),
 ]
 
 
@@ -376,7 +376,7 @@ def test_lines_that_no_run_wrote_are_refused(files):
 def test_outputs_that_cannot_be(files):
     source, output = files
     output.write_bytes(b"mine")
-    with pytest.raises(ValueError, match="is there already, without out.jsonl.run beside it"):
+    with pytest.raises(ValueError, match="exists, but out.jsonl.run is not beside it"):
         generate_file(Stub(), source, output)
     assert output.read_bytes() == b"mine"
     source.write_bytes(b"")
@@ -396,7 +396,7 @@ def test_files_of_other_names_are_left_alone(files):
 
 @pytest.mark.slow
 def test_limits_that_each_line_has_of_its_own(tmp_path, demo):
-    """Options are looked at before the file is, but not against a number of new tokens that no line has."""
+    """Options are checked before the file is read, but not against a number of new tokens that no line has."""
     prompts = write(tmp_path / "in.jsonl", {"prompt": "Emma", "max_new_tokens": 70})
     generate_file(demo, prompts, tmp_path / "out.jsonl", min_new_tokens=66, seed=1)
     (line,) = read(tmp_path / "out.jsonl")
@@ -414,7 +414,7 @@ def test_one_process_at_a_time(files):
 
 @pytest.mark.parametrize("room", [100, 2_000, 10_000, 20_000, 25_000])
 def test_a_full_disk(files, room):
-    """No file can grow beyond `room` bytes: what it was begun with does not fit, or lines do not."""
+    """No file can grow beyond `room` bytes, so the run's settings or its lines do not fit."""
     source, output = files
     generate_file(Stub(), source, output.with_name("undisturbed"), seed=4)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -470,7 +470,7 @@ def test_the_command_killed_and_interrupted(tmp_path):
         with start(output) as second:
             status, err = kill_and_resume.end_at(second, output, there + 1, 0.1, signal.SIGINT)
         assert status == 130 and "Traceback" not in err
-        assert "of 40 prompts are done, and the same command goes on" in err.splitlines()[-1]
+        assert "of 40 prompts are done; the same command continues" in err.splitlines()[-1]
         _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0 and err.endswith(f"{undisturbed}: 40 prompts, 40 of them done now\n")
     assert 0 < there < output.stat().st_size < undisturbed.stat().st_size
@@ -481,7 +481,7 @@ def test_the_command_killed_and_interrupted(tmp_path):
 
 
 def test_a_prompt_without_a_distribution_leaves_the_others(tmp_path, demo):
-    """The second line's only tokens are masked: all others are written, each time that it is tried."""
+    """All tokens of the second line are masked: the other lines are written, however often it is tried."""
     banned = [[t] for t in range(2048) if t != 12]
     bad = {"prompt_ids": [5, 12], "bad_words_ids": banned, "no_repeat_ngram_size": 1}
     prompts, output = write(tmp_path / "in.jsonl", {"prompt": "Emma"}, bad, {"prompt": "She"}), tmp_path / "out.jsonl"

@@ -1,4 +1,4 @@
-"""What becomes of a request's options before a model is run."""
+"""How a request's options are resolved before a model runs."""
 
 import numpy as np
 import pytest

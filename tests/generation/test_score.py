@@ -31,12 +31,12 @@ def log_softmax(logits):
 
 
 def logprobs_of(logits, ids):
-    """float64 [length − 1]: of each id but the first, from logits [length, vocab]."""
+    """float64 [length − 1]: the log-probabilities of all ids but the first, from logits [length, vocab]."""
     return log_softmax(logits)[np.arange(len(ids) - 1), np.asarray(ids)[1:]]
 
 
 def by_numpy(ids):
-    """logprobs_of a forward pass in float64."""
+    """Log-probabilities from a forward pass in float64."""
     params, weights, _ = checkpoint("local")
     weights = {name: w.astype(np.float64) for name, w in weights.items()}
     return logprobs_of(reference.gpt_neo_forward(weights, np.array([ids]), **reference_config(params))[0], ids)
@@ -47,7 +47,7 @@ def texts_of(*lengths):
 
 
 def assert_scores(got, texts, want):
-    """`want`: float64 log-probabilities of each text, of all but its first tokens."""
+    """`want`: for each text, the float64 log-probabilities of all but its first tokens."""
     assert len(got) == len(texts)
     for s, text, logprobs in zip(got, texts, want, strict=True):
         unscored = len(text) - len(logprobs)
@@ -82,7 +82,7 @@ def test_on_meshes(mesh_shape, layout):
 
 
 def test_texts_in_parts(tiny, monkeypatch):
-    """More than go through in a pass, in no order of length."""
+    """More texts than one pass takes, in no order of length."""
     texts = texts_of(3, 40, 2, 11, 48, 12, 7)
     whole = tiny.score(texts)
     assert_scores(whole, texts, map(by_numpy, texts))
@@ -96,14 +96,14 @@ def test_texts_in_parts(tiny, monkeypatch):
 
 
 def test_start_token(tiny):
-    """It stands before the text, whose first token is scored then; it is not scored itself."""
+    """It precedes the text, whose first token is then scored; it is not scored itself."""
     texts = texts_of(1, 9)
     assert_scores(tiny.score(texts, add_start_token=True), texts, [by_numpy([BOS, *text]) for text in texts])
 
 
 @pytest.mark.parametrize("stride", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 47)), 20])
 def test_windows(tiny, stride):
-    """As users of transformers do it: windows of the context's 48 tokens, each scoring its last, new ones."""
+    """As is usual with transformers: windows of the context's 48 tokens, each scoring only its new ones."""
     (text,) = texts_of(48 + 30)
     want, scored_to = [], 1
     for begin in range(0, len(text), stride):

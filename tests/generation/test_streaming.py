@@ -1,4 +1,4 @@
-"""Text while it is drawn: whole characters, stop strings, one sample after the other, Ctrl-C."""
+"""Text while it is drawn: whole characters, stop strings, one sample after another, Ctrl-C."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from test_docs import terminal
 from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.generator import Interrupted
-from gpt_neo_sampling.generation.streaming import TextStream, Watcher
+from gpt_neo_sampling.generation.streaming import IncrementalDetokenizer, Watcher
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def tokenizer(demo):
 
 
 def pieces(tokenizer, prompt, tokens, stop_strings=()):
-    stream, out = TextStream(tokenizer, prompt, stop_strings), []
+    detokenizer, out = IncrementalDetokenizer(tokenizer, prompt, stop_strings), []
     for at, token in enumerate(tokens):
-        out.append(stream.push(token, is_last=at + 1 == len(tokens)))
-        if stream.stopped:
+        out.append(detokenizer.push(token, is_last=at + 1 == len(tokens)))
+        if detokenizer.stopped:
             break
     return out
 
@@ -47,7 +47,7 @@ CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\ufff
 @settings(max_examples=300)
 @given(st.text(CHARACTERS, max_size=12), st.text(CHARACTERS, min_size=1, max_size=40), st.integers(0, 3))
 def test_pieces_are_whole_characters_and_add_up(tokenizer, prompt, text, cut):
-    """A prompt may end in the middle of a character: then all of it is new."""
+    """A prompt may end in the middle of a character; the whole character then counts as new."""
     ids = tokenizer.encode(prompt + text).ids
     begin = max(0, len(tokenizer.encode(prompt).ids) - cut)
     out = pieces(tokenizer, ids[:begin], ids[begin:])
@@ -91,7 +91,7 @@ PROMPTS = ["It was the duty of", "She was", "Mr. Darcy"]
 
 
 def ignored(*token):
-    """A streamer. Requests that have one share a graph, if they are of one size."""
+    """A streamer. Requests of one size with a streamer share a graph."""
 
 
 def test_streamed_tokens_and_text_are_the_samples(demo):
@@ -213,7 +213,7 @@ def test_ctrl_c_keeps_finished_samples(demo):
 
 @pytest.fixture
 def here(demo, monkeypatch):
-    """Commands in this process take the one generator."""
+    """Commands in this process share one generator."""
     monkeypatch.setattr(TextGenerator, "from_pretrained", lambda *_, **__: demo)
 
 

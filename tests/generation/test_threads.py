@@ -1,4 +1,4 @@
-"""One TextGenerator and several callers: threads, streamers that call it again, a process that was forked."""
+"""One TextGenerator with several callers: threads, streamers that call it again, a forked process."""
 
 import itertools
 import logging
@@ -31,7 +31,7 @@ def generator():
 
 
 def in_threads(functions):
-    """What each function returns, of all at once."""
+    """The results of the functions, run at the same time."""
     results, start = [None] * len(functions), threading.Barrier(len(functions))
 
     def work(i):
@@ -50,7 +50,7 @@ def in_threads(functions):
 
 
 def streamed(generator, options, seed):
-    """The samples' tokens, and those that the streamer saw."""
+    """(the samples' tokens, the tokens that the streamer received)."""
     seen = {}
 
     def streamer(index, token, text, is_last):
@@ -77,7 +77,7 @@ def test_threads_on_a_generator_that_has_built_nothing(generator):
 
 @pytest.mark.slow
 def test_stop_strings_of_several_threads():
-    """Each cuts its own text alone, and graphs are dropped and built anew all the while."""
+    """Each stops only its own text, while graphs are dropped and rebuilt."""
     generator = TextGenerator.from_pretrained()
     calls = [
         dict(prompts="It was the duty of", stop_strings=[s], max_new_tokens=40, seed=seed, top_k=k)
@@ -88,7 +88,7 @@ def test_stop_strings_of_several_threads():
 
 
 def test_a_streamer_that_generates(generator):
-    """With the same graph, and with one that is not built yet."""
+    """With the same graph, and with one that must be built."""
     inner = []
 
     def streamer(index, token, text, is_last):
@@ -102,7 +102,7 @@ def test_a_streamer_that_generates(generator):
 
 @pytest.mark.slow
 def test_closed_by_a_streamer(generator):
-    """What runs goes on to its end, and the next call makes its graph anew."""
+    """Running graphs finish, and the next call builds its graph again."""
     want = call(generator, *REQUESTS[2], 7)
     closed = []
 
@@ -134,7 +134,7 @@ def call_in(pipe, functions):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_gets_an_error(generator, tmp_path):
-    """From the generator that was used, a new one, and what else runs TensorFlow."""
+    """With the used generator, a new one, and everything else that runs TensorFlow."""
     generator.generate([[5]], max_new_tokens=1)
     functions = [
         lambda: generator.generate([[5]], max_new_tokens=1),
@@ -155,7 +155,7 @@ def test_a_forked_process_gets_an_error(generator, tmp_path):
 
 
 def test_what_is_held_back_is_so_in_threads_too(capfd):
-    """Standard error and TensorFlow's log level are the process's own, and are what they were when all are done."""
+    """Standard error and TensorFlow's log level belong to the process; they are restored once all threads are done."""
     logger = tf.get_logger()
     level = logger.level
     inside = threading.Barrier(2)

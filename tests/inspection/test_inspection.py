@@ -1,4 +1,4 @@
-"""The next-token distribution step by step: its figures, its table, its picture."""
+"""The next-token distribution step by step: its numbers, table and picture."""
 
 import json
 import re
@@ -149,17 +149,17 @@ def test_table_keeps_to_its_width(width, unicode):
 
 
 def test_style_is_the_terminals(monkeypatch):
-    class Stream:
+    class Terminal:
         def __init__(self, encoding, is_terminal):
             self.encoding, self.isatty = encoding, lambda: is_terminal
 
     monkeypatch.setenv("COLUMNS", "77")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert terminal_style(Stream("UTF-8", True)) == {"width": 77, "unicode": True, "colour": True}
-    assert terminal_style(Stream("latin-1", False)) == {"width": 77, "unicode": False, "colour": False}
+    assert terminal_style(Terminal("UTF-8", True)) == {"width": 77, "unicode": True, "colour": True}
+    assert terminal_style(Terminal("latin-1", False)) == {"width": 77, "unicode": False, "colour": False}
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not terminal_style(Stream("utf8", True))["colour"]
+    assert not terminal_style(Terminal("utf8", True))["colour"]
 
 
 def test_tokens_that_are_bytes_spaces_or_unknown():
@@ -213,7 +213,7 @@ def test_other_formats(matplotlib, tmp_path, suffix):
 
 def test_a_picture_that_cannot_be_made(matplotlib, tmp_path, monkeypatch):
     for wrong in ("chain.txt", "chain"):
-        with pytest.raises(ValueError, match=r"chain.*: the suffix says the format; allowed are .*\.png"):
+        with pytest.raises(ValueError, match=r"chain.*: the suffix chooses the format; allowed: .*\.png"):
             plot(chain(), name, tmp_path / wrong)
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         plot(chain(), name, tmp_path / "nowhere" / "chain.png")

@@ -47,14 +47,14 @@ def answers(address):
 
 
 class Workers:
-    """`gpt-neo-sampling serve` in processes of their own."""
+    """`gpt-neo-sampling serve`, each in its own process."""
 
     def __init__(self, n=2, *args):
         self.addresses, self._args, self._processes = free_addresses(n), args, {}
         self.cluster = ",".join(self.addresses)
 
     def start(self, *indices, env=None):
-        """Starts workers; `env` in place of the options --cluster and --task."""
+        """Starts workers, with `env` instead of the options --cluster and --task."""
         for i in indices:
             where = ["--cluster", self.cluster, "--task", f"worker:{i}"] if env is None else []
             self._processes[i] = processes.Command("serve", *where, *self._args, env={**os.environ, **(env or {})})
@@ -82,7 +82,7 @@ class Workers:
 
 @pytest.fixture(scope="module")
 def workers():
-    """Two that no test may end."""
+    """Two workers that no test may stop."""
     with Workers(2, "--cpus", "2") as workers:
         workers.start(0, 1)
         yield workers
@@ -137,7 +137,7 @@ def test_tokens_are_those_of_one_process(workers, model, expected, mesh_shape, l
 
 def test_a_streamer_is_refused(workers, model):
     split = generator(model, workers.cluster)
-    with pytest.raises(ValueError, match="a streamer needs a mesh of this process's devices, not a cluster"):
+    with pytest.raises(ValueError, match="a streamer needs a mesh of this process's own devices, not a cluster"):
         split.generate([[5]], max_new_tokens=2, streamer=print)
     split.close()
 
@@ -167,7 +167,7 @@ def test_a_program_that_is_a_task_itself(own_workers, model, expected):
 
 @pytest.mark.slow
 def test_what_a_generator_holds_is_its_own(workers, model, expected, tmp_path):
-    """Variables of the same names in several models, on processes that outlive them."""
+    """Several models have variables of the same names, in processes that outlive the models."""
     other = write_model(tmp_path / "other", n_vocab=41, n_embd=32)
     one, two = generator(model, workers.cluster), generator(other, workers.cluster)
     assert tokens(one) == expected
@@ -223,7 +223,7 @@ def test_a_worker_that_is_missing_is_named(workers, model, monkeypatch, capfd):
 
 @pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, expected, which, record_property):
-    """Worker 0 is the one that the session is held with."""
+    """Worker 0 is the one that the session connects to."""
     own_workers.start(0, 1)
     split = generator(model, own_workers.cluster)
     request = dict(prompts=[[1], [2]] * 16, num_return_sequences=1000, max_new_tokens=46)
@@ -242,7 +242,7 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
         seconds = time.monotonic() - killed[0]
     finally:
         timer.join()
-    assert str(error.value) == f"worker:{which} at {own_workers.addresses[which]} has gone; what it held is lost"
+    assert str(error.value) == f"worker:{which} at {own_workers.addresses[which]} has gone; its state is lost"
     print(f"worker:{which}: {seconds:.1f} s from kill to error")
     record_property("seconds", seconds)
     assert seconds < 60
@@ -266,7 +266,7 @@ def test_a_command_ends_soon_after_a_worker_is_killed(own_workers, model):
         own_workers.kill(1)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, ""), err
-    assert err == (f"gpt-neo-sampling: error: worker:1 at {own_workers.addresses[1]} has gone; what it held is lost\n")
+    assert err == (f"gpt-neo-sampling: error: worker:1 at {own_workers.addresses[1]} has gone; its state is lost\n")
 
 
 def cpu_seconds(process):
@@ -277,7 +277,7 @@ def cpu_seconds(process):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_ports_where_something_else_listens(own_workers, model, monkeypatch, first):
-    """Something that never answers, in place of both workers and of the second."""
+    """Something that never answers replaces both workers, or the second."""
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1)
     with contextlib.ExitStack() as stack:
         for address in own_workers.addresses[first:]:
@@ -291,7 +291,7 @@ def test_ports_where_something_else_listens(own_workers, model, monkeypatch, fir
     zero, one = own_workers.addresses
     assert str(error.value) == (
         "the cluster accepts connections, but gave no answer within 1 s; "
-        f"is each of worker:0 at {zero}, worker:1 at {one} a gpt-neo-sampling serve of the same cluster?"
+        f"is each of worker:0 at {zero}, worker:1 at {one} a gpt-neo-sampling serve with the same cluster?"
     )
 
 

@@ -1,4 +1,4 @@
-"""Meshes: their descriptions, what is wrong with some, and the same tokens on all."""
+"""Meshes: their descriptions, wrong ones, and the same tokens on all."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def generator(folder, mesh_shape=None, layout=None):
 
 
 def tokens(generator, prompts=PROMPTS):
-    """Tokens of each prompt by each of WAYS, the prompts of a way together."""
+    """The tokens of each prompt with each of WAYS, grouped by way."""
     repeated = {name: np.repeat(np.array(values, object), len(prompts)).tolist() for name, values in WAYS.items()}
     samples = generator.generate(prompts * N_WAYS, max_new_tokens=12, seed=7, eos_token_id=-1, **repeated)
     return [sample.tokens for sample in samples]
@@ -121,7 +121,7 @@ def test_auto_takes_the_gpus_that_are_there(monkeypatch):
     see(1)
     assert device_mesh(devices="auto").devices == ("/device:GPU:0",)
     assert device_mesh(None, None, "gpu:0").devices == ("/device:GPU:0",)
-    with pytest.raises(MeshError, match="gpu:1 is not there; TensorFlow sees 1 GPU$"):
+    with pytest.raises(MeshError, match="there is no gpu:1; TensorFlow sees 1 GPU$"):
         device_mesh("x:2", None, "gpu:0,gpu:1")
 
 
@@ -163,26 +163,26 @@ TWO = "cpu:0,cpu:1"
         ([None, "batch:x"],
          "layout batch:x splits along x, but the mesh has no axes (give a mesh shape, such as x:2)"),
         (["x:2,y:1", "batch:x,batch:y", TWO],
-         "layout 'batch:x,batch:y' names batch twice; a dimension is split along one axis"),
+         "layout 'batch:x,batch:y' names batch twice; a dimension is split along at most one axis"),
         (["x:2,y:2", None, TWO],
          "mesh shape x:2,y:2 has 4 processors, but 2 devices are named (cpu:0, cpu:1); "
-         "name 4, or shape the mesh for 2, such as x:2"),
+         "name 4, or give a mesh shape for 2, such as x:2"),
         (["x:2", None, "cpu:0,cpu:1,cpu:2"],
          "mesh shape x:2 has 2 processors, but 3 devices are named (cpu:0, cpu:1, cpu:2); "
-         "name 2, or shape the mesh for 3, such as x:3"),
+         "name 2, or give a mesh shape for 3, such as x:3"),
         (["x:2", None, "cpu:3"],
          "mesh shape x:2 has 2 processors, but 1 device is named (cpu:3); "
-         "name 2, or shape the mesh for 1, such as x:1"),
+         "name 2, or give a mesh shape for 1, such as x:1"),
         ([None, None, TWO],
          "mesh shape (none) has 1 processor, but 2 devices are named (cpu:0, cpu:1); "
-         "name 1, or shape the mesh for 2, such as x:2"),
+         "name 1, or give a mesh shape for 2, such as x:2"),
         (["x:2"], "mesh shape x:2 has 2 processors, but no devices are named; name 2, such as cpu:0,cpu:1"),
         (["x:2,y:500"],
          "mesh shape x:2,y:500 has 1000 processors, but no devices are named; name 1000, such as cpu:0,…,cpu:999"),
         (["x:2", None, "cpu:0,cpu:0"],
-         "devices: cpu:0 is named more than once; each processor needs a device of its own"),
+         "devices: cpu:0 is named more than once; each processor needs its own device"),
         (["x:2", None, ["cpu:1", "/device:CPU:1"]],
-         "devices: cpu:1 is named more than once; each processor needs a device of its own"),
+         "devices: cpu:1 is named more than once; each processor needs its own device"),
         (["x:2", None, "cpu:0,tpu:0"], f"devices: 'tpu:0' {DEVICE_FORM}"),
         (["x:2", None, "cpu:0,cpu"], f"devices: 'cpu' {DEVICE_FORM}"),
         (["x:2", None, "cpu:0,"], f"devices: '' {DEVICE_FORM}"),
@@ -190,21 +190,21 @@ TWO = "cpu:0,cpu:1"
         ([None, None, [3]], f"devices: 3 {DEVICE_FORM}"),
         ([None, None, 3], "devices 3; allowed: a list such as cpu:0,cpu:1"),
         ([None, None, []], "devices []; allowed: a list such as cpu:0,cpu:1"),
-        (["x:2", None, "cpu:0,gpu:99"], "devices: gpu:99 is not there; TensorFlow sees 0 GPUs"),
+        (["x:2", None, "cpu:0,gpu:99"], "devices: there is no gpu:99; TensorFlow sees 0 GPUs"),
         ([None, None, "auto"], "devices auto: TensorFlow sees no GPU here; name CPUs, as in cpu:0,cpu:1"),
         ([None, None, "worker:1/cpu:0"], "devices: 'worker:1/cpu:0': there is no cluster (see --cluster)"),
         ([None, None, None, "a:1,b:2"], "a cluster of 2 machines needs a mesh shape, such as x:2"),
         (["x:3", None, None, "a:1,b:2"],
          "mesh shape x:3 has 3 processors, but 2 devices are named (worker:0/cpu:0, worker:1/cpu:0); "
-         "name 3, or shape the mesh for 2, such as x:2"),
+         "name 3, or give a mesh shape for 2, such as x:2"),
         (["x:2", None, TWO, "a:1,b:2"], "devices: 'cpu:0': it needs a machine, as in worker:1/cpu:0"),
         (["x:2", None, "worker:0/cpu:0,worker:2/cpu:0", "a:1,b:2"],
          "devices: 'worker:2/cpu:0' is on worker:2; the cluster has worker:0, worker:1"),
         (["x:2", None, "worker:0/cpu:0,/job:worker/replica:0/task:0/device:CPU:0", "a:1,b:2"],
-         "devices: worker:0/cpu:0 is named more than once; each processor needs a device of its own"),
+         "devices: worker:0/cpu:0 is named more than once; each processor needs its own device"),
         ([None, None, "worker:0cpu:0", "a:1,b:2"], f"devices: 'worker:0cpu:0' {DEVICE_FORM}"),
         (["x:2", None, "auto", "a:1,b:2"],
-         "devices auto looks at this machine alone; in a cluster name each, as in worker:1/gpu:0"),
+         "devices auto sees only this machine; in a cluster name each device, as in worker:1/gpu:0"),
     ],
 )  # fmt: skip
 def test_a_wrong_description_is_named(monkeypatch, description, message):
@@ -218,18 +218,18 @@ def test_a_wrong_description_is_named(monkeypatch, description, message):
     ("mesh_shape", "layout", "message"),
     [
         ("x:3", "heads:x",
-         "layout heads:x splits heads=4 over x:3, which does not divide it; sizes of x that fit: 1, 2, 4"),
+         "layout heads:x splits heads=4 over x:3, which does not divide it; allowed sizes of x: 1, 2, 4"),
         ("y:2,x:3", "batch:y,embd:x",
-         "layout embd:x splits embd=16 over x:3, which does not divide it; sizes of x that fit: 1, 2, 4, 8, 16"),
+         "layout embd:x splits embd=16 over x:3, which does not divide it; allowed sizes of x: 1, 2, 4, 8, 16"),
         ("x:5", "embed_sequence:x",
          "layout embed_sequence:x splits embed_sequence=48 over x:5, which does not divide it; "
-         "sizes of x that fit: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
+         "allowed sizes of x: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
         ("x:3", "intermediate_expanded:x",
          "layout intermediate_expanded:x splits intermediate_expanded=64 over x:3, which does not divide it; "
-         "sizes of x that fit: 1, 2, 4, 8, 16, 32, 64"),
+         "allowed sizes of x: 1, 2, 4, 8, 16, 32, 64"),
         ("x:5", "memory_length:x",
          "layout memory_length:x splits memory_length=48 over x:5, which does not divide it; "
-         "sizes of x that fit: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
+         "allowed sizes of x: 1, 2, 3, 4, 6, 8, 12, 16, 24, 48"),
         ("x:2", "sequence:x",
          "layout sequence:x: the model has no dimension sequence to split; it has batch, vocab, memory_length, embd, "
          "heads, intermediate_expanded, embed_sequence"),
@@ -259,8 +259,8 @@ def test_two_dimensions_of_a_tensor_need_an_axis_each(model, dims, tensor):
         with pytest.raises(MeshError) as error:
             generator(model, "x:2", layout)
         assert str(error.value) == (
-            f"layout {first}:x,{second}:x splits {first} and {second} along the one axis x, but they stand together in "
-            f"a tensor [{tensor}]; split them along different axes, or one of them"
+            f"layout {first}:x,{second}:x splits {first} and {second} along the same axis x, but "
+            f"a tensor [{tensor}] has both; split them along different axes, or only one of them"
         )
     generator(model, "x:2,y:2", f"{first}:x,{second}:y")
 
@@ -291,7 +291,7 @@ def test_sizes_that_do_not_divide_change_no_token(model, single, mesh_shape, lay
 
 @slow
 def test_padding_is_never_drawn(tmp_path):
-    """Logits are about −50, those of the padding's zero rows 0; a shard is all padding."""
+    """Logits are about −50, those of padding 0, and one shard is all padding."""
 
     def weights(params):
         w = random_weights(params, seed=3)
@@ -314,7 +314,7 @@ def test_padding_is_never_drawn(tmp_path):
 
 @slow
 def test_a_row_does_not_depend_on_how_many_there_are(model):
-    """With entmax; rows of one request are numbered, so samples of one prompt are rows like any other."""
+    """With entmax. The rows of a request are numbered, so samples of one prompt are rows like any other."""
     one, options = generator(model), dict(entmax_alpha=1.3, max_new_tokens=12, seed=7, eos_token_id=-1)
 
     def drawn(prompts, **more):

@@ -45,7 +45,7 @@ def np_take(x, indices):
 
 
 def np_scatter(dy, indices, size):
-    """What np_take's gradient is: rows of dy added where they were looked up."""
+    """The gradient of np_take: rows of dy added where they were looked up."""
     dx = np.zeros((size, *dy.shape[indices.ndim :]))
     for at in np.ndindex(indices.shape):
         if 0 <= indices[at] < size:
@@ -221,7 +221,7 @@ def test_write_at(runner):
 
 @pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "batch:x,vocab:y")], ids=str)
 def test_settle_in_a_loop(runner):
-    """A sum that mtf has put off, carried into, through and around a loop."""
+    """A sum that mtf has deferred, carried into, through and out of a loop."""
     x = np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)
 
     def build(mesh, x):
@@ -299,7 +299,7 @@ def test_import_rows_errors():
 
 
 def words(rng, n):
-    """n random 32-bit words as int32, the extremes among them."""
+    """n random 32-bit words as int32, including the extremes."""
     out = rng.integers(-(2**31), 2**31, n)
     out[:4] = 0, -1, 2**31 - 1, -(2**31)
     return out.astype(np.int32)
@@ -418,7 +418,7 @@ def test_fresh_seed(runner):
     "runner", [MeshRunner(), MeshRunner("x:4", "vocab:x"), MeshRunner("x:2,y:2", "batch:x,vocab:y")], ids=str
 )
 def test_top_k(runner):
-    """In order, ties to the lower index, on rows of distinct, equal and masked values."""
+    """Sorted, ties by lower index, on rows of distinct, equal and masked values."""
     rng = np.random.default_rng(6)
     low = np.finfo(np.float32).min
     x = np.stack(
@@ -481,7 +481,7 @@ def test_largest_at_the_borders_of_chunks(size):
 
 @pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:4", "vocab:x")], ids=str)
 def test_top_k_of_invalid_rows(runner):
-    """NaN throughout where NaN or +inf is; −inf comes back."""
+    """A row with NaN or +inf becomes all NaN; −inf is restored."""
     x = np.tile(np.arange(16, dtype=np.float32), (5, 1))
     x[0, 3], x[1, 15], x[2, :14], x[3] = np.nan, np.inf, -np.inf, -np.inf
     b, k = dims(batch=5, top_k=3)

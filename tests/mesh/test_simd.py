@@ -39,7 +39,7 @@ split = pytest.mark.parametrize("split", [ROWS_AND_VOCAB, pytest.param(VOCAB, ma
 
 @functools.cache
 def program(case, split):
-    """split: a mesh shape and a layout, with a space between."""
+    """split: a mesh shape and a layout, separated by a space."""
     return simd.SimdProgram(case.build, case.inputs, *split.split())
 
 
@@ -157,7 +157,7 @@ def test_masks_and_penalties(split, case):
     ids=str,
 )
 def test_decoding(case, split):
-    """The tokens, and that the program holds no collective but sums, and nothing that waits for the host."""
+    """The tokens; and the program has no collectives but sums, and nothing that waits for the host."""
     assert_same(on_simd(case, split), case.single)
     compiled = program(case, split)
     assert {c.opcode for c in compiled.collectives()} == {"all-reduce"}

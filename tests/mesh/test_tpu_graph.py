@@ -34,7 +34,7 @@ def assignment():
 
 @pytest.fixture(scope="module", params=["softmax", "top-k", "masks by mass", "entmax"])
 def operations(request):
-    """All operations under tpu.replicate, those of loop bodies and branches among them."""
+    """All operations under tpu.replicate, including those of loop bodies and branches."""
     from tensorflow.python.tpu import tpu
 
     options = {

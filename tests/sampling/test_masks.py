@@ -61,7 +61,7 @@ class Masked:
             return np.resize(np.broadcast_to(a, (len(x), *shape)), (ROWS, *shape))
 
         options = [own if m is mask else neutral for m, (_, _, neutral, _) in MASKS.items()]
-        out = self._program(rows(x, SIZE), rows(dy, SIZE), *map(rows, options), only=mask.__name__)
+        out = self._program(rows(x, SIZE), rows(dy, SIZE), *map(rows, options), key=mask.__name__)
         return [a[: len(x)] for a in out]
 
 
