@@ -45,5 +45,3 @@ def is_real(value: object) -> TypeGuard[float]:
 def is_int(value: object) -> TypeGuard[int]:
     """Whether it is an integer of Python's or NumPy's. True and False are not, nor is a tensor."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-

@@ -150,7 +150,7 @@ def _import_k(
     else:
         if is_real(k) or isinstance(k, (bool, str)) or k is None:
             raise ValueError(f"top-k: k={k!r}; a whole number of at least 1 is needed")
-        if max_top_k is None or max_top_k < 1:
+        if not is_int(max_top_k) or max_top_k < 1:
             raise ValueError(f"top-k: a tensor k needs max_top_k, an int of at least 1; got {max_top_k}")
         k_max = min(int(max_top_k), dim.size)
     return import_rows(logits.mesh, k, tf.int32, logits.shape - dim, "top-k"), k_max
