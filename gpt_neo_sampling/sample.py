@@ -339,7 +339,7 @@ def sample_autoregressive(
         array([[5, 3, 4, 5, 6, 7],
                [7, 8, 9, 0, 0, 0]], dtype=int32)
     """
-    mesh, vocab_dim = partial_sequences.mesh, other_features["vocab_dim"]
+    mesh = partial_sequences.mesh
     *batch_dims, whole_length_dim = partial_sequences.shape.dims
     length = _length("max_length", max_length, whole_length_dim.size)
     prompt_length = _length("max_prompt_length", max_prompt_length, length)
@@ -351,6 +351,7 @@ def sample_autoregressive(
 
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
     padding_id = params.get("padding_id") or 0
+    vocab_dim = other_features["vocab_dim"]
     vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
         logits_processors=tuple(logits_processors),
@@ -382,8 +383,7 @@ def sample_autoregressive(
     if max_steps is not None:
         max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
-    if not has_partial_sequences:
-        prompt_lengths = 0
+    prompt_lengths = prompt_lengths if has_partial_sequences else 0
     vocab_size = vocab_size or vocab_dim.size
     prompts = _prompts(partial_sequences, length, prompt_lengths, padding_id, bos_id, vocab_size, invalid_token)
     encoder = {
