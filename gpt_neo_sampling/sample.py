@@ -352,8 +352,7 @@ def sample_autoregressive(
     if max_steps is not None:
         max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
-    if not has_partial_sequences:
-        prompt_lengths = 0
+    prompt_lengths = prompt_lengths if has_partial_sequences else 0
     vocab_size = vocab_size or vocab_dim.size
     prompts = _prompts(partial_sequences, length, prompt_lengths, padding_id, bos_id, vocab_size, invalid_token)
     encoder = {
