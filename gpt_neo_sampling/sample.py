@@ -321,7 +321,7 @@ def sample_autoregressive(
                [7, 8, 9, 0, 0, 0]], dtype=int32)
     """
     check_keywords(controls)
-    mesh, vocab_dim = partial_sequences.mesh, other_features["vocab_dim"]
+    mesh = partial_sequences.mesh
     *batch_dims, whole_length_dim = partial_sequences.shape.dims
     length = _length("max_length", max_length, whole_length_dim.size)
     prompt_length = _length("max_prompt_length", max_prompt_length, length)
@@ -333,6 +333,7 @@ def sample_autoregressive(
 
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
     padding_id = params.get("padding_id") or 0
+    vocab_dim = other_features["vocab_dim"]
     vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
         **controls,
