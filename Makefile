@@ -35,11 +35,12 @@ check: $(VENV)/check.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(MKDOCS) --site-dir build/site  # (--quiet would hide warnings from --strict)
+	$(MKDOCS) --site-dir build/site
 
-# Material prints a banner about the future of MkDocs.
+# Not --quiet, which hides warnings from --strict too. Material has a banner about the future of MkDocs. ruff, of the extra
+# `check`, formats the signatures.
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-docs: $(VENV)/docs.installed
+docs: $(VENV)/check.installed
 	$(MKDOCS)
 	@echo "open site/index.html"
 
