@@ -7,7 +7,8 @@
 # make test-gpt-neo GPT_NEO=path  runs the tests and main.py of a copy of GPT-Neo's repository there, with this library
 #              and without, and compares them
 # make fuzz    runs the property tests on random values; FUZZ_EXAMPLES=500 for so many of each test
-# make check   looks the code over: ruff (rules and format) and mypy (types)
+# make check   looks the code over: ruff (rules and format), mypy (types), and that the documentation builds
+# make docs    builds the documentation site in site/; a dead link or a docstring that does not parse is an error
 # make coverage  runs all tests and lists the lines and branches of the package that they do not reach
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
 # make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
@@ -23,7 +24,7 @@ BENCH_VENV := $(VENV)-bench
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check test test-slow test-all test-compat test-gpt-neo fuzz coverage bench support clean
+.PHONY: demo check docs test test-slow test-all test-compat test-gpt-neo fuzz coverage bench support clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,14 @@ check: $(VENV)/check.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(MKDOCS) --site-dir build/site
+
+# Not --quiet, which hides warnings from --strict too. Material has a banner about the future of MkDocs. ruff, of the extra
+# `check`, formats the signatures.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: $(VENV)/check.installed
+	$(MKDOCS)
+	@echo "open site/index.html"
 
 # A file's tests go to one process, which makes the file's fixtures once.
 PYTEST := bin/python -m pytest -q -n 2 --dist loadfile -rs
@@ -65,7 +74,7 @@ support: $(VENV)/test.installed
 	@$(BIN)/python benchmarks/support_table.py $(SUPPORT_ARGS)
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) build *.egg-info
+	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) build site *.egg-info
 
 NEWEST := 13
 $(COMPAT_VENV)/bin/python: NEWEST := 11

@@ -24,6 +24,7 @@ from gpt_neo_sampling.sampling import next_token as chain
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+REFERENCE = ROOT / "docs" / "reference.md"
 PUBLIC = {
     **{name: getattr(module, name) for module in (gpt_neo_sampling, utils, checkpoint) for name in module.__all__},
     **{c.__name__: c for c in (chain.next_token, chain.chain_distributions, chain.SamplingOptions, chain.History)},
@@ -71,7 +72,19 @@ def test_a_class_says_what_it_holds(name):
 
 
 def test_public_names_are_in_the_docs():
-    assert [name for name in PUBLIC if not any(says(page, name) for page in PAGES.values())] == []
+    pages = [page for path, page in PAGES.items() if path != REFERENCE]
+    assert [name for name in PUBLIC if not any(says(page, name) for page in pages)] == []
+
+
+def test_public_names_are_in_the_api_reference():
+    """Each once, under a path that it can be imported from."""
+    paths = re.findall(r"^::: (\S+)$", PAGES[REFERENCE], re.M)
+    found = [path.rpartition(".") for path in paths]
+    assert sorted(name for *_, name in found) == sorted({name for _, _, name in found})
+    assert PUBLIC.keys() - {name for *_, name in found} == set()
+    assert [
+        path for path, (module, _, name) in zip(paths, found) if not hasattr(importlib.import_module(module), name)
+    ] == []
 
 
 def test_public_names_are_tested():

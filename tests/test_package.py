@@ -104,7 +104,7 @@ def test_public_names_are_there():
 # --- Wheel and sdist --------------------------------------------------------------------------
 
 ROOT = pathlib.Path(__file__).parents[1]
-NOT_SHIPPED = (".*", "__pycache__", "build", "dist", "*.egg-info", "*.logs")
+NOT_SHIPPED = (".*", "__pycache__", "build", "dist", "site", "*.egg-info", "*.logs")
 
 
 @pytest.fixture(scope="module")
