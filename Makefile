@@ -42,7 +42,7 @@ check: $(VENV)/check.installed
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 docs: $(VENV)/check.installed
 	$(MKDOCS)
-	@echo "open site/index.html"
+	@echo "site/index.html; for its search: $(BIN)/python -m http.server --directory site"
 
 # A file's tests go to one process, which makes the file's fixtures once.
 PYTEST := bin/python -m pytest -q -n 2 --dist loadfile -rs
