@@ -103,7 +103,7 @@ def generate_file(
 
     Started again with the same arguments, however it ended, it continues where it
     stopped: no line is lost, duplicated or half written, and the file becomes the
-    same to the byte (with the same devices: see the README on other layouts). The
+    same to the byte (with the same devices: see docs/own-models.md on other layouts). The
     run's settings are stored beside the output, in a file of its name with ".run"
     appended; keep it as long as the output.
 
