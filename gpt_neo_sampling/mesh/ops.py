@@ -7,6 +7,7 @@ of. They know nothing of sampling or of the model.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -522,6 +523,74 @@ class _HostCallOperation(MeshOperation):
             result = tf.numpy_function(self._fn, values, tf.float32)
         result = tf.ensure_shape(result, y.shape.to_integer_list)
         lowering.set_tensor_lowering(y, mesh_impl.import_tf_tensor(y, result))
+
+
+# --- Control flow over laid-out tensors -----------------------------------------
+
+
+def laid_out_cond(
+    mesh_impl: mtf.MeshImpl, flag: tf.Tensor, if_set: Callable[[], Any], if_not: Callable[[], Any]
+) -> Any:
+    """`tf.cond` whose branches return laid-out tensors.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      flag: scalar float32 tf.Tensor, 0.0 or 1.0 (see `sharded_rows.any_of`).
+      if_set, if_not: functions without arguments, both to a nest of the same structure, of laid-out tensors and
+        tf.Tensors. Only the operations of one run.
+
+    Returns:
+      such a nest.
+    """
+    found = []
+
+    def slices_of(branch: Callable[[], Any]) -> list[tf.Tensor]:
+        found.append(branch())
+        return _slices(mesh_impl, found[-1])
+
+    slices = tf.cond(flag > 0.5, lambda: slices_of(if_set), lambda: slices_of(if_not))
+    return _with_slices(mesh_impl, found[-1], tf.nest.flatten(slices))
+
+
+def laid_out_while_loop(
+    mesh_impl: mtf.MeshImpl, condition: Callable[..., tf.Tensor], body: Callable[..., Any], start: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """`tf.while_loop` over laid-out tensors.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      condition: a function of the loop variables to a scalar bool tf.Tensor.
+      body: a function of the loop variables to a tuple of their next values.
+      start: tuple of the first ones, each a laid-out tensor or a tf.Tensor.
+
+    Returns:
+      a tuple of the last ones.
+    """
+    variables = functools.partial(_with_slices, mesh_impl, start)
+    slices = tf.while_loop(
+        lambda *slices: condition(*variables(slices)),
+        lambda *slices: _slices(mesh_impl, body(*variables(slices))),
+        _slices(mesh_impl, start),
+    )
+    return variables(tf.nest.flatten(slices))
+
+
+def _slices(mesh_impl: mtf.MeshImpl, nest: Any) -> list[tf.Tensor]:
+    """All slices of a nest of laid-out tensors and tf.Tensors."""
+    flat = tf.nest.flatten(nest)
+    return tf.nest.flatten([x.tensor_list if isinstance(x, mesh_impl.LaidOutTensor) else x for x in flat])
+
+
+def _with_slices(mesh_impl: mtf.MeshImpl, nest: Any, slices: Iterable[tf.Tensor]) -> Any:
+    """The nest with other slices, in the order of `_slices`."""
+    remaining = iter(slices)
+
+    def replaced(x: Any) -> Any:
+        if not isinstance(x, mesh_impl.LaidOutTensor):
+            return next(remaining)
+        return mesh_impl.LaidOutTensor.from_tensor_list([next(remaining) for _ in x.tensor_list])
+
+    return tf.nest.map_structure(replaced, nest)
 
 
 # --- Values that come as Python numbers or as tensors -------------------------

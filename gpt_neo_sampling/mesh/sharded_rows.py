@@ -230,8 +230,3 @@ def any_of(mesh_impl: mtf.MeshImpl, flags: LaidOut) -> tf.Tensor:
     """The largest of laid-out float32 flags, over the whole mesh: a scalar tf.Tensor."""
     flags = mesh_impl.allreduce(mesh_impl.slicewise(tf.reduce_max, flags), list(range(mesh_impl.ndims)), "MAX")
     return flags.tensor_list[0]
-
-
-def as_list(x: tf.Tensor | Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """What tf.cond gives: it takes a list of one out of it."""
-    return list(x) if isinstance(x, (list, tuple)) else [x]

@@ -13,8 +13,8 @@ import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
-from gpt_neo_sampling.mesh.ops import MeshOperation, pad_last, size_of
-from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, spread_rows, sum_across
+from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_while_loop, pad_last, size_of
+from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, near_sum, spread_rows, sum_across
 from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
 _FEW = 128  # entries of a shard that are looked at one by one
@@ -277,13 +277,12 @@ def _cut_at_mass(
         ends = cut_among(ahead, few)
     else:
 
-        def narrowed() -> list[tf.Tensor]:
+        def narrowed() -> LaidOut:
             ahead_of, fewer = _narrow(softmax, ahead, left, wanted)
-            return cut_among(ahead_of, _few_of(rows, fewer, softmax.x), has_all_ties=False).tensor_list
+            return cut_among(ahead_of, _few_of(rows, fewer, softmax.x), has_all_ties=False)
 
-        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), few[1])) > 0.5
-        ends = tf.cond(crowded, narrowed, lambda: cut_among(ahead, few).tensor_list)
-        ends = mesh_impl.LaidOutTensor.from_tensor_list(as_list(ends))
+        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), few[1]))
+        ends = laid_out_cond(mesh_impl, crowded, narrowed, lambda: cut_among(ahead, few))
 
     def finish(ends: tf.Tensor, mass: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
         ends = tf.where_v2(mass < 1, ends, _EVERYTHING)
@@ -402,7 +401,7 @@ def _narrow(softmax: Softmax, ahead: LaidOut, left: LaidOut, wanted: LaidOut) ->
     are equal, entries go by their index from then on, and `left` holds its negative.
     """
     rows, mesh_impl = softmax.rows, softmax.rows.mesh_impl
-    slicewise, like = mesh_impl.slicewise, mesh_impl.LaidOutTensor.from_tensor_list
+    slicewise = mesh_impl.slicewise
     n = _BINADES << _BUCKET_BITS_SPLIT
 
     def ends(left: tf.Tensor) -> tf.Tensor:
@@ -423,16 +422,14 @@ def _narrow(softmax: Softmax, ahead: LaidOut, left: LaidOut, wanted: LaidOut) ->
 
     def is_crowded(left: tf.Tensor) -> tf.Tensor:
         count = tf.reduce_sum(tf.cast(left > -np.inf, tf.int32), -1)
-        return tf.reduce_max(tf.cast(count >= _FEW, tf.float32))
+        return tf.cast(count >= _FEW, tf.float32)
 
-    def body(_: tf.Tensor, *slices: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
-        ahead, left = map(like, slices)
+    def body(_: tf.Tensor, ahead: LaidOut, left: LaidOut) -> tuple[tf.Tensor, LaidOut, LaidOut]:
         row_ends = rows.across_shards(slicewise(ends, left), "MAX")
         buckets = slicewise(bucket_of, left, row_ends)
         bucket, ahead = slicewise(_reached, _bucket_sums(softmax, buckets, n), wanted, ahead)
         left = slicewise(shrink, left, row_ends, buckets, bucket, *rows.pcoords())
-        return any_of(mesh_impl, slicewise(is_crowded, left)), ahead.tensor_list, left.tensor_list
+        return any_of(mesh_impl, slicewise(is_crowded, left)), ahead, left
 
-    start = (tf.constant(1.0), ahead.tensor_list, left.tensor_list)
-    _, ahead, left = tf.while_loop(lambda crowded, *_: crowded > 0.5, body, start)
-    return like(as_list(ahead)), like(as_list(left))
+    start = (tf.constant(1.0), ahead, left)
+    return laid_out_while_loop(mesh_impl, lambda crowded, *_: crowded > 0.5, body, start)[1:]

@@ -204,14 +204,13 @@ class _EntmaxOperation(MeshOperation):
         x_rows, facts = slicewise(begin, lowering.tensors[x])
         top, eps = slicewise(settle_rows, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
 
-        def of_chosen(ids: LaidOut, p: LaidOut, slope: LaidOut) -> list[tf.Tensor]:
-            return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p).tensor_list
+        def of_chosen(ids: LaidOut, p: LaidOut, slope: LaidOut) -> LaidOut:
+            return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p)
 
         p = entmax_by_chosen(
             rows, x_rows, self._n_chosen, lambda x: slicewise(tf.subtract, x, top), eps, self._n_iter,
-            of_chosen, lambda p, slope: p.tensor_list,
+            of_chosen, lambda p, slope: p,
         )  # fmt: skip
-        p = mesh_impl.LaidOutTensor.from_tensor_list(p)
         y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
 

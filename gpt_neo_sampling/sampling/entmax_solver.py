@@ -1,13 +1,14 @@
 """The solver of entmax, for rows on a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut, RowValue, is_number
-from gpt_neo_sampling.mesh.ops import size_of
-from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, sum_across
+from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop, size_of
+from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, near_sum, sum_across
 from gpt_neo_sampling.sampling.top_k import largest
 
 
@@ -23,9 +24,9 @@ def entmax_by_chosen(
     scores_of: Callable[[LaidOut], LaidOut],
     epsilon: LaidOut,
     n_iter: int,
-    of_chosen: Callable[[LaidOut, LaidOut, LaidOut], list[tf.Tensor]],
-    of_all: Callable[[LaidOut, LaidOut], list[tf.Tensor]],
-) -> list[tf.Tensor]:
+    of_chosen: Callable[[LaidOut, LaidOut, LaidOut], Any],
+    of_all: Callable[[LaidOut, LaidOut], Any],
+) -> Any:
     """What becomes of entmax, which as a rule few entries count in.
 
     It is solved for the n_chosen largest entries of each shard; and again for all
@@ -39,15 +40,15 @@ def entmax_by_chosen(
         largest one of their row, NaN throughout an invalid one; it keeps their order.
       epsilon, n_iter: as for `solve_entmax`.
       of_chosen: a function from laid-out ids [rows, chosen], p and its slope to a
-        list of tensors.
-      of_all: a function from p and its slope, for all of x, to such a list.
+        nest of laid-out tensors and tf.Tensors.
+      of_all: a function from p and its slope, for all of x, to such a nest.
 
     Returns:
-      a list of tensors.
+      such a nest.
     """
     mesh_impl = rows.mesh_impl
 
-    def solve_all() -> list[tf.Tensor]:
+    def solve_all() -> Any:
         return of_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
 
     if x.slice_shape[1] < 8 * n_chosen:
@@ -61,8 +62,8 @@ def entmax_by_chosen(
         last = p[:, -1:]
         return tf.cast(tf.logical_or(last > 0, tf.is_nan(last)), tf.float32)
 
-    too_few = any_of(mesh_impl, mesh_impl.slicewise(may_differ, p)) > 0.5
-    return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
+    too_few = any_of(mesh_impl, mesh_impl.slicewise(may_differ, p))
+    return laid_out_cond(mesh_impl, too_few, solve_all, lambda: of_chosen(ids, p, slope))
 
 
 def _bound(z: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
@@ -102,7 +103,6 @@ def solve_entmax(
     """
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
-    like = mesh_impl.LaidOutTensor.from_tensor_list
 
     def entries_of(u: tf.Tensor, eps: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """q, ∂q/∂u and 1 + εu."""
@@ -127,32 +127,24 @@ def solve_entmax(
         # to where that began: past the edge of many ties it would, for ever.
         return tf.maximum(step, -0.5 * tf.abs(last))
 
-    every_axis = list(range(mesh_impl.ndims))
-
-    def body(
-        i: tf.Tensor, _: list[tf.Tensor], *slices: list[tf.Tensor]
-    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-        step, beta = map(like, slices)
+    def body(i: tf.Tensor, _: tf.Tensor, step: LaidOut, beta: LaidOut) -> tuple[tf.Tensor, tf.Tensor, LaidOut, LaidOut]:
         sums = rows.across_shards(slicewise(sums_of, z, epsilon, beta), "SUM")
         step = slicewise(newton_step, sums, epsilon, beta, step)
         beta = slicewise(tf.subtract, beta, step)
 
         # NaN is not greater: an invalid row never keeps the loop going.
         def moving(step: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
-            return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * beta, tf.float32))
+            return tf.cast(tf.abs(step) > 2e-7 * beta, tf.float32)
 
-        going = mesh_impl.allreduce(slicewise(moving, step, beta), every_axis, "MAX")
-        return i + 1, going.tensor_list, step.tensor_list, beta.tensor_list
+        return i + 1, any_of(mesh_impl, slicewise(moving, step, beta)), step, beta
 
     beta = start or slicewise(tf.ones_like, epsilon)
-    step = slicewise(tf.ones_like, epsilon)
-    going = slicewise(lambda b: tf.ones([], tf.float32), beta)
-    *_, beta = tf.while_loop(
-        lambda i, going, *_: tf.logical_and(i < n_iter, going[0] > 0),
+    *_, beta = laid_out_while_loop(
+        mesh_impl,
+        lambda i, going, *_: tf.logical_and(i < n_iter, going > 0),
         body,
-        (tf.constant(0), going.tensor_list, step.tensor_list, beta.tensor_list),
+        (tf.constant(0), tf.constant(1.0), slicewise(tf.ones_like, epsilon), beta),
     )
-    beta = like(beta)
 
     def last_step(total: tf.Tensor, slope: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
         """β in float64, which holds all of it."""

@@ -368,14 +368,14 @@ def _draw(
     size, n_chosen = options.vocab_size or dim.size, chosen_of(options.alpha)
 
     def draw(
-        x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, only: mtf.Tensor | None = None
+        x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, wanted: mtf.Tensor | None = None
     ) -> list[mtf.Tensor]:
         scale = factor
         if factor is not None and (masks or return_logprob):
             x, scale = _scaled(x, factor, dim), None
         for _, mask in masks:
             x = mask(x, dim)
-        token = score_draw(x, *uniforms, dim, alpha, size, factor=scale, ids=ids, only=only, n_chosen=n_chosen)
+        token = score_draw(x, *uniforms, dim, alpha, size, factor=scale, ids=ids, wanted=wanted, n_chosen=n_chosen)
         return [token, _log_probability(x, token, dim, alpha, ids)] if return_logprob else [token]
 
     k, max_k = options.top_k, options.max_top_k
@@ -392,7 +392,7 @@ def _draw(
     if is_whole(k):
         return drawn
     no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), dim), rows)
-    return _select(no_mask, draw(logits, dim, only=no_mask), drawn)  # rows without a mask draw from all
+    return _select(no_mask, draw(logits, dim, wanted=no_mask), drawn)  # rows without a mask draw from all
 
 
 def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf.Tensor:
