@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import LogitsProcessor, Params, RowValue, Tensor, is_int, is_number, is_whole
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows, repeat, resize, row_index, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.sampling.next_token import (
@@ -42,8 +42,8 @@ class _LoopState:
     states: list[mtf.Tensor]  # the model's own, as its last call recorded them
 
     def tensors(self) -> list[mtf.Tensor]:
-        # mtf's while_loop would carry an unfinished sum as it is: settle each.
-        return [settle(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
+        # mtf's while_loop would carry an unfinished sum as it is: reduce each.
+        return [force_allreduce(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
 
     @classmethod
     def of(cls, tensors: Sequence[mtf.Tensor], n_logprobs: int) -> "_LoopState":
@@ -253,10 +253,12 @@ def sample_autoregressive(
     options.check()
     # all that is imported or computed here is so once, and not in every step
     options = options.imported(mesh, rows)
-    seed = settle(import_seed(mesh, seed, rows))
-    stream = settle(row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream"))
+    seed = force_allreduce(import_seed(mesh, seed, rows))
+    stream = force_allreduce(
+        row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream")
+    )
     if max_steps is not None:
-        max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
+        max_steps = force_allreduce(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
     if not has_partial_sequences:
         if prompt_lengths is not None:

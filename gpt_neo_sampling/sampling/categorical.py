@@ -27,9 +27,9 @@ from gpt_neo_sampling.mesh.ops import (
     row_index,
     size_of,
 )
-from gpt_neo_sampling.mesh.sharded_rows import ChosenRows, Rows, any_of, near_sum, spread_rows
+from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
 from gpt_neo_sampling.sampling import fixed_point
-from gpt_neo_sampling.sampling.entmax_solver import entmax_by_chosen
+from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
 from gpt_neo_sampling.sampling.random import counter_bits, import_seed
 
 
@@ -124,13 +124,13 @@ def draw_uniforms(
 #   u₂ = 0.5                           ▲                  0.5 · 5 = 2.5: the first entry with which the sum passes that
 
 
-def _exact_draw(rows: Rows, weights: LaidOut, uniforms: Sequence[LaidOut]) -> LaidOut:
+def _exact_draw(rows: ShardedRows, weights: LaidOut, uniforms: Sequence[LaidOut]) -> LaidOut:
     """Draws a group, then an entry in it, with sums in one fixed order.
 
     Equal weights and uniforms give equal draws, to the bit, on any layout and backend.
 
     Args:
-      rows: Rows.
+      rows: ShardedRows.
       weights: laid-out float32, as `rows.in_groups` gives them; one below 0, +inf or NaN makes a row invalid.
       uniforms: a pair, for the group and for the entry, laid-out [rows, samples]: see `_as_float64`.
 
@@ -146,7 +146,7 @@ def _exact_draw(rows: Rows, weights: LaidOut, uniforms: Sequence[LaidOut]) -> La
 
 
 def _two_level_draw(
-    rows: Rows,
+    rows: ShardedRows,
     weights: Sequence[LaidOut],
     uniforms: Sequence[LaidOut],
     sum_groups: Callable[..., tuple[tf.Tensor, tf.Tensor]],
@@ -282,7 +282,7 @@ SOFTMAX_ERROR_BOUND, ENTMAX_ERROR_BOUND = 1e-6, 2e-6
 
 
 def _fast_draw(
-    rows: Rows,
+    rows: ShardedRows,
     weights: LaidOut,
     uniforms: Sequence[LaidOut],
     error_bound: float,
@@ -306,7 +306,7 @@ def _fast_draw(
 
     def sum_groups(*weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The sums are [1 or 2, rows, groups]: of weights, −1 for an invalid group, and of slopes."""
-        sums = [near_sum(w)[..., 0] for w in weights]
+        sums = [fast_sum(w)[..., 0] for w in weights]
         valid = functools.reduce(tf.logical_and, [s < np.inf for s in sums])  # false for NaN too
         if validate:
             valid = tf.logical_and(valid, tf.reduce_min(weights[0], -1) >= 0)
@@ -355,7 +355,7 @@ def _fast_inverse_cdf(
 
 
 def _fast_cdf(weights: tf.Tensor) -> tf.Tensor:
-    """Cumulative sums over the last axis, with an error like that of `near_sum`; the last of them may be repeated."""
+    """Cumulative sums over the last axis, with an error like that of `fast_sum`; the last of them may be repeated."""
     size = size_of(weights, -1)
     if size <= 32:
         return tf.cumsum(weights, -1)
@@ -403,20 +403,16 @@ def grouped_draw(
 ) -> mtf.Tensor:
     """Draws indices along `dim` in proportion to `weights`, in two levels.
 
-    What is drawn is what sums in one fixed order, of weights scaled by powers of
-    two, would give: equal weights and uniforms give equal draws on any layout and
-    backend, and no weight that float32 holds over- or underflows. One draw a row
-    is first made with sums in any order, which is what comes out unless it falls
-    within rounding of a border. Time and memory are linear in
-    `dim`. A layout that splits `dim` moves 128 numbers a row (all of the row if
-    it cuts through a group).
+    The result is that of `_exact_draw`: equal weights and uniforms give equal draws on any layout and backend, and no
+    float32 weight over- or underflows. One draw a row is first tried with `_fast_draw`. Time and memory are linear in
+    `dim`. A layout that splits `dim` moves 128 numbers a row (all of the row if it cuts through a group).
 
     Args:
       weights: mtf.Tensor, any float dtype; groups are summed in float32, entries in
         float64.
       group_uniform: mtf.Tensor [weights.shape − dim], then samples_dim where there is
-        one: float32 in [0, 1), or int32, of which taken for unsigned each unit is
-        2⁻³². With 32 bits an entry's probability is exact to 2⁻³² of its group's.
+        one: float32 in [0, 1), or int32, read as unsigned multiples of 2⁻³². With
+        32 bits an entry's probability is exact to 2⁻³² of its group's.
       entry_uniform: likewise.
       dim: mtf.Dimension of `weights`.
       samples_dim: mtf.Dimension, for many draws from each row.
@@ -455,8 +451,8 @@ class _DrawOperation(MeshOperation):
         self._samples_dim = samples_dim
         self._size = size
 
-    def _rows(self, mesh_impl: mtf.MeshImpl) -> Rows:
-        rows = Rows(mesh_impl, self.inputs[0].shape, self._dim, self._size)
+    def _rows(self, mesh_impl: mtf.MeshImpl) -> ShardedRows:
+        rows = ShardedRows(mesh_impl, self.inputs[0].shape, self._dim, self._size)
         if rows.mesh_axis is not None:
             for d in self.outputs[0].shape.dims:
                 if mesh_impl.tensor_dimension_to_mesh_axis(d) == rows.mesh_axis:
@@ -517,17 +513,14 @@ def score_draw(
     factor: mtf.Tensor | None = None,
     ids: mtf.Tensor | None = None,
     wanted: mtf.Tensor | None = None,
-    n_chosen: int = 256,
+    n_candidates: int = 256,
 ) -> mtf.Tensor:
     """Draws an index along `dim` from softmax or entmax of `scores`, times `factor`.
 
-    Equal scores and uniforms give the same index on every layout, backend and
-    device, although exp does not give the same bits there. The weights are
-    computed in floating point, and where a draw falls so near to a border
-    between two entries that rounding may have moved it across, all rows draw
-    again, from weights computed in integers (see `fixed_point`). So what comes out is
-    always what those would have given; that is rare, about one draw in a
-    thousand.
+    Equal scores and uniforms give the same index on every layout, backend and device, although the bits of exp differ
+    between them. `_fast_draw` is from weights computed in floating point; if it is ambiguous, about one draw in a
+    thousand, all rows draw again by `_exact_draw`, from weights computed in integers (see `fixed_point`). So the index
+    is always the one that those weights give.
 
     A layout that splits `dim` moves 64 numbers a row, for entmax 128 and 2 more for
     each step of its solver (all of the row if it cuts through a group).
@@ -541,20 +534,21 @@ def score_draw(
         [scores.shape − dim], for entmax.
       size: int, where the entries of `dim` from there on are padding, of score
         −inf or the lowest number: the draws are then those without the padding.
-      factor: None or a float32 mtf.Tensor, its dims among [scores.shape − dim]: what
-        the scores, taken from the largest one of their row, are multiplied by.
+      factor: None or a float32 mtf.Tensor, its dims among [scores.shape − dim]: multiplies
+        the scores, after the largest one of their row is subtracted.
       ids: None, or an int32 mtf.Tensor of the shape of `scores`, no two of a row
-        equal: the entries that these are of a dimension of `size` entries, whose
-        others are masked. What is drawn is one of them, as from all.
-      wanted: None, or a float32 mtf.Tensor [scores.shape − dim]: 1.0 for a row of which
-        an index is wanted. Where no row's is, none is drawn.
+        equal: the scores are those of these entries of a dimension of `size` entries, and all
+        others are masked. The draw is one of the ids, the same as from the masked row.
+      wanted: None, or a float32 mtf.Tensor [scores.shape − dim]: 1.0 for a row whose
+        index is used. If there is no such row, nothing is drawn and all give −1.
+      n_candidates: int: entmax is first solved for this many entries of a shard, see `entmax_by_candidates`.
 
     Returns:
       int32 mtf.Tensor [scores.shape − dim]; −1 for a row with NaN or +inf, no score
       above −inf, a factor that is not a number above 0, or an alpha outside [1, 2].
     """
     return _ScoreDrawOperation(
-        scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, wanted, n_chosen
+        scores, group_uniform, entry_uniform, dim, alpha, size, factor, ids, wanted, n_candidates
     ).outputs[0]
 
 
@@ -570,12 +564,12 @@ class _ScoreDrawOperation(_DrawOperation):
         factor: mtf.Tensor | None,
         ids: mtf.Tensor | None,
         wanted: mtf.Tensor | None,
-        n_chosen: int,
+        n_candidates: int,
     ) -> None:
         if scores.dtype != tf.float32:
             raise ValueError(f"score_draw: scores of dtype {scores.dtype.name}; float32 is needed")
-        self._n_chosen = n_chosen
-        self._of = dim.size if size is None else size  # what the ids are entries of
+        self._n_candidates = n_candidates
+        self._whole_size = dim.size if size is None else size  # of the rows that the ids are entries of
         self._optional = {"factor": factor, "alpha": alpha, "ids": ids, "wanted": wanted}
         inputs = [scores, group_uniform, entry_uniform, *(t for t in self._optional.values() if t is not None)]
         super().__init__(inputs, dim, None, size if ids is None else None, "score_draw")
@@ -603,7 +597,7 @@ class _ScoreDrawOperation(_DrawOperation):
         x = slicewise(rows.to_rows, scores)
         if self._optional["ids"] is not None:
             x, ids = slicewise(_by_id, x, slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]]))
-            rows = ChosenRows(mesh_impl, self._of, ids)
+            rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
 
         top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
@@ -611,7 +605,7 @@ class _ScoreDrawOperation(_DrawOperation):
             top = mesh_impl.allreduce(top, [rows.split_axis], "MAX")
 
         def scores_of(x: LaidOut) -> LaidOut:
-            """Taken from the largest, no factor overflows. An invalid score becomes NaN or +inf."""
+            """Less the largest, so that no factor overflows. An invalid score becomes NaN or +inf."""
 
             def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
                 per_row = [-1] + [1] * (x.shape.rank - 1)
@@ -626,15 +620,15 @@ class _ScoreDrawOperation(_DrawOperation):
             x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
             top, factor = slicewise(tf.zeros_like, top), None
 
-        def draw_by_entmax(rows: Rows, *weights_and_slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
+        def draw_by_entmax(rows: ShardedRows, *weights_and_slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
             weights, slope = map(rows.in_groups, weights_and_slope)
             drawn, ambiguous = _fast_draw(rows, weights, uniforms, ENTMAX_ERROR_BOUND, slope)
             return drawn, any_of(mesh_impl, ambiguous)
 
-        def draw_chosen(ids: LaidOut, p: LaidOut, slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
+        def draw_candidates(ids: LaidOut, p: LaidOut, slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
             p, ids, slope = slicewise(_by_id, p, ids, slope)
-            chosen = ChosenRows(mesh_impl, rows.size, ids, rows.mesh_axis, x.slice_shape[1])
-            return draw_by_entmax(chosen, p, slope)
+            candidates = CandidateRows(mesh_impl, rows.size, ids, rows.mesh_axis, x.slice_shape[1])
+            return draw_by_entmax(candidates, p, slope)
 
         if epsilon is None:
             # grouped first: all that follows is done in place
@@ -643,7 +637,9 @@ class _ScoreDrawOperation(_DrawOperation):
             ambiguous = any_of(mesh_impl, ambiguous)
         else:
             draw_all = functools.partial(draw_by_entmax, rows)
-            drawn, ambiguous = entmax_by_chosen(rows, x, self._n_chosen, scores_of, epsilon, 50, draw_chosen, draw_all)
+            drawn, ambiguous = entmax_by_candidates(
+                rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
+            )
 
         def draw_again() -> LaidOut:
             z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
@@ -657,7 +653,7 @@ class _ScoreDrawOperation(_DrawOperation):
         return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
-        """(factor, ε), each None or laid-out [rows, 1]; where α is not valid, NaN and 0."""
+        """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""
         mesh_impl = lowering.mesh_impl(self)
         shape = self.inputs[0].shape - self._dim
         given = (self._optional[name] for name in ("factor", "alpha"))
@@ -674,8 +670,8 @@ class _ScoreDrawOperation(_DrawOperation):
         return mesh_impl.slicewise(split, alpha, *([] if factor is None else [factor]))
 
 
-def _by_id(x: tf.Tensor, ids: tf.Tensor, *more: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """(x, ids, …), all [rows, n], in ascending order of their ids."""
+def _by_id(x: tf.Tensor, ids: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """(x, ids, …), all [rows, n], sorted by ids in ascending order."""
     ids, order = tf.math.top_k(-ids, size_of(ids, 1))
-    x, *rest = (tf.gather(t, order, batch_dims=1) for t in (x, *more))
+    x, *rest = (tf.gather(t, order, batch_dims=1) for t in (x, *others))
     return x, -ids, *rest

@@ -1,10 +1,10 @@
 """Sampling weights whose bits do not depend on the backend.
 
-exp, log and even multiply-and-add give other last bits on other backends (XLA's
+exp, log and even multiply-and-add differ in their last bits between backends (XLA's
 exp differs from TensorFlow's own in one result of four). Here softmax and entmax
-weights are computed in 64-bit integers alone, which give the same bits wherever
-they are computed and in whatever order they are added. It is slow: `categorical` asks
-for it where the fast way leaves a draw in doubt.
+weights are computed in 64-bit integers alone, which have the same bits on every
+backend and in any order of additions. It is slow: `categorical` uses it only where
+a fast draw is ambiguous.
 
 Numbers are fixed-point: Q30 is an integer in units of 2⁻³⁰. None is
 negative or reaches 2⁶³ in any step whose result is used.
@@ -19,10 +19,10 @@ from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop
 from gpt_neo_sampling.mesh.sharded_rows import any_of
 
 _ONE = 1 << 30
-_FARTHEST = 127.0  # how far below the largest score a weight is taken for 0
+_FARTHEST = 127.0  # this far below the largest score, a weight counts as 0
 _SCALE_BITS = 5  # of the power of two that entmax's scores are scaled by
-_DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16, where ln of the vocabulary's size is the most
-_CANDIDATES = 1024  # entries of a shard that entmax's threshold is looked for among
+_DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16; it is at most the logarithm of the vocabulary's size
+_CANDIDATES = 1024  # entries of a shard among which entmax's threshold is searched
 _LOG2_E = round(math.log2(math.e) * _ONE)
 _EXP2 = [round(math.log(2) ** k / math.factorial(k) * _ONE) for k in range(11)]
 _EXP2[-1] += 2 * _ONE - sum(_EXP2)  # 2¹ is 2: a score of 0 weighs just 1
@@ -182,7 +182,7 @@ def entmax_weights(
 
     if z.slice_shape[-1] <= 2 * _CANDIDATES:
         found = find(z)
-    else:  # as a rule, few entries are near enough to count
+    else:  # as a rule, few entries are in the support
         nearest = slicewise(lambda z: tf.math.top_k(z, _CANDIDATES)[0], z)
 
         def may_count(nearest: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:

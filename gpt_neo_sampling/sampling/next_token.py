@@ -13,10 +13,10 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LogitsProcessor, RowValue, Tensor, is_number, is_whole
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, settle, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, force_allreduce, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
 from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA, entmax, log_softmax_at, softmax
-from gpt_neo_sampling.sampling.entmax_solver import chosen_of
+from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
 from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
@@ -138,13 +138,13 @@ class SamplingOptions:
             if value is None or is_number(value):
                 return value
             dtype = tf.int32 if name in ("stop_at_token", "min_new_tokens", "top_k") else tf.float32
-            return settle(import_rows(mesh, value, dtype, rows, name))
+            return force_allreduce(import_rows(mesh, value, dtype, rows, name))
 
         bias = self.logit_bias
         return dataclasses.replace(
             self,
             stop_tokens=tuple(per_row("stop_at_token", t) for t in self.stop_tokens),
-            logit_bias=settle(bias) if isinstance(bias, mtf.Tensor) else bias,
+            logit_bias=force_allreduce(bias) if isinstance(bias, mtf.Tensor) else bias,
             **{name: per_row(name, getattr(self, name)) for name in ROW_VALUES},
         )
 
@@ -365,7 +365,7 @@ def _draw(
     factor = inverse_temperature(mesh, options.temperature, rows)
     alpha = import_rows(mesh, options.alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     masks = mask_steps(options)
-    size, n_chosen = options.vocab_size or dim.size, chosen_of(options.alpha)
+    size, n_candidates = options.vocab_size or dim.size, n_candidates_for(options.alpha)
 
     def draw(
         x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, wanted: mtf.Tensor | None = None
@@ -375,7 +375,9 @@ def _draw(
             x, scale = _scaled(x, factor, dim), None
         for _, mask in masks:
             x = mask(x, dim)
-        token = score_draw(x, *uniforms, dim, alpha, size, factor=scale, ids=ids, wanted=wanted, n_chosen=n_chosen)
+        token = score_draw(
+            x, *uniforms, dim, alpha, size, factor=scale, ids=ids, wanted=wanted, n_candidates=n_candidates
+        )
         return [token, _log_probability(x, token, dim, alpha, ids)] if return_logprob else [token]
 
     k, max_k = options.top_k, options.max_top_k

@@ -16,7 +16,7 @@ from programs import DEVICES, ONE_DEVICE, MeshRunner, Program, XlaProgram, compi
 from test_utils import chi_square_p
 
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
-from gpt_neo_sampling.mesh.sharded_rows import GROUPS, Rows, group_size, padded_size
+from gpt_neo_sampling.mesh.sharded_rows import GROUPS, ShardedRows, group_size, padded_size
 from gpt_neo_sampling.sampling import categorical, entmax_solver, fixed_point
 from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
 
@@ -65,7 +65,7 @@ def test_padded_size():
 def rows_of(mesh_shape, layout, size=None, whole_groups=True, vocab=130):
     batch, v = dims(batch=4, vocab=vocab)
     impl = MeshRunner(mesh_shape, layout).impl
-    return Rows(impl, mtf.Shape([v, batch]), v, size, whole_groups)
+    return ShardedRows(impl, mtf.Shape([v, batch]), v, size, whole_groups)
 
 
 def test_rows_of_a_layout():
