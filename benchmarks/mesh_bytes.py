@@ -48,7 +48,7 @@ LAYOUTS = [
 
 
 def sent(program):
-    """{"step": bytes of every step, "round": of each round of entmax's solver, "rare": of a draw in doubt}."""
+    """{"step": bytes of every step, "round": of each round of entmax's solver, "rare": of an ambiguous draw}."""
     found = [c for c in program.collectives() if c.loops]
     assert all(c.opcode == "all-reduce" for c in found)
     return {
@@ -105,7 +105,7 @@ def main():
             results["sampler"][f"{way}, {size}"] = found
             if not args.json:
                 step, each_round, rare = (found[k] / BATCH for k in ("step", "round", "rare"))
-                print(f"{way:12} V={size:7,}  step {step:8.1f}  solver's round {each_round:6.1f}  draw in doubt "
+                print(f"{way:12} V={size:7,}  step {step:8.1f}  solver's round {each_round:6.1f}  ambiguous draw "
                       f"{rare:8.1f}  (the row itself: {size * 4:9,})", flush=True)  # fmt: skip
     print("bundled model, whole step of softmax sampling, bytes for 8 rows", file=sys.stderr)
     for mesh_shape, layout in LAYOUTS:

@@ -44,7 +44,7 @@ tests/test_package.py::test_no_harm_is_done
 tests/mesh/test_mtf_ops.py::test_take
 tests/mesh/test_mtf_ops.py::test_scatter_add
 tests/mesh/test_mtf_ops.py::test_write_at
-tests/mesh/test_mtf_ops.py::test_settle_in_a_loop
+tests/mesh/test_mtf_ops.py::test_force_allreduce_in_a_loop
 tests/mesh/test_mtf_ops.py::test_threefry
 tests/mesh/test_mtf_ops.py::test_top_k
 tests/models/test_layers.py

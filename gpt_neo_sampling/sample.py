@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, repeat, resize, row_index, settle, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows, repeat, resize, row_index, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.sampling.controls import (
@@ -68,7 +68,7 @@ class _LoopState:
 
     def tensors(self) -> list[mtf.Tensor]:
         # mtf's while_loop would carry a sum that is not reduced yet as it is, so each is reduced here
-        return [settle(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
+        return [force_allreduce(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
 
 
 @dataclasses.dataclass
@@ -348,10 +348,10 @@ def sample_autoregressive(
     options.check()
     # Imported once here, not in every step.
     options = options.imported(mesh, rows)
-    seed = settle(import_seed(mesh, seed, rows))
-    stream = settle(row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream"))
+    seed = force_allreduce(import_seed(mesh, seed, rows))
+    stream = row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream")
     if max_steps is not None:
-        max_steps = settle(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
+        max_steps = force_allreduce(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
 
     prompt_lengths = prompt_lengths if has_partial_sequences else 0
     vocab_size = vocab_size or vocab_dim.size
@@ -374,7 +374,7 @@ def sample_autoregressive(
         states = [repeat(state, batch_dims[-1], num_return_sequences) for state in states]
 
     loop = _DecodeLoop(
-        decoder, prompts, states, prompt_length, vocab_dim, options, seed, stream, max_steps,
+        decoder, prompts, states, prompt_length, vocab_dim, options, seed, force_allreduce(stream), max_steps,
         stopping_criteria, return_logprobs, invalid_token,
     )  # fmt: skip
     end = loop.state(mtf.while_loop(loop.unfinished, loop.step, loop.start()))

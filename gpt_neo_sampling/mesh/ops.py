@@ -7,6 +7,7 @@ of. They know nothing of sampling or of the model.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def align(x: tf.Tensor, shape: mtf.Shape, target: mtf.Shape) -> tf.Tensor:
 
 
 def reshaped(x: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """x in that shape, without an operation where it has it already."""
+    """x in that shape; no operation is added if it has it already."""
     return x if x.shape.as_list() == list(shape) else tf.reshape(x, shape)
 
 
@@ -81,7 +82,7 @@ def finite(x: tf.Tensor) -> tf.Tensor:
 
 
 def pad_last(x: tf.Tensor, before: int = 0, after: int | tf.Tensor = 0, value: float = 0.0) -> tf.Tensor:
-    """x with so many entries more along its last axis."""
+    """x with this many more entries before and after, along its last axis."""
     if not before and not after:
         return x
     padding = [[0, 0]] * (x.shape.rank - 1) + [[before, after]]
@@ -94,7 +95,7 @@ def check_floating(x: mtf.Tensor, what: str) -> None:
 
 
 def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimension:
-    """The mtf.Dimension of x that is meant: the last where `dim` is None; a ValueError where x lacks it."""
+    """A dimension of x as an mtf.Dimension: the last if `dim` is None; a ValueError if x lacks it."""
     if not isinstance(x, mtf.Tensor):
         raise TypeError(f"an {type(x).__name__} of shape {x.shape}; an mtf.Tensor is needed (mtf.import_tf_tensor)")
     if dim is None:
@@ -108,7 +109,7 @@ def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimensi
 
 
 def union_shape(xs: Iterable[mtf.Tensor]) -> mtf.Shape:
-    """The dims of all these tensors, in the order in which they first come."""
+    """The dims of all these tensors, in order of first appearance."""
     return mtf.Shape(list(dict.fromkeys(d for x in xs for d in x.shape.dims)))
 
 
@@ -148,14 +149,13 @@ def cwise_broadcast(
     )
 
 
-def settle(x: mtf.Tensor) -> mtf.Tensor:
-    """The same tensor, with any all-reduce that mtf has put off carried out.
+def force_allreduce(x: mtf.Tensor) -> mtf.Tensor:
+    """The same tensor, with any all-reduce that mtf has postponed carried out.
 
-    mtf's `while_loop` carries a loop variable before its reduction and cannot
-    reduce, inside, a sum that was begun outside; what enters or leaves a loop
-    passes through here.
+    mtf's `while_loop` carries a loop variable before its reduction, and inside it a sum
+    that was begun outside cannot be reduced. So everything that enters or leaves a loop passes through here.
     """
-    return mtf.cwise(tf.identity, [x], name="settle")
+    return mtf.cwise(tf.identity, [x], name="force_allreduce")
 
 
 # --- Look-ups ---------------------------------------------------------------
@@ -164,9 +164,9 @@ def settle(x: mtf.Tensor) -> mtf.Tensor:
 def take(x: mtf.Tensor, indices: mtf.Tensor, dim: mtf.Dimension, name: str = "take") -> mtf.Tensor:
     """Looks up entries of `x` along `dim`; an index outside it gives zeros.
 
-    What `mtf.gather` computes, as a look-up on the shard that holds the entry
-    and a sum over shards in place of a product with a one-hot matrix, so its
-    cost does not grow with `dim` and a NaN elsewhere in `x` does not spread.
+    Like `mtf.gather`, but a look-up on the shard that holds the entry and a sum
+    over shards in place of a product with a one-hot matrix, so its cost does not
+    grow with `dim` and a NaN elsewhere in `x` does not spread.
 
     Args:
       x: mtf.Tensor with `dim` among its dims.
@@ -193,14 +193,13 @@ def take(x: mtf.Tensor, indices: mtf.Tensor, dim: mtf.Dimension, name: str = "ta
 
 
 def scatter_add(values: mtf.Tensor, indices: mtf.Tensor, shape: ShapeLike, dim: mtf.Dimension) -> mtf.Tensor:
-    """Adds values up at the entries that their indices name: what `take` reads, this writes.
+    """Sums values into the entries that their indices name: the transpose of `take`.
 
     Args:
       values: mtf.Tensor of a floating dtype; its dims are those of indices and
         those of `shape` that are neither `dim` nor in indices.
       indices: int32 or int64 mtf.Tensor, without `dim`; an index outside `dim` is
-        left out. Dims that it shares with `shape` are matched, over the others is
-        summed.
+        ignored. Dims that it shares with `shape` are matched, the others are summed over.
       shape: mtf.Shape with `dim`.
       dim: mtf.Dimension.
 
@@ -221,7 +220,7 @@ def scatter_add(values: mtf.Tensor, indices: mtf.Tensor, shape: ShapeLike, dim: 
 
 
 class _Lookup:
-    """The dims of one look-up, sorted by the part they play."""
+    """The dims of one look-up, by their roles."""
 
     def __init__(self, x_shape: mtf.Shape, indices_shape: mtf.Shape, dim: mtf.Dimension) -> None:
         self.dim = dim
@@ -464,7 +463,7 @@ class _ResizeOperation(MeshOperation):
 
 
 def repeat(x: mtf.Tensor, dim: mtf.Dimension, times: int, name: str = "repeat") -> mtf.Tensor:
-    """Each entry along `dim` so many times, one behind the other.
+    """Each entry along `dim` repeated `times` times in a row.
 
     Args:
       x: mtf.Tensor.
@@ -490,7 +489,7 @@ class _RepeatOperation(MeshOperation):
 
 
 def host_call(fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str = "host_call") -> mtf.Tensor:
-    """Calls a Python function with the values of tensors, each time that the graph runs (in a loop: each time round).
+    """Calls a Python function with the values of tensors at each run of the graph (in a loop: at each iteration).
 
     Args:
       fn: a function of as many ndarrays as there are tensors, that returns a float32
@@ -501,8 +500,7 @@ def host_call(fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str
       float32 mtf.Tensor of the first one's shape.
 
     Raises:
-      ValueError: when it is lowered for another mesh than one of this process's
-        CPUs and GPUs.
+      ValueError: when it is lowered, unless the mesh is of this process's CPUs and GPUs.
     """
     return _HostCallOperation(fn, xs, name).outputs[0]
 
@@ -522,6 +520,74 @@ class _HostCallOperation(MeshOperation):
             result = tf.numpy_function(self._fn, values, tf.float32)
         result = tf.ensure_shape(result, y.shape.to_integer_list)
         lowering.set_tensor_lowering(y, mesh_impl.import_tf_tensor(y, result))
+
+
+# --- Control flow over laid-out tensors -----------------------------------------
+
+
+def laid_out_cond(
+    mesh_impl: mtf.MeshImpl, flag: tf.Tensor, if_set: Callable[[], Any], if_not: Callable[[], Any]
+) -> Any:
+    """`tf.cond` whose branches return laid-out tensors.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      flag: scalar float32 tf.Tensor, 0.0 or 1.0 (see `sharded_rows.any_of`).
+      if_set, if_not: functions without arguments, both to a nest of the same structure, of laid-out tensors and
+        tf.Tensors.
+
+    Returns:
+      such a nest.
+    """
+    found = []
+
+    def slices_of(branch: Callable[[], Any]) -> list[tf.Tensor]:
+        found.append(branch())
+        return _slices(mesh_impl, found[-1])
+
+    slices = tf.cond(flag > 0.5, lambda: slices_of(if_set), lambda: slices_of(if_not))
+    return _with_slices(mesh_impl, found[-1], tf.nest.flatten(slices))
+
+
+def laid_out_while_loop(
+    mesh_impl: mtf.MeshImpl, condition: Callable[..., tf.Tensor], body: Callable[..., Any], start: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """`tf.while_loop` over laid-out tensors.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      condition: a function of the loop variables to a scalar bool tf.Tensor.
+      body: a function of the loop variables to a tuple of their next values.
+      start: tuple of the first ones, each a laid-out tensor or a tf.Tensor.
+
+    Returns:
+      a tuple of the last ones.
+    """
+    variables = functools.partial(_with_slices, mesh_impl, start)
+    slices = tf.while_loop(
+        lambda *slices: condition(*variables(slices)),
+        lambda *slices: _slices(mesh_impl, body(*variables(slices))),
+        _slices(mesh_impl, start),
+    )
+    return variables(tf.nest.flatten(slices))
+
+
+def _slices(mesh_impl: mtf.MeshImpl, nest: Any) -> list[tf.Tensor]:
+    """All slices of a nest of laid-out tensors and tf.Tensors."""
+    flat = tf.nest.flatten(nest)
+    return tf.nest.flatten([x.tensor_list if isinstance(x, mesh_impl.LaidOutTensor) else x for x in flat])
+
+
+def _with_slices(mesh_impl: mtf.MeshImpl, nest: Any, slices: Iterable[tf.Tensor]) -> Any:
+    """The nest with other slices, in the order of `_slices`."""
+    remaining = iter(slices)
+
+    def replaced(x: Any) -> Any:
+        if not isinstance(x, mesh_impl.LaidOutTensor):
+            return next(remaining)
+        return mesh_impl.LaidOutTensor.from_tensor_list([next(remaining) for _ in x.tensor_list])
+
+    return tf.nest.map_structure(replaced, nest)
 
 
 # --- Values that come as Python numbers or as tensors -------------------------

@@ -1,4 +1,4 @@
-"""How an operation along one dim sees its slices: as rows, in groups of entries that every layout has alike."""
+"""Slices as rows, whose entries are in groups that are the same on every layout, for operations along one dim."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import align, pad_last, size_of
 
-GROUPS = 64  # a mesh axis of 2, 4 … 64 cuts none of them
+GROUPS = 64  # a mesh axis of 2, 4 … 64 processors cuts none of them
 
 
 def group_size(size: int) -> int:
@@ -18,17 +18,16 @@ def group_size(size: int) -> int:
 
 
 def padded_size(size: int, shards: int) -> int:
-    """The least size, padding included, at which each of `shards` holds whole groups."""
+    """The smallest padded size at which each of `shards` holds whole groups."""
     group = group_size(size)
     return shards * group * -(-size // (group * shards))
 
 
-class Rows:
-    """How an operation along one dim sees its slices: as [rows, entries] in groups.
+class ShardedRows:
+    """The slices of an mtf tensor as [rows, entries] along one dim, the entries in groups.
 
-    Sums along the dim are taken within groups first and then over them, always
-    in the same order, so they have the same bits on every layout. A layout
-    that splits the dim moves a few numbers for each group; where it cuts
+    Sums along the dim are taken within groups first and then over groups, so an operation that fixes the order of both
+    has the same bits on every layout. A layout that splits the dim moves a few numbers for each group; where it cuts
     through a group, the whole row is gathered first.
     """
 
@@ -40,8 +39,8 @@ class Rows:
         size: int | None = None,
         whole_groups: bool = True,
     ) -> None:
-        """shape: mtf.Shape with `dim`; size: its entries less what is padding;
-        whole_groups: False where nothing depends on groups lying on one shard."""
+        """shape: mtf.Shape with `dim`; size: the entries that are not padding;
+        whole_groups: False where a shard may hold parts of groups."""
         self.mesh_impl = mesh_impl
         self.size = size or dim.size
         self.group = group_size(self.size)
@@ -52,7 +51,7 @@ class Rows:
         self.mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
         self.split_axis = self.mesh_axis  # that the slices are split along
         self.gathered_axis = None
-        self.ids = None  # all entries are at hand
+        self.ids = None  # all entries are there
         if whole_groups and self.mesh_axis is not None and self.entries % self.group:
             self.mesh_axis, self.gathered_axis = None, self.mesh_axis
 
@@ -92,20 +91,19 @@ class Rows:
         return self.mesh_impl.slicewise(lambda x: x[..., : self.n_groups], x)
 
     def choose_within(
-        self, group: LaidOut, choose: Callable[..., Sequence[tf.Tensor]], weights: LaidOut, *more: LaidOut
+        self, group: LaidOut, choose: Callable[..., Sequence[tf.Tensor]], weights: LaidOut, *others: LaidOut
     ) -> tuple[LaidOut, ...]:
-        """Chooses entries in groups that are chosen already.
+        """Chooses an entry in each of the given groups.
 
         Args:
           group: laid-out int32 [rows, samples]; −1 for none.
-          choose: a function from slices of weights, of the groups to choose in, counted
-            within the shard, and of `more`, to [int32 [rows, samples], the place in
-            the group], and whatever else of that shape.
+          choose: a function from slices of the weights, of the groups to choose in, numbered within the shard, and of
+            `others`, to (int32 [rows, samples], the place in the group, …) and whatever else of that shape.
           weights: laid-out [rows, groups of the shard, places].
 
         Returns:
-          laid-out [rows, samples]: the index along the dim, −1 where the group is; and
-          what else `choose` gave, 0 where another shard holds the group.
+          laid-out [rows, samples]: the index along the dim, −1 where the group is −1; and
+          what else `choose` returned, 0 where another shard holds the group.
         """
 
         def on_shard(group: tf.Tensor, weights: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -124,7 +122,7 @@ class Rows:
                 index = tf.gather(ids, place, batch_dims=1) + first_entry
             return tf.where_v2(held, index + 1, 0), *(tf.where_v2(held, r, tf.zeros_like(r)) for r in rest)
 
-        args = [weights, *more] + ([] if self.ids is None else [self.ids])
+        args = [weights, *others] + ([] if self.ids is None else [self.ids])
         if self.mesh_axis is not None:
             args.append(self.mesh_impl.laid_out_pcoord(self.mesh_axis))
         index, *rest = self.mesh_impl.slicewise(on_shard, group, *args)
@@ -136,25 +134,25 @@ class Rows:
         return x
 
     def pcoords(self) -> list[LaidOut]:
-        """The arguments, one or none, that tell a slice which shard it is."""
+        """One argument or none for `slicewise`: the number of a slice's shard."""
         return [] if self.mesh_axis is None else [self.mesh_impl.laid_out_pcoord(self.mesh_axis)]
 
     def entry_numbers(self, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
-        """int32 [entries]: those of a shard, counted along the dim."""
+        """int32 [entries]: the indices along the dim of a shard's entries."""
         return tf.range(self.entries) + pcoord * self.entries
 
 
-class ChosenRows(Rows):
-    """Rows of which some entries alone are at hand, the others being of no weight.
+class CandidateRows(ShardedRows):
+    """Rows of which only some entries are there, the candidates; the others have no weight.
 
-    Their groups are those of the whole rows, and so are draws from them.
+    Groups are those of the whole rows, so draws from the candidates equal draws from whole rows.
     """
 
     def __init__(
         self, mesh_impl: mtf.MeshImpl, size: int, ids: LaidOut, mesh_axis: int | None = None, entries: int | None = None
     ) -> None:
-        """size: the entries of a whole row; ids: laid-out int32 [rows, chosen], ascending: which ones of them are at
-        hand, or of its `entries` on this shard where `mesh_axis` splits them."""
+        """size: the entries of a whole row; ids: laid-out int32 [rows, candidates], ascending: the indices of the
+        candidates, counted within the `entries` of their shard where `mesh_axis` splits a row."""
         self.mesh_impl = mesh_impl
         self.size = size
         self.group = group_size(size)
@@ -175,22 +173,22 @@ class ChosenRows(Rows):
 
 
 def spread_rows(lowering: mtf.Lowering, x: mtf.Tensor, shape: mtf.Shape) -> LaidOut:
-    """An mtf.Tensor whose dims are among those of `shape`, which are the rows', as laid-out [rows, 1]."""
+    """An mtf.Tensor as laid-out [rows, 1]; its dims are among those of `shape`, the dims of the rows."""
     mesh_impl = lowering.mesh_impl(x)
     slice_shape = mesh_impl.slice_shape(shape)
     spread = lambda t: tf.reshape(tf.broadcast_to(align(t, x.shape, shape), slice_shape), [-1, 1])  # noqa: E731
     return mesh_impl.slicewise(spread, lowering.tensors[x])
 
 
-def near_sum(x: tf.Tensor) -> tf.Tensor:
-    """Sum over the last axis, keeping it, in an order that is the backend's in part.
+def fast_sum(x: tf.Tensor) -> tf.Tensor:
+    """Sum over the last axis, keeping it, partly in an order of the backend's choice.
 
-    Its error does not grow with the axis, as reduce_sum's may: XLA adds one after
-    the other on CPUs, which is off by 3e-5 for 50,257 equal entries.
+    Its error does not grow with the axis, as reduce_sum's may: on CPUs XLA adds entries one by one, which is off by
+    3e-5 for 50,257 equal ones.
     """
     size = size_of(x, -1)
     if size > 2**14:
-        return near_sum(tf.reduce_sum(tf.reshape(pad_last(x, after=-size % 32), x.shape.as_list()[:-1] + [-1, 32]), -1))
+        return fast_sum(tf.reduce_sum(tf.reshape(pad_last(x, after=-size % 32), x.shape.as_list()[:-1] + [-1, 32]), -1))
     part = next((n for n in range(math.isqrt(size), 3, -1) if size % n == 0), None)
     if part is None:
         part = min(16, size)
@@ -199,11 +197,11 @@ def near_sum(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.reduce_sum(parts, -1), -1, keepdims=True)
 
 
-def sum_across(rows: Rows, x: LaidOut) -> LaidOut:
+def sum_across(rows: ShardedRows, x: LaidOut) -> LaidOut:
     """Laid-out float64 numbers, none below 0 or above 2²⁴, summed over the shards of a row; NaN for what is not finite.
 
-    As multiples of 2⁻⁵⁴, in four float32 parts that up to 64 shards add without rounding: TPUs send no float64, and
-    the order of additions is a mesh's own affair.
+    They travel as multiples of 2⁻⁵⁴, in four float32 parts that up to 64 shards add without rounding: TPUs send no
+    float64, and each mesh adds in an order of its own.
     """
     slicewise = rows.mesh_impl.slicewise
     if rows.mesh_axis is None:
@@ -230,8 +228,3 @@ def any_of(mesh_impl: mtf.MeshImpl, flags: LaidOut) -> tf.Tensor:
     """The largest of laid-out float32 flags, over the whole mesh: a scalar tf.Tensor."""
     flags = mesh_impl.allreduce(mesh_impl.slicewise(tf.reduce_max, flags), list(range(mesh_impl.ndims)), "MAX")
     return flags.tensor_list[0]
-
-
-def as_list(x: tf.Tensor | Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """What tf.cond gives: it takes a list of one out of it."""
-    return list(x) if isinstance(x, (list, tuple)) else [x]

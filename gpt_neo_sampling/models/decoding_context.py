@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, repeat, resize, settle, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, repeat, resize, take
 
 Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `models.gpt2.model`
 
@@ -154,7 +154,7 @@ class Decoder:
         self._length_dim, self._initial_position = length_dim, initial_position
         self._slow = bool(params.get("slow_sampling"))
         self._other_features, self._shared_params, self._encoder = (
-            map_tensors(settle, x) for x in (other_features, shared_params, encoder)
+            map_tensors(force_allreduce, x) for x in (other_features, shared_params, encoder)
         )
         self._constant_states: list[mtf.Tensor] = []
         mesh, rows = initial_position.mesh, initial_position.shape
@@ -205,7 +205,7 @@ class Decoder:
             write_priority=priority,
         )
         self._call(prompts, context)
-        self._constant_states = map_tensors(settle, self._constant_states)
+        self._constant_states = map_tensors(force_allreduce, self._constant_states)
         return context.new_states
 
     def repeat(self, dim: mtf.Dimension, times: int) -> None:
@@ -264,7 +264,7 @@ def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length
     if bias is not None:
         for d, size in ((memory_dim, memory_length), (length_dim, length)):
             bias = resize(bias, d, size) if d in bias.shape.dims else bias
-        other_features["attn_bias"] = settle(bias)
+        other_features["attn_bias"] = force_allreduce(bias)
     return other_features
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, RowValue, Tensor, is_int, is_real
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, settle
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows
 from gpt_neo_sampling.sampling import masks, penalties
 from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
 
@@ -331,16 +331,16 @@ class SamplingOptions(Controls[RowValue]):
           ValueError: for a tensor that is neither scalar nor one a row.
         """
 
-        def per_row(name: str, value: RowValue | None, is_int: bool) -> RowValue | None:
+        def per_row(name: str, value: RowValue | None, whole: bool) -> RowValue | None:
             if value is None or is_real(value):
                 return value
-            return settle(import_rows(mesh, value, tf.int32 if is_int else tf.float32, rows, name))
+            return force_allreduce(import_rows(mesh, value, tf.int32 if whole else tf.float32, rows, name))
 
         bias = self.logit_bias
         numbers: dict[str, Any] = {name: per_row(name, getattr(self, name), n.whole) for name, n in NUMBERS.items()}
         return dataclasses.replace(
             self,
             stop_tokens=tuple(cast(RowValue, per_row("stop_at_token", t, True)) for t in self.stop_tokens),
-            logit_bias=settle(bias) if isinstance(bias, mtf.Tensor) else bias,
+            logit_bias=force_allreduce(bias) if isinstance(bias, mtf.Tensor) else bias,
             **numbers,
         )

@@ -1,8 +1,8 @@
-"""Where the likelier entries end: the thresholds of nucleus sampling and of masks like it.
+"""Cutoffs of top-p and related masks.
 
-What is kept must not depend on layout or backend, although float32 sums do. So probabilities are summed in float64,
-where two orders differ by 1e-15. Nothing is sorted but a hundred entries or so: sums over some thousand buckets of
-entries say in which of them a cut lies.
+The entries that are kept must not depend on layout or backend, although float32 sums do. So probabilities are summed in
+float64, where two orders differ by 1e-15. Only a hundred entries or so are sorted: entries are put into some thousand
+buckets, whose sums say in which bucket the cutoff lies.
 """
 
 import functools
@@ -13,11 +13,11 @@ import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
-from gpt_neo_sampling.mesh.ops import MeshOperation, pad_last, size_of
-from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, spread_rows, sum_across
+from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_while_loop, pad_last, size_of
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
 from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
-_FEW = 128  # entries of a shard that are looked at one by one
+_FEW = 128  # entries of a shard that are sorted
 _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of
 _BUCKET_BITS, _BUCKET_BITS_SPLIT = 10, 6  # 2ⁿ buckets a binade; fewer where their sums travel
 _BLOCK = 64  # buckets in each part of a sum over them
@@ -28,14 +28,14 @@ _EVERYTHING = np.array([[-np.inf, np.inf]], np.float32)  # ends of a Cut that ke
 def mask_below(
     logits: mtf.Tensor, option: mtf.Tensor, dim: mtf.Dimension, find_cut: "FindCut", masked: float
 ) -> mtf.Tensor:
-    """Masks what lies below a cut, each row's own.
+    """Masks the entries below a cutoff, one for each row.
 
     Args:
       logits: mtf.Tensor of a floating dtype.
       option: float32 mtf.Tensor, its dims among [logits.shape − dim]; a row where it is NaN becomes NaN.
       dim: mtf.Dimension of logits.
       find_cut: one of this module's functions from (Softmax, laid-out option [rows, 1]) to a Cut.
-      masked: a number: what masked entries become.
+      masked: the number that replaces masked entries.
 
     Returns:
       mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN; one of nothing but −inf or the lowest number
@@ -61,14 +61,14 @@ class _MaskOperation(MeshOperation):
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         logits, option = self.inputs
-        rows = Rows(mesh_impl, logits.shape, self._dim, whole_groups=False)
+        rows = ShardedRows(mesh_impl, logits.shape, self._dim, whole_groups=False)
         x = slicewise(rows.to_rows, lowering.tensors[logits])
         option = spread_rows(lowering, option, logits.shape - self._dim)
         softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x), lowest=float(logits.dtype.min))
         cut = self._find_cut(softmax, option)
 
-        def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *more: tf.Tensor) -> tf.Tensor:
-            of_row, pcoord = more[: len(cut.of_row)], more[len(cut.of_row) :]
+        def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
+            of_row, pcoord = others[: len(cut.of_row)], others[len(cut.of_row) :]
             at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
             # Not by the maximum alone, in which XLA loses a row of nothing but NaN.
             has_mass = tf.logical_or(top > float(x.dtype.min), tf.is_nan(ends[:, :1]))
@@ -96,8 +96,8 @@ class _MaskOperation(MeshOperation):
 class Cut(typing.NamedTuple):
     """Entries of a larger key are kept, and of those of the key at the cut the first ones.
 
-    ends: laid-out float32 [rows, 2], the key at the cut and the index of the last entry of that key that is kept, +inf
-      where all are; NaN for an invalid row.
+    ends: laid-out float32 [rows, 2]: the key at the cut, and the index of the last entry of that key that is kept (+inf
+      if all are); NaN for an invalid row.
     key: a function from x, a slice [rows, …], and those of `of_row` to float32 keys of x's shape.
     of_row: laid-out tensors [rows, 1].
     """
@@ -113,7 +113,7 @@ class Softmax:
     A row with NaN or +inf has a total of NaN. Entries of the `lowest` number, or −inf, are masked.
     """
 
-    def __init__(self, rows: Rows, x: LaidOut, lowest: float) -> None:
+    def __init__(self, rows: ShardedRows, x: LaidOut, lowest: float) -> None:
         self.rows, self.x, self.lowest = rows, x, lowest
         # Finite in any row: what is invalid shows in the sums, for XLA's maximum passes over NaN.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
@@ -127,14 +127,14 @@ class Softmax:
     @functools.cached_property
     def total(self) -> LaidOut:
         """Σ weights [rows, 1]."""
-        return sum_across(self.rows, self.rows.mesh_impl.slicewise(near_sum, self.weights))
+        return sum_across(self.rows, self.rows.mesh_impl.slicewise(fast_sum, self.weights))
 
     @functools.cached_property
     def depth(self) -> LaidOut:
-        """How far below the largest entry the mean one lies, Σ p·(max x − x) [rows, 1]."""
+        """The mean distance below the largest entry, Σ p·(max x − x) [rows, 1]."""
 
         def part(weights: tf.Tensor, x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
-            return near_sum(weights * tf.cast(tf.minimum(top - x, _FARTHEST), tf.float64))
+            return fast_sum(weights * tf.cast(tf.minimum(top - x, _FARTHEST), tf.float64))
 
         slicewise = self.rows.mesh_impl.slicewise
         depth = sum_across(self.rows, slicewise(part, self.weights, self.x, self.top))
@@ -201,7 +201,7 @@ def sigma_cut(softmax: Softmax, n: LaidOut) -> Cut:
         is_masked, zero = x <= softmax.lowest, tf.zeros([], tf.float64)
         depth = tf.where_v2(is_masked, zero, depth)
         count = tf.where_v2(is_masked, zero, tf.ones_like(depth))
-        return tf.concat([near_sum(count), near_sum(depth), near_sum(depth * depth)], -1)
+        return tf.concat([fast_sum(count), fast_sum(depth), fast_sum(depth * depth)], -1)
 
     def depth(n: tf.Tensor, moments: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
         count, first, second = tf.split(moments, 3, -1)
@@ -217,7 +217,7 @@ def sigma_cut(softmax: Softmax, n: LaidOut) -> Cut:
 
 
 def _cut_at_depth(softmax: Softmax, depth: LaidOut) -> Cut:
-    """So far below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
+    """At this depth below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
 
     def ends(depth: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
         least = _rounded_up(tf.cast(top, tf.float64) - tf.maximum(depth, 0.0))
@@ -246,8 +246,8 @@ def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut:
 def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:
     """Behind the fewest entries whose mass is at least typical_p, by how far −log p is from the entropy.
 
-    −log p − H is as far from 0 as x from the mean logit, Σ p·x. A mean that is nearer to the largest than 2⁻²⁰ counts
-    as that: what is left of it there is rounding, which each layout has its own of.
+    |−log p − H| is the distance of x from the mean logit, Σ p·x. A mean less than 2⁻²⁰ below the largest logit is taken
+    to equal it: a smaller difference is rounding, which depends on the layout.
     """
     mesh_impl = softmax.rows.mesh_impl
 
@@ -290,7 +290,7 @@ def _cut_at_mass(
         total = slicewise(lambda sums: tf.reduce_sum(sums, -1, keepdims=True), sums)
         wanted = slicewise(_part_of, total, mass)
         bucket, ahead = slicewise(_reached, sums, wanted, slicewise(tf.zeros_like, total))
-        left = slicewise(_only, keys, buckets, bucket)
+        left = slicewise(_keys_of_bucket, keys, buckets, bucket)
 
     def cut_among(ahead: LaidOut, few: tuple[LaidOut, LaidOut], has_all_ties: bool = True) -> LaidOut:
         """Laid-out [rows, 2]: where the cut lies among those few, behind a mass of `ahead`."""
@@ -305,13 +305,12 @@ def _cut_at_mass(
         ends = cut_among(ahead, few)
     else:
 
-        def narrowed() -> list[tf.Tensor]:
+        def narrowed() -> LaidOut:
             ahead_of, fewer = _narrow(softmax, ahead, left, wanted)
-            return cut_among(ahead_of, _few_of(rows, fewer, softmax.x), has_all_ties=False).tensor_list
+            return cut_among(ahead_of, _few_of(rows, fewer, softmax.x), has_all_ties=False)
 
-        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), few[1])) > 0.5
-        ends = tf.cond(crowded, narrowed, lambda: cut_among(ahead, few).tensor_list)
-        ends = mesh_impl.LaidOutTensor.from_tensor_list(as_list(ends))
+        crowded = any_of(mesh_impl, slicewise(lambda index: tf.cast(index[:, -1:] >= 0, tf.float32), few[1]))
+        ends = laid_out_cond(mesh_impl, crowded, narrowed, lambda: cut_among(ahead, few))
 
     def finish(ends: tf.Tensor, mass: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
         ends = tf.where_v2(mass < 1, ends, _EVERYTHING)
@@ -324,15 +323,15 @@ def _part_of(total: tf.Tensor, mass: tf.Tensor) -> tf.Tensor:
     return total * tf.cast(mass, tf.float64)
 
 
-def _only(keys: tf.Tensor, buckets: tf.Tensor, bucket: tf.Tensor) -> tf.Tensor:
+def _keys_of_bucket(keys: tf.Tensor, buckets: tf.Tensor, bucket: tf.Tensor) -> tf.Tensor:
     return tf.where_v2(tf.equal(buckets, bucket), keys, -np.inf)
 
 
 def _distance_bucket(keys: tf.Tensor, first: tf.Tensor, bits: int) -> tf.Tensor:
     """Each key's bucket, by its distance from the first: 2**bits equal ones for each of [0, 2), [2, 6), [6, 14),
-    [14, 30) and [30, 62), one for all that are farther, or NaN.
+    [14, 30) and [30, 62), and one for all greater distances and NaN.
 
-    The bits of a positive number, taken for an integer, grow as it does.
+    The bits of a positive float, read as an integer, grow with it.
     """
     shift = 23 - bits
     distance = tf.bitcast(2.0 - (keys - first), tf.uint32)
@@ -356,7 +355,7 @@ def _bucket_sums(softmax: Softmax, buckets: LaidOut, n: int) -> LaidOut:
         return tf.reshape(sums, [n_rows, width])
 
     width = n + _BLOCK
-    # The first is three times as fast as the second, and there for CPUs alone.
+    # DenseBincount is three times as fast, but only CPUs have it.
     on_cpu = isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
     on_cpu = on_cpu and not any("gpu" in device.lower() for device in mesh_impl.devices)
     return sum_across(softmax.rows, mesh_impl.slicewise(sums, buckets, softmax.weights))
@@ -373,7 +372,7 @@ def _reached(sums: tf.Tensor, wanted: tf.Tensor, ahead: tf.Tensor) -> tuple[tf.T
 def _first_reached(sums: tf.Tensor, wanted: tf.Tensor, ahead: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """(the first of [rows, n] `sums` up to which they reach what is wanted, what is ahead of it), [rows, 1].
 
-    The last that is above 0 where rounding leaves none.
+    Where rounding leaves none, the last one above 0.
     """
     at = tf.range(size_of(sums, 1))
     before = ahead + tf.cumsum(sums, -1, exclusive=True)
@@ -395,7 +394,7 @@ def _ends_among(
 ) -> tf.Tensor:
     """[rows, 2], a Cut's ends, among a few entries [rows, n], where index is −1 for none.
 
-    has_all_ties: whether those that are equal to one of them are all among them.
+    has_all_ties: whether all entries that equal one of these are among them.
     """
     keys = tf.where_v2(index >= 0, key(x, *of_row), -np.inf)
     keys, order = largest(keys, size_of(keys, 1))
@@ -411,7 +410,7 @@ def _ends_among(
     return tf.concat([least, last], -1)
 
 
-def _few_of(rows: Rows, left: LaidOut, x: LaidOut) -> tuple[LaidOut, LaidOut]:
+def _few_of(rows: ShardedRows, left: LaidOut, x: LaidOut) -> tuple[LaidOut, LaidOut]:
     """Laid-out (x, index) [rows, at most _FEW] of each shard's first ones by `left`; 0 and −1 where it has fewer."""
 
     def of_shard(left: tf.Tensor, x: tf.Tensor, *pcoord: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -426,11 +425,11 @@ def _few_of(rows: Rows, left: LaidOut, x: LaidOut) -> tuple[LaidOut, LaidOut]:
 def _narrow(softmax: Softmax, ahead: LaidOut, left: LaidOut, wanted: LaidOut) -> tuple[LaidOut, LaidOut]:
     """(ahead, left) with fewer than _FEW left of each row and shard.
 
-    As often as it takes, keys are put into buckets between the largest and the smallest one left. Where these
-    are equal, entries go by their index from then on, and `left` holds its negative.
+    Repeatedly puts the keys that are left into buckets between the largest and the smallest. Where these two are
+    equal, entries are told apart by their index from then on, and `left` holds its negative.
     """
     rows, mesh_impl = softmax.rows, softmax.rows.mesh_impl
-    slicewise, like = mesh_impl.slicewise, mesh_impl.LaidOutTensor.from_tensor_list
+    slicewise = mesh_impl.slicewise
     n = _BINADES << _BUCKET_BITS_SPLIT
 
     def ends(left: tf.Tensor) -> tf.Tensor:
@@ -447,20 +446,18 @@ def _narrow(softmax: Softmax, ahead: LaidOut, left: LaidOut, wanted: LaidOut) ->
     ) -> tf.Tensor:
         at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
         by_index = tf.where_v2(left > -np.inf, -at, -np.inf)
-        return tf.where_v2(ends[0] + ends[1] < 1e-30, by_index, _only(left, buckets, bucket))
+        return tf.where_v2(ends[0] + ends[1] < 1e-30, by_index, _keys_of_bucket(left, buckets, bucket))
 
     def is_crowded(left: tf.Tensor) -> tf.Tensor:
         count = tf.reduce_sum(tf.cast(left > -np.inf, tf.int32), -1)
-        return tf.reduce_max(tf.cast(count >= _FEW, tf.float32))
+        return tf.cast(count >= _FEW, tf.float32)
 
-    def body(_: tf.Tensor, *slices: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
-        ahead, left = map(like, slices)
+    def body(_: tf.Tensor, ahead: LaidOut, left: LaidOut) -> tuple[tf.Tensor, LaidOut, LaidOut]:
         row_ends = rows.across_shards(slicewise(ends, left), "MAX")
         buckets = slicewise(bucket_of, left, row_ends)
         bucket, ahead = slicewise(_reached, _bucket_sums(softmax, buckets, n), wanted, ahead)
         left = slicewise(shrink, left, row_ends, buckets, bucket, *rows.pcoords())
-        return any_of(mesh_impl, slicewise(is_crowded, left)), ahead.tensor_list, left.tensor_list
+        return any_of(mesh_impl, slicewise(is_crowded, left)), ahead, left
 
-    start = (tf.constant(1.0), ahead.tensor_list, left.tensor_list)
-    _, ahead, left = tf.while_loop(lambda crowded, *_: crowded > 0.5, body, start)
-    return like(as_list(ahead)), like(as_list(left))
+    start = (tf.constant(1.0), ahead, left)
+    return laid_out_while_loop(mesh_impl, lambda crowded, *_: crowded > 0.5, body, start)[1:]

@@ -15,8 +15,8 @@ from gpt_neo_sampling.mesh.ops import (
     size_of,
     take,
 )
-from gpt_neo_sampling.mesh.sharded_rows import Rows, near_sum
-from gpt_neo_sampling.sampling.entmax_solver import chosen_of, entmax_by_chosen
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, fast_sum
+from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates, n_candidates_for
 from gpt_neo_sampling.sampling.top_k import has_invalid, scatter_rows
 
 DEFAULT_ALPHA = 1.3
@@ -67,7 +67,7 @@ def entmax(
     imported = _import_alpha(x.mesh, alpha, x.shape - dim)
     if is_real(alpha) and alpha == 1:
         return softmax(x, dim)
-    return _EntmaxOperation(x, imported, dim, n_iter, chosen_of(alpha)).outputs[0]
+    return _EntmaxOperation(x, imported, dim, n_iter, n_candidates_for(alpha)).outputs[0]
 
 
 def softmax(x: mtf.Tensor, dim: mtf.Dimension | None = None) -> mtf.Tensor:
@@ -171,9 +171,9 @@ def _sum(x: mtf.Tensor, dim: mtf.Dimension) -> mtf.Tensor:
 class _EntmaxOperation(MeshOperation):
     """An operation with its own gradient: mtf's custom_gradient fails when recomputed."""
 
-    def __init__(self, x: mtf.Tensor, alpha: mtf.Tensor, dim: mtf.Dimension, n_iter: int, n_chosen: int) -> None:
+    def __init__(self, x: mtf.Tensor, alpha: mtf.Tensor, dim: mtf.Dimension, n_iter: int, n_candidates: int) -> None:
         super().__init__([x, alpha], [(x.shape, x.dtype)], "entmax")
-        self._n_chosen = n_chosen
+        self._n_candidates = n_candidates
         self._dim = dim
         self._n_iter = int(n_iter)
 
@@ -185,7 +185,7 @@ class _EntmaxOperation(MeshOperation):
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         x, alpha = self.inputs
-        rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
+        rows = ShardedRows(mesh_impl, x.shape, self._dim, whole_groups=False)
         rows_shape = x.shape - self._dim
         slice_shape = mesh_impl.slice_shape(rows_shape)
 
@@ -194,7 +194,7 @@ class _EntmaxOperation(MeshOperation):
             x = rows.to_rows(tf.cast(x, tf.float32))
             return x, _top_and_invalid(x)
 
-        def settle_rows(facts: tf.Tensor, alpha: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def top_and_epsilon(facts: tf.Tensor, alpha: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             """What to take from a row, NaN where it is invalid, and α − 1."""
             eps = tf.broadcast_to(align(alpha, self.inputs[1].shape, rows_shape), slice_shape)
             eps = tf.reshape(eps, [-1, 1]) - 1.0
@@ -202,16 +202,15 @@ class _EntmaxOperation(MeshOperation):
             return _nan_where_invalid(facts, top), eps
 
         x_rows, facts = slicewise(begin, lowering.tensors[x])
-        top, eps = slicewise(settle_rows, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
+        top, eps = slicewise(top_and_epsilon, rows.across_shards(facts, "MAX"), lowering.tensors[alpha])
 
-        def of_chosen(ids: LaidOut, p: LaidOut, slope: LaidOut) -> list[tf.Tensor]:
-            return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p).tensor_list
+        def for_candidates(ids: LaidOut, p: LaidOut, slope: LaidOut) -> LaidOut:
+            return slicewise(lambda x, ids, p: scatter_rows(p, ids, size_of(x, 1)), x_rows, ids, p)
 
-        p = entmax_by_chosen(
-            rows, x_rows, self._n_chosen, lambda x: slicewise(tf.subtract, x, top), eps, self._n_iter,
-            of_chosen, lambda p, slope: p.tensor_list,
+        p = entmax_by_candidates(
+            rows, x_rows, self._n_candidates, lambda x: slicewise(tf.subtract, x, top), eps, self._n_iter,
+            for_candidates, lambda p, slope: p,
         )  # fmt: skip
-        p = mesh_impl.LaidOutTensor.from_tensor_list(p)
         y = slicewise(lambda p: rows.from_rows(tf.cast(p, x.dtype)), p)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
@@ -228,11 +227,11 @@ class _SoftmaxOperation(MeshOperation):
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
         (x,) = self.inputs
-        rows = Rows(mesh_impl, x.shape, self._dim, whole_groups=False)
+        rows = ShardedRows(mesh_impl, x.shape, self._dim, whole_groups=False)
         x_rows = slicewise(lambda x: rows.to_rows(tf.cast(x, tf.float32)), lowering.tensors[x])
         top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x_rows)
         weights = slicewise(lambda x, top: tf.exp(x - top), x_rows, rows.across_shards(top, "MAX"))
-        total = rows.across_shards(slicewise(near_sum, weights), "SUM")
+        total = rows.across_shards(slicewise(fast_sum, weights), "SUM")
 
         def normalise(weights: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
             # NaN and +inf show in the total, and so do rows of −inf alone

@@ -1,58 +1,59 @@
 """The solver of entmax, for rows on a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut, RowValue, is_real
-from gpt_neo_sampling.mesh.ops import size_of
-from gpt_neo_sampling.mesh.sharded_rows import Rows, any_of, as_list, near_sum, sum_across
+from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop, size_of
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, sum_across
 from gpt_neo_sampling.sampling.top_k import largest
 
 
-def chosen_of(alpha: RowValue) -> int:
-    """How many of a shard's entries entmax is first sought among: some more than count in logits of a wide spread."""
+def n_candidates_for(alpha: RowValue) -> int:
+    """How many of a shard's entries entmax is solved for first: more than the support of widely spread logits has."""
     return 64 if is_real(alpha) and alpha >= 1.45 else 256
 
 
-def entmax_by_chosen(
-    rows: Rows,
+def entmax_by_candidates(
+    rows: ShardedRows,
     x: LaidOut,
-    n_chosen: int,
+    n_candidates: int,
     scores_of: Callable[[LaidOut], LaidOut],
     epsilon: LaidOut,
     n_iter: int,
-    of_chosen: Callable[[LaidOut, LaidOut, LaidOut], list[tf.Tensor]],
-    of_all: Callable[[LaidOut, LaidOut], list[tf.Tensor]],
-) -> list[tf.Tensor]:
-    """What becomes of entmax, which as a rule few entries count in.
+    for_candidates: Callable[[LaidOut, LaidOut, LaidOut], Any],
+    for_all: Callable[[LaidOut, LaidOut], Any],
+) -> Any:
+    """Solves entmax among the largest entries of each row; falls back to whole rows.
 
-    It is solved for the n_chosen largest entries of each shard; and again for all
-    where the last of them is in the support of some row, as others may be then, or
-    a row is invalid, which all of its entries are to show.
+    The support has few entries as a rule. If the last of a shard's n_candidates largest entries is outside it, so are
+    all that are smaller. Otherwise, for any row, or where a row is invalid (which must show in all of its entries),
+    entmax is solved for all entries.
 
     Args:
-      rows: Rows.
+      rows: ShardedRows.
       x: laid-out float32 [rows, entries].
       scores_of: a function from x, or some of its entries, to scores less the
         largest one of their row, NaN throughout an invalid one; it keeps their order.
       epsilon, n_iter: as for `solve_entmax`.
-      of_chosen: a function from laid-out ids [rows, chosen], p and its slope to a
-        list of tensors.
-      of_all: a function from p and its slope, for all of x, to such a list.
+      for_candidates: a function from laid-out ids [rows, candidates], p and its slope to a
+        nest of laid-out tensors and tf.Tensors.
+      for_all: a function from p and its slope, for all of x, to such a nest.
 
     Returns:
-      a list of tensors.
+      such a nest.
     """
     mesh_impl = rows.mesh_impl
 
-    def solve_all() -> list[tf.Tensor]:
-        return of_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
+    def solve_all() -> Any:
+        return for_all(*solve_entmax(rows, scores_of(x), epsilon, n_iter))
 
-    if x.slice_shape[1] < 8 * n_chosen:
+    if x.slice_shape[1] < 8 * n_candidates:
         return solve_all()
-    values, ids = mesh_impl.slicewise(lambda x: largest(x, n_chosen), x)
+    values, ids = mesh_impl.slicewise(lambda x: largest(x, n_candidates), x)
     z = scores_of(values)
     bounds = rows.across_shards(mesh_impl.slicewise(lambda *args: -_bound(*args), z, epsilon), "MAX")
     p, slope = solve_entmax(rows, z, epsilon, n_iter, mesh_impl.slicewise(tf.negative, bounds))
@@ -61,14 +62,14 @@ def entmax_by_chosen(
         last = p[:, -1:]
         return tf.cast(tf.logical_or(last > 0, tf.is_nan(last)), tf.float32)
 
-    too_few = any_of(mesh_impl, mesh_impl.slicewise(may_differ, p)) > 0.5
-    return as_list(tf.cond(too_few, solve_all, lambda: of_chosen(ids, p, slope)))
+    too_few = any_of(mesh_impl, mesh_impl.slicewise(may_differ, p))
+    return laid_out_cond(mesh_impl, too_few, solve_all, lambda: for_candidates(ids, p, slope))
 
 
 def _bound(z: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
-    """A β that entmax's is not above, [rows, 1]: m weights of at least [β + εzₘ]^(1/ε) sum to no more than 1.
+    """An upper bound on entmax's β, [rows, 1]: m weights of at least [β + εzₘ]^(1/ε) sum to no more than 1.
 
-    z: float32 [rows, n], scores in descending order. (1, for which this is true too, in a row with NaN.)
+    z: float32 [rows, n], scores in descending order. In a row with NaN the bound is 1, which always holds.
     """
     log_m = tf.log(tf.range(1.0, size_of(z, 1) + 1.0))
     bound = tf.reduce_min(tf.exp(-epsilon * log_m) - tf.maximum(epsilon * z, -1.0), -1, keepdims=True)
@@ -76,33 +77,32 @@ def _bound(z: tf.Tensor, epsilon: tf.Tensor) -> tf.Tensor:
 
 
 def solve_entmax(
-    rows: Rows, z: LaidOut, epsilon: LaidOut, n_iter: int, start: LaidOut | None = None
+    rows: ShardedRows, z: LaidOut, epsilon: LaidOut, n_iter: int, start: LaidOut | None = None
 ) -> tuple[LaidOut, LaidOut]:
     """α-entmax of laid-out rows, by Newton's method.
 
     With ε = α − 1 and u = z/β, p = q/Σq of q = [1 + εu]₊^(1/ε), which is exp(u) at
-    ε = 0, and β in (0, 1] is sought: β = (Σq)^−ε, the largest p to the power of ε.
-    β·(Σq)^ε, a norm of [β + εz]₊, is convex in β, so no step down from above
-    passes the root, but by rounding. In rows that are nearly flat 1 + ε(z − δ) would be
+    ε = 0. Solved for is β in (0, 1]: β = (Σq)^−ε, the largest p to the power of ε.
+    β·(Σq)^ε, a norm of [β + εz]₊, is convex in β, so only rounding lets a step from
+    above pass the root. In rows that are nearly flat 1 + ε(z − δ) would be
     a small difference of numbers near 1; here β itself is small, and float32 holds it
     with all its bits.
 
     Args:
-      rows: Rows.
+      rows: ShardedRows.
       z: laid-out float32 [rows, entries], scores less the largest one of their
         row; a row that holds NaN comes out as NaN.
       epsilon: laid-out float32 [rows, 1].
       n_iter: int, the most steps.
-      start: None or laid-out like epsilon: a β that is not below the one sought.
+      start: None or laid-out like epsilon: an upper bound on β.
 
     Returns:
-      (p, slope), laid-out like z: p sums to 1 along its rows; slope is by how much
-      each entry of it moves with u, at the most: ∂p/∂u, and at the edge of the
-      support what it rises to.
+      (p, slope), laid-out like z: p sums to 1 along its rows; slope bounds how
+      fast each entry of it changes with u: ∂p/∂u, and at the edge of the support
+      the value that it rises to.
     """
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
-    like = mesh_impl.LaidOutTensor.from_tensor_list
 
     def entries_of(u: tf.Tensor, eps: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """q, ∂q/∂u and 1 + εu."""
@@ -118,41 +118,33 @@ def solve_entmax(
     def sums_of(z: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
         """[2, rows, 1] with Σq and Σ∂q/∂u, over this shard."""
         q, slope, _ = entries_of(z / beta, eps)
-        return tf.stack([near_sum(q), near_sum(slope)])
+        return tf.stack([fast_sum(q), fast_sum(slope)])
 
     def newton_step(sums: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
         total, slope = sums[0], sums[1]
         step = (beta - tf.exp(-eps * tf.log(total))) * (total / slope)
-        # Back it goes where rounding made the last step too long, and not all the way
-        # to where that began: past the edge of many ties it would, for ever.
+        # Where rounding made the last step too long, this one goes back, but never all the way: at the
+        # edge of many ties it would go back and forth for ever.
         return tf.maximum(step, -0.5 * tf.abs(last))
 
-    every_axis = list(range(mesh_impl.ndims))
-
-    def body(
-        i: tf.Tensor, _: list[tf.Tensor], *slices: list[tf.Tensor]
-    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-        step, beta = map(like, slices)
+    def body(i: tf.Tensor, _: tf.Tensor, step: LaidOut, beta: LaidOut) -> tuple[tf.Tensor, tf.Tensor, LaidOut, LaidOut]:
         sums = rows.across_shards(slicewise(sums_of, z, epsilon, beta), "SUM")
         step = slicewise(newton_step, sums, epsilon, beta, step)
         beta = slicewise(tf.subtract, beta, step)
 
         # NaN is not greater: an invalid row never keeps the loop going.
         def moving(step: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
-            return tf.reduce_max(tf.cast(tf.abs(step) > 2e-7 * beta, tf.float32))
+            return tf.cast(tf.abs(step) > 2e-7 * beta, tf.float32)
 
-        going = mesh_impl.allreduce(slicewise(moving, step, beta), every_axis, "MAX")
-        return i + 1, going.tensor_list, step.tensor_list, beta.tensor_list
+        return i + 1, any_of(mesh_impl, slicewise(moving, step, beta)), step, beta
 
     beta = start or slicewise(tf.ones_like, epsilon)
-    step = slicewise(tf.ones_like, epsilon)
-    going = slicewise(lambda b: tf.ones([], tf.float32), beta)
-    *_, beta = tf.while_loop(
-        lambda i, going, *_: tf.logical_and(i < n_iter, going[0] > 0),
+    *_, beta = laid_out_while_loop(
+        mesh_impl,
+        lambda i, going, *_: tf.logical_and(i < n_iter, going > 0),
         body,
-        (tf.constant(0), going.tensor_list, step.tensor_list, beta.tensor_list),
+        (tf.constant(0), tf.constant(1.0), slicewise(tf.ones_like, epsilon), beta),
     )
-    beta = like(beta)
 
     def last_step(total: tf.Tensor, slope: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
         """β in float64, which holds all of it."""
@@ -163,9 +155,9 @@ def solve_entmax(
         return tf.cast(tf.cast(z, tf.float64) * (1.0 / beta), tf.float32)  # rounded once
 
     def with_total(u: LaidOut) -> tuple[LaidOut, LaidOut, LaidOut, LaidOut]:
-        """entries_of, and Σq in float64: what float32 rounds there would move all of p."""
+        """entries_of, and Σq in float64: rounding it to float32 would move all of p."""
         q, slope, base = slicewise(entries_of, u, epsilon)
-        return q, slope, base, sum_across(rows, slicewise(lambda q: near_sum(tf.cast(q, tf.float64)), q))
+        return q, slope, base, sum_across(rows, slicewise(lambda q: fast_sum(tf.cast(q, tf.float64)), q))
 
     def normalise(
         q: tf.Tensor, slope: tf.Tensor, base: tf.Tensor, total: tf.Tensor, eps: tf.Tensor
@@ -177,6 +169,6 @@ def solve_entmax(
         return p, slope / tf.cast(total, tf.float32)
 
     _, slope, _, total = with_total(slicewise(tf.divide, z, beta))
-    slope_total = rows.across_shards(slicewise(near_sum, slope), "SUM")
+    slope_total = rows.across_shards(slicewise(fast_sum, slope), "SUM")
     beta = slicewise(last_step, total, slope_total, epsilon, beta)
     return slicewise(normalise, *with_total(slicewise(scale, z, beta)), epsilon)

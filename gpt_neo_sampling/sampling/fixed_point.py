@@ -1,10 +1,10 @@
 """Sampling weights whose bits do not depend on the backend.
 
-exp, log and even multiply-and-add give other last bits on other backends (XLA's
+exp, log and even multiply-and-add differ in their last bits between backends (XLA's
 exp differs from TensorFlow's own in one result of four). Here softmax and entmax
-weights are computed in 64-bit integers alone, which give the same bits wherever
-they are computed and in whatever order they are added. It is slow: `categorical` asks
-for it where the fast way leaves a draw in doubt.
+weights are computed in 64-bit integers alone, which have the same bits on every
+backend and in any order of additions. It is slow: `categorical` uses it only where
+a fast draw is ambiguous.
 
 Numbers are fixed-point: Q30 is an integer in units of 2⁻³⁰. None is
 negative or reaches 2⁶³ in any step whose result is used.
@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mesh.sharded_rows import as_list
+from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop
+from gpt_neo_sampling.mesh.sharded_rows import any_of
 
 _ONE = 1 << 30
-_FARTHEST = 127.0  # how far below the largest score a weight is taken for 0
+_FARTHEST = 127.0  # this far below the largest score, a weight counts as 0
 _SCALE_BITS = 5  # of the power of two that entmax's scores are scaled by
-_DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16, where ln of the vocabulary's size is the most
-_CANDIDATES = 1024  # entries of a shard that entmax's threshold is looked for among
+_DELTA_BITS = 28  # of entmax's threshold, Q24: up to 16; it is at most the logarithm of the vocabulary's size
+_CANDIDATES = 1024  # entries of a shard among which entmax's threshold is searched
 _LOG2_E = round(math.log2(math.e) * _ONE)
 _EXP2 = [round(math.log(2) ** k / math.factorial(k) * _ONE) for k in range(11)]
 _EXP2[-1] += 2 * _ONE - sum(_EXP2)  # 2¹ is 2: a score of 0 weighs just 1
@@ -161,42 +162,38 @@ def entmax_weights(
         sums = tf.cast(sums, tf.int64)
         return tf.where_v2(_shift_left(sums[0], 18) + sums[1] > _int(1 << 40), trial, now)
 
-    like = mesh_impl.LaidOutTensor.from_tensor_list
+    def find(z: LaidOut) -> tuple[LaidOut, ...]:
+        """(n, δ)"""
 
-    def find(z: LaidOut) -> list[list[tf.Tensor]]:
-        """[slices of n, slices of δ]"""
-
-        def body(bit: tf.Tensor, *slices: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
+        def body(bit: tf.Tensor, *found: LaidOut) -> tuple[tf.Tensor, LaidOut, LaidOut]:
             one, in_scale = _int(1), bit >= _DELTA_BITS
             steps = [
                 tf.where_v2(in_scale, _shift_left(one, tf.maximum(bit - _DELTA_BITS, 0)), _int(0)),
                 tf.where_v2(in_scale, _int(0), _shift_left(one, bit)),
             ]
-            found = [like(s) for s in slices]
             trial = [slicewise(lambda f, step=step: f + step, f) for f, step in zip(found, steps, strict=True)]
             sums = sum_over_shards(slicewise(total, z, eps, *trial))
-            scale, delta = (slicewise(choose, sums, f, t).tensor_list for f, t in zip(found, trial, strict=True))
+            scale, delta = (slicewise(choose, sums, f, t) for f, t in zip(found, trial, strict=True))
             return bit - 1, scale, delta
 
-        zeros = slicewise(tf.zeros_like, eps).tensor_list
+        zeros = slicewise(tf.zeros_like, eps)
         start = (_int(_DELTA_BITS + _SCALE_BITS - 1), zeros, zeros)
-        return tf.while_loop(lambda bit, *_: bit >= 0, body, start)[1:]
+        return laid_out_while_loop(mesh_impl, lambda bit, *_: bit >= 0, body, start)[1:]
 
     if z.slice_shape[-1] <= 2 * _CANDIDATES:
         found = find(z)
-    else:  # as a rule, few entries are near enough to count
+    else:  # as a rule, few entries are in the support
         nearest = slicewise(lambda z: tf.math.top_k(z, _CANDIDATES)[0], z)
 
         def may_count(nearest: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
             near = tf.logical_or(_int(1 << 48) - eps * _distance(nearest[:, -1:]) > 0, tf.equal(eps, _int(0)))
-            return tf.reduce_max(tf.cast(near, tf.float32))
+            return tf.cast(near, tf.float32)
 
-        all_axes = list(range(mesh_impl.ndims))
-        too_few = mesh_impl.allreduce(slicewise(may_count, nearest, eps), all_axes, "MAX").tensor_list[0] > 0.5
-        found = tf.cond(too_few, lambda: find(z), lambda: find(nearest))
+        too_few = any_of(mesh_impl, slicewise(may_count, nearest, eps))
+        found = laid_out_cond(mesh_impl, too_few, lambda: find(z), lambda: find(nearest))
 
     def weights(z: tf.Tensor, eps: tf.Tensor, scale: tf.Tensor, delta: tf.Tensor) -> tf.Tensor:
         t, inside = exponent(z, eps, scale, delta)
         return tf.where_v2(inside, _to_float32(t), 0.0)
 
-    return slicewise(weights, z, eps, *(like(as_list(f)) for f in found))
+    return slicewise(weights, z, eps, *found)

@@ -15,7 +15,7 @@ from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
 from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
 from gpt_neo_sampling.sampling.entmax import entmax, log_softmax_at, softmax
-from gpt_neo_sampling.sampling.entmax_solver import chosen_of
+from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
 from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_mask, top_k_candidates, top_k_mask
 from gpt_neo_sampling.sampling.penalties import tokens_mask
 from gpt_neo_sampling.sampling.top_k import first_argmax
@@ -209,17 +209,19 @@ def _draw(
         for _, mask in masks[:ahead]:
             logits = mask(logits, dim)
     masks = masks[ahead + ("top_k" in names) :]
-    size, n_chosen = options.vocab_size or dim.size, chosen_of(options.alpha)
+    size, n_candidates = options.vocab_size or dim.size, n_candidates_for(options.alpha)
 
     def draw(
-        x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, only: mtf.Tensor | None = None
+        x: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None = None, wanted: mtf.Tensor | None = None
     ) -> list[mtf.Tensor]:
         scale = factor
         if factor is not None and (masks or return_logprob):
             x, scale = _scaled(x, factor, dim), None
         for _, mask in masks:
             x = mask(x, dim)
-        token = score_draw(x, *uniforms, dim, alpha, size, factor=scale, ids=ids, only=only, n_chosen=n_chosen)
+        token = score_draw(
+            x, *uniforms, dim, alpha, size, factor=scale, ids=ids, wanted=wanted, n_candidates=n_candidates
+        )
         return [token, _log_probability(x, token, dim, alpha, ids)] if return_logprob else [token]
 
     k, max_k = options.top_k, options.max_top_k
@@ -236,7 +238,7 @@ def _draw(
     if is_int(k):
         return drawn
     no_mask = mtf.broadcast(has_no_top_k(import_rows(mesh, k, tf.int32, rows, "top-k"), dim), rows)
-    return _select(no_mask, draw(logits, dim, only=no_mask), drawn)  # rows without a mask draw from all
+    return _select(no_mask, draw(logits, dim, wanted=no_mask), drawn)  # rows without a mask draw from all
 
 
 def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf.Tensor:

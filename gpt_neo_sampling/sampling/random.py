@@ -13,8 +13,8 @@ def threefry_2x32(
     """Threefry-2x32 with 20 rounds, in integer tensor ops alone.
 
     Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2,
-    3". The bits depend on the arguments and on nothing else: not on backend,
-    device, layout or TensorFlow version.
+    3". The bits depend on the arguments alone, not on backend, device, layout or
+    TensorFlow version.
 
     Args:
       key: a pair of uint32 tf.Tensors.
@@ -58,8 +58,8 @@ def counter_bits(
       in `stream`, `seed`, `step`, `sample`.
 
     Returns:
-      a pair of int32 mtf.Tensors; taken for unsigned, each times 2⁻³² is a uniform
-      in [0, 1).
+      a pair of int32 mtf.Tensors; read as unsigned and multiplied by 2⁻³², each is a
+      uniform in [0, 1).
     """
     xs = [stream, seed, step] + ([] if sample is None else [sample])
     shape = union_shape(xs)

@@ -7,10 +7,10 @@ from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
 
 
 def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False) -> tf.Tensor:
-    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0, as a rule in passes that only read.
+    """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0.
 
-    By the sum, as XLA's maximum loses a NaN on CPUs. Where that is NaN, as −inf and an overflow make it too, entry by
-    entry.
+    NaN is found by the sum, as XLA's maximum misses it on CPUs; only where the sum is NaN, which −inf and overflow can
+    cause too, are the entries looked at one by one.
     """
 
     def look() -> tf.Tensor:
@@ -76,7 +76,7 @@ class _FirstArgmaxOperation(MeshOperation):
 
 
 def chunk_size(size: int) -> int:
-    """Into chunks of how many entries `size` is taken: a divisor where there is one, to spare a padded copy."""
+    """The size of the chunks of a row of `size` entries: a divisor if there is one, which avoids a padded copy."""
     return next((n for n in range(48, 15, -1) if size % n == 0), 32)
 
 
@@ -114,11 +114,11 @@ def largest(x: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
         indices = at = top_k_of(sortable(x), k)
     else:
         chunks = tf.reshape(pad_last(x, after=n_chunks * chunk - size, value=-np.inf), [-1, n_chunks, chunk])
-        chosen = top_k_of(sortable(tf.reduce_max(chunks, -1)), k)
-        chosen = -tf.math.top_k(-chosen, k)[0]  # ascending: of equal entries, the lower index stays the first
-        candidates = tf.reshape(tf.gather(chunks, chosen, batch_dims=1), [-1, k * chunk])
+        best = top_k_of(sortable(tf.reduce_max(chunks, -1)), k)
+        best = -tf.math.top_k(-best, k)[0]  # ascending: of equal entries, the lower index stays the first
+        candidates = tf.reshape(tf.gather(chunks, best, batch_dims=1), [-1, k * chunk])
         at = top_k_of(sortable(candidates), k)
-        indices = tf.gather(chosen, at // chunk, batch_dims=1) * chunk + at % chunk
+        indices = tf.gather(best, at // chunk, batch_dims=1) * chunk + at % chunk
     values = tf.gather(candidates, at, batch_dims=1)
     return tf.where_v2(has_invalid(x, keepdims=True) > 0, tf.constant(np.nan, x.dtype), values), indices
 
@@ -134,9 +134,9 @@ def top_k(x: mtf.Tensor, dim: mtf.Dimension, k_dim: mtf.Dimension) -> tuple[mtf.
     """The k_dim.size largest entries along `dim` and their indices, in order.
 
     Among equal entries the lower index comes first, on any layout. A layout
-    that splits `dim` moves k candidates a row and shard. (mtf's own `top_k`
-    goes another, wrong way for k of 2 to 4 on rows that hold masked values;
-    this is the operation under it, with `largest` in each shard.)
+    that splits `dim` moves k candidates a row and shard. (mtf's own `top_k` is
+    wrong for k of 2 to 4 on rows that hold masked values; this is the operation
+    under it, with `largest` in each shard.)
 
     Args:
       x: mtf.Tensor of a floating dtype.

@@ -9,7 +9,15 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, import_rows, row_index, scatter_add, settle, take, write_at
+from gpt_neo_sampling.mesh.ops import (
+    cwise_broadcast,
+    force_allreduce,
+    import_rows,
+    row_index,
+    scatter_add,
+    take,
+    write_at,
+)
 from gpt_neo_sampling.sampling.random import counter_bits, import_seed, threefry_2x32
 from gpt_neo_sampling.sampling.top_k import largest, top_k
 
@@ -220,18 +228,18 @@ def test_write_at(runner):
 
 
 @pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "batch:x,vocab:y")], ids=str)
-def test_settle_in_a_loop(runner):
+def test_force_allreduce_in_a_loop(runner):
     """A sum that mtf has deferred, carried into, through and out of a loop."""
     x = np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)
 
     def build(mesh, x):
         x = imp(mesh, x, B, V)
-        total = settle(mtf.reduce_sum(x, reduced_dim=V))
+        total = force_allreduce(mtf.reduce_sum(x, reduced_dim=V))
 
         def body(i, y):
-            return i + 1, settle(mtf.einsum([x, x, y], output_shape=[B]) * 0.1 + total)
+            return i + 1, force_allreduce(mtf.einsum([x, x, y], output_shape=[B]) * 0.1 + total)
 
-        start = [mtf.zeros(mesh, [], tf.int32), settle(mtf.reduce_sum(x * x, reduced_dim=V))]
+        start = [mtf.zeros(mesh, [], tf.int32), force_allreduce(mtf.reduce_sum(x * x, reduced_dim=V))]
         return mtf.while_loop(lambda i, y: mtf.less(i, 3), body, start)[1]
 
     want, total = (x.astype(float) ** 2).sum(1), x.astype(float).sum(1)
@@ -394,7 +402,7 @@ def test_fresh_seed(runner):
 
     def build(mesh):
         def body(i, seen):
-            fresh = settle(mtf.broadcast(import_seed(mesh, None), [shard]))
+            fresh = force_allreduce(mtf.broadcast(import_seed(mesh, None), [shard]))
             return i + 1, write_at(seen, fresh, i, steps)
 
         start = [mtf.zeros(mesh, [], tf.int32), mtf.zeros(mesh, [shard, steps], tf.int32)]

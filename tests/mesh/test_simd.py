@@ -25,7 +25,7 @@ from helpers_cases import (
 from programs import dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, settle
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce
 from gpt_neo_sampling.models.utils import sample_categorical
 from gpt_neo_sampling.sample import sample_autoregressive
 
@@ -55,12 +55,12 @@ def test_tool_counts_what_travels_inside_and_outside_loops():
     def build(mesh, x):
         rows, split_dim = dims(row=5, split=16)
         x = mtf.import_tf_tensor(mesh, x, mtf.Shape([rows, split_dim]))
-        total = settle(mtf.reduce_sum(x, reduced_dim=split_dim))  # 5 numbers, once
+        total = force_allreduce(mtf.reduce_sum(x, reduced_dim=split_dim))  # 5 numbers, once
         steps = mtf.import_tf_tensor(mesh, tf.constant(0), mtf.Shape([]))
 
         def body(step, total):
             more = mtf.reduce_sum(mtf.square(x - total))  # one number, each time round
-            return [step + 1, settle(total + more)]
+            return [step + 1, force_allreduce(total + more)]
 
         return mtf.while_loop(lambda step, _: mtf.less(step, 3), body, [steps, total])[1]
 

@@ -6,7 +6,7 @@ import reference
 from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mesh.ops import resize, settle, take, write_at
+from gpt_neo_sampling.mesh.ops import force_allreduce, resize, take, write_at
 from gpt_neo_sampling.models.config import HUGGING_FACE_ACTIVATIONS
 from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
@@ -55,7 +55,7 @@ def test_matmul(runner, rows):
         transposed, pw = imp(mesh, transposed, OUT, IN), imp(mesh, pw, IN, P, OUT)
         results = [matmul(x, w), matmul(one, w), matmul(one, transposed), matmul(one, pw)]
         loss = mtf.reduce_sum(mtf.square(results[0]))
-        return results + [settle(g) for g in mtf.gradients([loss], [x, w])]
+        return results + [force_allreduce(g) for g in mtf.gradients([loss], [x, w])]
 
     y, one, transposed, parts, dx, dw = runner(build, x, w, w.T.copy(), pw)
     x, w, pw = (a.astype(np.float64) for a in (x, w, pw))
@@ -106,8 +106,8 @@ def test_layer_norm_and_its_gradient(runner):
         x, g, b, dy = (imp(mesh, a, *shape) for a, shape in zip(arrays, ([B, S, IN], [IN], [IN], [B, S, IN])))
         y, one = layer_norm(x, g, b, 1e-5), mtf.reduce_sum(g)
         alike = layer_norm(x, one, None, 1e-5)
-        wanted = [settle(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
-        return [y, *wanted, alike, *(settle(d) for d in mtf.gradients([mtf.reduce_sum(alike * dy)], [x, one]))]
+        wanted = [force_allreduce(grad) for grad in mtf.gradients([mtf.reduce_sum(y * dy)], [x, g, b])]
+        return [y, *wanted, alike, *(force_allreduce(d) for d in mtf.gradients([mtf.reduce_sum(alike * dy)], [x, one]))]
 
     y, dx, dg, db, alike, dx_alike, d_one = runner(build, x, g, b, dy)
     x, g, b, dy = (a.astype(np.float64) for a in (x, g, b, dy))
@@ -297,7 +297,7 @@ def test_writing_in_a_loop(runner, may_overwrite):
             # like a token, what is written depends on all that was read before
             new = value * mtf.to_float(i + 1) + 0.125 * seen
             memory = write_at(memory, new, first + i, M, may_overwrite=may_overwrite)
-            return [i + 1, memory, settle(seen + mtf.reduce_sum(memory, reduced_dim=M))]
+            return [i + 1, memory, force_allreduce(seen + mtf.reduce_sum(memory, reduced_dim=M))]
 
         start = [mtf.zeros(mesh, [], tf.int32), memory, mtf.zeros(mesh, [B, H, D])]
         return mtf.while_loop(lambda i, *_: mtf.less(i, 5), body, start)[1:]

@@ -16,8 +16,8 @@ from programs import DEVICES, ONE_DEVICE, MeshRunner, Program, XlaProgram, compi
 from test_utils import chi_square_p
 
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
-from gpt_neo_sampling.mesh.sharded_rows import GROUPS, Rows, group_size, padded_size
-from gpt_neo_sampling.sampling import categorical, fixed_point
+from gpt_neo_sampling.mesh.sharded_rows import GROUPS, ShardedRows, group_size, padded_size
+from gpt_neo_sampling.sampling import categorical, entmax_solver, fixed_point
 from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
 
 FALSE_ALARM = 1e-6
@@ -65,7 +65,7 @@ def test_padded_size():
 def rows_of(mesh_shape, layout, size=None, whole_groups=True, vocab=130):
     batch, v = dims(batch=4, vocab=vocab)
     impl = MeshRunner(mesh_shape, layout).impl
-    return Rows(impl, mtf.Shape([v, batch]), v, size, whole_groups)
+    return ShardedRows(impl, mtf.Shape([v, batch]), v, size, whole_groups)
 
 
 def test_rows_of_a_layout():
@@ -557,10 +557,10 @@ def score_build(size, padded=None):
 
 
 @contextlib.contextmanager
-def margins(value):
-    """Programs that are made in here have these margins: at 2.0 every draw is in doubt, at 0.0 none."""
+def error_bounds(value):
+    """Programs that are made in here have these error bounds: at 2.0 every draw is ambiguous, at 0.0 none."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SOFTMAX_MARGIN", "ENTMAX_MARGIN", "UNIFORM_MARGIN"):
+        for name in ("SOFTMAX_ERROR_BOUND", "ENTMAX_ERROR_BOUND", "UNIFORM_ERROR_BOUND"):
             patch.setattr(categorical, name, value)
         yield
 
@@ -569,17 +569,13 @@ def margins(value):
 def opened_up(again, few=False, **replacements):
     """score_draw is made with parts replaced, so that it always draws again, or never does; and so
     that it always seeks entmax among a few entries (which must be enough), or never does."""
-    cond = tf.cond
 
-    def taken(condition, yes, no):
-        if yes.__name__ == "draw_again":
-            return (yes if again else no)()
-        if yes.__name__ == "solve_all":
-            return (no if few else yes)()
-        return cond(condition, yes, no)
+    def taken(mesh_impl, flag, if_set, if_not):
+        return (if_set if {"draw_again": again, "solve_all": not few}[if_set.__name__] else if_not)()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf, "cond", taken)
+        patch.setattr(categorical, "laid_out_cond", taken)
+        patch.setattr(entmax_solver, "laid_out_cond", taken)
         for name, function in replacements.items():
             patch.setattr(categorical, name, function)
         yield
@@ -588,46 +584,47 @@ def opened_up(again, few=False, **replacements):
 def cumulative(scores, *alpha, exactly, jit=False, few=False):
     """The cumulative sums that score_draw goes by, of all groups: [rows, groups] and [rows, groups, group].
 
-    Without `exactly`, also how near to a border it doubts: [rows] and [rows, groups].
+    Without `exactly`, also the bounds on their errors: [rows] and [rows, groups].
     """
-    search, search_near, sums, doubts = categorical._search, categorical._search_near, [], []
+    inverse_cdf, fast_inverse_cdf, sums, bounds = categorical._inverse_cdf, categorical._fast_inverse_cdf, [], []
 
     def note(weights, which, u):
-        sums.append(categorical._scan(categorical._sums_and_last(weights)[0], tf.maximum))
-        return search(weights, which, u)
+        sums.append(categorical._scan(categorical._exact_cdf(weights)[0], tf.maximum))
+        return inverse_cdf(weights, which, u)
 
-    def note_near(weights, which, u, margin):
-        near = categorical._near_cdf(weights)[..., : weights.shape[-1]]
-        sums.append(near)
-        doubts.append(margin * near[..., -1] if isinstance(margin, float) else margin)
-        return search_near(weights, which, u, margin)
+    def note_fast(weights, which, u, error_bound):
+        fast = categorical._fast_cdf(weights)[..., : weights.shape[-1]]
+        sums.append(fast)
+        bounds.append(error_bound * fast[..., -1] if isinstance(error_bound, float) else error_bound)
+        return fast_inverse_cdf(weights, which, u, error_bound)
 
     def fetch(*tensors):
-        del sums[:], doubts[:]
-        with opened_up(again=exactly, few=few, **({"_search": note} if exactly else {"_search_near": note_near})):
+        del sums[:], bounds[:]
+        replaced = {"_inverse_cdf": note} if exactly else {"_fast_inverse_cdf": note_fast}
+        with opened_up(again=exactly, few=few, **replaced):
             lowered(score_build(scores.shape[1]), *tensors)
-        return sums + doubts
+        return sums + bounds
 
     u = np.zeros(len(scores), np.float32)
-    groups, entries, *doubts = on_tensors(fetch, scores, u, u, *alpha, jit=jit)
-    return groups[:, 0], entries, *([doubts[0][:, 0], doubts[1]] if doubts else [])
+    groups, entries, *bounds = on_tensors(fetch, scores, u, u, *alpha, jit=jit)
+    return groups[:, 0], entries, *([bounds[0][:, 0], bounds[1]] if bounds else [])
 
 
 def largest_gap(scores, *alpha):
-    """How far fast sums are from the exact ones, at the most, as a part of what doubt allows."""
+    """How far fast sums are from the exact ones, at the most, as a part of their error bound."""
     right = [x.astype(np.float64) for x in cumulative(scores, *alpha, exactly=True)]
     worst = 0
     for jit in (False, True):
         found = [x.astype(np.float64) for x in cumulative(scores, *alpha, exactly=False, jit=jit)]
-        groups, entries, row_doubt, group_doubt = found
+        groups, entries, row_bound, group_bound = found
         row, group = groups[:, -1:], entries[..., -1]
         gap = np.abs(groups / row - right[0] / right[0][:, -1:]) * row
-        worst = max(worst, (gap.max(1) / row_doubt).max())
-        # a group with less mass than that is in doubt already for being drawn
-        live = group > row_doubt[:, np.newaxis]
+        worst = max(worst, (gap.max(1) / row_bound).max())
+        # a draw that falls into a group of less mass than that is ambiguous in any case
+        live = group > row_bound[:, np.newaxis]
         total = [np.where(live, g, 1)[..., np.newaxis] for g in (group, right[1][..., -1])]
         gap = (np.abs(entries / total[0] - right[1] / total[1]) * total[0]).max(-1)
-        worst = max(worst, (gap[live] / group_doubt[live]).max())
+        worst = max(worst, (gap[live] / group_bound[live]).max())
     return worst
 
 
@@ -654,25 +651,25 @@ def hard_rows(rng, rows, size):
 
 
 @pytest.mark.parametrize("size, rows", [(37, 600), pytest.param(1000, 600, marks=slow), (GPT2_VOCAB, 24)])
-def test_softmax_margin(size, rows):
+def test_softmax_error_bound(size, rows):
     """Twice what is seen, on rows made to be hard."""
     rng = np.random.default_rng(20)
     spreads = [0.05, 1, 2, 3, 6] if size == GPT2_VOCAB else [0.3] * 20 + [2] * 20 + [5] * 20
     z = [hard_rows(rng, rows, size), from_largest(gaussians(rng, spreads, size)), odd_scores(rng, size)]
     gap = largest_gap(np.concatenate(z))
-    print(f"{size}: {gap:.2f} of the margin")
+    print(f"{size}: {gap:.2f} of the bound")
     assert gap < 0.5
 
 
 @pytest.mark.parametrize("size, rows", [(37, 600), pytest.param(GPT2_VOCAB, 6, marks=slow)])
-def test_entmax_margin(size, rows):
+def test_entmax_error_bound(size, rows):
     rng = np.random.default_rng(21)
     spreads = [0.02, 0.5, 2, 3] if size == GPT2_VOCAB else [0.01] * 20 + [0.3] * 20 + [2] * 20
     z = [hard_rows(rng, rows, size), from_largest(gaussians(rng, spreads, size)), odd_scores(rng, size)]
     z = np.concatenate(z)
     alpha = rng.permutation(np.resize(np.append(ALPHAS, [1.0001, 1.02, 1.1, 1.7, 1.95, 1.99]), len(z)))
     gap = largest_gap(z, np.float32(alpha))
-    print(f"{size}: {gap:.2f} of the margin")
+    print(f"{size}: {gap:.2f} of the bound")
     assert gap < 0.5
 
 
@@ -683,7 +680,7 @@ def at_borders(weights, which):
 
 
 @pytest.mark.parametrize("size", [130, pytest.param(1000, marks=slow), pytest.param(4096, marks=slow)])
-def test_fast_draws_from_weights_are_exact_or_in_doubt(size, monkeypatch):
+def test_fast_draws_from_weights_are_exact_or_ambiguous(size, monkeypatch):
     rng = np.random.default_rng(33)
     rows = 3000
     w = sparse_weights(rng, rows, size)
@@ -718,11 +715,11 @@ def test_fast_draws_from_weights_are_exact_or_in_doubt(size, monkeypatch):
         exact = draw(one)
         return fast, exact[:, 0], flags[0][:, 0]
 
-    fast, exact, doubt = on_tensors(build, w, u1, u2)
-    assert np.all((fast == exact) | (doubt == 1))
+    fast, exact, ambiguous = on_tensors(build, w, u1, u2)
+    assert np.all((fast == exact) | (ambiguous == 1))
     plain = np.arange(rows) % 4 > 0
     plain[: rows // 2], plain[::50] = False, False
-    assert (fast != exact).any() and doubt[plain].mean() < 0.02
+    assert (fast != exact).any() and ambiguous[plain].mean() < 0.02
 
 
 def mixed_rows(rng, rows, size):
@@ -776,8 +773,8 @@ def near_borders(rng, scores, *alpha, passes, away=0.0, few=False):
         pytest.param(GPT2_VOCAB, 16, 2, 10, False, marks=slow),
     ],
 )
-def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax):
-    """260,000 draws with each backend, all within a few margins of a border."""
+def test_fast_draws_are_exact_or_ambiguous(size, distinct, copies, passes, entmax):
+    """260,000 draws with each backend, all within a few error bounds of a border."""
     rng = np.random.default_rng(22)
     z = mixed_rows(rng, distinct, size)
     alpha = [mixed_alphas(rng, distinct)] if entmax else []
@@ -785,7 +782,7 @@ def test_fast_draws_are_exact_or_in_doubt(size, distinct, copies, passes, entmax
 
 
 @slow
-def test_fast_draws_among_few_entries_are_exact_or_in_doubt():
+def test_fast_draws_among_few_entries_are_exact_or_ambiguous():
     """Rows of which less than 64 entries are in entmax's support."""
     rng = np.random.default_rng(31)
     z = from_largest(gaussians(rng, rng.uniform(2, 4, 16), GPT2_VOCAB))
@@ -793,9 +790,9 @@ def test_fast_draws_among_few_entries_are_exact_or_in_doubt():
 
 
 def check_fast_draws(rng, z, alpha, copies, passes, few=False):
-    """Near borders between entries: what is drawn at first, and is not in doubt, is right; some are in doubt."""
+    """Near borders between entries: a fast draw that is not ambiguous is right; some are ambiguous."""
     entmax, (distinct, size) = bool(alpha), z.shape
-    away = (categorical.ENTMAX_MARGIN if entmax else categorical.SOFTMAX_MARGIN) / 2
+    away = (categorical.ENTMAX_ERROR_BOUND if entmax else categorical.SOFTMAX_ERROR_BOUND) / 2
     u = near_borders(rng, z, *alpha, passes=passes * copies, away=away, few=few)
 
     def from_weights(mesh, w, u1, u2):
@@ -806,29 +803,29 @@ def check_fast_draws(rng, z, alpha, copies, passes, few=False):
     want = MeshRunner()(from_weights, weights, *u.transpose(0, 2, 1)).T.reshape(passes, copies * distinct)
     u = u.reshape(2, passes, copies * distinct)
     z, alpha = np.tile(z, (copies, 1)), [np.tile(a, copies) for a in alpha]
-    draw, seen = categorical._draw_near, []
+    draw, seen = categorical._fast_draw, []
 
     def note(*args, **kwargs):
         seen.append(draw(*args, **kwargs))
         return seen[-1]
 
-    def tokens_and_doubts(*tensors):
+    def tokens_and_flags(*tensors):
         seen.clear()
         token = lowered(score_build(size), *tensors)
         return token, seen[0][1].tensor_list[0][:, 0]
 
     fast_is_other = 0  # under one of them, at least
     for jit in (False, True):
-        doubted = 0
-        with opened_up(again=False, few=few, _draw_near=note), quiet_logging():
-            function = compiled(tokens_and_doubts, jit)
+        share = 0
+        with opened_up(again=False, few=few, _fast_draw=note), quiet_logging():
+            function = compiled(tokens_and_flags, jit)
             for u1, u2, right in zip(*u, want):
-                token, doubt = (t.numpy() for t in function(*map(tf.constant, (z, u1, u2, *alpha))))
-                np.testing.assert_array_equal(token[doubt == 0], right[doubt == 0])
-                doubted += (doubt > 0).mean() / passes
+                token, ambiguous = (t.numpy() for t in function(*map(tf.constant, (z, u1, u2, *alpha))))
+                np.testing.assert_array_equal(token[ambiguous == 0], right[ambiguous == 0])
+                share += (ambiguous > 0).mean() / passes
                 fast_is_other += (token != right).mean() / passes
-        print(f"{size}, {'XLA' if jit else 'plain'}: {doubted:.2f} in doubt, {fast_is_other:.3f} would be wrong")
-        assert 0.2 < doubted < 0.99
+        print(f"{size}, {'XLA' if jit else 'plain'}: {share:.2f} ambiguous, {fast_is_other:.3f} would be wrong")
+        assert 0.2 < share < 0.99
     assert fast_is_other > 0
 
 
@@ -857,7 +854,7 @@ def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, ent
 
     inputs = [(tf.float32, (rows, size))] + [(tf.float32, (rows,))] * (2 + len(alpha))
     programs = {"one device": Program(score_build(size), inputs), "XLA": XlaProgram(score_build(size), inputs)}
-    with margins(2.0):
+    with error_bounds(2.0):
         programs["integers"] = Program(score_build(size), inputs)
     for mesh_shape in layouts:
         runner = MeshRunner(mesh_shape, "batch:x,vocab:y" if "y" in mesh_shape else "vocab:x")
@@ -872,12 +869,12 @@ def test_score_draw_is_the_same_everywhere(size, rows, at_borders, anywhere, ent
 
 @slow
 def test_without_the_protection_backends_differ():
-    """The draws above at margins of 0: some of those at borders are other ones under XLA, and on layouts."""
+    """The draws above at error bounds of 0: some of those at borders are other ones under XLA, and on layouts."""
     rng = np.random.default_rng(24)
     z = mixed_rows(rng, 64, 3000)
     u = near_borders(rng, z, passes=10)
     inputs = [(tf.float32, z.shape)] + [(tf.float32, (64,))] * 2
-    with margins(0.0):
+    with error_bounds(0.0):
         plain, xla = Program(score_build(3000), inputs), XlaProgram(score_build(3000), inputs)
     right = Program(score_build(3000), inputs)
     tokens = [np.array([program(z, u1, u2) for u1, u2 in zip(*u)]) for program in (plain, xla, right)]
@@ -955,7 +952,7 @@ INVALID_ALPHAS = {2: 1 - 2.0**-24, 5: 2 + 2.0**-22, 7: np.nan, 9: -np.inf}
 @pytest.mark.parametrize("exactly", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize("entmax", [False, True])
 def test_invalid_rows_of_scores(entmax, exactly):
-    """−1, and only for them, in doubt (`exactly`) and out of it; the others draw what they draw without them."""
+    """−1, and only for them, by the exact draw (`exactly`) and the fast one; the others draw as without them."""
     rng = np.random.default_rng(27)
     good = from_largest(gaussians(rng, [2] * 12, 130))
     bad, alphas = good.copy(), np.full((2, 12), 1.3, np.float32)
@@ -969,7 +966,7 @@ def test_invalid_rows_of_scores(entmax, exactly):
     assert want.min() >= 0
     want[[*INVALID_SCORES, *(INVALID_ALPHAS if entmax else [])]] = -1
     if exactly:
-        with margins(2.0):
+        with error_bounds(2.0):
             programs = [Program(score_build(130), inputs, runner=HALVES), XlaProgram(score_build(130), inputs)]
     else:  # shards cut groups of 130, those of what it is padded to not
         split = [Program(score_build(130, padded), inputs, runner=HALVES) for padded in (130, padded_size(130, 2))]
@@ -1006,7 +1003,7 @@ def test_draws_from_candidates_are_those_from_the_masked_row(entmax):
     for u1, u2 in zip(*uniforms(rng, 2, 8, rows)):
         np.testing.assert_array_equal(from_few(values, order, u1, u2, *alphas), from_masked(masked, u1, u2, *alphas))
     others = [XlaProgram(few, inputs)]
-    with margins(2.0):
+    with error_bounds(2.0):
         others.append(Program(few, inputs))
     for u1, u2 in zip(*near_borders(rng, masked, *alphas, passes=6)):
         want = from_few(values, order, u1, u2, *alphas)
