@@ -76,7 +76,7 @@ _NEUTRAL_OPTIONS = {
     "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
 }
-# What says how transformers computes or reports, and not what is sampled: what keys begin with.
+# Prefixes of keys that say how transformers computes or reports, and not what is sampled.
 _WITHOUT_EFFECT = (
     "_",
     "assistant_",
@@ -118,7 +118,7 @@ def note_old_options(config: dict[str, Any], config_file: Path) -> None:
         if key in (*_OPTIONS, *neutral) and not _changes_nothing(value, neutral.get(key))
     ]
     if odd:
-        log.warning("%s: options count in a generation_config.json alone; left out: %s",
+        log.warning("%s: options are read from generation_config.json only; ignored: %s",
                     config_file, one_line(", ".join(odd)))  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
     add("--layout", metavar="batch:x,vocab:y", help="which dimension is split along which axis, of "
         "batch, vocab, heads, embd, memory_length, intermediate_expanded, embed_sequence")  # fmt: skip
     add("--devices", metavar="cpu:0,cpu:1", help="a device for each processor of the mesh, the last axis "
-        "fastest; auto: the GPUs that are there; in a cluster as worker:1/cpu:0 (default: "
+        "fastest; auto: all GPUs; in a cluster as worker:1/cpu:0 (default: "
         "TensorFlow's choice of one, in a cluster the first CPU of each process)")  # fmt: skip
     add("--cluster", metavar="host:port,host:port", help="processes started with serve "
         "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
@@ -83,7 +83,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
     prompts.add_argument("--prompts-file", metavar="IN.jsonl", help='a prompt a line, as {"prompt": "Emma"} or '
-                         '{"prompt_ids": [1, 2, 3]}, with an "id" and options of its own if wanted')  # fmt: skip
+                         '{"prompt_ids": [1, 2, 3]}, with an optional "id" and options of its own')  # fmt: skip
     add("--output", metavar="OUT.jsonl", help="where the samples of --prompts-file go, a JSON object a prompt; the "
         "same command goes on where it was stopped")  # fmt: skip
     for name in ("max_new_tokens", "seed", "num_return_sequences", "stop_strings"):
@@ -104,7 +104,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--file", metavar="PATH", help="a text file, scored as one text; see --stride")
     add("--stride", type=int, metavar="N", help="read texts longer than the model's context in windows of its length "
         "that begin N tokens apart, each token scored in the first that has it")  # fmt: skip
-    add("--add-start-token", action="store_true", help="read each text behind the model's first token, so that the "
+    add("--add-start-token", action="store_true", help="read each text after the model's first token, so that the "
         "text's own first token is scored too (default: it is left out)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, with each token's log-probability")
     _add_mesh_options(parser)
@@ -114,12 +114,12 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     add = parser.add_argument
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text ahead of the token")
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text before the token")
     prompt.add_argument("--prompt-ids", metavar='"1 2 3"', help="the same as token ids")
-    add("--continuation", metavar="TEXT", default="", help="new text that stands behind the prompt already, for the "
-        "options that look at new tokens alone")  # fmt: skip
+    add("--continuation", metavar="TEXT", default="", help="new text that already follows the prompt, for the "
+        "options that look at new tokens only")  # fmt: skip
     add("--show", type=int, default=DEFAULT_COUNT, metavar="N", help="tokens to show (default: %(default)s)")
-    add("--plot", metavar="FILE", help="draw it too: a file whose suffix says the format, such as .png or .svg")
+    add("--plot", metavar="FILE", help="also draw a picture; the file's suffix is the format, such as .png or .svg")
     add("--json", action="store_true", help="print one JSON object in place of the table")
     _add_sampling_options(parser)
     _add_mesh_options(parser)
@@ -143,14 +143,14 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DEST", help="a folder that is new or empty")
     parser.add_argument("--to", choices=("mesh-tf", "huggingface"), help="default: the one that SOURCE is not")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                        help="of the weights (default: %(default)s; float16 for huggingface alone)")  # fmt: skip
+                        help="of the weights (default: %(default)s; float16 for huggingface only)")  # fmt: skip
     parser.add_argument("--max-shard-size", metavar="SIZE", help="most that one file of huggingface holds, "
                         f"counted in float32 (default: {MAX_SHARD_SIZE})")  # fmt: skip
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="host:port,host:port", help="all processes (default: those of TF_CONFIG)")
-    parser.add_argument("--task", metavar="worker:1", help="which of them this is, from 0 (default: TF_CONFIG's)")
+    parser.add_argument("--task", metavar="worker:1", help="this process, counted from 0 (default: TF_CONFIG's)")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="CPU devices to offer (default: 1)")
 
 
@@ -163,7 +163,7 @@ _COMMANDS = (  # name, line in the list of commands, description, what adds its 
     ("inspect", "show what each sampling option does to the next token",
      "Show the distribution of the next token, and what each step of sampling makes of it.", _add_inspect),
     ("export", "write a model as a SavedModel",
-     "Write a model as a SavedModel, which runs with TensorFlow alone. Nothing goes to stdout.", _add_export),
+     "Write a model as a SavedModel, which runs with TensorFlow only. Nothing goes to stdout.", _add_export),
     ("convert", "write a model in the other format",
      "Write a model in the other format. Weights keep every bit in float32.", _add_convert),
     ("serve", "lend this machine's devices to a cluster",

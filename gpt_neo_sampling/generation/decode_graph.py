@@ -58,7 +58,7 @@ class ProgramKey:
 class ProgramInputs:
     """What a graph is run with."""
 
-    ids: tf.Tensor  # int32 [batch, length]; prompts, and anything behind them
+    ids: tf.Tensor  # int32 [batch, length]; prompts, and anything after them
     prompt_lengths: tf.Tensor  # int32 [batch]
     # the rest scalar or [rows]
     max_steps: tf.Tensor  # int32
@@ -89,7 +89,7 @@ def build(
       n_vocab: int, entries of the vocabulary's dimension, padding included.
       mesh_impl: what the graph is lowered on.
       variable_dtype: mtf.VariableDType.
-      bos_id: int, what an empty prompt stands for.
+      bos_id: int, the token that an empty prompt is replaced by.
       on_tokens: None, or a function called after each step with ndarrays [rows]:
         each row's last token, and how many new ones it has, and with `run_number`; it returns
         a float32 one, 1.0 for rows that are done.
@@ -147,7 +147,7 @@ def build_chain(
     mesh_impl: mtf.MeshImpl,
     variable_dtype: mtf.VariableDType,
 ) -> list[tuple[str, tf.Tensor]]:
-    """Adds a graph of one step, that behind a prompt, to the one that is open.
+    """Adds a graph of the one step after a prompt to the graph that is open.
 
     Args:
       key: ProgramKey, of one prompt.
@@ -257,7 +257,7 @@ def load_weights(
         run(list(feed), {initializer.inputs[1]: value for initializer, value in feed.items()})
         feed.clear()
 
-    # The largest first: what is read stands beside what is filled while that is least.
+    # The largest first, while the least memory is in use: a weight is held twice while it is read.
     names = sorted(weights, key=lambda name: -weights[name][0].size)
     with progress_bar("loading", map(checkpoint.shape, names)) as progress:
         for name in names:
@@ -277,7 +277,7 @@ def load_weights(
 
 
 def _slice(value: np.ndarray, begin: Sequence[int], shape: list[int], dtype: npt.DTypeLike) -> np.ndarray:
-    """A slice of an array, with zeros behind its end (the entries of a padded vocabulary).
+    """A slice of an array, with zeros past its end (the entries of a padded vocabulary).
 
     TensorFlow keeps what it is fed, so a slice is no view, which would keep the whole.
     """
@@ -291,7 +291,7 @@ def _slice(value: np.ndarray, begin: Sequence[int], shape: list[int], dtype: npt
 
 
 def first_token_of(checkpoint: Checkpoint) -> int:
-    """int: what an empty prompt stands for, the model's bos_id or else its eos_id.
+    """int: the token that an empty prompt is replaced by, the model's bos_id or else its eos_id.
 
     Raises:
       ValueError: if it names neither, or one outside the vocabulary.

@@ -66,14 +66,14 @@ def export_saved_model(
     marked † are scalar or [batch]; a session and TensorFlow Serving may leave
     them out for the default, `tf.saved_model.load` wants all inputs.
 
-        prompts           int32 [batch, any width]; prompts, and behind them anything
+        prompts           int32 [batch, any width]; prompts, and anything after them
         prompt_lengths    int32 [batch]; 0 for the model's first token
         seed              † int64, its low 32 bits; no default
         stream            † int32; with the seed it chooses the random numbers; 0, 1, 2, … for the rows
         max_new_tokens    † int32; as many as `length` has room for
         temperature       † float32; 0 is greedy; 0.9, entmax 1.0
         top_k             † int32; below 1 is off; off
-        entmax_alpha      † float32, from 1 to 2, "entmax" alone; 1.3
+        entmax_alpha      † float32, from 1 to 2, "entmax" only; 1.3
         eos_token_id      † int32; −1 is none; the model's own (of several, the first: the others always count)
         each of controls  † float32, min_new_tokens int32; what changes nothing
 
@@ -180,7 +180,7 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -
 
     try:
         first, shortest = first_token_of(checkpoint), 0
-    except ValueError:  # there is nothing for an empty prompt to stand for
+    except ValueError:  # no token to replace an empty prompt by
         first, shortest = 0, 1
     ids, wrong = _prompts(prompts, prompt_lengths, key, checkpoint.params["n_vocab"], shortest)
     max_new_tokens = option("max_new_tokens", key.length)
@@ -226,7 +226,7 @@ def _prompts(
 
 
 def _lengths(tokens: tf.Tensor, begin: tf.Tensor, max_steps: tf.Tensor, stop_tokens: Sequence[tf.Tensor]) -> tf.Tensor:
-    """int32 [batch], where each row ends whose new tokens stand from `begin` on."""
+    """int32 [batch], where each row ends; its new tokens are at `begin` and after."""
     length = tokens.shape.as_list()[1]
     at = tf.range(length)
     ends = [tf.equal(tokens, t[:, tf.newaxis]) for t in stop_tokens]

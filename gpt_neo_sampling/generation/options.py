@@ -1,4 +1,4 @@
-"""What a request may ask for, beside the controls, and a value of each for each prompt."""
+"""The options of a request besides the controls, resolved to a value for each prompt."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ PerPrompt = float | Sequence[float | None] | np.ndarray  # one for all prompts, 
 class GenerationOptions(Controls[PerPrompt]):
     """What `TextGenerator.generate` may be asked for, by the names of Hugging Face's `generate`.
 
-    The controls of `sampling.controls.Controls`, and what stands here. A number may also be a list, with one for each
+    The controls of `sampling.controls.Controls` and the fields below. A number may also be a list, with one for each
     prompt. None is the model's own, if its generation_config.json gives one (see `Checkpoint.generation_defaults`), and
     else what changes nothing. `logits_processors` are functions of (logits, ids, position) on mtf tensors, see
     `sample_autoregressive`; a graph is built for each set of them, so hand over the same objects again.
@@ -53,7 +53,6 @@ class GenerationOptions(Controls[PerPrompt]):
         ValueError: min_p=1.5; a number from 0 to 1 is needed
     """
 
-    # where each sentence's control stands in the order of application: docs/sampling.md
     bad_words_ids: Sequence[Sequence[int]] | None = control(
         Control("lists of one token id each, which are never drawn but for stop tokens")
     )
@@ -64,7 +63,7 @@ class GenerationOptions(Controls[PerPrompt]):
         Control("tokens that end a continuation, at most 256; -1 for none")
     )
     stop_strings: str | Sequence[str] | None = control(
-        Control("texts that end a continuation, which stops ahead of them")
+        Control("texts that end a continuation, which stops before them")
     )
     max_new_tokens: PerPrompt | None = control(
         Number(f"the longest continuation, in tokens; {DEFAULT_NEW_TOKENS}, or up to the model's max_length, prompt "
@@ -78,7 +77,7 @@ class GenerationOptions(Controls[PerPrompt]):
         Number("tells rows of one seed apart; samples of a prompt count on from it, so a list leaves room for them; "
                "from 0 on", least=-(2**31), most=INT32_MAX, whole=True))  # fmt: skip
     pad_token_id: int | None = control(
-        Control("taken for the sake of scripts: what is returned has no padding, so it changes nothing")
+        Control("accepted for scripts that pass it; changes nothing, as what is returned has no padding")
     )
     return_logprobs: bool = False
 

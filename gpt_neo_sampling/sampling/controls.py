@@ -1,6 +1,6 @@
 """Every control of sampling, once: its name, its range, what it does and which function does it.
 
-The fields of `Controls` stand in the order in which they are applied. The keywords of `sample_autoregressive`,
+The fields of `Controls` are in the order in which they are applied. The keywords of `sample_autoregressive`,
 `GenerationOptions`, the command's options, prompts files, exports, generation_config.json, `inspect` and the table in
 docs/sampling.md follow from them.
 """
@@ -55,14 +55,14 @@ Mask = Callable[[mtf.Tensor, RowValue, mtf.Dimension], mtf.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """What there is to know of a control.
+    """The facts about a control.
 
     Attributes:
       help: what it does, in a sentence: the command's help and the guide's table.
-      token_step: what applies it ahead of the temperature, where greedy decoding sees it too. Neighbours with the same
-        function are one step.
-      mask: what applies it behind the temperature.
-      argmax_invariant: whether it keeps the likeliest token, so that greedy decoding may leave it out.
+      token_step: the function that applies it before the temperature, for greedy decoding too. Neighbouring fields with
+        the same function are one step.
+      mask: the function that applies it after the temperature.
+      argmax_invariant: whether the likeliest token stays the likeliest, so that greedy decoding skips it.
     """
 
     help: str
@@ -73,12 +73,12 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Number(Control):
-    """A control that is a number, of which each row of a batch may have its own.
+    """A control that is a number; each row of a batch may have its own.
 
     Attributes:
       least, most: its range.
       above_least, below_most: whether that end itself is out of range.
-      neutral: the number that changes nothing; None where every number says something.
+      neutral: the number that changes nothing; None if every number has an effect.
       whole: whether it is an int32 rather than a float32.
     """
 
@@ -94,7 +94,7 @@ class Number(Control):
         return np.int32 if self.whole else np.float32
 
     def check(self, name: str, value: object) -> None:
-        """Raises ValueError for a value that is no such number, or out of range."""
+        """Raises ValueError for a value that is not a number or out of range."""
         if not is_real(value):
             raise ValueError(f"{name}={value!r}; a number is needed")
         if self.whole:
@@ -126,7 +126,7 @@ def control(control: Control, default: Any = None) -> Any:
 def with_sentences(options: type[Class]) -> type[Class]:
     """Adds the sentences of a dataclass's controls to its docstring, for `help`."""
     sentences = [f"        {name:21} {control.help}\n" for name, control in controls_of(options).items()]
-    options.__doc__ = f"{options.__doc__}\n    Fields with a sentence of their own:\n\n{''.join(sentences)}    "
+    options.__doc__ = f"{options.__doc__}\n    Controls, in the order of application:\n\n{''.join(sentences)}    "
     return options
 
 
@@ -192,7 +192,7 @@ class Controls(Generic[Value]):
     """The controls, in the order in which they are applied; None leaves one out. By transformers' names where it has
     them; presence and frequency are OpenAI's, top_n_sigma is llama.cpp's."""
 
-    logits_processors: Sequence[LogitsProcessor] = ()  # the caller's own, ahead of all
+    logits_processors: Sequence[LogitsProcessor] = ()  # the caller's own, applied first
     # what looks at the row so far
     repetition_penalty: Value | None = _token_step(
         _penalise_repetition, "above 1, tokens that the row holds, its prompt included, get less likely",
@@ -264,7 +264,7 @@ class ControlKeywords(TypedDict, total=False):
 
 
 def check_keywords(given: ControlKeywords) -> None:
-    """Raises TypeError for one that is no control."""
+    """Raises TypeError for a keyword that is not a control."""
     unknown = sorted(given.keys() - ControlKeywords.__annotations__.keys())
     if unknown:
         raise TypeError(f"unknown keyword {unknown[0]}; allowed: {', '.join(ControlKeywords.__annotations__)}")
@@ -273,7 +273,7 @@ def check_keywords(given: ControlKeywords) -> None:
 @with_sentences
 @dataclasses.dataclass
 class SamplingOptions(Controls[RowValue]):
-    """How a token is drawn from its logits: the controls, and what the loop knows beside them.
+    """How a token is drawn from its logits: the controls, and what the loop adds to them.
 
     A number may be a Python number or an mtf tensor, scalar or one a row.
 
@@ -281,8 +281,8 @@ class SamplingOptions(Controls[RowValue]):
       logits_processors: functions of (logits, ids, position), as of `sample_autoregressive`.
       temperature: above 0; 0 is argmax.
       max_top_k: an int, needed where top_k is a tensor.
-      use_entmax: True for entmax in place of softmax; entmax_alpha is 1.3 by default, and for it alone.
-      stop_tokens: a tuple of ids, each a number.
+      use_entmax: True for entmax in place of softmax; entmax_alpha, 1.3 by default, is for it only.
+      stop_tokens: a tuple of ids, each a number as above.
       never_end: True for no stop token at all.
       vocab_size: None, or where the vocabulary is padded an int: ids from there on are never drawn.
     """
@@ -318,7 +318,7 @@ class SamplingOptions(Controls[RowValue]):
         return value is not None and not (isinstance(control, Number) and is_real(value) and value == control.neutral)
 
     def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
-        """The same with its tensors on the mesh, for a loop not to import them in every step; numbers stay numbers.
+        """The same with its tensors imported into the mesh, once for all steps of a loop; numbers stay as they are.
 
         Args:
           mesh: mtf.Mesh.

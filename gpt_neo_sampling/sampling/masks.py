@@ -1,4 +1,4 @@
-"""Masks: logits in, the same logits out, less what may not be drawn."""
+"""Masks: logits in, and out again without what may not be drawn."""
 
 from collections.abc import Callable
 
@@ -104,7 +104,7 @@ def _keep_first(
 def top_k_candidates(
     logits: mtf.Tensor, k: RowValue, dim: mtf.Dimension | None = None, *, max_top_k: int | None = None
 ) -> tuple[mtf.Tensor, mtf.Tensor] | None:
-    """What `top_k_mask` leaves, by itself.
+    """The entries that `top_k_mask` keeps, without the others.
 
     Args:
       logits, k, dim, max_top_k: as for `top_k_mask`.
@@ -173,7 +173,7 @@ def top_n_sigma_mask(
 
     Args:
       top_n_sigma: as for the nucleus mask, but any finite number from 0 on; 0 masks nothing, as in llama.cpp.
-      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
     return _mask_below(logits, "top_n_sigma", top_n_sigma, dim, masked, cutoffs.sigma_cut, neutral=0, most=FLOAT32_MAX)
 
@@ -189,7 +189,7 @@ def top_h_mask(
 
     Args:
       top_h: as for the nucleus mask; 0 masks nothing, 1 all but the 100 likeliest.
-      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
     dim = dim_of(logits, dim)
     if _masks_nothing("top_h", top_h, neutral=0):
@@ -257,7 +257,7 @@ def min_p_mask(
 
     Args:
       min_p: as for the nucleus mask; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
-      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
     return _mask_below(logits, "min_p", min_p, dim, masked, cutoffs.min_p_cut, neutral=0)
 
@@ -273,7 +273,7 @@ def typical_p_mask(
 
     Args:
       typical_p: as for the nucleus mask, but above 0; 1 masks nothing.
-      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
     return _mask_below(logits, "typical_p", typical_p, dim, masked, cutoffs.typical_p_cut, neutral=1, excluded=0)
 
@@ -287,7 +287,7 @@ def epsilon_mask(
 
     Args:
       epsilon_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
-      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
     return _mask_below(
         logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, cutoffs.epsilon_cut, neutral=0, excluded=1
@@ -304,7 +304,7 @@ def eta_mask(
 
     Args:
       eta_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
-      logits, dim, masked: as for the nucleus mask, and so are what is returned and raised.
+      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
     return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1)
 

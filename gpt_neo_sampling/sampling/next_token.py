@@ -27,7 +27,7 @@ Step = Callable[[mtf.Tensor, mtf.Dimension], mtf.Tensor]  # (logits, dim) to log
 
 
 def token_steps(options: SamplingOptions, history: History | None) -> list[tuple[str, Step]]:
-    """The steps ahead of the temperature, which hold for greedy decoding too.
+    """The steps before the temperature, which apply to greedy decoding too.
 
     Args:
       options: SamplingOptions.
@@ -64,7 +64,7 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
 
 
 def mask_steps(options: SamplingOptions) -> list[tuple[str, Step]]:
-    """The masks behind the temperature, "top_k" among them, as pairs like those of `token_steps`."""
+    """The masks after the temperature, "top_k" among them, as pairs like those of `token_steps`."""
     masks = {name: control.mask for name, control in CONTROLS.items() if control.mask is not None or name == "top_k"}
 
     def step(name: str) -> Step:
@@ -83,7 +83,7 @@ def _without_padding(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOp
 def _before_temperature(
     logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History | None
 ) -> list[tuple[str, mtf.Tensor]]:
-    """Pairs of a step's name and the logits behind it, the first the model's own."""
+    """Pairs of a step's name and the logits after it; the first pair is the model's own."""
     logits = _without_padding(mtf.cast(logits, tf.float32), dim, options)
     found = [("model", logits)]
     for name, step in token_steps(options, history):
@@ -91,7 +91,7 @@ def _before_temperature(
         if options.logits_processors:  # which may give any number to an entry that is padding
             logits = _without_padding(logits, dim, options)
         found.append((name, logits))
-    if len(found) > 1:  # what is masked is −inf from here on, for a row without anything else to be told
+    if len(found) > 1:  # masked entries become −inf, so that a row with nothing else is recognised
         lowest = mask_value(tf.float32)
         logits = mtf.cwise(lambda x: tf.where_v2(x <= lowest, tf.constant(-np.inf), x), [logits])
         found[-1] = name, logits
@@ -101,7 +101,7 @@ def _before_temperature(
 def chain_distributions(
     logits: mtf.Tensor, vocab_dim: mtf.Dimension, options: SamplingOptions, history: History | None = None
 ) -> list[tuple[str, mtf.Tensor]]:
-    """The distribution that a token would be drawn from, if the chain ended behind each of its steps.
+    """The distribution that a token would be drawn from, if the chain ended after each of its steps.
 
     Args:
       logits, vocab_dim, options, history: as for `next_token`; temperatures above
@@ -203,7 +203,7 @@ def _draw(
     alpha = import_rows(mesh, options.alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     masks = mask_steps(options)
     names = [name for name, _ in masks]
-    ahead = names.index("top_k") if "top_k" in names else 0  # so many masks stand ahead of top-k
+    ahead = names.index("top_k") if "top_k" in names else 0  # how many masks come before top-k
     if ahead:
         logits, factor = _scaled(logits, factor, dim), None
         for _, mask in masks[:ahead]:
@@ -242,7 +242,7 @@ def _draw(
 
 
 def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf.Tensor:
-    """x, taken from its largest, times a `factor` of `inverse_temperature`."""
+    """x minus its largest entry, times a `factor` of `inverse_temperature`."""
     top = mtf.reduce_max(mtf.cwise(finite, [x]), reduced_dim=dim)
     if factor is None:
         return cwise_broadcast(tf.subtract, [x, top], x.shape)
@@ -252,7 +252,7 @@ def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf
 def _log_probability(
     x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, alpha: mtf.Tensor | None = None, ids: mtf.Tensor | None = None
 ) -> mtf.Tensor:
-    """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries stand for the tokens `ids`."""
+    """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries are those of the tokens `ids`."""
     at, x = token, mtf.cwise(finite, [x])  # to travel
     if ids is not None:
         is_token = cwise_broadcast(lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32)
@@ -277,7 +277,7 @@ def _select(flag: mtf.Tensor, yes: list[mtf.Tensor], no: list[mtf.Tensor]) -> li
 
 
 def inverse_temperature(mesh: mtf.Mesh, temperature: RowValue, rows: mtf.Shape) -> mtf.Tensor | None:
-    """What logits, taken from the largest, are multiplied by.
+    """The factor that logits, minus the largest, are multiplied by.
 
     The reciprocal is taken here, as some backends do not divide as others do.
 

@@ -1,4 +1,4 @@
-"""Penalties for tokens that stand in a row already, and sets of tokens: logits in, the same logits out.
+"""Penalties for tokens that a row already holds, and masks of sets of tokens: logits in, logits of the same shape out.
 
 In all of them an entry that is masked already (−inf, or the lowest number of its
 dtype) stays as it is, and so does an invalid one (NaN, +inf). What would overflow
@@ -15,17 +15,17 @@ from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_int, is
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_add, size_of
 from gpt_neo_sampling.sampling.masks import mask_out, mask_value
 
-# --- Tokens that stand in a row ---------------------------------------------------
+# --- Tokens that a row holds ---------------------------------------------------
 
 
 def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: RowValue | None = None) -> mtf.Tensor:
-    """How often each token stands in a row, at positions begin ≤ position < end.
+    """How often each token occurs in a row, at positions begin ≤ position < end.
 
     Args:
       ids: int32 mtf.Tensor [rows…, length]; an id outside `dim` does not count.
       dim: mtf.Dimension of the vocabulary.
       begin, end: an int, or an int32 tensor, scalar or [rows…]; an end of None is
-        the length. From a prompt's length on, new tokens alone count.
+        the length. With the prompt's length as begin, only new tokens count.
 
     Returns:
       float32 mtf.Tensor [rows…, dim].
@@ -60,7 +60,7 @@ def _whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
 def repetition_penalty(
     logits: mtf.Tensor, counts: mtf.Tensor, penalty: RowValue, dim: mtf.Dimension | None = None
 ) -> mtf.Tensor:
-    """Makes tokens that are there already less likely (Keskar et al. 2019, arXiv 1909.05858).
+    """Makes tokens that the row already holds less likely (Keskar et al. 2019, arXiv 1909.05858).
 
     For entries with a count above 0: x / penalty where x > 0, else x · penalty, as
     transformers does it. (The paper divides in both cases, which makes a token
@@ -97,10 +97,10 @@ def presence_frequency_penalty(
     frequency: RowValue = 0.0,
     dim: mtf.Dimension | None = None,
 ) -> mtf.Tensor:
-    """Makes tokens that are there already less likely: x − presence · [count > 0] − frequency · count.
+    """Makes tokens that the row already holds less likely: x − presence · [count > 0] − frequency · count.
 
     The presence and frequency penalties of OpenAI's API and of vLLM, which take
-    numbers from −2 to 2 and count new tokens alone.
+    numbers from −2 to 2 and count only new tokens.
 
     Args:
       logits, counts, dim: as for `repetition_penalty`.
@@ -190,7 +190,7 @@ def no_repeat_ngram_mask(
     position = mtf.broadcast(import_rows(ids.mesh, position, tf.int32, rows, "position"), rows)
 
     def repeats(ids: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
-        """1.0 for each id that is there and comes behind n − 1 that are the row's last, else 0.0."""
+        """1.0 for each id of the row that follows the same n − 1 ids that the row ends with, else 0.0."""
         length = size_of(ids, -1)
         at = tf.range(length)
         position = tf.minimum(position[..., tf.newaxis], length)

@@ -77,7 +77,7 @@ def test_options_of_an_old_config_are_named(tmp_path, caplog):
     odd = dict(temperature=0.7, typical_p=0, num_return_sequences=3, length_penalty=2.0)
     make_hugging_face(tmp_path / "m", {**neutral, **odd})
     assert "temperature" not in open_checkpoint(tmp_path / "m").generation_defaults
-    assert "left out: temperature=0.7, typical_p=0, num_return_sequences=3, length_penalty=2.0" in caplog.text
+    assert "ignored: temperature=0.7, typical_p=0, num_return_sequences=3, length_penalty=2.0" in caplog.text
     caplog.clear()
     (tmp_path / "m" / "generation_config.json").write_text("{}")
     open_checkpoint(tmp_path / "m")
