@@ -53,7 +53,7 @@ def plot_options(generator, prompt, path):
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     planes = figure.subplots(2, 5, sharex=True, sharey=True)
     model = generator.inspect(prompt)[0]
-    for plane, (option, values) in zip(planes.flat, OPTIONS.items()):
+    for plane, (option, values) in zip(planes.flat, OPTIONS.items(), strict=True):
         draw_curve(plane, model, color="#999999", linewidth=4, label="model")
         for value, shade in zip(values, np.linspace(0, 0.85, len(values))):
             step = drawn_from(generator, prompt, **{option: value})

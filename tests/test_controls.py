@@ -116,7 +116,11 @@ SETTINGS = {
     ),
     "greedy": dict(repetition_penalty=1.5, no_repeat_ngram_size=2, logit_bias=BIAS, temperature=0, top_p=0.5),
 }  # fmt: skip
-PER_ROW = ("repetition_penalty", "presence_penalty", "frequency_penalty", *MASKS)
+OUT_OF_RANGE = {
+    "repetition_penalty": 0, "presence_penalty": np.inf, "frequency_penalty": np.nan, "top_p": 1.1, "min_p": -0.1,
+    "typical_p": 1.5, "epsilon_cutoff": 2, "eta_cutoff": -1, "top_n_sigma": -1, "top_h": 1.1,
+}  # fmt: skip
+NEUTRAL = {name: NUMBERS[name].neutral for name in OUT_OF_RANGE}
 
 
 def fixed(options):
@@ -188,8 +192,7 @@ def test_a_value_for_each_row():
     own = [dict(repetition_penalty=1.5, top_n_sigma=2.0), dict(top_p=0.6, top_h=0.7), dict(min_p=0.2),
            dict(typical_p=0.5), dict(epsilon_cutoff=0.02), dict(eta_cutoff=0.05), dict(presence_penalty=1.5),
            dict(frequency_penalty=-0.7)]  # fmt: skip
-    neutral = dict(zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)), sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9)
-    neutral |= {"top_n_sigma": 0, "top_h": 0}
+    neutral = dict(NEUTRAL, sampling_keep_top_k=0, entmax_alpha=1, temperature=0.9)
     columns = {key: [options.get(key, value) for options in own] for key, value in neutral.items()}
     columns["temperature"][7] = 0  # one greedy row
     columns["sampling_keep_top_k"][1] = 9
@@ -214,14 +217,12 @@ def test_a_value_for_each_row():
 
 
 def test_a_tensor_value_out_of_range_makes_its_row_invalid():
-    values = dict(zip(PER_ROW, (0, np.inf, np.nan, 1.1, -0.1, 1.5, 2, -1)))
-    neutral = dict(zip(PER_ROW, (1, 0, 0, 1, 0, 1, 0, 0)))
-    columns = {name: np.full(len(PER_ROW) + 1, neutral[name], np.float32) for name in PER_ROW}
-    for row, name in enumerate(PER_ROW):
-        columns[name][row] = values[name]
-    prompts = prompts_of([PROMPT] * (len(PER_ROW) + 1))
+    columns = {name: np.full(len(OUT_OF_RANGE) + 1, NEUTRAL[name], np.float32) for name in OUT_OF_RANGE}
+    for row, (name, value) in enumerate(OUT_OF_RANGE.items()):
+        columns[name][row] = value
+    prompts = prompts_of([PROMPT] * (len(OUT_OF_RANGE) + 1))
     out = loops({"bad": fixed(columns)}, Bigram(), batch=len(prompts))(prompts)["bad"]
-    for row, name in enumerate(PER_ROW):
+    for row, name in enumerate(OUT_OF_RANGE):
         assert out[row, PROMPT] == -1 and not out[row, PROMPT + 1 :].any(), name
     assert (out[-1, PROMPT:] >= 0).all()
 

@@ -56,7 +56,7 @@ _OPTIONS = {
 }
 
 # transformers' options that are not built here: the value at which each changes nothing,
-# beside null and false, which change nothing in any.
+# besides null and false, which never change anything.
 _NEUTRAL = {
     "diversity_penalty": 0,
     "encoder_no_repeat_ngram_size": 0,
@@ -145,8 +145,8 @@ def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tupl
     if sampling:
         if "do_sample" not in given:
             log.warning(
-                "%s has no do_sample, so requests are greedy, as in transformers; what it says of sampling (%s) counts "
-                "for those that give a temperature, say",
+                "%s has no do_sample, so requests are greedy, as in transformers; its sampling options (%s) apply only "
+                "to requests that ask to sample, for example with a temperature",
                 config_file, ", ".join(sampling),
             )  # fmt: skip
         given = {**_WITH_SAMPLING, **given}

@@ -65,7 +65,7 @@ class ProgramInputs:
     stream: tf.Tensor  # int32
     seed: tf.Tensor  # int32
     stop_tokens: list[tf.Tensor]  # int32
-    temperature: tf.Tensor  # float32; without a say in a greedy graph
+    temperature: tf.Tensor  # float32; unused in a greedy graph
     options: dict[str, tf.Tensor]  # of those in the key's steps, name -> tensor; logit_bias is float32 [vocab]
 
 

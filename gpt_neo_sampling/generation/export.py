@@ -37,7 +37,7 @@ from gpt_neo_sampling.sampling.controls import ENTMAX_TEMPERATURE, NUMBERS, SOFT
 from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
 
 # Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).
-SIGNATURES = {  # name -> what it has beside top-k
+SIGNATURES = {  # name -> its options besides top-k
     tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: [],
     "entmax": ["entmax_alpha"],
 }

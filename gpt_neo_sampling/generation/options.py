@@ -54,7 +54,7 @@ class GenerationOptions(Controls[PerPrompt]):
     """
 
     bad_words_ids: Sequence[Sequence[int]] | None = control(
-        Control("lists of one token id each, which are never drawn but for stop tokens")
+        Control("lists of one token id each, never drawn, except stop tokens")
     )
     do_sample: bool | None = control(
         Control("False: the likeliest token each time, as with temperature 0; None: True, also where the model says "
@@ -116,7 +116,7 @@ def resolve(options: GenerationOptions, defaults: Sequence[dict[str, Any]]) -> d
 
     Args:
       options: GenerationOptions.
-      defaults: a list, for each prompt a dict of what stands for None; what it
+      defaults: a list, for each prompt a dict of the values that replace None; what it
         lacks is neutral.
 
     Returns:

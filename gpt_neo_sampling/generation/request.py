@@ -173,7 +173,7 @@ def _processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     try:
         hash(tuple(processors))
     except TypeError as e:
-        raise ValueError(f"logits_processors: {e}; graphs are kept by them") from None
+        raise ValueError(f"logits_processors: {e}; hashable functions are needed") from None
     return tuple(processors)
 
 

@@ -2,8 +2,8 @@
 
 A dimension is taken in at most 64 contiguous groups, whose borders depend on its size alone. A draw first chooses a
 group, then an entry in it, by inverse CDF with a uniform of its own for each. One float32 uniform has 24 bits: too few
-for 50,257 entries at once, or for an entry of 1e-7 in a group that has most of the mass. So each uniform has 32, and
-sums are float64.
+for 50,257 entries at once, or for an entry of 1e-7 in a group that has most of the mass. So each uniform has 32,
+and sums of entries are float64.
 
 The textbook draw comes first; below it, what makes it fast without changing what is drawn.
 """
@@ -45,9 +45,9 @@ def sample_categorical(
 ) -> mtf.Tensor:
     """Draws indices along `dim` in proportion to the weights `x`.
 
-    By inverse CDF in two levels (see `grouped_draw`), each with a uniform
-    of 32 bits of its own: time and memory are linear in `dim`, and the index drawn
-    is the same on every layout and backend.
+    By inverse CDF in two levels (see `grouped_draw`), each with a uniform of 32 bits of its own: time and memory are
+    linear in `dim`, and the index drawn is the same on every layout and backend. (The decode loop draws from scores
+    instead, by `score_draw`.)
 
     Args:
       x: mtf.Tensor of weights, float32, bfloat16 or float16; groups of them
@@ -170,9 +170,9 @@ def _two_level_draw(
     """
     slicewise = rows.mesh_impl.slicewise
     group_uniform, entry_uniform = uniforms
-    first, sums = slicewise(sum_groups, *weights)
+    summed, sums = slicewise(sum_groups, *weights)
     group, *of_group = slicewise(choose_group, rows.across_groups(sums), group_uniform)
-    index, *of_entry = rows.choose_within(group, choose_entry, first, entry_uniform, sums)
+    index, *of_entry = rows.choose_within(group, choose_entry, summed, entry_uniform, sums)
     return index, *(slicewise(tf.maximum, *pair) for pair in zip(of_group, of_entry, strict=True))
 
 

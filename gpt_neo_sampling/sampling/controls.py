@@ -62,7 +62,8 @@ class Control:
       token_step: the function that applies it before the temperature, for greedy decoding too. Neighbouring fields with
         the same function are one step.
       mask: the function that applies it after the temperature.
-      argmax_invariant: whether the likeliest token stays the likeliest, so that greedy decoding skips it.
+      argmax_invariant: whether greedy decoding skips it: it keeps the likeliest token or, like typical_p, has a say in
+        sampling only.
     """
 
     help: str
@@ -126,7 +127,8 @@ def control(control: Control, default: Any = None) -> Any:
 def with_sentences(options: type[Class]) -> type[Class]:
     """Adds the sentences of a dataclass's controls to its docstring, for `help`."""
     sentences = [f"        {name:21} {control.help}\n" for name, control in controls_of(options).items()]
-    options.__doc__ = f"{options.__doc__}\n    Controls, in the order of application:\n\n{''.join(sentences)}    "
+    heading = "In a sentence each (the order of application: docs/sampling.md):"
+    options.__doc__ = f"{options.__doc__}\n    {heading}\n\n{''.join(sentences)}    "
     return options
 
 
@@ -181,7 +183,8 @@ def _token_step(step: TokenStep, help: str, **facts: Any) -> Any:
     return control(Number(help, token_step=step, **facts) if facts else Control(help, token_step=step))
 
 
-def _fraction(mask: Mask | None, help: str, neutral: float, **facts: Any) -> Any:
+def _mask(mask: Mask | None, help: str, neutral: float, **facts: Any) -> Any:
+    """A control that greedy decoding skips; by default a number from 0 to 1."""
     facts = {"least": 0, "most": 1, "neutral": neutral, **facts}
     return control(Number(help, mask=mask, argmax_invariant=True, **facts))
 
@@ -210,28 +213,28 @@ class Controls(Generic[Value]):
         Number("divides the logits: larger is more random, 0 takes the likeliest token (default: "
                f"{SOFTMAX_TEMPERATURE}; with entmax {ENTMAX_TEMPERATURE})", least=0))  # fmt: skip
     # what keeps the likelier tokens
-    top_n_sigma: Value | None = _fraction(
+    top_n_sigma: Value | None = _mask(
         masks.top_n_sigma_mask, "keeps logits within this many standard deviations of the largest",
         neutral=0, most=INF)  # fmt: skip
-    top_h: Value | None = _fraction(
+    top_h: Value | None = _mask(
         masks.top_h_mask, "keeps the likeliest of 100 tokens that together have this part of their entropy",
         neutral=0)  # fmt: skip
-    top_k: Value | None = control(
+    top_k: Value | None = control(  # `next_token` applies it: it needs max_top_k too, and may draw from the k alone
         Number("keeps this many of the likeliest tokens",
                argmax_invariant=True, least=0, most=INT32_MAX, neutral=0, whole=True))  # fmt: skip
-    top_p: Value | None = _fraction(
+    top_p: Value | None = _mask(
         masks.top_p_mask, "keeps the fewest tokens that together have this probability", neutral=1)  # fmt: skip
-    min_p: Value | None = _fraction(
+    min_p: Value | None = _mask(
         masks.min_p_mask, "keeps tokens at least this many times as likely as the likeliest", neutral=0)  # fmt: skip
-    typical_p: Value | None = _fraction(
+    typical_p: Value | None = _mask(
         masks.typical_p_mask, "keeps the fewest tokens that together have this probability, nearest the mean "
         "information first", neutral=1, above_least=True)  # fmt: skip
-    epsilon_cutoff: Value | None = _fraction(
+    epsilon_cutoff: Value | None = _mask(
         masks.epsilon_mask, "keeps tokens of at least this probability", neutral=0, below_most=True)  # fmt: skip
-    eta_cutoff: Value | None = _fraction(
+    eta_cutoff: Value | None = _mask(
         masks.eta_mask, "the same, with a lower bar where the distribution is flat",
         neutral=0, below_most=True)  # fmt: skip
-    entmax_alpha: Value | None = _fraction(
+    entmax_alpha: Value | None = _mask(
         None, "entmax in place of softmax: the larger, the fewer tokens; 1 is softmax, 2 sparsemax",
         neutral=1, least=1, most=2)  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The chain of a step: from a model's logits to a token.
 
 The order is that of transformers: what looks at the row so far, the
-temperature, the masks from top-k to eta, softmax or entmax, the draw.
+temperature, the masks from top-n-σ to eta, softmax or entmax, the draw.
 """
 
 from collections.abc import Callable
@@ -94,7 +94,7 @@ def _before_temperature(
     if len(found) > 1:  # masked entries become −inf, so that a row with nothing else is recognised
         lowest = mask_value(tf.float32)
         logits = mtf.cwise(lambda x: tf.where_v2(x <= lowest, tf.constant(-np.inf), x), [logits])
-        found[-1] = name, logits
+        found[-1] = found[-1][0], logits
     return found
 
 
