@@ -51,9 +51,9 @@ def drawn_from(generator, prompt, **options):
 
 def plot_options(generator, prompt, path):
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    planes = figure.subplots(2, 5, sharex=True, sharey=True)
+    planes = figure.subplots(2, -(-len(OPTIONS) // 2), sharex=True, sharey=True, squeeze=False)
     model = generator.inspect(prompt)[0]
-    for plane, (option, values) in zip(planes.flat, OPTIONS.items(), strict=True):
+    for plane, (option, values) in zip(planes.flat, OPTIONS.items()):
         draw_curve(plane, model, color="#999999", linewidth=4, label="model")
         for value, shade in zip(values, np.linspace(0, 0.85, len(values))):
             step = drawn_from(generator, prompt, **{option: value})

@@ -308,8 +308,8 @@ def sample_autoregressive(
       ValueError: for a number that is out of range, or a wrong shape.
       TypeError: for a keyword that is no control.
 
-    Example, with a model by which t + 1 comes behind t (`run` is that of
-    `models.utils`):
+    Example, with a model by which t + 1 follows t (`run` is defined in the docstring
+    of `models.utils`):
 
         >>> def counting(features, other_features, params, mesh, variable_dtype, context=None):
         ...     return mtf.one_hot(features["inputs"] + 1, other_features["vocab_dim"]), None, None

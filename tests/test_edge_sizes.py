@@ -99,7 +99,7 @@ def test_a_context_of_one_and_of_two(tmp_path, caplog):
     one, two, many = generators.values()
     options = dict(seed=1, max_new_tokens=1, return_logprobs=True)
     assert [s.tokens for s in one.generate([[3], [4]], **options)] == [[], []]
-    assert "context's end" in caplog.text
+    assert "stops at its end" in caplog.text
     with pytest.raises(ValueError, match="at least 2 are needed"):
         one.score([[3]])
     want = many.generate([[3], [4]], **options)

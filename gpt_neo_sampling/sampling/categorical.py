@@ -74,7 +74,7 @@ def sample_categorical(
         `samples_dim` that it has, a seed out of range or an option of the wrong
         shape.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> samples = mtf.Dimension("samples", 6)
         >>> run(lambda x: sample_categorical(x, seed=1, samples_dim=samples), [[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]])

@@ -55,7 +55,7 @@ def entmax(
       ValueError: for an alpha outside [1, 2] or of the wrong shape, n_iter below 1,
         or a `dim` that x lacks.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> run(lambda x: entmax(x, alpha=1.5), [[2.0, 1.0, 0.0, -1.0]]).round(3)
         array([[0.831, 0.169, 0.   , 0.   ]], dtype=float32)

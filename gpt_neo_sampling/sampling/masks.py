@@ -51,7 +51,7 @@ def top_k_mask(
       ValueError: for an int k below 1, a tensor k without max_top_k or of the
         wrong shape, or a `dim` that logits lack.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> run(lambda x: mtf.softmax(top_k_mask(x, 2), x.shape[-1]), [[0.0, 1.0, 1.0, 1.0]])
         array([[0. , 0.5, 0.5, 0. ]], dtype=float32)
@@ -240,7 +240,7 @@ def top_p_mask(
     Raises:
       ValueError: for a number out of range, a tensor of the wrong shape, or a `dim` that logits lack.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> run(lambda x: mtf.softmax(top_p_mask(mtf.log(x), 0.7), x.shape[-1]), [[0.25, 0.5, 0.125, 0.125]]).round(3)
         array([[0.333, 0.667, 0.   , 0.   ]], dtype=float32)

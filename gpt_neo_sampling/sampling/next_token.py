@@ -164,7 +164,7 @@ def next_token(
     Raises:
       ValueError: for a number that is out of range, or a wrong shape.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> options = SamplingOptions(temperature=0.7, top_k=2)
         >>> logits = [[0.0, 3.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0], [np.nan, 0.0, 0.0, 0.0]]
@@ -197,13 +197,18 @@ def _draw(
     uniforms: tuple[mtf.Tensor, mtf.Tensor],
     return_logprob: bool,
 ) -> list[mtf.Tensor]:
-    """[token, and its log-probability if that is wanted], for temperatures above 0."""
+    """[token, and its log-probability if that is wanted], for temperatures above 0.
+
+    Without top-k, from the whole row. With it, from the k candidates only; from the whole row, masked, where there may
+    be more than MOST_CANDIDATES of them, or masks follow a tensor k; and where a tensor k leaves rows without top-k,
+    from the candidates and from the whole row, each row taking its own.
+    """
     rows, mesh = logits.shape - dim, logits.mesh
     factor = inverse_temperature(mesh, options.temperature, rows)
     alpha = import_rows(mesh, options.alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
     masks = mask_steps(options)
     names = [name for name, _ in masks]
-    ahead = names.index("top_k") if "top_k" in names else 0  # how many masks come before top-k
+    ahead = names.index("top_k") if "top_k" in names else 0  # masks before top-k, which look at scaled logits
     if ahead:
         logits, factor = _scaled(logits, factor, dim), None
         for _, mask in masks[:ahead]:

@@ -33,7 +33,7 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
     Raises:
       ValueError: for a begin or an end of the wrong shape.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> run(lambda ids: token_counts(ids, mtf.Dimension("vocab", 4), end=3), [[1, 3, 1, 1]], "length")
         array([[0., 2., 0., 1.]], dtype=float32)
@@ -269,7 +269,7 @@ def logit_bias(logits: mtf.Tensor, bias: Tensor, dim: mtf.Dimension | None = Non
     Raises:
       ValueError: for an array with NaN or +inf, or another shape.
 
-    Example (`run` is that of `models.utils`):
+    Example (`run` is defined in the docstring of `models.utils`):
 
         >>> bias = [0.0, np.log(2.0), -np.inf]
         >>> run(lambda x: mtf.softmax(logit_bias(x, bias), x.shape[-1]), [[1.0, 1.0, 5.0]]).round(3)
