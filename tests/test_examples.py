@@ -113,7 +113,7 @@ def test_plot_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(plot_settings, "TOKENS", 4)
     monkeypatch.setattr(plot_settings, "OPTIONS", {"top_k": (5,), "entmax_alpha": (1.3,)})
     plot_settings.main([str(tmp_path / "new"), "--prompt", "Emma"])
-    sizes = {"options": (1100, 650), "adapts": (800, 450), "chain": (1100, 800), "entmax": (1100, 800)}
+    sizes = {"options": (1300, 650), "adapts": (800, 450), "chain": (1100, 800), "entmax": (1100, 800)}
     assert {path.stem for path in (tmp_path / "new").iterdir()} == set(sizes)
     for name, size in sizes.items():
         path = tmp_path / "new" / f"{name}.png"
