@@ -14,7 +14,6 @@ import numpy as np
 
 from gpt_neo_sampling._compat import (
     check_not_forked,
-    extend_session,
     extend_when_told,
     mtf,
     probe_devices,
@@ -146,9 +145,11 @@ class Graphs:
             if (program_class, key) not in loaded.programs:
                 with self._open(loaded.session.graph):
                     program = program_class(key, *self._model)
-                extend_session(loaded.session)
+                self.mesh.extend(loaded.session)
                 loaded.programs[program_class, key] = program
-        except BaseException:
+        except BaseException as e:
+            if isinstance(e, ClusterError):  # the weights on the lost process are gone
+                self._retire(loaded)
             self._release(loaded)
             raise
         return loaded
@@ -182,7 +183,7 @@ class Graphs:
             session = self.mesh.session(graph)
             try:
                 extend_when_told(session)
-                extend_session(session)
+                self.mesh.extend(session)
                 _, _, mesh_impl, _ = self._model
                 load_weights(self._checkpoint, weights, mesh_impl, functools.partial(self.mesh.run, session))
             except BaseException:

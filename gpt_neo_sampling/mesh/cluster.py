@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt_neo_sampling._compat import quiet_stderr, tf
+from gpt_neo_sampling._compat import extend_session, quiet_stderr, tf
 
 CONNECT_SECONDS = 20  # the longest that a process may take to start
 WATCH_SECONDS = 2  # between checks that all processes are there
@@ -112,6 +112,10 @@ class Cluster:
           ClusterError: within seconds of losing a process.
         """
         return self._watched(lambda: session.run(fetches, feed))
+
+    def extend(self, session: tf.Session) -> None:
+        """`extend_session`, likewise: TensorFlow alone would wait for a lost process for ever."""
+        self._watched(lambda: extend_session(session))
 
     def _wait_for_all(self) -> None:
         end = time.monotonic() + CONNECT_SECONDS

@@ -13,7 +13,16 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, layout_pairs, mtf, probe_devices, quiet_stderr, tensorflow, tf
+from gpt_neo_sampling._compat import (
+    PlacementMeshImpl,
+    extend_session,
+    layout_pairs,
+    mtf,
+    probe_devices,
+    quiet_stderr,
+    tensorflow,
+    tf,
+)
 from gpt_neo_sampling._types import is_int
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, parse_cluster, short_name
 
@@ -143,6 +152,20 @@ class DeviceMesh:
         if self.cluster:
             return self.cluster.run(session, fetches, feed)
         return session.run(fetches, feed)
+
+    def extend(self, session: tf.Session) -> None:
+        """Makes a session pick up all nodes of its graph, while watching the cluster as `run` does.
+
+        Args:
+          session: one that `session` returned.
+
+        Raises:
+          ClusterError: within seconds of losing a machine.
+        """
+        if self.cluster:
+            self.cluster.extend(session)
+        else:
+            extend_session(session)
 
 
 def device_mesh(

@@ -256,6 +256,25 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_while_a_graph_is_built(own_workers, model, expected):
+    """By a logits processor, which is called then; the session is extended after that."""
+    own_workers.start(0, 1)
+    split = generator(model, own_workers.cluster)
+    assert tokens(split) == expected
+    killed = []
+
+    def killing(logits, ids, position):
+        if not killed:
+            killed.append(own_workers.kill(0))
+        return logits
+
+    with pytest.raises(ClusterError, match="worker:0 at .* has gone"):
+        tokens(split, logits_processors=[killing])
+    own_workers.start(0)
+    assert tokens(split) == expected
+
+
+@pytest.mark.slow
 def test_a_command_ends_soon_after_a_worker_is_killed(own_workers, model):
     own_workers.start(0, 1)
     on_cluster = ["--cluster", own_workers.cluster, "--mesh-shape", "x:2", "--layout", "batch:x"]
