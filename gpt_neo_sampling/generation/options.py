@@ -11,6 +11,7 @@ from gpt_neo_sampling.sampling.controls import (
     CONTROLS,
     ENTMAX_TEMPERATURE,
     INT32_MAX,
+    NUMBERS,
     SOFTMAX_TEMPERATURE,
     Control,
     Controls,
@@ -85,7 +86,7 @@ class GenerationOptions(Controls[PerPrompt]):
 OPTIONS = controls_of(GenerationOptions)
 # Numbers, of which each prompt may have its own.
 PER_PROMPT = {name: c for name, c in OPTIONS.items() if isinstance(c, Number)}
-SAMPLING = tuple(name for name in CONTROLS if name in PER_PROMPT)  # those that say how a token is drawn
+SAMPLING = tuple(NUMBERS)  # those that say how a token is drawn
 ARGMAX_INVARIANT = tuple(name for name in SAMPLING if PER_PROMPT[name].argmax_invariant)
 # All that say how a token is drawn.
 TOKEN_OPTIONS = ("logits_processors", *CONTROLS, "bad_words_ids", "eos_token_id", "do_sample")

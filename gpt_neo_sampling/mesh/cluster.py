@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gpt_neo_sampling._compat import extend_session, quiet_stderr, tf
+from gpt_neo_sampling._compat import quiet_stderr, tf
 
 CONNECT_SECONDS = 20  # the longest that a process may take to start
 WATCH_SECONDS = 2  # between checks that all processes are there
@@ -91,7 +91,7 @@ class Cluster:
         with session.graph.as_default(), tf.device(None):
             answer = tf.no_op()
         try:
-            self._watched(lambda: session.run(answer), seconds=ANSWER_SECONDS)
+            self.watched(lambda: session.run(answer), seconds=ANSWER_SECONDS)
             # only after the answer: list_devices may wait, and then blocks all Python threads
             present = {d.name for d in session.list_devices()}
             for d in devices:
@@ -104,18 +104,6 @@ class Cluster:
             session.close()
             raise
         return session
-
-    def run(self, session: tf.Session, fetches: Any, feed: dict[Any, Any] | None = None) -> Any:
-        """session.run, while watching the cluster.
-
-        Raises:
-          ClusterError: within seconds of losing a process.
-        """
-        return self._watched(lambda: session.run(fetches, feed))
-
-    def extend(self, session: tf.Session) -> None:
-        """`extend_session`, likewise: TensorFlow alone would wait for a lost process for ever."""
-        self._watched(lambda: extend_session(session))
 
     def _wait_for_all(self) -> None:
         end = time.monotonic() + CONNECT_SECONDS
@@ -136,8 +124,14 @@ class Cluster:
     def _named(self, tasks: Iterable[str]) -> str:
         return ", ".join(f"{t} at {self.addresses[t]}" for t in tasks)
 
-    def _watched(self, call: Callable[[], Any], seconds: float | None = None) -> Any:
-        """Runs call() in another thread, and raises ClusterError if the cluster loses a process meanwhile."""
+    def watched(self, call: Callable[[], Any], seconds: float | None = None) -> Any:
+        """Returns call(), which runs in another thread while this one watches the cluster.
+
+        TensorFlow by itself may wait forever for a process that it has lost.
+
+        Raises:
+          ClusterError: within seconds of losing a process, or if the call takes longer than `seconds`.
+        """
         results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def target() -> None:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import (
@@ -149,9 +149,7 @@ class DeviceMesh:
         Raises:
           ClusterError: within seconds of losing a machine.
         """
-        if self.cluster:
-            return self.cluster.run(session, fetches, feed)
-        return session.run(fetches, feed)
+        return self._watched(lambda: session.run(fetches, feed))
 
     def extend(self, session: tf.Session) -> None:
         """Makes a session pick up all nodes of its graph, while watching the cluster as `run` does.
@@ -162,10 +160,10 @@ class DeviceMesh:
         Raises:
           ClusterError: within seconds of losing a machine.
         """
-        if self.cluster:
-            self.cluster.extend(session)
-        else:
-            extend_session(session)
+        self._watched(lambda: extend_session(session))
+
+    def _watched(self, call: Callable[[], Any]) -> Any:
+        return self.cluster.watched(call) if self.cluster else call()
 
 
 def device_mesh(

@@ -119,9 +119,9 @@ class Number(Control):
         return f"a number {first} to {'below ' if self.below_most else ''}{self.most}"
 
 
-def control(control: Control, default: Any = None) -> Any:
-    """A dataclass's field with a Control."""
-    return dataclasses.field(default=default, metadata={"control": control})
+def control(facts: Control) -> Any:
+    """A dataclass's field with a Control, None by default."""
+    return dataclasses.field(default=None, metadata={"control": facts})
 
 
 def with_sentences(options: type[Class]) -> type[Class]:
@@ -162,8 +162,6 @@ def _add_bias(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", his
 
 
 def _mask_early_stop(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", history: History) -> mtf.Tensor:
-    if not options.stop_tokens:
-        return x
     least = import_rows(x.mesh, options.min_new_tokens, tf.int32, x.shape - dim, "min_new_tokens")
     too_early = cwise_broadcast(
         lambda at, begin, n: tf.cast(at - begin < n, tf.float32),
@@ -177,10 +175,6 @@ def _mask_early_stop(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOption
 # --- The list ----------------------------------------------------------------------------------
 
 Value = TypeVar("Value")  # of a number: what a caller may give
-
-
-def _token_step(step: TokenStep, help: str, **facts: Any) -> Any:
-    return control(Number(help, token_step=step, **facts) if facts else Control(help, token_step=step))
 
 
 def _mask(mask: Mask | None, help: str, neutral: float, **facts: Any) -> Any:
@@ -197,18 +191,21 @@ class Controls(Generic[Value]):
 
     logits_processors: Sequence[LogitsProcessor] = ()  # the caller's own, applied first
     # what looks at the row so far
-    repetition_penalty: Value | None = _token_step(
-        _penalise_repetition, "above 1, tokens that the row holds, its prompt included, get less likely",
-        least=0, above_least=True, neutral=1)  # fmt: skip
-    presence_penalty: Value | None = _token_step(
-        _penalise_new_tokens, "tokens of the new text lose this much of their logit, once", neutral=0)  # fmt: skip
-    frequency_penalty: Value | None = _token_step(
-        _penalise_new_tokens, "the same for each time that they occur", neutral=0)  # fmt: skip
-    no_repeat_ngram_size: int | None = _token_step(_mask_ngrams, "no sequence of this many tokens occurs twice")
-    logit_bias: dict[int, float] | Tensor | None = _token_step(_add_bias, "added to the logits of single tokens")
-    min_new_tokens: Value | None = _token_step(
-        _mask_early_stop, "no stop token before there are this many new tokens; a stop string may end the text earlier",
-        least=0, most=INT32_MAX, neutral=0, whole=True)  # fmt: skip
+    repetition_penalty: Value | None = control(
+        Number("above 1, tokens that the row holds, its prompt included, get less likely", _penalise_repetition,
+               least=0, above_least=True, neutral=1))  # fmt: skip
+    presence_penalty: Value | None = control(
+        Number("tokens of the new text lose this much of their logit, once", _penalise_new_tokens,
+               neutral=0))  # fmt: skip
+    frequency_penalty: Value | None = control(
+        Number("the same for each time that they occur", _penalise_new_tokens, neutral=0))  # fmt: skip
+    no_repeat_ngram_size: int | None = control(
+        Control("no sequence of this many tokens occurs twice", _mask_ngrams))  # fmt: skip
+    logit_bias: dict[int, float] | Tensor | None = control(
+        Control("added to the logits of single tokens", _add_bias))  # fmt: skip
+    min_new_tokens: Value | None = control(
+        Number("no stop token before there are this many new tokens; a stop string may end the text earlier",
+               _mask_early_stop, least=0, most=INT32_MAX, neutral=0, whole=True))  # fmt: skip
     temperature: Value | None = control(
         Number("divides the logits: larger is more random, 0 takes the likeliest token (default: "
                f"{SOFTMAX_TEMPERATURE}; with entmax {ENTMAX_TEMPERATURE})", least=0))  # fmt: skip
