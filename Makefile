@@ -21,6 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMPAT_VENV := $(VENV)-compat
 BENCH_VENV := $(VENV)-bench
+TPU_VENV := $(VENV)-tpu
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
@@ -74,7 +75,7 @@ support: $(VENV)/test.installed
 	@$(BIN)/python benchmarks/support_table.py $(SUPPORT_ARGS)
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) build site *.egg-info
+	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) $(TPU_VENV) build site *.egg-info
 
 NEWEST := 13
 $(COMPAT_VENV)/bin/python: NEWEST := 11
@@ -82,7 +83,7 @@ $(COMPAT_VENV)/bin/python: PYTHON = $(or $(firstword $(foreach p,python3.11 pyth
   2>/dev/null))),python3)
 
 # Where python3 comes without its venv module (Debian's does), virtualenv makes it.
-$(BIN)/python $(COMPAT_VENV)/bin/python $(BENCH_VENV)/bin/python: %/bin/python:
+$(BIN)/python $(COMPAT_VENV)/bin/python $(BENCH_VENV)/bin/python $(TPU_VENV)/bin/python: %/bin/python:
 	@echo "setting up $* with $$($(PYTHON) --version)" >&2
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, $(NEWEST)) and \
 	  f"Python {v[0]}.{v[1]}: 3.10 to 3.$(NEWEST) is needed; run make PYTHON=python3.11, say")'

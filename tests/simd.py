@@ -53,6 +53,39 @@ class Collective(typing.NamedTuple):
     source: str  # the TensorFlow operation that it was made from
 
 
+class CoreProgram:
+    """An mtf graph as `SimdMeshImpl` lowers it: one core's program, not yet compiled for any processor.
+
+    build, inputs, mesh_shape and layout are those of `SimdProgram`.
+
+    Attributes:
+      hlo: the serialised HloModuleProto; its first parameter is the core's number.
+      cores: how many the mesh has.
+      impl: the SimdMeshImpl.
+      outputs: what build returned.
+    """
+
+    def __init__(self, build, inputs, mesh_shape, layout):
+        shape = mtf.convert_to_shape(mesh_shape)
+        self.cores = shape.size
+        self.inputs = [(tf.as_dtype(dtype), tuple(shape)) for dtype, shape in inputs]
+
+        def one_core(pnum, *tensors):
+            mesh = mtf.Mesh(mtf.Graph(), "mesh")
+            self.impl = _mesh_impl(shape, layout, pnum)
+            self.outputs = build(mesh, *tensors)
+            lowering = mtf.Lowering(mesh.graph, {mesh: self.impl}, autostack=False)
+            flat = tf.nest.flatten(self.outputs)
+            return [lowering.tensors[t].to_laid_out_tensor().one_slice for t in flat]
+
+        # specs, as values would be folded into constants
+        specs = [tf.TensorSpec([], tf.int32)] + [tf.TensorSpec(shape, dtype) for dtype, shape in self.inputs]
+        probe_devices()
+        with quiet_logging(), _stand_ins():
+            function = tensorflow.function(one_core, jit_compile=True, autograph=False)
+            self.hlo = function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
+
+
 class SimdProgram:
     """An mtf graph compiled as one core's program and run on a replica a core.
 
@@ -63,25 +96,10 @@ class SimdProgram:
 
     def __init__(self, build, inputs, mesh_shape, layout):
         assert UNAVAILABLE is None, UNAVAILABLE
-        shape = mtf.convert_to_shape(mesh_shape)
-        assert shape.size <= MAX_REPLICAS
-        self._inputs = [(tf.as_dtype(dtype), tuple(shape)) for dtype, shape in inputs]
-
-        def one_core(pnum, *tensors):
-            mesh = mtf.Mesh(mtf.Graph(), "mesh")
-            self._impl = _mesh_impl(shape, layout, pnum)
-            self._outputs = build(mesh, *tensors)
-            lowering = mtf.Lowering(mesh.graph, {mesh: self._impl}, autostack=False)
-            flat = tf.nest.flatten(self._outputs)
-            return [lowering.tensors[t].to_laid_out_tensor().one_slice for t in flat]
-
-        # specs, as values would be folded into constants
-        specs = [tf.TensorSpec([], tf.int32)] + [tf.TensorSpec(shape, dtype) for dtype, shape in self._inputs]
-        probe_devices()
-        with quiet_logging(), _stand_ins():
-            function = tensorflow.function(one_core, jit_compile=True, autograph=False)
-            hlo = function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
-        self._executable = _Executable(hlo, shape.size)
+        program = CoreProgram(build, inputs, mesh_shape, layout)
+        assert program.cores <= MAX_REPLICAS
+        self._inputs, self._impl, self._outputs = program.inputs, program.impl, program.outputs
+        self._executable = _Executable(program.hlo, program.cores)
 
     def __call__(self, *arrays):
         """Values of the tensors that build returned, whole, in its nest.
