@@ -1,0 +1,225 @@
+"""What a TPU runs, by its own compiler and without one: what each sampler costs there, and which tokens it draws.
+
+The tokens are those of the program in the types that a TPU has (the compiler makes pairs of float32 of float64), run as
+CPU replicas. The chip's own exp and log are not simulated. (make test-tpu; the environment of the other tests lacks libtpu.)
+"""
+
+import functools
+import json
+import pathlib
+
+import hlo_text
+import numpy as np
+import pytest
+import simd
+import tpu_compiler
+import tpu_samplers
+from programs import ONE_DEVICE, Program
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.sampling.categorical import draw_uniforms
+
+UNAVAILABLE = simd.UNAVAILABLE or tpu_compiler.UNAVAILABLE
+pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
+
+TABLE = json.loads((pathlib.Path(__file__).parent / "data" / "tpu_costs.json").read_text())
+CORES, BATCH, STEPS = 4, tpu_samplers.BATCH, tpu_samplers.STEPS
+HALF = BATCH // 2
+# entries, and those of them that the vocabulary has: groups of 786 as in GPT-Neo's padded one, and of two entries
+FULL, SMALL = (tpu_samplers.VOCAB, None), (120, 113)
+
+layouts = pytest.mark.parametrize("layout", tpu_samplers.LAYOUTS)
+samplers = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tpu_samplers.SAMPLERS]
+)
+
+
+@functools.cache
+def core_program(name, layout, size=FULL):
+    return tpu_samplers.core_program(name, layout, vocab=size[0], vocab_size=size[1])
+
+
+@functools.cache
+def tpu_program(name, layout, size=FULL):
+    return tpu_compiler.TpuProgram(core_program(name, layout, size).hlo, CORES, keep_own_types=True)
+
+
+def on_tpu(name, layout, size):
+    program = core_program(name, layout, size)
+    return simd.Replicas(program, tpu_compiler.runnable_on_cpu(tpu_program(name, layout, size).in_own_types))
+
+
+@functools.cache
+def on_one_device(name, size):
+    """Tokens of each of `cases`, without XLA."""
+    build, inputs = tpu_samplers.sampler(name, vocab=size[0], vocab_size=size[1], on_cpu=True)
+    program = Program(build, inputs)
+    tokens = [program(*case) for case in cases(*size)]
+    program.close()
+    return tokens
+
+
+# --- Tokens ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def cases(vocab, vocab_size=None):
+    """Pairs of logits [BATCH, vocab] and ids of a history, as many rows as may be in doubt."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, vocab_size or vocab, (BATCH, tpu_samplers.LENGTH)).astype(np.int32)
+    spread = [sigma * rng.standard_normal((BATCH, vocab)) for sigma in (2, 2, 2, 0.3, 8)]
+    rounded = np.round(rng.standard_normal((BATCH, vocab)), 1)  # entries by the hundred are equal
+    every = [*spread, rounded, extreme(vocab, rng), *at_borders(vocab_size or vocab, vocab)]
+    return [(logits.astype(np.float32), ids) for logits in every]
+
+
+def extreme(vocab, rng):
+    rows = np.zeros((BATCH, vocab))
+    rows[1, vocab // 3] = 1e30
+    rows[2] = -np.inf
+    rows[3] = rng.standard_normal(vocab)
+    rows[3, 5] = np.nan
+    rows[4] = 1e30 * rng.standard_normal(vocab)
+    rows[5] = np.sort(3 * rng.standard_normal(vocab))
+    rows[6] = -np.sort(3 * rng.standard_normal(vocab))
+    rows[7] = np.where(rng.random(vocab) < 0.1, rng.standard_normal(vocab), -np.inf)
+    return rows
+
+
+def at_borders(used, vocab):
+    """Yields logits of which, at temperature 0.9, one step's draws lie at a border to float32's precision.
+
+    The entries of two groups, or of one, have the uniform's mass and the rest of it.
+    """
+    for u1, u2 in uniforms():
+        rows = np.full((BATCH, vocab), -np.inf)
+        for row in range(BATCH):
+            first, last, u = (0, used - 1, u1[row]) if row < HALF else (0, 1, u2[row])
+            rows[row, first], rows[row, last] = 0.9 * np.log(u), 0.9 * np.log1p(-u)
+        yield rows
+
+
+@functools.cache
+def uniforms():
+    """float64 [STEPS, 2, BATCH] that the programs draw with."""
+
+    def build(mesh):
+        batch = mtf.Dimension("batch", BATCH)
+        stream = mtf.range(mesh, batch, tf.int32)
+        return [list(draw_uniforms(mesh, mtf.Shape([batch]), 1, stream, step)) for step in range(STEPS)]
+
+    return np.array(ONE_DEVICE(build)).astype(np.uint32) * 2.0**-32
+
+
+@samplers
+@layouts
+def test_tokens_are_those_of_one_device(name, layout):
+    assert_same_tokens(name, layout, FULL)
+
+
+@samplers
+@layouts
+def test_tokens_of_a_small_padded_vocabulary(name, layout):
+    assert_same_tokens(name, layout, SMALL)
+
+
+def assert_same_tokens(name, layout, size):
+    program = on_tpu(name, layout, size)
+    for at, (case, want) in enumerate(zip(cases(*size), on_one_device(name, size))):
+        np.testing.assert_array_equal(program(*case), want, f"case {at}")
+
+
+def test_what_is_compared_is_worth_comparing():
+    tokens = np.array(on_one_device("softmax", FULL))
+    assert (tokens[6, [2, 3]] == -1).all()  # rows of −inf, and with a NaN
+    assert len(np.unique(tokens)) > 300
+    at_border = np.array(on_one_device("softmax", SMALL))[7:]
+    assert at_border.shape == (STEPS, BATCH, STEPS)
+    assert {0, SMALL[1] - 1} == set(at_border[:, :HALF].flat) and {0, 1} == set(at_border[:, HALF:].flat)
+
+
+# --- Costs -----------------------------------------------------------------------------------
+
+
+@samplers
+@layouts
+def test_costs_are_the_tables(name, layout):
+    """Cycles and kernels within 10% of tests/data/tpu_costs.json (`benchmarks/tpu.py --write-table` writes it)."""
+    costs, table = tpu_program(name, layout).table(), TABLE[f"{name}, {layout}"]
+    assert costs.keys() == table.keys()
+    for place, found in costs.items():
+        for what, is_now, was in zip(("cycles", "kernels with cycles", "kernels without"), found, table[place]):
+            assert abs(is_now - was) <= max(0.1 * was, 1), f"{place}: {is_now} {what}, {was} in the table"
+
+
+# --- The tool itself -------------------------------------------------------------------------
+
+
+def test_high_half_of_a_product():
+    text = """HloModule m
+
+ENTRY main {
+  pnum = s32[] parameter(0)
+  a = u32[3]{0} parameter(1)
+  b = u32[3]{0} parameter(2)
+  ROOT high = u32[3]{0} mulhi(a, b)
+}
+"""
+    from jaxlib import _hlo
+
+    hlo = _hlo.hlo_module_from_text(text).as_serialized_hlo_module_proto()
+    a, b = np.array([2**32 - 1, 2**31, 3], np.uint32), np.array([2**32 - 1, 6, 5], np.uint32)
+    ((high,),) = simd._Executable(tpu_compiler.runnable_on_cpu(hlo), 1)(a, b)
+    np.testing.assert_array_equal(high, [2**32 - 2, 3, 0])
+
+
+def test_the_harness_is_one_kernel():
+    for layout in tpu_samplers.LAYOUTS:
+        program = core_program(tpu_samplers.EMPTY, layout)
+        costs = tpu_compiler.TpuProgram(program.hlo, CORES).table()
+        assert {place: kernels for place, (_, *kernels) in costs.items()} == {"1 loops, 0 branches": [1, 0]}
+
+
+COMPILED = """\
+HloModule m
+
+%compare (a: f32[], b: f32[]) -> pred[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %less = pred[] compare(%a, %b), direction=LT
+}
+
+%fused (p0: f32[64], p1: s32[100,1], p2: f32[100]) -> f32[64] {
+  %p0 = f32[64]{0} parameter(0)
+  %p1 = s32[100,1]{1,0} parameter(1)
+  %p2 = f32[100]{0} parameter(2)
+  ROOT %scatter.1 = f32[64]{0} scatter(%p0, %p1, %p2), update_window_dims={}, to_apply=%compare
+}
+
+%body (t: (f32[64])) -> (f32[64]) {
+  %t = (f32[64]{0}) parameter(0)
+  %x = f32[64]{0} get-tuple-element(%t), index=0
+  %scatter_fusion = f32[64]{0} fusion(%x, %i, %u), kind=kCustom, calls=%fused
+  %sort.1 = (f32[64]{0:T(128)}, s32[64]{0}) sort(%scatter_fusion, %iota), to_apply=%compare
+  %gather.1 = f32[10,4]{1,0} gather(%x, %n), slice_sizes={1,4}, metadata={op_name="a/b"}
+  %scalar = f32[]{:T(128)S(6)} add(%c, %c)
+  %add = f32[64]{0} add(%x, %x), backend_config={"estimated_cycles":"1825"}
+  %ar = (f32[8]{0}, s32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}
+  ROOT %out = (f32[64]{0}) tuple(%add)
+}
+
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  %w = (f32[64]{0}) while(%start), condition=%c, body=%body
+  ROOT %r = f32[64]{0} get-tuple-element(%w), index=0
+}
+"""
+
+
+def test_reading_a_compiled_program():
+    kernels = {(k.opcode, k.cycles, k.loops) for k in hlo_text.kernels(COMPILED)}
+    assert kernels == {("fusion", None, 1), ("sort", None, 1), ("gather", None, 1), ("add", 1825, 1)}
+    entries = {(o.opcode, o.entries, o.loops, o.source) for o in hlo_text.one_by_one(COMPILED)}
+    assert entries == {("scatter", 100, 1, ""), ("sort", 64, 1, ""), ("gather", 10, 1, "a/b")}
+    sent = [(c.opcode, c.dtype, c.shape, c.bytes, c.loops) for c in hlo_text.collectives(COMPILED)]
+    assert sent == [("all-reduce", "f32", (8,), 32, 1), ("all-reduce", "s32", (2, 2), 16, 1)]
