@@ -130,8 +130,8 @@ def describe(row, program, top):
               f"{kernel.source[-90:]}", file=sys.stderr)  # fmt: skip
 
 
-COLUMNS = ("", "layout", "every step", "a round", "rounds", "in all", "in branches", "entry by entry", "bytes between cores",
-           "to compile", "code", "temporaries")  # fmt: skip
+COLUMNS = ("", "layout", "every step", "a round", "rounds", "in all", "in branches", "entry by entry",
+           "bytes between cores", "to compile", "code", "temporaries")  # fmt: skip
 
 
 def markdown(rows):

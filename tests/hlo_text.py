@@ -1,4 +1,4 @@
-"""Reads the text of compiled programs: what stands in loops and branches, what is a kernel, what travels between cores."""
+"""Reads the text of compiled programs: what is a kernel, in which loops and branches, what travels between cores."""
 
 import collections
 import re

@@ -1,7 +1,7 @@
 """What a TPU runs, by its own compiler and without one: what each sampler costs there, and which tokens it draws.
 
 The tokens are those of the program in the types that a TPU has (the compiler makes pairs of float32 of float64), run as
-CPU replicas. The chip's own exp and log are not simulated. (make test-tpu; the environment of the other tests lacks libtpu.)
+CPU replicas. The chip's own exp and log are not simulated. (make test-tpu; other tests' environment lacks libtpu.)
 """
 
 import functools

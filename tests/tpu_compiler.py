@@ -80,7 +80,8 @@ class TpuProgram:
 
     def table(self):
         """`costs` of what is in loops, as tests/data/tpu_costs.json has it."""
-        return {f"{loops} loops, {branches} branches": cost for (loops, branches), cost in self.costs().items() if loops}
+        costs = self.costs().items()
+        return {f"{loops} loops, {branches} branches": cost for (loops, branches), cost in costs if loops}
 
 
 def _in_own_types(folder):

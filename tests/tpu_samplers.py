@@ -55,8 +55,8 @@ PEERS = {EMPTY: _nothing, "mtf softmax": _mtf_draw, "mtf top-k": _mtf_top_k, "or
 def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, seed=1, vocab_size=None, on_cpu=False, count_rounds=False):
     """(build, inputs) of a loop that draws a token a row in each step, for `simd.CoreProgram`.
 
-    With `on_cpu`, for `programs.Program`. With `count_rounds`, a step gives not tokens but how often the loop that every
-    step has in it went round (0 without one).
+    With `on_cpu`, for `programs.Program`. With `count_rounds`, a step gives not tokens but how often the loop in it, on
+    the path of every step, went round (0 without one).
 
     The inputs are the logits, [batch, vocab] for all steps, and ids [batch, LENGTH] of a history. The result is
     int32 [batch, steps].
