@@ -20,12 +20,18 @@ import common  # noqa: E402
 
 common.use_tests()
 
+import tpu_compiler  # noqa: E402
+
+if tpu_compiler.UNAVAILABLE:
+    sys.exit(tpu_compiler.UNAVAILABLE)
+
+import jax_candidates  # noqa: E402
 import numpy as np  # noqa: E402
 import simd  # noqa: E402
-import tpu_compiler  # noqa: E402
 import tpu_samplers  # noqa: E402
 
 CORES = 4
+JAX = jax_candidates.CANDIDATES
 TOPOLOGIES = ("v5e:2x2", "v4:2x2x1", "v6e:2x2")
 FEW = 64  # gathers, and sorts, of fewer entries are not listed
 TABLE = common.TESTS / "data" / "tpu_costs.json"
@@ -40,8 +46,6 @@ def main():
     parser.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest kernels")
     parser.add_argument("--write-table", action="store_true", help="of the samplers on v5e:2x2, and print nothing else")
     args = parser.parse_args()
-    if tpu_compiler.UNAVAILABLE:
-        parser.error(tpu_compiler.UNAVAILABLE)
     unknown = set(args.programs) - set(programs())
     if unknown:
         parser.error(f"no program {', '.join(sorted(unknown))}")
@@ -53,7 +57,7 @@ def main():
         for layout in args.layout or tpu_samplers.LAYOUTS:
             if name in JAX and layout != "batch":
                 continue
-            hlo = JAX[name]() if name in JAX else tpu_samplers.core_program(name, layout).hlo
+            hlo = jax_hlo(name) if name in JAX else tpu_samplers.core_program(name, layout).hlo
             rounds = None
             for topology in args.topology or TOPOLOGIES:
                 program = tpu_compiler.TpuProgram(hlo, CORES, topology)
@@ -70,6 +74,11 @@ def main():
 def programs():
     """The names of all, in the table's order."""
     return [*tpu_samplers.SAMPLERS, *tpu_samplers.PEERS, *JAX]
+
+
+def jax_hlo(name):
+    draw, _ = JAX[name]
+    return jax_candidates.loop_hlo(draw, tpu_samplers.BATCH // CORES, tpu_samplers.VOCAB, tpu_samplers.STEPS)
 
 
 def write_table():
@@ -166,66 +175,6 @@ def _cost(place):
 
 def _in_branch(entry):
     return " (in branches)" * entry["in_branches"]
-
-
-# --- JAX's own ---------------------------------------------------------------------------
-
-
-def _jax_hlo(draw):
-    """A loop of steps, as `tpu_samplers.sampler`'s: draw(logits, step) gives int32 [rows]."""
-    import jax
-    from jax import lax
-    from jax import numpy as jnp
-
-    rows = tpu_samplers.BATCH // CORES
-    columns = np.tile(np.arange(tpu_samplers.STEPS, dtype=np.int32), (rows, 1))
-
-    def steps(logits):
-        def body(step, tokens):
-            x, _ = lax.optimization_barrier((logits, step))
-            return jnp.where(columns == step, draw(x, step)[:, np.newaxis], tokens)
-
-        return lax.fori_loop(0, tpu_samplers.STEPS, body, jnp.zeros_like(columns))
-
-    logits = jax.ShapeDtypeStruct((rows, tpu_samplers.VOCAB), np.float32)
-    lowered = jax.jit(steps).trace(logits).lower(lowering_platforms=("tpu",))
-    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
-
-
-def _categorical(x, step):
-    import jax
-
-    return jax.random.categorical(jax.random.fold_in(jax.random.key(1), step), x)
-
-
-def _top_k(x, step):
-    """Draws nothing: the k-th largest's entry."""
-    from jax import lax
-
-    return lax.top_k(x, 40)[1][:, -1]
-
-
-def _bisected_top_p(x, step, top_p=0.9, temperature=0.9):
-    """The largest threshold above which enough mass lies, bit by bit of its float32; ties are all kept."""
-    from jax import lax
-    from jax import numpy as jnp
-
-    x = x / temperature
-    weights = jnp.exp(x - x.max(-1, keepdims=True))  # at most 1, so below 2^30 as bits
-    bits, wanted = lax.bitcast_convert_type(weights, jnp.int32), top_p * weights.sum(-1, keepdims=True)
-    threshold = jnp.zeros_like(wanted, jnp.int32)
-    for bit in reversed(range(30)):
-        higher = threshold | 1 << bit
-        mass = jnp.where(bits >= higher, weights, 0).sum(-1, keepdims=True)
-        threshold = jnp.where(mass >= wanted, higher, threshold)
-    return _categorical(jnp.where(bits >= threshold, x, -jnp.inf), step)
-
-
-JAX = {
-    "jax.random.categorical": lambda: _jax_hlo(_categorical),
-    "jax.lax.top_k": lambda: _jax_hlo(_top_k),
-    "JAX, bisected top-p": lambda: _jax_hlo(_bisected_top_p),
-}
 
 
 if __name__ == "__main__":
