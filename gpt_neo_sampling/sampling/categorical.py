@@ -27,10 +27,12 @@ from gpt_neo_sampling.mesh.ops import (
     row_index,
     size_of,
 )
+from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
 from gpt_neo_sampling.sampling import fixed_point
 from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
-from gpt_neo_sampling.sampling.random import counter_bits, import_seed
+from gpt_neo_sampling.sampling.softmax_draw import softmax_draw, uniform
+from gpt_neo_sampling.sampling.random import bits_again, counter_bits, import_seed
 
 
 def sample_categorical(
@@ -599,6 +601,18 @@ class _ScoreDrawOperation(_DrawOperation):
             x, ids = slicewise(_by_id, x, slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]]))
             rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
+        if (xla.is_core_program(mesh_impl) and epsilon is None and rows.ids is None and rows.gathered_axis is None):
+            some = factor or slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
+            drawn, ambiguous = softmax_draw(rows, x, some, [slicewise(uniform, u) for u in uniforms])
+
+            def again():
+                us = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits_again(lowering, self.inputs[1:3])]
+                return self._draw_again(rows, x, factor, us)
+
+            flag = ambiguous
+            axes = {mesh_impl.tensor_dimension_to_mesh_axis(d) for d in self.outputs[0].shape.dims} - {None} if rows.split_axis is not None else []
+            if axes: flag = mesh_impl.allreduce(flag, sorted(axes), "SUM")
+            return laid_out_cond(mesh_impl, flag.tensor_list[0], again, lambda: drawn)
 
         top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
         if rows.split_axis is not None:
@@ -651,6 +665,22 @@ class _ScoreDrawOperation(_DrawOperation):
             return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
         return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+
+    def _draw_again(self, rows, x, factor, uniforms):
+        mesh_impl = rows.mesh_impl
+        slicewise = mesh_impl.slicewise
+        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
+        if rows.split_axis is not None:
+            top = mesh_impl.allreduce(top, [rows.split_axis], "MAX")
+
+        def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+            z = x - top
+            return z * factor[0] if factor else z
+        x = slicewise(scale, x, top, *([] if factor is None else [factor]))
+        z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), x)
+        weights = slicewise(fixed_point.softmax_weights, z)
+        weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+        return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""
