@@ -600,7 +600,8 @@ class _ScoreDrawOperation(_DrawOperation):
             rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
 
-        def draw_again(scores_of: Callable[[LaidOut], LaidOut], uniforms: Sequence[LaidOut]) -> LaidOut:
+        def draw_again() -> LaidOut:
+            scores_of, uniforms = given()
             z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
             if epsilon is None:
                 weights = slicewise(fixed_point.softmax_weights, z)
@@ -610,16 +611,16 @@ class _ScoreDrawOperation(_DrawOperation):
             return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
         if epsilon is None and softmax_draw.can_draw(rows):
+
+            def given() -> tuple[Callable[[LaidOut], LaidOut], list[LaidOut]]:
+                """Computed for an ambiguous draw alone: no other step needs it."""
+                bits = bits_again(lowering, self.inputs[1:3])
+                return self._scores_of(rows, x, factor), [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
+
             ones = slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
             drawn, ambiguous = softmax_draw.softmax_draw(rows, x, factor or ones, uniforms)
             ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
-
-            def with_what_no_other_step_needs() -> LaidOut:
-                bits = bits_again(lowering, self.inputs[1:3])
-                bits = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
-                return draw_again(self._scores_of(rows, x, factor), bits)
-
-            return laid_out_cond(mesh_impl, ambiguous, with_what_no_other_step_needs, lambda: drawn)
+            return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
         scores_of = self._scores_of(rows, x, factor)
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
@@ -648,7 +649,8 @@ class _ScoreDrawOperation(_DrawOperation):
                 rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
             )
 
-        return laid_out_cond(mesh_impl, ambiguous, lambda: draw_again(scores_of, uniforms), lambda: drawn)
+        given = lambda: (scores_of, uniforms)  # noqa: E731
+        return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
 
     def _scores_of(self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> Callable[[LaidOut], LaidOut]:
         """A function from x, or some of it, to scores less the largest of their row, so that no factor overflows.
