@@ -9,6 +9,8 @@ import types
 from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
+from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
 
 Values = tuple[tf.Tensor, ...]
 
@@ -56,3 +58,43 @@ def reduce_together(
 def kept_together(*xs: tf.Tensor) -> Values:
     """The same tensors, which XLA computes before what depends on them, in one place and once."""
     return tuple(_ops().xla_optimization_barrier(list(xs)))
+
+
+def prefix_sums(x: tf.Tensor) -> tf.Tensor:
+    """Inclusive sums of float32 [rows, n] along the last axis.
+
+    By a product with a triangle, of three parts of 8 bits, which a TPU's matrix unit takes without rounding (bfloat16)
+    and adds up in float32.
+    """
+    from tensorflow.compiler.xla import xla_data_pb2
+
+    def leading(x: tf.Tensor) -> tf.Tensor:
+        return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), tf.constant(-(2**16))), tf.float32)
+
+    rows, n = x.shape.as_list()
+    up_to = tf.cast(tf.range(n)[:, tf.newaxis] <= tf.range(n), tf.bfloat16)
+    first = leading(x)
+    second = leading(x - first)
+    parts = (tf.pad(p, [[0, -rows % 8], [0, 0]]) for p in (first, second, (x - first) - second))  # to whole tiles
+    axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
+    products = [
+        _ops().xla_dot_v2(
+            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
+            preferred_element_type=tf.float32,
+        )
+        for part in parts
+    ]  # fmt: skip
+    return sum(products)[:rows]
+
+
+def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
+    """Laid-out finite float32 [rows, n of a shard] as [rows, n of all shards]; XLA sends several of them together."""
+    if rows.mesh_axis is None:
+        return x
+    n_shards = rows.mesh_impl.shape[rows.mesh_axis].size
+
+    def place(x: tf.Tensor, pcoord: tf.Tensor) -> tf.Tensor:
+        n_rows, n = x.shape.as_list()
+        return _ops().xla_dynamic_update_slice(tf.zeros([n_rows, n * n_shards]), x, tf.stack([0, pcoord * n]))
+
+    return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
