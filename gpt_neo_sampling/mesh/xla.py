@@ -9,8 +9,6 @@ import types
 from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
-from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
 
 Values = tuple[tf.Tensor, ...]
 
@@ -87,14 +85,6 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
     return sum(products)[:rows]
 
 
-def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
-    """Laid-out finite float32 [rows, n of a shard] as [rows, n of all shards]; XLA sends several of them together."""
-    if rows.mesh_axis is None:
-        return x
-    n_shards = rows.mesh_impl.shape[rows.mesh_axis].size
-
-    def place(x: tf.Tensor, pcoord: tf.Tensor) -> tf.Tensor:
-        n_rows, n = x.shape.as_list()
-        return _ops().xla_dynamic_update_slice(tf.zeros([n_rows, n * n_shards]), x, tf.stack([0, pcoord * n]))
-
-    return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
+def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:
+    """x with `values` from the indices `begin` on, int32 scalars, one for each of x's axes; inside x."""
+    return _ops().xla_dynamic_update_slice(x, values, tf.stack(begin))

@@ -12,8 +12,8 @@ import numpy as np
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import size_of
-from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
-from gpt_neo_sampling.mesh.xla import Values, prefix_sums, reduce_together, whole_axis
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, whole_axis
+from gpt_neo_sampling.mesh.xla import Values, prefix_sums, reduce_together
 
 # How far the sum of up to 64 groups' sums, and a uniform as float32, may be off, in parts of the total: 64 roundings.
 BORDER_ERROR_BOUND = 4e-6
