@@ -137,6 +137,23 @@ LazyAllreduceSum = mtf.ops.LazyAllreduceSum
 PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
 
 
+@functools.cache
+def xla_ops() -> types.ModuleType:
+    """XLA's own operations, as TensorFlow's functions; most programs need none of them."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return gen_xla_ops
+
+
+@functools.cache
+def matmul_axes() -> bytes:
+    """The axes of [m, k] · [k, n], as XLA's product takes them."""
+    from tensorflow.compiler.xla import xla_data_pb2
+
+    axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
+    return axes.SerializeToString()
+
+
 def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:
     """The rules as a sorted list of (dim, mesh axis)."""
     return sorted(layout._pairs)

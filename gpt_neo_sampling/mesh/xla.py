@@ -4,11 +4,9 @@ A TPU takes about as long for a small kernel as for one over a whole row, so sam
 reduction that keeps several numbers, where TensorFlow on a CPU takes several.
 """
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
+from gpt_neo_sampling._compat import PlacementMeshImpl, matmul_axes, mtf, tensorflow, tf, xla_ops
 
 Values = tuple[tf.Tensor, ...]
 
@@ -16,13 +14,6 @@ Values = tuple[tf.Tensor, ...]
 def is_core_program(mesh_impl: mtf.MeshImpl) -> bool:
     """Whether a mesh is lowered to one core's program, which XLA compiles; else it is placed on CPUs and GPUs."""
     return not isinstance(mesh_impl, PlacementMeshImpl)
-
-
-@functools.cache
-def _ops() -> types.ModuleType:
-    from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # only here: most programs need none of them
-
-    return gen_xla_ops
 
 
 def reduce_together(
@@ -47,7 +38,7 @@ def reduce_together(
     reducer = tensorflow.function(lambda *xs: tuple(combine(xs[:n], xs[n:])), autograph=False)
     initial = [tf.constant(start, x.dtype) for start, x in zip(starts, operands, strict=True)]
     return tuple(
-        _ops().xla_variadic_reduce_v2(
+        xla_ops().xla_variadic_reduce_v2(
             operands, initial, dimensions_to_reduce=list(axes), reducer=reducer.get_concrete_function(*specs)
         )
     )
@@ -55,7 +46,7 @@ def reduce_together(
 
 def kept_together(*xs: tf.Tensor) -> Values:
     """The same tensors, which XLA computes before what depends on them, in one place and once."""
-    return tuple(_ops().xla_optimization_barrier(list(xs)))
+    return tuple(xla_ops().xla_optimization_barrier(list(xs)))
 
 
 def prefix_sums(x: tf.Tensor) -> tf.Tensor:
@@ -64,7 +55,6 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
     By a product with a triangle, of three parts of 8 bits, which a TPU's matrix unit takes without rounding (bfloat16)
     and adds up in float32.
     """
-    from tensorflow.compiler.xla import xla_data_pb2
 
     def leading(x: tf.Tensor) -> tf.Tensor:
         return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), tf.constant(-(2**16))), tf.float32)
@@ -74,10 +64,9 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
     first = leading(x)
     second = leading(x - first)
     parts = (tf.pad(p, [[0, -rows % 8], [0, 0]]) for p in (first, second, (x - first) - second))  # to whole tiles
-    axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
     products = [
-        _ops().xla_dot_v2(
-            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
+        xla_ops().xla_dot_v2(
+            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=matmul_axes(), precision_config="",
             preferred_element_type=tf.float32,
         )
         for part in parts
@@ -87,4 +76,4 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
 
 def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:
     """x with `values` from the indices `begin` on, int32 scalars, one for each of x's axes; inside x."""
-    return _ops().xla_dynamic_update_slice(x, values, tf.stack(begin))
+    return xla_ops().xla_dynamic_update_slice(x, values, tf.stack(begin))
