@@ -12,14 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import (
-    check_not_forked,
-    extend_when_told,
-    mtf,
-    probe_devices,
-    quiet_logging,
-    tf,
-)
+from gpt_neo_sampling._compat import check_not_forked, extend_when_told, mtf, probe_devices, quiet_logging, tf
 from gpt_neo_sampling._types import DType, Params
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import (
@@ -97,77 +90,71 @@ class Graphs:
         """
         check_not_forked()
         loaded = self._acquire(program_class, key)
-        try:
+        with self._in_use(loaded):
             program = loaded.programs[program_class, key]
             feeds = program.feeds(key, *args, **kwargs)
             run_graph = functools.partial(self.mesh.run, loaded.session, program.results, feeds)
             return run_graph() if around is None else around(run_graph)
-        except ClusterError:
-            self._retire(loaded)  # the processes' state is lost: the next request starts over
-            raise
-        finally:
-            self._release(loaded)
 
     def close(self) -> None:
         """Frees the weights and the graphs once no graph runs; the next run loads and builds them again."""
-        if (loaded := self._loaded) is not None:
-            self._retire(loaded)
+        self._drop(self._loaded)
 
     def _acquire(self, program_class: type[Any], key: Any) -> "_Loaded":
-        """The loaded weights, with this program built on them. To be given back to `_release`."""
-        with self._state_lock:
-            if self._loaded is not None and (program_class, key) in self._loaded.programs:
-                return self._loaded.add_user()
-        if self._builder == threading.get_ident():
-            raise RuntimeError("a logits processor cannot use the generator that it is built into")
-        with self._build_lock:
-            self._builder = threading.get_ident()
-            try:
-                return self._load_and_build(program_class, key)
-            finally:
-                self._builder = None
+        """The loaded weights, with this program built on them, for a `with self._in_use`."""
+        while True:
+            with self._state_lock:
+                if self._loaded is not None and (program_class, key) in self._loaded.programs:
+                    return self._loaded.add_user()
+            if self._builder == threading.get_ident():
+                raise RuntimeError("a logits processor cannot use the generator that it is built into")
+            with self._build_lock:
+                self._builder = threading.get_ident()
+                try:
+                    self._load_and_build(program_class, key)
+                finally:
+                    self._builder = None
 
-    def _load_and_build(self, program_class: type[Any], key: Any) -> "_Loaded":
-        with self._state_lock:
-            loaded = self._loaded
-            if loaded is not None:
-                loaded.add_user()
+    def _load_and_build(self, program_class: type[Any], key: Any) -> None:
+        loaded = self._loaded
         if loaded is not None and (program_class, key) not in loaded.programs and len(loaded.programs) >= MAX_PROGRAMS:
-            self._retire(loaded)  # nodes cannot be removed from a graph; only the whole graph can be dropped
-            self._release(loaded)
-            loaded = None
+            self._drop(loaded)  # nodes cannot be removed from a graph; only the whole graph can be dropped
+        with self._state_lock:
+            loaded = self._loaded and self._loaded.add_user()
         if loaded is None:
             probe_devices()
             loaded = _Loaded(self._session_with_weights()).add_user()
-            with self._state_lock:
-                self._loaded = loaded
-        try:
+            self._loaded = loaded
+        with self._in_use(loaded):
             if (program_class, key) not in loaded.programs:
                 with self._open(loaded.session.graph):
                     program = program_class(key, *self._model)
                 self.mesh.extend(loaded.session)
                 loaded.programs[program_class, key] = program
-        except BaseException as e:
-            if isinstance(e, ClusterError):  # the weights on the lost process are gone
-                self._retire(loaded)
-            self._release(loaded)
+
+    @contextlib.contextmanager
+    def _in_use(self, loaded: "_Loaded") -> Iterator[None]:
+        """For what has added itself as a user of `loaded`."""
+        try:
+            yield
+        except ClusterError:
+            self._drop(loaded)  # the processes' state is lost: the next request starts over
             raise
-        return loaded
+        finally:
+            self._remove_user(loaded)
 
-    def _retire(self, loaded: "_Loaded") -> None:
-        """Lets no further run begin in it, and closes it once the current ones have ended."""
+    def _drop(self, loaded: "_Loaded | None") -> None:
+        """Lets no further run begin in it; it is closed once the current ones have ended."""
         with self._state_lock:
-            loaded.retired = True
-            if self._loaded is loaded:
-                self._loaded = None
-            unused = loaded.n_users == 0
-        if unused:
-            loaded.session.close()
+            if loaded is None or self._loaded is not loaded:
+                return
+            self._loaded = None
+        self._remove_user(loaded)
 
-    def _release(self, loaded: "_Loaded") -> None:
+    def _remove_user(self, loaded: "_Loaded") -> None:
         with self._state_lock:
             loaded.n_users -= 1
-            unused = loaded.retired and loaded.n_users == 0
+            unused = loaded.n_users == 0
         if unused:
             loaded.session.close()
 
@@ -198,8 +185,7 @@ class _Loaded:
 
     session: tf.Session
     programs: dict[tuple[type[Any], Any], Any] = dataclasses.field(default_factory=dict)  # by class and key
-    n_users: int = 0  # runs under way
-    retired: bool = False
+    n_users: int = 1  # `Graphs`, until it drops it, and those that run or build a graph
 
     def add_user(self) -> "_Loaded":
         self.n_users += 1
