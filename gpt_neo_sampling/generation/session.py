@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import check_not_forked, extend_when_told, mtf, probe_devices, quiet_logging, tf
-from gpt_neo_sampling._types import DType, Params
+from gpt_neo_sampling._compat import check_not_forked, extend_when_told, probe_devices, quiet_logging, tf
+from gpt_neo_sampling._types import DType
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import (
     LOGIT_BIAS,
     NO_STOP_TOKEN,
-    ModelArguments,
+    Model,
     ProgramInputs,
     ProgramKey,
     add_variables,
@@ -53,12 +53,8 @@ class Graphs:
         mesh.check(dict(config.splittable_dims(self.params), memory_length=memory_length), config.TENSORS)
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
         self.dtype = variable_dtype.activation_dtype.name
-        self._model: ModelArguments = (
-            self.params,
-            n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts),
-            mesh.impl(),
-            variable_dtype,
-        )
+        n_vocab = n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts)
+        self._model = Model(self.params, n_vocab, mesh.impl(), variable_dtype)
         self._checkpoint = checkpoint
         self._build_lock = threading.Lock()  # not held while a graph runs
         self._builder: int | None = None  # the thread that holds it
@@ -128,7 +124,7 @@ class Graphs:
         with self._in_use(loaded):
             if (program_class, key) not in loaded.programs:
                 with self._open(loaded.session.graph):
-                    program = program_class(key, *self._model)
+                    program = program_class(key, self._model)
                 self.mesh.extend(loaded.session)
                 loaded.programs[program_class, key] = program
 
@@ -166,13 +162,13 @@ class Graphs:
     def _session_with_weights(self) -> tf.Session:
         graph = tf.Graph()
         with self._open(graph):
-            weights = add_variables(*self._model)
+            weights = add_variables(self._model)
             session = self.mesh.session(graph)
             try:
                 extend_when_told(session)
                 self.mesh.extend(session)
-                _, _, mesh_impl, _ = self._model
-                load_weights(self._checkpoint, weights, mesh_impl, functools.partial(self.mesh.run, session))
+                run = functools.partial(self.mesh.run, session)
+                load_weights(self._checkpoint, weights, self._model.mesh_impl, run)
             except BaseException:
                 session.close()
                 raise
@@ -195,18 +191,14 @@ class _Loaded:
 class DecodeProgram:
     """A decode graph. Its results are tokens, and log-probabilities if the key asks for them."""
 
-    def __init__(
-        self, key: ProgramKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
-    ) -> None:
-        """key: ProgramKey; the rest as for `build`."""
-
+    def __init__(self, key: ProgramKey, model: Model) -> None:
         def option(name: str) -> tf.Tensor:
             return tf.placeholder(PER_PROMPT[name].dtype, [key.rows])
 
         options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
         if LOGIT_BIAS in key.steps:
-            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [n_vocab])
-        self._n_vocab = n_vocab
+            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [model.n_vocab])
+        self._n_vocab = model.n_vocab
         self._inputs = ProgramInputs(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
             prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
@@ -217,10 +209,10 @@ class DecodeProgram:
             temperature=option("temperature"),
             options=options,
         )
-        self.results = self._build(key, (params, n_vocab, mesh_impl, variable_dtype))
+        self.results = self._build(key, model)
 
-    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
-        return build(key, self._inputs, *model)
+    def _build(self, key: ProgramKey, model: Model) -> Any:
+        return build(key, self._inputs, model)
 
     def feeds(
         self, key: ProgramKey, request: Request, prompt_range: range, sample_range: range, limits: list[int]
@@ -257,10 +249,10 @@ class DecodeProgram:
 class WatchedProgram(DecodeProgram):
     """A decode graph that calls a `Watcher` after each step."""
 
-    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
+    def _build(self, key: ProgramKey, model: Model) -> Any:
         self._number = tf.placeholder(tf.int32, [])  # which watcher belongs to the run
         self._watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
-        return build(key, self._inputs, *model, on_tokens=self._watch, run_number=self._number)
+        return build(key, self._inputs, model, on_tokens=self._watch, run_number=self._number)
 
     def _watch(self, tokens: np.ndarray, n_drawn: np.ndarray, number: np.ndarray) -> np.ndarray:
         return self._watchers[int(number)](tokens, n_drawn)
@@ -279,8 +271,8 @@ _numbers = itertools.count()
 class ChainProgram(DecodeProgram):
     """One step after a prompt. Its results are a dict: (number, name) of each step of the chain -> probabilities."""
 
-    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
-        return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, *model))}
+    def _build(self, key: ProgramKey, model: Model) -> Any:
+        return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, model))}
 
 
 def program_key(
