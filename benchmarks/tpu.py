@@ -96,8 +96,9 @@ def rounds_of(name, layout):
     with tpu_samplers.counted_loops():
         built = tpu_samplers.sampler(name, count_rounds=True)
         program = simd.SimdProgram(*built, f"x:{CORES}", tpu_samplers.LAYOUTS[layout])
-    history = np.zeros((tpu_samplers.BATCH, tpu_samplers.LENGTH), np.int32)
-    return float(np.mean([program(tpu_samplers.gaussian(seed=seed), history) for seed in range(4)]))
+    ids = np.zeros((tpu_samplers.BATCH, tpu_samplers.LENGTH), np.int32)
+    stream = np.arange(tpu_samplers.BATCH)
+    return float(np.mean([program(tpu_samplers.gaussian(seed=seed), ids, seed, stream) for seed in range(4)]))
 
 
 def row(name, layout, topology, program, rounds):

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "
 TABLE = json.loads((pathlib.Path(__file__).parent / "data" / "tpu_costs.json").read_text())
 CORES, BATCH, STEPS = 4, tpu_samplers.BATCH, tpu_samplers.STEPS
 HALF = BATCH // 2
+SEED, STREAM = 1, np.arange(BATCH, dtype=np.int32)
+SIGMAS = (2, 2, 2, 2, 0.3, 8)
+EXTREME = STEPS  # the number of that case
 # entries, and those of them that the vocabulary has: groups of 786 as in GPT-Neo's padded one, and of two entries
 FULL, SMALL = (tpu_samplers.VOCAB, None), (120, 113)
 
@@ -63,13 +66,13 @@ def on_one_device(name, size):
 
 @functools.cache
 def cases(vocab, vocab_size=None):
-    """Pairs of logits [BATCH, vocab] and ids of a history, as many rows as may be in doubt."""
+    """Inputs of a program: many rows, and those in which a draw or a cutoff may be in doubt."""
     rng = np.random.default_rng(1)
     ids = rng.integers(0, vocab_size or vocab, (BATCH, tpu_samplers.LENGTH)).astype(np.int32)
-    spread = [sigma * rng.standard_normal((BATCH, vocab)) for sigma in (2, 2, 2, 0.3, 8)]
+    spread = [sigma * rng.standard_normal((BATCH, vocab)) for sigma in SIGMAS]
     rounded = np.round(rng.standard_normal((BATCH, vocab)), 1)  # entries by the hundred are equal
-    every = [*spread, rounded, extreme(vocab, rng), *at_borders(vocab_size or vocab, vocab)]
-    return [(logits.astype(np.float32), ids) for logits in every]
+    every = [*at_borders(vocab_size or vocab, vocab), extreme(vocab, rng), rounded, *spread]
+    return [(logits.astype(np.float32), ids, SEED + max(0, at - STEPS), STREAM) for at, logits in enumerate(every)]
 
 
 def extreme(vocab, rng):
@@ -103,9 +106,9 @@ def uniforms():
     """float64 [STEPS, 2, BATCH] that the programs draw with."""
 
     def build(mesh):
-        batch = mtf.Dimension("batch", BATCH)
-        stream = mtf.range(mesh, batch, tf.int32)
-        return [list(draw_uniforms(mesh, mtf.Shape([batch]), 1, stream, step)) for step in range(STEPS)]
+        rows = mtf.Shape([mtf.Dimension("batch", BATCH)])
+        stream = mtf.import_tf_tensor(mesh, STREAM, rows)
+        return [list(draw_uniforms(mesh, rows, SEED, stream, step)) for step in range(STEPS)]
 
     return np.array(ONE_DEVICE(build)).astype(np.uint32) * 2.0**-32
 
@@ -130,10 +133,9 @@ def assert_same_tokens(name, layout, size):
 
 def test_what_is_compared_is_worth_comparing():
     tokens = np.array(on_one_device("softmax", FULL))
-    assert (tokens[6, [2, 3]] == -1).all()  # rows of −inf, and with a NaN
+    assert (tokens[EXTREME, [2, 3]] == -1).all()  # rows of −inf, and with a NaN
     assert len(np.unique(tokens)) > 300
-    at_border = np.array(on_one_device("softmax", SMALL))[7:]
-    assert at_border.shape == (STEPS, BATCH, STEPS)
+    at_border = np.array(on_one_device("softmax", SMALL))[:STEPS]
     assert {0, SMALL[1] - 1} == set(at_border[:, :HALF].flat) and {0, 1} == set(at_border[:, HALF:].flat)
 
 

@@ -4,9 +4,8 @@ import contextlib
 
 import numpy as np
 import simd
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._compat import mtf, tf, xla_ops
 from gpt_neo_sampling.mesh.ops import cwise_broadcast
 from gpt_neo_sampling.sampling.controls import History, SamplingOptions
 from gpt_neo_sampling.sampling.next_token import next_token
@@ -52,24 +51,25 @@ EMPTY = "nothing"  # the loop by itself
 PEERS = {EMPTY: _nothing, "mtf softmax": _mtf_draw, "mtf top-k": _mtf_top_k, "original": _original_draw}
 
 
-def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, seed=1, vocab_size=None, on_cpu=False, count_rounds=False):
+def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None, on_cpu=False, count_rounds=False):
     """(build, inputs) of a loop that draws a token a row in each step, for `simd.CoreProgram`.
 
     With `on_cpu`, for `programs.Program`. With `count_rounds`, a step gives not tokens but how often the loop in it, on
     the path of every step, went round (0 without one).
 
-    The inputs are the logits, [batch, vocab] for all steps, and ids [batch, LENGTH] of a history. The result is
-    int32 [batch, steps].
+    The inputs are the logits, [batch, vocab] for all steps, ids [batch, LENGTH] of a history, the seed, and [batch]
+    the rows' streams. The result is int32 [batch, steps].
     """
 
-    def build(mesh, logits, ids):
+    def build(mesh, logits, ids, seed, stream):
         dims = batch_dim, vocab_dim, length = [
             mtf.Dimension(*d) for d in (("batch", batch), ("vocab", vocab), ("length", LENGTH))
         ]
         steps_dim = mtf.Dimension("steps", steps)
         logits = mtf.import_tf_tensor(mesh, logits, mtf.Shape(dims[:2]))
         ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch_dim, length]))
-        stream = mtf.range(mesh, batch_dim, tf.int32)
+        seed = mtf.import_tf_tensor(mesh, seed, mtf.Shape([]))
+        stream = mtf.import_tf_tensor(mesh, stream, mtf.Shape([batch_dim]))
 
         def body(step, tokens):
             x = logits if on_cpu else _new_each_step(logits, step)
@@ -89,7 +89,7 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, seed=1, vocab_size=None
         _, tokens = mtf.while_loop(lambda step, *_: mtf.less(step, steps), body, start)
         return tokens
 
-    return build, [(tf.float32, (batch, vocab)), (tf.int32, (batch, LENGTH))]
+    return build, [(tf.float32, (batch, vocab)), (tf.int32, (batch, LENGTH)), (tf.int32, ()), (tf.int32, (batch,))]
 
 
 def _with_token(tokens, token, step):
@@ -112,7 +112,7 @@ def _new_each_step(x, step):
     """x, which the compiler takes to depend on the step, as a model's logits do."""
 
     def barrier(x, step):
-        return gen_xla_ops.xla_optimization_barrier([x, step])[0]
+        return xla_ops().xla_optimization_barrier([x, step])[0]
 
     return mtf.slicewise(barrier, [x, step], output_shape=x.shape, splittable_dims=x.shape.dims, grad_function=0)
 

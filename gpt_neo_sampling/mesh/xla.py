@@ -4,11 +4,9 @@ A TPU takes about as long for a small kernel as for one over a whole row, so sam
 reduction that keeps several numbers, where TensorFlow on a CPU takes several.
 """
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
+from gpt_neo_sampling._compat import PlacementMeshImpl, matmul_axes, mtf, tensorflow, tf, xla_ops
 
 Values = tuple[tf.Tensor, ...]
 
@@ -16,13 +14,6 @@ Values = tuple[tf.Tensor, ...]
 def is_core_program(mesh_impl: mtf.MeshImpl) -> bool:
     """Whether a mesh is lowered to one core's program, which XLA compiles; else it is placed on CPUs and GPUs."""
     return not isinstance(mesh_impl, PlacementMeshImpl)
-
-
-@functools.cache
-def _ops() -> types.ModuleType:
-    from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # only here: most programs need none of them
-
-    return gen_xla_ops
 
 
 def reduce_together(
@@ -47,7 +38,7 @@ def reduce_together(
     reducer = tensorflow.function(lambda *xs: tuple(combine(xs[:n], xs[n:])), autograph=False)
     initial = [tf.constant(start, x.dtype) for start, x in zip(starts, operands, strict=True)]
     return tuple(
-        _ops().xla_variadic_reduce_v2(
+        xla_ops().xla_variadic_reduce_v2(
             operands, initial, dimensions_to_reduce=list(axes), reducer=reducer.get_concrete_function(*specs)
         )
     )
@@ -55,4 +46,34 @@ def reduce_together(
 
 def kept_together(*xs: tf.Tensor) -> Values:
     """The same tensors, which XLA computes before what depends on them, in one place and once."""
-    return tuple(_ops().xla_optimization_barrier(list(xs)))
+    return tuple(xla_ops().xla_optimization_barrier(list(xs)))
+
+
+def prefix_sums(x: tf.Tensor) -> tf.Tensor:
+    """Inclusive sums of float32 [rows, n] along the last axis.
+
+    By a product with a triangle, of three parts of 8 bits, which a TPU's matrix unit takes without rounding (bfloat16)
+    and adds up in float32.
+    """
+
+    def leading(x: tf.Tensor) -> tf.Tensor:
+        return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), tf.constant(-(2**16))), tf.float32)
+
+    rows, n = x.shape.as_list()
+    up_to = tf.cast(tf.range(n)[:, tf.newaxis] <= tf.range(n), tf.bfloat16)
+    first = leading(x)
+    second = leading(x - first)
+    parts = (tf.pad(p, [[0, -rows % 8], [0, 0]]) for p in (first, second, (x - first) - second))  # to whole tiles
+    products = [
+        xla_ops().xla_dot_v2(
+            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=matmul_axes(), precision_config="",
+            preferred_element_type=tf.float32,
+        )
+        for part in parts
+    ]  # fmt: skip
+    return sum(products)[:rows]
+
+
+def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:
+    """x with `values` from the indices `begin` on, int32 scalars, one for each of x's axes; inside x."""
+    return xla_ops().xla_dynamic_update_slice(x, values, tf.stack(begin))

@@ -28,9 +28,9 @@ from gpt_neo_sampling.mesh.ops import (
     size_of,
 )
 from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
-from gpt_neo_sampling.sampling import fixed_point
+from gpt_neo_sampling.sampling import fixed_point, softmax_draw
 from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
-from gpt_neo_sampling.sampling.random import counter_bits, import_seed
+from gpt_neo_sampling.sampling.random import bits_again, counter_bits, import_seed
 
 
 def sample_categorical(
@@ -600,25 +600,33 @@ class _ScoreDrawOperation(_DrawOperation):
             rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
 
-        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
-        if rows.split_axis is not None:
-            top = mesh_impl.allreduce(top, [rows.split_axis], "MAX")
+        def draw_again() -> LaidOut:
+            scores_of, uniforms = given()
+            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
+            if epsilon is None:
+                weights = slicewise(fixed_point.softmax_weights, z)
+            else:
+                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
+            weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+            return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
-        def scores_of(x: LaidOut) -> LaidOut:
-            """Less the largest, so that no factor overflows. An invalid score becomes NaN or +inf."""
+        if epsilon is None and softmax_draw.can_draw(rows):
 
-            def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
-                per_row = [-1] + [1] * (x.shape.rank - 1)
-                z = x - tf.reshape(top, per_row)
-                return z * tf.reshape(factor[0], per_row) if factor else z
+            def given() -> tuple[Callable[[LaidOut], LaidOut], list[LaidOut]]:
+                """Computed for an ambiguous draw alone: no other step needs it."""
+                bits = bits_again(lowering, self.inputs[1:3])
+                return self._scores_of(rows, x, factor), [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
 
-            return slicewise(scale, x, top, *([] if factor is None else [factor]))
-
+            ones = slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
+            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, factor or ones, uniforms)
+            ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
+            return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+        scores_of = self._scores_of(rows, x, factor)
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
             x = slicewise(lambda z: tf.where_v2(z <= 0, tf.maximum(z, lowest), 1.0), scores_of(x))
             x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
-            top, factor = slicewise(tf.zeros_like, top), None
+            scores_of = lambda x: x  # noqa: E731
 
         def draw_by_entmax(rows: ShardedRows, *weights_and_slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
             weights, slope = map(rows.in_groups, weights_and_slope)
@@ -641,16 +649,35 @@ class _ScoreDrawOperation(_DrawOperation):
                 rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
             )
 
-        def draw_again() -> LaidOut:
-            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
-            if epsilon is None:
-                weights = slicewise(fixed_point.softmax_weights, z)
-            else:
-                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
-            weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _exact_draw(rows, rows.in_groups(weights), uniforms)
-
+        given = lambda: (scores_of, uniforms)  # noqa: E731
         return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+
+    def _scores_of(self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> Callable[[LaidOut], LaidOut]:
+        """A function from x, or some of it, to scores less the largest of their row, so that no factor overflows.
+
+        An invalid score becomes NaN or +inf.
+        """
+        slicewise = rows.mesh_impl.slicewise
+        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
+        if rows.split_axis is not None:
+            top = rows.mesh_impl.allreduce(top, [rows.split_axis], "MAX")
+
+        def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+            per_row = [-1] + [1] * (x.shape.rank - 1)
+            z = x - tf.reshape(top, per_row)
+            return z * tf.reshape(factor[0], per_row) if factor else z
+
+        return lambda x: slicewise(scale, x, top, *([] if factor is None else [factor]))
+
+    def _any_row(self, mesh_impl: mtf.MeshImpl, flag: LaidOut) -> tf.Tensor:
+        """Whether a flag, a laid-out scalar for a slice's rows, is set on any processor, as 0.0 or more.
+
+        Where only a batch is split, each processor goes its own way: its branches hold no collectives.
+        """
+        axes = {mesh_impl.tensor_dimension_to_mesh_axis(d) for d in self.outputs[0].shape.dims} - {None}
+        if axes and mesh_impl.tensor_dimension_to_mesh_axis(self._dim) is not None:
+            flag = mesh_impl.allreduce(flag, sorted(axes), "SUM")
+        return flag.tensor_list[0]
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""

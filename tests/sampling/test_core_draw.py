@@ -1,0 +1,96 @@
+"""gpt_neo_sampling.sampling.core_draw: a TPU core's draw, against the textbook draw on one device."""
+
+import functools
+
+import numpy as np
+import pytest
+import simd
+from programs import MeshRunner, dims
+from test_draws import GPT2_VOCAB, hard_rows, sparse_weights, uniforms
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mesh.ops import MeshOperation
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
+from gpt_neo_sampling.sampling.categorical import SUM_ERROR_BOUND, grouped_draw
+from gpt_neo_sampling.sampling.core_draw import draw_few_kernels
+
+pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
+ROWS = 512
+
+
+class _CoreDraw(MeshOperation):
+    """Outputs: what is drawn and whether it is ambiguous."""
+
+    def __init__(self, weights, u1, u2, dim, with_slope):
+        super().__init__([weights, u1, u2], [(u1.shape, tf.int32), (u1.shape, tf.float32)], "core_draw")
+        self._dim, self._with_slope = dim, with_slope
+
+    def lower(self, lowering):
+        impl = lowering.mesh_impl(self)
+        weights, *us = (lowering.tensors[t] for t in self.inputs)
+        rows = ShardedRows(impl, self.inputs[0].shape, self._dim)
+        us = [impl.slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in us]
+        slope = impl.slicewise(lambda w: 2 * w, weights) if self._with_slope else None
+        for y, x in zip(self.outputs, draw_few_kernels(rows, weights, us, SUM_ERROR_BOUND, slope)):
+            lowering.set_tensor_lowering(y, impl.slicewise(lambda x: tf.reshape(x, [-1]), x))
+
+
+@functools.cache
+def core_draw(size, layout, dtype, with_slope=False):
+    def build(mesh, w, u1, u2):
+        shape = b, v = dims(batch=ROWS, vocab=size)
+        imports = [mtf.import_tf_tensor(mesh, x, mtf.Shape(s)) for x, s in ((w, shape), (u1, [b]), (u2, [b]))]
+        return _CoreDraw(*imports, v, with_slope).outputs
+
+    inputs = [(tf.float32, (ROWS, size)), (dtype, (ROWS,)), (dtype, (ROWS,))]
+    return simd.SimdProgram(build, inputs, "x:2", layout)
+
+
+def textbook(w, u1, u2):
+    def build(mesh, w, u1, u2):
+        b, v, one = dims(batch=ROWS, vocab=w.shape.as_list()[1], samples=1)
+        us = (mtf.import_tf_tensor(mesh, u[:, tf.newaxis], mtf.Shape([b, one])) for u in (u1, u2))
+        return grouped_draw(mtf.import_tf_tensor(mesh, w, mtf.Shape([b, v])), *us, v, one)
+
+    return MeshRunner()(build, w, u1, u2)[:, 0]
+
+
+def scaled(rng, w):
+    return w * np.float32(2.0 ** rng.integers(-60, 60, (len(w), 1)))
+
+
+@pytest.mark.parametrize("size, layout", [(128, "vocab:x"), (GPT2_VOCAB, "batch:x"), (2048, "vocab:x")])
+@pytest.mark.parametrize("bits", [False, True])
+def test_equals_the_textbook_draw_unless_ambiguous(size, layout, bits):
+    rng = np.random.default_rng(71)
+    w = sparse_weights(rng, ROWS, size)
+    w[: ROWS // 2] = np.exp(hard_rows(rng, ROWS // 2, size))
+    w = scaled(rng, w)
+    w[5], w[6, 3], w[7, size - 1], w[8, :] = 0, np.nan, np.inf, 3.0
+    u = uniforms(rng, 2, ROWS)
+    if bits:
+        u = rng.integers(-(2**31), 2**31, (2, ROWS)).astype(np.int32)
+    token, ambiguous = core_draw(size, layout, tf.int32 if bits else tf.float32)(w, *u)
+    want = textbook(w, *u)
+    clear = ambiguous == 0
+    np.testing.assert_array_equal(token[clear], want[clear])
+    assert set(ambiguous) <= {0.0, 1.0} and clear.mean() > 0.9
+    assert clear[5:8].all() and (token[5:8] == -1).all() and (token >= 0).sum() > ROWS / 2
+
+
+@pytest.mark.parametrize("layout", ["vocab:x", "batch:x"])
+@pytest.mark.parametrize("with_slope", [False, True])
+def test_near_a_border_it_is_ambiguous(layout, with_slope):
+    """Groups of 2 equal entries: u₁ of a border between groups, u₂ of one between entries, beside it, and far away."""
+    bound = SUM_ERROR_BOUND * (2 if with_slope else 1)
+    at = np.repeat(np.resize(np.arange(1, 64) / 64, 64), ROWS // 64)
+    off = np.tile([0, 0.5 * bound, -0.5 * bound, 2e-5, -2e-5, 2e-5, -2e-5, 0], ROWS // 8)
+    far = np.full(ROWS, 0.3)
+    for entry in (False, True):
+        u = (far, 0.5 + off) if entry else (at + off, far)
+        u = np.float32(u)
+        token, ambiguous = core_draw(128, layout, tf.float32, with_slope)(np.ones((ROWS, 128)), *u)
+        np.testing.assert_array_equal(ambiguous, np.abs(off) < 1e-5)
+        clear = ambiguous == 0
+        want = np.floor(u[0] * 64) * 2 + (u[1] >= 0.5)
+        np.testing.assert_array_equal(token[clear], want[clear])
