@@ -11,10 +11,13 @@
 # make docs    builds the documentation site in site/; a dead link or a docstring that does not parse is an error
 # make coverage  runs all tests and lists the lines and branches of the package that they do not reach
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
+# make bench-tpu  what the sampling step costs on a TPU, by the estimate of the TPU's compiler, which needs no TPU
+# make test-tpu  compiles each sampler for a TPU, without one: holds its cost against tests/data/tpu_costs.json, and the
+#              tokens of the program in the TPU's own types against a CPU's
 # make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
 #              (docs/support.md); SUPPORT_ARGS="--python PATH --tensorflow 2.18" for some cells
-# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench, with python3
-# and pip alone.
+# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench, bench-tpu and
+# test-tpu in .venv-tpu, with python3 and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +28,7 @@ TPU_VENV := $(VENV)-tpu
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check docs test test-slow test-all test-compat test-gpt-neo fuzz coverage bench support clean
+.PHONY: demo check docs test test-slow test-all test-compat test-gpt-neo test-tpu fuzz coverage bench bench-tpu support clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -70,6 +73,13 @@ coverage: $(VENV)/test.installed
 
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)
+
+bench-tpu: $(TPU_VENV)/tpu.installed
+	@$(TPU_VENV)/bin/python benchmarks/tpu.py $(BENCH_ARGS)
+
+# A sampler's tests go to one process, which compiles its programs once.
+test-tpu: $(TPU_VENV)/tpu.installed
+	$(TPU_VENV)/bin/python -m pytest -q -n 2 --dist loadgroup -rs -m "not slow" tests/test_tpu.py $(PYTEST_ARGS)
 
 support: $(VENV)/test.installed
 	@$(BIN)/python benchmarks/support_table.py $(SUPPORT_ARGS)

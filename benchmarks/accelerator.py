@@ -5,8 +5,9 @@
 
 Exports a pass over the logits (next_token, V = 50,257) for batches of 1, 8 and
 64 as StableHLO; `run` draws from them, checks the draws' law, and times them in
-turn with jax.random.categorical and, for top-k, jax.lax.top_k, which only finds
-the k largest and draws nothing. Bandwidth counts one read of the logits, as a
+turn with jax.random.categorical or what JAX has that is nearer: for top-k
+jax.lax.top_k, which only finds the k largest and draws nothing. With --core the
+program is that of a TPU's core, of one; without, a GPU's. Bandwidth counts one read of the logits, as a
 share of the chip's (--peak-gigabytes where the chip is not known).
 
 On a CPU (--platform cpu) it shows only that the harness works.
@@ -20,14 +21,23 @@ import sys
 import time
 
 import common
+import jax_candidates
 import laws
 import numpy as np
 
 BATCHES = (1, 8, 64)
+CATEGORICAL = "jax.random.categorical"
 WAYS = {
-    "softmax": ({}, "jax.random.categorical"),
+    "softmax": ({}, CATEGORICAL),
     "top-k 40": ({"temperature": 0.9, "top_k": 40}, "jax.lax.top_k"),
-    "entmax 1.3": ({"alpha": 1.3}, "jax.random.categorical"),
+    "top-p 0.9": ({"temperature": 0.9, "top_p": 0.9}, "JAX, bisected top-p"),
+    "min-p": ({"temperature": 0.9, "min_p": 0.05}, CATEGORICAL),
+    "epsilon": ({"temperature": 0.9, "epsilon_cutoff": 3e-4}, CATEGORICAL),
+    "typical": ({"temperature": 0.9, "typical_p": 0.9}, CATEGORICAL),
+    "eta": ({"temperature": 0.9, "eta_cutoff": 3e-4}, CATEGORICAL),
+    "entmax 1.3": ({"alpha": 1.3}, CATEGORICAL),
+    "greedy": ({"temperature": 0}, "jax.numpy.argmax"),
+    "penalties": ({"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.5}, CATEGORICAL),
 }
 BLOCKS, BLOCK_SECONDS = 15, 0.1
 PEAK_GIGABYTES = {"H200": 4800, "H100": 3350, "A100": 2039, "TPU v4": 1228, "TPU v5 lite": 819, "TPU v5p": 2765}
@@ -37,7 +47,7 @@ def path_of(folder, way, batch):
     return pathlib.Path(folder) / f"{way.replace(' ', '-')}-{batch}.bin"
 
 
-def export(folder, platform):
+def export(folder, platform, ways, core):
     """Writes a program for each way and batch: (logits, step) -> tokens."""
     import jax
     from jax import export as jax_export
@@ -48,7 +58,8 @@ def export(folder, platform):
 
     probe_devices()
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    for way, (arguments, _) in WAYS.items():
+    for way in ways:
+        arguments, _ = WAYS[way]
         for batch in BATCHES:
 
             def lowered(values, step, arguments=arguments):
@@ -56,7 +67,7 @@ def export(folder, platform):
                 vocab_dim = mtf.Dimension("vocab", common.GPT2_VOCAB)
                 shape = mtf.Shape([mtf.Dimension("batch", values.shape[0]), vocab_dim])
                 token = ours_next_token(mtf.import_tf_tensor(mesh, values, shape), vocab_dim, step, **arguments)
-                impl = PlacementMeshImpl([], [], [""])
+                impl = mtf.simd_mesh_impl.SimdMeshImpl([], []) if core else PlacementMeshImpl([], [], [""])
                 return mtf.Lowering(mesh.graph, {mesh: impl}, autostack=False).export_to_tf_tensor(token)
 
             with quiet_logging():
@@ -66,18 +77,6 @@ def export(folder, platform):
                 )
             path_of(folder, way, batch).write_bytes(program.serialize())
             print(f"{path_of(folder, way, batch)}", file=sys.stderr)
-
-
-def peers():
-    """{name: jitted function of (logits, step)}"""
-    import jax
-
-    return {
-        "jax.random.categorical": jax.jit(
-            lambda logits, step: jax.random.categorical(jax.random.fold_in(jax.random.key(1), step), logits)
-        ),
-        "jax.lax.top_k": jax.jit(lambda logits, step: jax.lax.top_k(logits, 40)),
-    }
 
 
 def block(function, logits, calls):
@@ -105,7 +104,7 @@ def checked(function, logits, arguments):
     return p
 
 
-def run(folder, peak):
+def run(folder, peak, ways):
     """Rows of the table, dicts."""
     import jax
     from jax import export as jax_export
@@ -113,16 +112,17 @@ def run(folder, peak):
     device = jax.devices()[0]
     if peak is None:
         peak = next((g for name, g in PEAK_GIGABYTES.items() if name in device.device_kind), None)
-    others = peers()
-    for way, (arguments, peer_name) in WAYS.items():
+    for way in ways:
+        arguments, peer_name = WAYS[way]
+        draw, peer_law = jax_candidates.CANDIDATES[peer_name]
         for batch in BATCHES:
             values = laws.logits(batch, common.GPT2_VOCAB)
             logits = jax.device_put(values)
             program = jax.jit(jax_export.deserialize(path_of(folder, way, batch).read_bytes()).call)
-            sides = {"ours": program, "peer": others[peer_name]}
+            sides = {"ours": program, "peer": jax.jit(draw)}
             p = checked(program, logits, arguments)
-            if peer_name == "jax.random.categorical":  # always softmax's law
-                checked(sides["peer"], logits, {})
+            if peer_law is not None:
+                checked(sides["peer"], logits, peer_law)
             calls = {}
             for side, function in sides.items():
                 block(function, logits, 3)
@@ -148,14 +148,17 @@ def main():
     parser.add_argument("--platform", default="cuda", help="to export for: cuda, tpu, rocm or cpu (default: cuda)")
     parser.add_argument("--peak-gigabytes", type=float, help="a second, of the chip's memory")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--way", choices=tuple(WAYS), action="append", help="default: all")
+    parser.add_argument("--core", action="store_true", help="export the program of a TPU's core")
     args = parser.parse_args()
+    ways = args.way or tuple(WAYS)
     if args.do == "export":
-        export(args.folder, args.platform)
+        export(args.folder, args.platform, ways, args.core)
         return
     line = "{:11} {:>5}  {:23} {:>9} {:>9} {:>6} {:>8} {:>8}"
     if not args.json:
         print(line.format("way", "batch", "peer", "ours, ms", "peer, ms", "ratio", "GB/s", "of peak"))
-    for row in run(args.folder, args.peak_gigabytes):
+    for row in run(args.folder, args.peak_gigabytes, ways):
         if args.json:
             print(json.dumps(row), flush=True)
             continue

@@ -9,6 +9,11 @@ SPREAD = 2.5  # of the logits; a language model's are 2 to 3
 SMALL_VOCAB, SMALL_BATCH = 96, 512  # of the check that resolves every entry
 SMALL_DRAWS, LARGE_DRAWS = 20_000, 2_000
 LONGEST_CHECK = 10.0  # seconds; a slow peer draws fewer
+HISTORY = np.arange(512, dtype=np.int32) % 300  # tokens that stand before the one that is drawn
+KEPT = {  # functions of tests/reference.py
+    "top_k": "top_k_keep", "top_p": "top_p_keep", "min_p": "min_p_keep", "epsilon_cutoff": "epsilon_keep",
+    "typical_p": "typical_p_keep", "eta_cutoff": "eta_keep",
+}  # fmt: skip
 FALSE_ALARM = 1e-4  # of one chi-square test of a right sampler
 LARGEST_ERROR = 1e-5  # of a probability
 
@@ -23,16 +28,24 @@ def logits(batch, vocab):
     return np.tile(base_logits(vocab), (batch, 1))
 
 
-def law(base, *, temperature=1.0, top_k=None, top_p=None, alpha=None):
-    """float64 [vocab]: the distribution that these logits have, by the tests' reference."""
+def law(base, *, temperature=1.0, alpha=None, **controls):
+    """float64 [vocab]: the distribution that these logits have, by the tests' reference.
+
+    controls: those of `KEPT`, and penalties of the tokens in `HISTORY`.
+    """
     common.use_tests()
     import reference
 
-    scaled = np.asarray(base, np.float64) / temperature
-    if top_k:
-        scaled = np.where(reference.top_k_keep(scaled, top_k), scaled, -np.inf)
-    if top_p:
-        keep, _ = reference.top_p_keep(np.atleast_2d(scaled), top_p)
+    scaled = np.asarray(base, np.float64)
+    counts = np.broadcast_to(reference.token_counts([HISTORY], scaled.shape[-1])[0], scaled.shape)
+    scaled = reference.repetition_penalty(scaled, counts, controls.pop("repetition_penalty", 1))
+    scaled = scaled - controls.pop("presence_penalty", 0) * (counts > 0)
+    if temperature == 0:
+        return reference.softmax(np.where(reference.top_k_keep(scaled, 1), scaled, -np.inf))
+    scaled = scaled / temperature
+    for name, value in controls.items():
+        keep = getattr(reference, KEPT[name])(np.atleast_2d(scaled), value)
+        keep = keep[0] if isinstance(keep, tuple) else keep
         scaled = np.where(keep.reshape(scaled.shape), scaled, -np.inf)
     return reference.softmax(scaled) if alpha is None else reference.entmax(scaled, alpha, -1)
 

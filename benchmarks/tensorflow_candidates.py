@@ -11,6 +11,7 @@ import numpy as np
 from gpt_neo_sampling import entmax, sample_categorical
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
 from gpt_neo_sampling.models import utils
+from gpt_neo_sampling.sampling.controls import History
 from gpt_neo_sampling.sampling.masks import top_p_mask
 from gpt_neo_sampling.sampling.next_token import SamplingOptions, next_token
 
@@ -22,15 +23,19 @@ softmax = getattr(utils, "softmax", mtf.softmax)  # the library's, where it has 
 # --- This library ---------------------------------------------------------------------
 
 
-def ours_next_token(logits, vocab_dim, step, temperature=1.0, top_k=None, alpha=None):
-    """What a decode step does to its logits."""
+def ours_next_token(logits, vocab_dim, step, alpha=None, **controls):
+    """What a decode step does to its logits; behind `laws.HISTORY`."""
     mesh, batch_dim = logits.mesh, logits.shape.dims[0]
-    options = SamplingOptions(temperature=temperature, top_k=top_k)
+    options = SamplingOptions(**{"temperature": 1.0, **controls})
     if alpha is not None:
         options.use_entmax, options.entmax_alpha = True, alpha
+    length = mtf.Dimension("length", len(laws.HISTORY))
+    ids = mtf.broadcast(mtf.import_tf_tensor(mesh, laws.HISTORY, mtf.Shape([length])), mtf.Shape([batch_dim, length]))
+    position = mtf.constant(mesh, length.size, mtf.Shape([batch_dim]), tf.int32)
+    history = History(ids, position, mtf.zeros(mesh, mtf.Shape([batch_dim]), tf.int32))
     seed = mtf.constant(mesh, SEED, mtf.Shape([]), tf.int32)
     step = mtf.import_tf_tensor(mesh, step, mtf.Shape([]))
-    return next_token(logits, vocab_dim, options, seed, mtf.range(mesh, batch_dim, tf.int32), step)
+    return next_token(logits, vocab_dim, options, seed, mtf.range(mesh, batch_dim, tf.int32), step, history)
 
 
 def ours_softmax_draw(logits, vocab_dim, step):

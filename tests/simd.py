@@ -16,6 +16,7 @@ import functools
 import re
 import typing
 
+import hlo_text
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, quiet_stderr, tensorflow, tf
@@ -39,18 +40,6 @@ def _why_unavailable():
 
 
 UNAVAILABLE = _why_unavailable()  # why no SimdProgram can be made here, or None
-
-
-class Collective(typing.NamedTuple):
-    """One collective of a compiled program, as one replica runs it."""
-
-    opcode: str
-    dtype: str  # XLA's name: "f32", "s32"
-    shape: tuple
-    bytes: int
-    loops: int  # how many while bodies it stands in
-    branches: int  # how many branches, of which not all are taken, it stands in
-    source: str  # the TensorFlow operation that it was made from
 
 
 class CoreProgram:
@@ -86,20 +75,17 @@ class CoreProgram:
             self.hlo = function.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
 
 
-class SimdProgram:
-    """An mtf graph compiled as one core's program and run on a replica a core.
+class Replicas:
+    """A `CoreProgram` run on this machine, on a replica a core.
 
-    build(mesh, *tensors) returns mtf tensors, by themselves or in a nest; there
-    is a tf.Tensor for each (dtype, shape) in `inputs`, whole on every core.
-    mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y".
+    hlo, by default the program's, is one with the same parameters and results.
     """
 
-    def __init__(self, build, inputs, mesh_shape, layout):
+    def __init__(self, program, hlo=None):
         assert UNAVAILABLE is None, UNAVAILABLE
-        program = CoreProgram(build, inputs, mesh_shape, layout)
         assert program.cores <= MAX_REPLICAS
         self._inputs, self._impl, self._outputs = program.inputs, program.impl, program.outputs
-        self._executable = _Executable(program.hlo, program.cores)
+        self._executable = _Executable(program.hlo if hlo is None else hlo, program.cores)
 
     def __call__(self, *arrays):
         """Values of the tensors that build returned, whole, in its nest.
@@ -133,13 +119,25 @@ class SimdProgram:
         return self._executable.hlo_text
 
     def collectives(self):
-        """A list of `Collective`: all of the compiled program, in no set order."""
-        return list(_collectives(self.hlo_text))
+        """A list of `hlo_text.Collective`: all of the compiled program, in no set order."""
+        return list(hlo_text.collectives(self.hlo_text))
 
 
-def host_calls(hlo_text):
+class SimdProgram(Replicas):
+    """An mtf graph compiled as one core's program and run on a replica a core.
+
+    build(mesh, *tensors) returns mtf tensors, by themselves or in a nest; there
+    is a tf.Tensor for each (dtype, shape) in `inputs`, whole on every core.
+    mesh_shape and layout are mtf strings such as "x:2,y:2" and "batch:x,vocab:y".
+    """
+
+    def __init__(self, build, inputs, mesh_shape, layout):
+        super().__init__(CoreProgram(build, inputs, mesh_shape, layout))
+
+
+def host_calls(text):
     """Instructions that may wait for the host: calls of code outside XLA."""
-    found = re.findall(r"\b((?:infeed|outfeed|send|recv|custom-call)(?:-done)?\(.*)", hlo_text)
+    found = re.findall(r"\b((?:infeed|outfeed|send|recv|custom-call)(?:-done)?\(.*)", text)
     return [call for call in found if 'custom_call_target="TopK"' not in call]
 
 
@@ -250,59 +248,3 @@ class _Aval(typing.NamedTuple):
     shape: tuple
     dtype: np.dtype
     weak_type: bool = False
-
-
-# --- Reading a compiled program --------------------------------------------------------
-
-_COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
-_INSTRUCTION = re.compile(rf"= (.*?) (?:ragged-)?({_COLLECTIVES})(?:-start)?\(")
-_CALLED = re.compile(r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation)="
-                     r"(\{[^}]*\}|%?[\w.-]+)")  # fmt: skip
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]+m[0-9]+\w*)?)\[([0-9,]*)\]")
-
-
-def _collectives(text):
-    computations, entry = _computations(text)
-    nesting = {entry: (0, 0)}  # (loops, branches)
-    waiting = [entry]
-    while waiting:  # XLA has no recursion
-        name = waiting.pop()
-        loops, branches = nesting[name]
-        for line in computations[name]:
-            for role, called in _CALLED.findall(line):
-                inner = (loops + (role in ("body", "condition")), branches + ("_computation" in role))
-                for callee in re.findall(r"[\w.-]+", called):
-                    known = nesting.get(callee, (-1, -1))
-                    deepest = (max(known[0], inner[0]), max(known[1], inner[1]))
-                    if deepest != known:
-                        nesting[callee] = deepest
-                        waiting.append(callee)
-    for name, lines in computations.items():
-        for line in lines:
-            found = _INSTRUCTION.search(line)
-            if found and name in nesting:
-                source = re.search(r'op_name="([^"]*)"', line)
-                for dtype, shape in _ARRAY.findall(found.group(1)):
-                    shape = tuple(int(n) for n in shape.split(",") if n)
-                    size = int(np.prod(shape, dtype=np.int64)) * _item_size(dtype)
-                    yield Collective(
-                        found.group(2), dtype, shape, size, *nesting[name], source.group(1) if source else ""
-                    )
-
-
-def _computations(text):
-    """({computation: lines of its instructions}, the name of the entry)."""
-    computations, entry, lines = {}, None, None
-    for line in text.splitlines():
-        begin = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if begin:
-            lines = computations.setdefault(begin.group(2), [])
-            entry = begin.group(2) if begin.group(1) else entry
-        elif lines is not None:
-            lines.append(line)
-    return computations, entry
-
-
-def _item_size(dtype):
-    """Bytes of XLA's "f32", "bf16", "pred" …"""
-    return 1 if dtype == "pred" else int(re.search(r"[0-9]+", dtype).group()) // 8

@@ -4,36 +4,25 @@ libtpu holds the compiler that TPUs run, and the description of a slice ("v5e:2x
 kernel a number of cycles by its own model of the chip. Nothing is executed: these are a compiler's estimates.
 """
 
-import collections
 import importlib.util
 import os
 import pathlib
 import re
 import tempfile
 import time
-import typing
 
+import hlo_text
 import numpy as np
 
 # libtpu reads these when it is loaded; without them it asks Google's cloud what machine this is
 os.environ.update(
     TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_ID="0", TPU_WORKER_HOSTNAMES="localhost",
 )  # fmt: skip
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or a second process is refused, as if it wanted the chip
 os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 UNAVAILABLE = None if importlib.util.find_spec("libtpu") else "needs libtpu, jax and jaxlib: pip install '.[tpu]'"
-ONE_BY_ONE = ("scatter", "sort", "gather", "dynamic-slice", "dynamic-update-slice", "custom-call")
-
-
-class Kernel(typing.NamedTuple):
-    """An instruction that the compiler gives cycles."""
-
-    cycles: int
-    opcode: str
-    loops: int  # how many while bodies it stands in
-    branches: int  # how many branches, of which not all are taken, it stands in
-    source: str  # the operation that it was made from
 
 
 class TpuProgram:
@@ -42,7 +31,7 @@ class TpuProgram:
     Attributes:
       seconds: what compiling it took.
       code_bytes, temporary_bytes, argument_bytes: of one core.
-      kernels: a list of Kernel.
+      kernels, collectives, one_by_one: lists of hlo_text.Kernel, Collective and OneByOne.
       text: the program as compiled.
       in_own_types: the module after the compiler has replaced 64-bit types, as a serialised HloModuleProto (None unless
         `keep_own_types`).
@@ -74,17 +63,25 @@ class TpuProgram:
         memory = executable.get_compiled_memory_stats()
         self.code_bytes, self.temporary_bytes = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
         self.argument_bytes = memory.argument_size_in_bytes
-        self.kernels = list(_kernels(self.text))
-
-    def cost(self, loops, branches=0):
-        """(cycles, kernels) at this depth."""
-        found = [k.cycles for k in self.kernels if (k.loops, k.branches) == (loops, branches)]
-        return sum(found), len(found)
+        self.kernels = list(hlo_text.kernels(self.text))
+        self.collectives = list(hlo_text.collectives(self.text))
+        self.one_by_one = list(hlo_text.one_by_one(self.text))
 
     def costs(self):
-        """{(loops, branches): (cycles, kernels)}"""
-        places = sorted({(k.loops, k.branches) for k in self.kernels})
-        return {place: self.cost(*place) for place in places}
+        """{(loops, branches): (cycles, kernels that have cycles, kernels that have none)}"""
+        found = {}
+        for kernel in self.kernels:
+            cycles, with_cycles, without = found.get((kernel.loops, kernel.branches), (0, 0, 0))
+            known = kernel.cycles is not None
+            found[kernel.loops, kernel.branches] = (
+                cycles + (kernel.cycles or 0), with_cycles + known, without + (not known)
+            )  # fmt: skip
+        return dict(sorted(found.items()))
+
+    def table(self):
+        """`costs` of what is in loops, as tests/data/tpu_costs.json has it."""
+        costs = self.costs().items()
+        return {f"{loops} loops, {branches} branches": cost for (loops, branches), cost in costs if loops}
 
 
 def _in_own_types(folder):
@@ -106,54 +103,32 @@ def _first_field(proto):
             return proto[at : at + size]
 
 
-# --- Reading a compiled program --------------------------------------------------------
+def runnable_on_cpu(own_types):
+    """A serialised module in a TPU's own types, for CPU replicas: XLA has no `mulhi` there.
 
-_CALLED = re.compile(
-    r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
-)
+    (The high half of a product of two 32-bit integers.)
+    """
+    from jaxlib import _hlo
 
-
-def computations(text):
-    """({computation: lines of its instructions}, the name of the entry)."""
-    found, entry, lines = {}, None, None
-    for line in text.splitlines():
-        begin = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if begin:
-            lines = found.setdefault(begin.group(2), [])
-            entry = begin.group(2) if begin.group(1) else entry
-        elif lines is not None:
-            lines.append(line)
-    return found, entry
+    options = _hlo.HloPrintOptions.short_parsable()
+    options.print_large_constants = True
+    text = _hlo.HloModule.from_serialized_hlo_module_proto(own_types).to_string(options)
+    text = _MULHI.sub(_as_wide_product, text)
+    return _hlo.hlo_module_from_text(text).as_serialized_hlo_module_proto()
 
 
-def nesting(text):
-    """{computation that is reached outside of kernels: (loops, branches)}"""
-    found, entry = computations(text)
-    depth, waiting = {entry: (0, 0)}, collections.deque([entry])
-    while waiting:
-        name = waiting.popleft()
-        loops, branches = depth[name]
-        for line in found.get(name, []):
-            if " fusion(" in line:
-                continue  # what a fusion calls is one kernel
-            for role, called in _CALLED.findall(line):
-                inner = loops + (role in ("body", "condition")), branches + ("computation" in role)
-                for callee in re.findall(r"[\w.-]+", called):
-                    known = depth.get(callee, (-1, -1))
-                    deepest = max(known[0], inner[0]), max(known[1], inner[1])
-                    if deepest != known:
-                        depth[callee] = deepest
-                        waiting.append(callee)
-    return found, depth
+_MULHI = re.compile(r"^( *)(ROOT )?(%?[\w.-]+) = u32(\S*) mulhi\(([^,()]*), ([^,()]*)\)", re.MULTILINE)
 
 
-def _kernels(text):
-    found, depth = nesting(text)
-    for name, (loops, branches) in depth.items():
-        for line in found.get(name, []):
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-            if cycles:
-                opcode = re.search(r"[\])}] ?([a-z-]+)\(", line)
-                source = re.search(r'op_name="([^"]*)"', line)
-                yield Kernel(int(cycles.group(1)), opcode.group(1) if opcode else "?", loops, branches,
-                             source.group(1) if source else "")  # fmt: skip
+def _as_wide_product(found):
+    indent, root, name, shape, left, right = found.groups()
+    wide = [
+        f"{name}.left = u64{shape} convert({left})",
+        f"{name}.right = u64{shape} convert({right})",
+        f"{name}.product = u64{shape} multiply({name}.left, {name}.right)",
+        f"{name}.half = u64[] constant(32)",
+        f"{name}.halves = u64{shape} broadcast({name}.half), dimensions={{}}",
+        f"{name}.high = u64{shape} shift-right-logical({name}.product, {name}.halves)",
+        f"{root or ''}{name} = u32{shape} convert({name}.high)",
+    ]
+    return "\n".join(indent + line for line in wide)

@@ -1,6 +1,9 @@
 """Each sampler as a loop of steps on a mesh, for the TPU's compiler and for CPU replicas."""
 
+import contextlib
+
 import numpy as np
+import simd
 
 from gpt_neo_sampling._compat import mtf, tf, xla_ops
 from gpt_neo_sampling.mesh.ops import cwise_broadcast
@@ -40,14 +43,22 @@ def _original_draw(logits, dim):
     return mtf.argmax(mtf.cast(mtf.greater(cdf, uniform), tf.int32), dim)
 
 
-PEERS = {"mtf softmax": _mtf_draw, "mtf top-k": _mtf_top_k, "original": _original_draw}
+def _nothing(logits, dim):
+    return mtf.zeros(logits.mesh, logits.shape - dim, tf.int32)
 
 
-def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None):
+EMPTY = "nothing"  # the loop by itself
+PEERS = {EMPTY: _nothing, "mtf softmax": _mtf_draw, "mtf top-k": _mtf_top_k, "original": _original_draw}
+
+
+def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None, on_cpu=False, count_rounds=False):
     """(build, inputs) of a loop that draws a token a row in each step, for `simd.CoreProgram`.
 
-    The inputs are the logits, [batch, vocab] for all steps, and ids [batch, LENGTH] of a history. The result is
-    int32 [batch, steps].
+    With `on_cpu`, for `programs.Program`. With `count_rounds`, a step gives not tokens but how often the loop in it, on
+    the path of every step, went round (0 without one).
+
+    The inputs are the logits, [batch, vocab] for all steps, ids [batch, LENGTH] of a history, the seed, and [batch]
+    the rows' streams. The result is int32 [batch, steps].
     """
 
     def build(mesh, logits, ids, seed, stream):
@@ -61,7 +72,7 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None):
         stream = mtf.import_tf_tensor(mesh, stream, mtf.Shape([batch_dim]))
 
         def body(step, tokens):
-            x = _new_each_step(logits, step)
+            x = logits if on_cpu else _new_each_step(logits, step)
             if name in PEERS:
                 token = PEERS[name](x, vocab_dim)
             else:
@@ -69,9 +80,9 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None):
                                   _filled(mesh, batch_dim, LENGTH // 2))  # fmt: skip
                 options = SamplingOptions(vocab_size=vocab_size, **SAMPLERS[name])
                 token = next_token(x, vocab_dim, options, seed, stream, step, history)
-            at = mtf.range(mesh, steps_dim, tf.int32)
-            tokens = cwise_broadcast(lambda old, new, at, step: tf.where_v2(tf.equal(at, step), new, old),
-                                     [tokens, token, at, step], tokens.shape, tf.int32)  # fmt: skip
+            if count_rounds:
+                token = _Rounds(token).outputs[0]
+            tokens = cwise_broadcast(_with_token, [tokens, token, step], tokens.shape, tf.int32)
             return [step + 1, tokens]
 
         start = [mtf.constant(mesh, 0, mtf.Shape([]), tf.int32), mtf.zeros(mesh, [batch_dim, steps_dim], tf.int32)]
@@ -79,6 +90,18 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None):
         return tokens
 
     return build, [(tf.float32, (batch, vocab)), (tf.int32, (batch, LENGTH)), (tf.int32, ()), (tf.int32, (batch,))]
+
+
+def _with_token(tokens, token, step):
+    """tokens with this step's in its column: one kernel, as the columns' numbers are a literal of full rank."""
+    rows, steps = tokens.shape.as_list()
+    columns = tf.constant(np.tile(np.arange(steps, dtype=np.int32), (rows, 1)))
+    return tf.where_v2(tf.equal(columns, step), token, tokens)
+
+
+def core_program(name, layout, **size):
+    """A sampler on four cores, as `simd.CoreProgram`."""
+    return simd.CoreProgram(*sampler(name, **size), "x:4", LAYOUTS[layout])
 
 
 def _filled(mesh, dim, value):
@@ -92,6 +115,47 @@ def _new_each_step(x, step):
         return xla_ops().xla_optimization_barrier([x, step])[0]
 
     return mtf.slicewise(barrier, [x, step], output_shape=x.shape, splittable_dims=x.shape.dims, grad_function=0)
+
+
+class _Rounds(mtf.Operation):
+    """int32 of a token's shape: rounds of the loop that was made where this is lowered."""
+
+    def __init__(self, token):
+        super().__init__([token], name="rounds")
+        self._outputs = [mtf.Tensor(self, token.shape, tf.int32)]
+
+    def lower(self, lowering):
+        here = [count for count in _counts if count.graph is tf.get_default_graph()]
+        assert len(here) <= 1, "whose rounds?"
+        rounds = here[0] if here else tf.constant(0)
+        token = lowering.tensors[self.inputs[0]]
+        value = lowering.mesh_impl(self).slicewise(lambda token: tf.zeros_like(token) + rounds, token)
+        lowering.set_tensor_lowering(self.outputs[0], value)
+
+
+_counts = []  # of the loops made in `counted_loops`
+
+
+@contextlib.contextmanager
+def counted_loops():
+    """`tf.while_loop` counts its rounds, for `sampler(…, count_rounds=True)`."""
+    while_loop = tf.while_loop
+
+    def counting(cond, body, loop_vars, **options):
+        def and_one_more(count, variables):
+            after = tf.nest.pack_sequence_as(loop_vars, tf.nest.flatten(body(*variables)))
+            return count + 1, after
+
+        count, results = while_loop(lambda _, vs: cond(*vs), and_one_more, (tf.constant(0), loop_vars), **options)
+        _counts.append(count)
+        return results
+
+    tf.while_loop = counting
+    try:
+        yield
+    finally:
+        tf.while_loop = while_loop
+        _counts.clear()
 
 
 def gaussian(batch=BATCH, vocab=VOCAB, sigma=2.0, seed=0):

@@ -1,0 +1,181 @@
+"""What a TPU runs, by its own compiler and without one: what each sampler costs there, and which tokens it draws.
+
+The tokens are those of the program in the types that a TPU has (the compiler makes pairs of float32 of float64), run as
+CPU replicas. The chip's own exp and log are not simulated. (make test-tpu; other tests' environment lacks libtpu.)
+"""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import simd
+import tpu_compiler
+import tpu_samplers
+from programs import ONE_DEVICE, Program
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.sampling.categorical import draw_uniforms
+
+UNAVAILABLE = simd.UNAVAILABLE or tpu_compiler.UNAVAILABLE
+pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
+
+TABLE = json.loads((pathlib.Path(__file__).parent / "data" / "tpu_costs.json").read_text())
+CORES, BATCH, STEPS = 4, tpu_samplers.BATCH, tpu_samplers.STEPS
+HALF = BATCH // 2
+SEED, STREAM = 1, np.arange(BATCH, dtype=np.int32)
+SIGMAS = (2, 2, 2, 2, 0.3, 8)
+EXTREME = STEPS  # the number of that case
+# entries, and those of them that the vocabulary has: groups of 786 as in GPT-Neo's padded one, and of two entries
+FULL, SMALL = (tpu_samplers.VOCAB, None), (120, 113)
+
+layouts = pytest.mark.parametrize("layout", tpu_samplers.LAYOUTS)
+samplers = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tpu_samplers.SAMPLERS]
+)
+
+
+@functools.cache
+def core_program(name, layout, size=FULL):
+    return tpu_samplers.core_program(name, layout, vocab=size[0], vocab_size=size[1])
+
+
+@functools.cache
+def tpu_program(name, layout, size=FULL):
+    return tpu_compiler.TpuProgram(core_program(name, layout, size).hlo, CORES, keep_own_types=True)
+
+
+def on_tpu(name, layout, size):
+    program = core_program(name, layout, size)
+    return simd.Replicas(program, tpu_compiler.runnable_on_cpu(tpu_program(name, layout, size).in_own_types))
+
+
+@functools.cache
+def on_one_device(name, size):
+    """Tokens of each of `cases`, without XLA."""
+    build, inputs = tpu_samplers.sampler(name, vocab=size[0], vocab_size=size[1], on_cpu=True)
+    program = Program(build, inputs)
+    tokens = [program(*case) for case in cases(*size)]
+    program.close()
+    return tokens
+
+
+# --- Tokens ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def cases(vocab, vocab_size=None):
+    """Inputs of a program: many rows, and those in which a draw or a cutoff may be in doubt."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, vocab_size or vocab, (BATCH, tpu_samplers.LENGTH)).astype(np.int32)
+    spread = [sigma * rng.standard_normal((BATCH, vocab)) for sigma in SIGMAS]
+    rounded = np.round(rng.standard_normal((BATCH, vocab)), 1)  # entries by the hundred are equal
+    every = [*at_borders(vocab_size or vocab, vocab), extreme(vocab, rng), rounded, *spread]
+    return [(logits.astype(np.float32), ids, SEED + max(0, at - STEPS), STREAM) for at, logits in enumerate(every)]
+
+
+def extreme(vocab, rng):
+    rows = np.zeros((BATCH, vocab))
+    rows[1, vocab // 3] = 1e30
+    rows[2] = -np.inf
+    rows[3] = rng.standard_normal(vocab)
+    rows[3, 5] = np.nan
+    rows[4] = 1e30 * rng.standard_normal(vocab)
+    rows[5] = np.sort(3 * rng.standard_normal(vocab))
+    rows[6] = -np.sort(3 * rng.standard_normal(vocab))
+    rows[7] = np.where(rng.random(vocab) < 0.1, rng.standard_normal(vocab), -np.inf)
+    return rows
+
+
+def at_borders(used, vocab):
+    """Yields logits of which, at temperature 0.9, one step's draws lie at a border to float32's precision.
+
+    The entries of two groups, or of one, have the uniform's mass and the rest of it.
+    """
+    for u1, u2 in uniforms():
+        rows = np.full((BATCH, vocab), -np.inf)
+        for row in range(BATCH):
+            first, last, u = (0, used - 1, u1[row]) if row < HALF else (0, 1, u2[row])
+            rows[row, first], rows[row, last] = 0.9 * np.log(u), 0.9 * np.log1p(-u)
+        yield rows
+
+
+@functools.cache
+def uniforms():
+    """float64 [STEPS, 2, BATCH] that the programs draw with."""
+
+    def build(mesh):
+        rows = mtf.Shape([mtf.Dimension("batch", BATCH)])
+        stream = mtf.import_tf_tensor(mesh, STREAM, rows)
+        return [list(draw_uniforms(mesh, rows, SEED, stream, step)) for step in range(STEPS)]
+
+    return np.array(ONE_DEVICE(build)).astype(np.uint32) * 2.0**-32
+
+
+@samplers
+@layouts
+def test_tokens_are_those_of_one_device(name, layout):
+    assert_same_tokens(name, layout, FULL)
+
+
+@samplers
+@layouts
+def test_tokens_of_a_small_padded_vocabulary(name, layout):
+    assert_same_tokens(name, layout, SMALL)
+
+
+def assert_same_tokens(name, layout, size):
+    program = on_tpu(name, layout, size)
+    for at, (case, want) in enumerate(zip(cases(*size), on_one_device(name, size))):
+        np.testing.assert_array_equal(program(*case), want, f"case {at}")
+
+
+def test_what_is_compared_is_worth_comparing():
+    tokens = np.array(on_one_device("softmax", FULL))
+    assert (tokens[EXTREME, [2, 3]] == -1).all()  # rows of −inf, and with a NaN
+    assert len(np.unique(tokens)) > 300
+    at_border = np.array(on_one_device("softmax", SMALL))[:STEPS]
+    assert {0, SMALL[1] - 1} == set(at_border[:, :HALF].flat) and {0, 1} == set(at_border[:, HALF:].flat)
+
+
+# --- Costs -----------------------------------------------------------------------------------
+
+
+@samplers
+@layouts
+def test_costs_are_the_tables(name, layout):
+    """Cycles and kernels within 10% of tests/data/tpu_costs.json (`benchmarks/tpu.py --write-table` writes it)."""
+    costs, table = tpu_program(name, layout).table(), TABLE[f"{name}, {layout}"]
+    assert costs.keys() == table.keys()
+    for place, found in costs.items():
+        for what, is_now, was in zip(("cycles", "kernels with cycles", "kernels without"), found, table[place]):
+            assert abs(is_now - was) <= max(0.1 * was, 1), f"{place}: {is_now} {what}, {was} in the table"
+
+
+# --- The tool itself -------------------------------------------------------------------------
+
+
+def test_high_half_of_a_product():
+    text = """HloModule m
+
+ENTRY main {
+  pnum = s32[] parameter(0)
+  a = u32[3]{0} parameter(1)
+  b = u32[3]{0} parameter(2)
+  ROOT high = u32[3]{0} mulhi(a, b)
+}
+"""
+    from jaxlib import _hlo
+
+    hlo = _hlo.hlo_module_from_text(text).as_serialized_hlo_module_proto()
+    a, b = np.array([2**32 - 1, 2**31, 3], np.uint32), np.array([2**32 - 1, 6, 5], np.uint32)
+    ((high,),) = simd._Executable(tpu_compiler.runnable_on_cpu(hlo), 1)(a, b)
+    np.testing.assert_array_equal(high, [2**32 - 2, 3, 0])
+
+
+def test_the_harness_is_one_kernel():
+    for layout in tpu_samplers.LAYOUTS:
+        program = core_program(tpu_samplers.EMPTY, layout)
+        costs = tpu_compiler.TpuProgram(program.hlo, CORES).table()
+        assert {place: kernels for place, (_, *kernels) in costs.items()} == {"1 loops, 0 branches": [1, 0]}
