@@ -3,15 +3,19 @@
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
 
 
-def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False) -> tf.Tensor:
+def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False, in_one_pass: bool = False) -> tf.Tensor:
     """float32, 1.0 where a slice along `axis` holds NaN or +inf, else 0.0.
 
     NaN is found by the sum, as XLA's maximum misses it on CPUs; only where the sum is NaN, which −inf and overflow can
-    cause too, are the entries looked at one by one.
+    cause too, are the entries looked at one by one; or at once, `in_one_pass`, which suits a TPU core's program.
     """
+    if in_one_pass:
+        return tf.reduce_max(tf.where_v2(x < np.inf, 0.0, 1.0), axis, keepdims)
 
     def look() -> tf.Tensor:
         return tf.reduce_max(tf.cast(tf.is_nan(x), tf.float32), axis, keepdims)
@@ -47,6 +51,10 @@ class _FirstArgmaxOperation(MeshOperation):
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
         shards = 1 if mesh_axis is None else mesh_impl.shape[mesh_axis].size
         local_size = self._dim.size // shards
+        if xla.is_core_program(mesh_impl):
+            found = _first_argmax_on_core(mesh_impl, lowering.tensors[x], axis, mesh_axis)
+            lowering.set_tensor_lowering(self.outputs[0], found)
+            return
 
         def local(x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             """[rows, 1, 4]: the shard's largest, its global index, whether it is wrong, whether it is right.
@@ -73,6 +81,43 @@ class _FirstArgmaxOperation(MeshOperation):
             found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
             found = mesh_impl.allconcat(found, mesh_axis, x.shape.ndims - 1)
         lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
+
+
+def _first_argmax_on_core(mesh_impl: mtf.MeshImpl, x: LaidOut, axis: int, mesh_axis: int | None) -> LaidOut:
+    """`first_argmax` of laid-out slices along their `axis`, which `mesh_axis` splits, in few kernels."""
+
+    def largest_of(values: tf.Tensor, at: tf.Tensor, axis: int) -> xla.Values:
+        """(the largest, +inf for NaN; the first of those that equal it; and that, or −1 if the row is invalid)."""
+        values = tf.where_v2(values < np.inf, values, np.inf)
+        starts = [-np.inf, np.iinfo(np.int32).max, -1]
+        return xla.reduce_together([values, at, _index_if_valid(values, at)], starts, [axis], _larger)
+
+    def local(x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> xla.Values:
+        x, size = tf.cast(x, tf.float32), size_of(x, axis)
+        at = tf.reshape(tf.range(size) + pcoord * size, [-1] + [1] * (x.shape.rank - 1 - axis))
+        return largest_of(x, tf.broadcast_to(at, x.shape), axis)
+
+    def choose(values: tf.Tensor, at: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+        values = tf.where_v2(indices < 0, values * np.inf, values)  # as they were before they travelled
+        return largest_of(values, tf.cast(at, tf.int32), values.shape.rank - 1)[2]
+
+    if mesh_axis is None:
+        return mesh_impl.slicewise(lambda x: local(x)[2], x)
+    found = mesh_impl.slicewise(local, x, mesh_impl.laid_out_pcoord(mesh_axis))
+    return mesh_impl.slicewise(choose, *xla.concat_shards(mesh_impl, found, mesh_axis))
+
+
+def _larger(a: xla.Values, b: xla.Values) -> xla.Values:
+    """Of two triples as `_first_argmax_on_core` reduces, the larger; of equal ones, the first. −inf counts as the lowest
+    number, but a row of nothing else is told apart."""
+    first, second = tf.maximum(a[0], tf.float32.min), tf.maximum(b[0], tf.float32.min)
+    is_second = tf.logical_or(second > first, tf.logical_and(tf.equal(second, first), b[1] < a[1]))
+    value, at = tf.maximum(a[0], b[0]), tf.where_v2(is_second, b[1], a[1])
+    return value, at, _index_if_valid(value, at)
+
+
+def _index_if_valid(value: tf.Tensor, at: tf.Tensor) -> tf.Tensor:
+    return tf.where_v2(tf.abs(value) < np.inf, at, -1)
 
 
 def chunk_size(size: int) -> int:

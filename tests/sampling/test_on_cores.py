@@ -1,0 +1,64 @@
+"""What only a TPU core's program does: its operations against those of one CPU device, on rows of every kind."""
+
+import numpy as np
+import pytest
+import simd
+from programs import ONE_DEVICE, dims
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.sampling.top_k import first_argmax
+
+pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
+
+SPLITS = [("x:4", "vocab:x"), ("x:4", "batch:x"), ("x:2,y:2", "batch:x,vocab:y")]
+split = pytest.mark.parametrize("split", SPLITS, ids=" ".join)
+HIGH, LOW = np.finfo(np.float32).max, np.finfo(np.float32).min
+
+
+def on_cores(build, split, *arrays):
+    """The result of build(mesh, *arrays), as XLA replicas of a core's program."""
+    return simd.SimdProgram(build, [(tf.as_dtype(a.dtype), a.shape) for a in arrays], *split)(*arrays)
+
+
+def extreme_rows(size=64):
+    """float32 [16, size], of a size that 4 divides: ties within and across quarters, zeros of both signs, rows that
+    are invalid, rows without mass, the largest and the lowest numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16, size)).astype(np.float32)
+    last, half = size - 1, size // 2
+    x[1] = rng.integers(0, 3, size)
+    x[2] = np.where(np.arange(size) % 2, 0.0, -0.0)
+    x[3] = 1.0
+    x[4, half] = np.nan
+    x[5, last] = np.inf
+    x[6] = -np.inf
+    x[7] = -np.inf
+    x[7, last] = LOW
+    x[8, half], x[8, 0] = np.inf, HIGH
+    x[9, [half, last]] = HIGH
+    x[10] = LOW
+    x[11, : half + 1] = -np.inf
+    x[12] = np.where(np.arange(size) < half, -np.inf, LOW)
+    x[13, 0], x[13, half] = np.nan, np.inf
+    x[14, 1:] = -np.inf
+    x[15] = -np.arange(size)
+    return x
+
+
+@split
+def test_first_argmax(split):
+    batch, vocab, other = dims(batch=16, vocab=64, other=1)
+
+    def build(mesh, x):
+        def wide(x, *shape):
+            return mtf.import_tf_tensor(mesh, x, mtf.Shape(shape))
+
+        columns = wide(tf.transpose(x)[:, tf.newaxis], vocab, other, batch)
+        narrow = wide(tf.cast(x, tf.bfloat16), batch, vocab)
+        return [first_argmax(t, vocab) for t in (wide(x, batch, vocab), columns, narrow)]
+
+    x = extreme_rows()
+    found, want = on_cores(build, split, x), ONE_DEVICE(build, x)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(want[0][2:], [0, 0, -1, -1, -1, 0, -1, 32, 0, 33 + x[11, 33:].argmax(), 0, -1, 0, 0])
