@@ -6,7 +6,7 @@ import simd
 from programs import ONE_DEVICE, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.sampling.top_k import first_argmax
+from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
 pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
 
@@ -62,3 +62,44 @@ def test_first_argmax(split):
     for a, b in zip(found, want, strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(want[0][2:], [0, 0, -1, -1, -1, 0, -1, 32, 0, 33 + x[11, 33:].argmax(), 0, -1, 0, 0])
+
+
+def rows_to_select(k, size=8192):
+    """float32 [16, size]: most are found by `select_largest`, the others are doubtful, each in its own way."""
+    rng = np.random.default_rng(k)
+    x = rng.normal(size=(16, size)).astype(np.float32)
+    x[1, : size // 4] += 9  # all in the first quarter
+    x[2, :k] = 9  # equal ones
+    x[3] = np.round(x[3], 1)
+    x[4, ::128] += 9  # all in one column
+    x[5, size // 2] = np.nan
+    x[6, -1] = np.inf
+    x[7] = -np.inf
+    x[8, : size - k + 1] = -np.inf  # fewer than k, and then what is masked, from the first on
+    x[9] = np.where(np.arange(size) < size // 2, np.finfo(np.float32).min, -np.inf)
+    x[10] = np.arange(size)
+    x[11] = 0.0
+    x[12, rng.permutation(size)[:k]] += 20
+    x[13, [0, size - 1]] = np.finfo(np.float32).max
+    x[14] *= 5e37
+    x[15] = np.nan
+    return x
+
+
+@pytest.mark.parametrize("k", [1, 40, 50])
+@split
+def test_top_k(split, k):
+    """Each row by itself, as one that is doubtful has all rows sorted; then all together."""
+    batch, vocab, k_dim = dims(batch=16, vocab=8192, top_k=k)
+
+    def build(mesh, x):
+        return list(top_k(mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])), vocab, k_dim))
+
+    x = rows_to_select(k)
+    program = simd.SimdProgram(build, [(tf.float32, x.shape)], *split)
+    want_values, want_indices = ONE_DEVICE(build, x)
+    for rows in [[row] * 16 for row in range(16)] + [list(range(16))]:
+        values, indices = program(x[rows])
+        np.testing.assert_array_equal(values, want_values[rows], err_msg=str(rows))
+        valid = ~np.isnan(want_values[rows, 0])
+        np.testing.assert_array_equal(indices[valid], want_indices[rows][valid], err_msg=str(rows))
