@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut, RowValue
+from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.ops import (
     MeshOperation,
     check_floating,
@@ -28,7 +29,7 @@ from gpt_neo_sampling.mesh.ops import (
     size_of,
 )
 from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
-from gpt_neo_sampling.sampling import fixed_point
+from gpt_neo_sampling.sampling import candidate_draw, fixed_point
 from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
 from gpt_neo_sampling.sampling.random import counter_bits, import_seed
 
@@ -595,10 +596,13 @@ class _ScoreDrawOperation(_DrawOperation):
         uniforms = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in uniforms]
         rows = self._rows(mesh_impl)
         x = slicewise(rows.to_rows, scores)
-        if self._optional["ids"] is not None:
-            x, ids = slicewise(_by_id, x, slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]]))
-            rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
+        if self._optional["ids"] is not None:
+            ids = slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]])
+            if xla.is_core_program(mesh_impl) and epsilon is None and self._dim.size <= candidate_draw.MOST:
+                return self._draw_candidates(mesh_impl, x, ids, factor, uniforms)
+            x, ids = slicewise(_by_id, x, ids)
+            rows = CandidateRows(mesh_impl, self._whole_size, ids)
 
         top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
         if rows.split_axis is not None:
@@ -651,6 +655,37 @@ class _ScoreDrawOperation(_DrawOperation):
             return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
         return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+
+    def _draw_candidates(
+        self, mesh_impl: mtf.MeshImpl, x: LaidOut, ids: LaidOut, factor: LaidOut | None, uniforms: Sequence[LaidOut]
+    ) -> LaidOut:
+        """`_draw_rows` on a TPU core for few candidates, all of them there; no cores need each other for it."""
+        slicewise = mesh_impl.slicewise
+        drawn, ambiguous = candidate_draw.draw_candidates(mesh_impl, self._whole_size, x, ids, factor, uniforms)
+
+        def draw_again() -> LaidOut:
+            by_id, sorted_ids = slicewise(_by_id, x, ids)
+            rows = CandidateRows(mesh_impl, self._whole_size, sorted_ids)
+            return self._draw_exactly(rows, by_id, factor, uniforms)
+
+        any_ambiguous = slicewise(tf.reduce_max, ambiguous).tensor_list[0]
+        per_row = slicewise(lambda d: d[:, tf.newaxis], drawn)
+        return laid_out_cond(mesh_impl, any_ambiguous, draw_again, lambda: per_row)
+
+    def _draw_exactly(
+        self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None, uniforms: Sequence[LaidOut]
+    ) -> LaidOut:
+        slicewise = rows.mesh_impl.slicewise
+
+        def scale(x: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+            z = x - finite(tf.reduce_max(x, -1, keepdims=True))
+            z = z * factor[0] if factor else z
+            return tf.where_v2(z <= 0, z, np.nan)
+
+        z = slicewise(scale, x, *([] if factor is None else [factor]))
+        weights = slicewise(fixed_point.softmax_weights, z)
+        weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+        return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""

@@ -6,8 +6,8 @@
     4. Of these the k largest are found by comparing all pairs.
 
 A row is doubtful where more than so many entries reach the threshold, where a column may have more of them than it
-keeps, or where fewer than k entries are above the lowest number. In a row in random order fewer than one in 10,000 is, for
-k of 40.
+keeps, or where fewer than k entries are above the lowest number. Of rows in random order fewer than one in 10,000 is,
+for k of 40.
 """
 
 import functools
@@ -20,7 +20,7 @@ from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.ops import pad_last, size_of
 
 MOST = 64  # the largest k
-MOST_SHARDS = 16  # 256 numbers of each travel
+MOST_SHARDS = 16  # 256 numbers travel for each
 _COLUMNS = 128  # a TPU's vector has so many lanes
 _DEPTH = 8  # a power of two
 _LOWEST = float(np.finfo(np.float32).min)
@@ -81,7 +81,7 @@ def select_largest(
         return tf.clip_by_value(top, _LOWEST, -_LOWEST)
 
     def reached(*tops: tf.Tensor) -> xla.Values:
-        """[rows, groups]: the largest of each group, and how many groups' reach it."""
+        """[rows, groups]: the largest of each group, a column of all shards, and how many groups' reach it."""
         top = functools.reduce(tf.maximum, tops)
         return top, tf.reduce_sum(tf.where_v2(spread(top, _COLUMNS) >= top[:, :, tf.newaxis], 1.0, 0.0), -1)
 
@@ -153,7 +153,8 @@ def select_largest(
     if mesh_axis is None:
         tops = lists[:1]
     else:
-        tops = slicewise(lambda t: tuple(tf.unstack(t, axis=1)), over_shards(slicewise(in_place, lists[0], *pcoord)))
+        placed = over_shards(slicewise(in_place, lists[0], *pcoord))
+        tops = slicewise(lambda t: tuple(tf.unstack(t, axis=1)), placed)
     border = slicewise(threshold, *slicewise(reached, *tops))
     found = slicewise(lambda *t: xla.kept_together(hits(*t))[0], border, *lists[:_DEPTH])
     before, total = slicewise(sums, found)

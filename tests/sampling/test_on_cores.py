@@ -6,6 +6,9 @@ import simd
 from programs import ONE_DEVICE, dims
 
 from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mesh.ops import MeshOperation
+from gpt_neo_sampling.sampling.candidate_draw import draw_candidates
+from gpt_neo_sampling.sampling.categorical import score_draw
 from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
 pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
@@ -103,3 +106,63 @@ def test_top_k(split, k):
         np.testing.assert_array_equal(values, want_values[rows], err_msg=str(rows))
         valid = ~np.isnan(want_values[rows, 0])
         np.testing.assert_array_equal(indices[valid], want_indices[rows][valid], err_msg=str(rows))
+
+
+@pytest.mark.parametrize("factor", [None, 1.3])
+def test_draws_of_candidates(factor):
+    """Also at borders between candidates of equal weight, which are ambiguous, and from rows without a draw."""
+    rows_dim, k_dim = dims(batch=2048, top_k=40)
+    size, rng = 50257, np.random.default_rng(0)
+    x = rng.normal(size=(2048, 40)).astype(np.float32) * 2
+    ids = np.stack([rng.permutation(size)[:40] for _ in range(2048)]).astype(np.int32)
+    uniforms = rng.integers(-(2**31), 2**31, (2, 2048)).astype(np.int32)
+    x[:512], ids[:512] = 1.0, rng.permuted(np.arange(40) * 1200, axis=-1)  # u of n/40 are borders
+    uniforms[0, :512] = np.rint(np.arange(512) % 40 * 2.0**32 / 40).astype(np.uint32).view(np.int32)
+    ids[512:1024] = rng.permuted(np.arange(40), axis=-1)  # all in one group
+    uniforms[1, 512:768] = uniforms[0, :256]
+    x[600:768] = 1.0
+    uniforms[:, 1024:1028] = [[0, -1, 2**31 - 1, -(2**31)], [-1, 0, 1, -2]]
+    x[1100:1200, 1:] = -np.inf
+    x[1200:1300, 20:] = -np.inf
+    x[1300] = -np.inf
+    x[1301, 3], x[1302, 4] = np.nan, np.inf
+    x[1303] = np.finfo(np.float32).min
+    x[1304, 0] = np.finfo(np.float32).max
+    x[1305:1400] *= 1e30
+    x[1400:1500] -= 1000 * rng.random((100, 40)).astype(np.float32)
+
+    def build(mesh, x, ids, u, v):
+        rows = mtf.Shape([rows_dim])
+        x, ids = (mtf.import_tf_tensor(mesh, t, rows + k_dim) for t in (x, ids))
+        u, v = (mtf.import_tf_tensor(mesh, t, rows) for t in (u, v))
+        scale = None if factor is None else mtf.constant(mesh, factor, mtf.Shape([]))
+        return score_draw(x, u, v, k_dim, size=size, factor=scale, ids=ids)
+
+    arrays = [x, ids, *uniforms]
+    want = ONE_DEVICE(build, *arrays)
+    np.testing.assert_array_equal(on_cores(build, ("x:4", "batch:x"), *arrays), want)
+
+    class Fast(MeshOperation):
+        """Without the exact draw of what is ambiguous."""
+
+        def __init__(self, x, ids, *others):
+            rows = x.shape - k_dim
+            super().__init__([x, ids, *others], [(rows, tf.int32), (rows, tf.float32)], "fast")
+
+        def lower(self, lowering):
+            impl = lowering.mesh_impl(self)
+            x, ids, *others = (lowering.tensors[t] for t in self.inputs)
+            u, v, *scale = impl.slicewise(lambda *ts: tuple(tf.reshape(t, [-1, 1]) for t in ts), *others)
+            drawn = draw_candidates(impl, size, x, ids, scale[0] if scale else None, [u, v])
+            for output, value in zip(self.outputs, drawn, strict=True):
+                lowering.set_tensor_lowering(output, value)
+
+    def fast(mesh, x, ids, u, v):
+        rows = mtf.Shape([rows_dim])
+        x, ids = (mtf.import_tf_tensor(mesh, t, rows + k_dim) for t in (x, ids))
+        others = [mtf.import_tf_tensor(mesh, t, rows) for t in (u, v)]
+        return Fast(x, ids, *others, *([] if factor is None else [mtf.ones(mesh, rows) * factor])).outputs
+
+    drawn, ambiguous = on_cores(fast, ("x:4", "batch:x"), *arrays)
+    np.testing.assert_array_equal(drawn[ambiguous == 0], want[ambiguous == 0])
+    assert (ambiguous[:512] > 0).mean() > 0.9 and 0 < (ambiguous[1500:] > 0).mean() < 0.02
