@@ -15,7 +15,7 @@ import tpu_compiler
 import tpu_samplers
 from programs import ONE_DEVICE, Program
 
-from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._compat import mtf
 from gpt_neo_sampling.sampling.categorical import draw_uniforms
 
 UNAVAILABLE = simd.UNAVAILABLE or tpu_compiler.UNAVAILABLE

@@ -120,7 +120,7 @@ class ShardedRows:
             if ids is None:
                 index = group * self.group + place
             else:
-                index = tf.gather(ids, place, batch_dims=1) + first_entry
+                index = tf.gather(ids, tf.maximum(place, 0), batch_dims=1) + first_entry  # −1 where none has mass
             return tf.where_v2(held, index + 1, 0), *(tf.where_v2(held, r, tf.zeros_like(r)) for r in rest)
 
         args = [weights, *others] + ([] if self.ids is None else [self.ids])

@@ -6,7 +6,10 @@ reduction that keeps several numbers, where TensorFlow on a CPU takes several.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from gpt_neo_sampling._compat import PlacementMeshImpl, matmul_axes, mtf, tensorflow, tf, xla_ops
+from gpt_neo_sampling._types import LaidOut
 
 Values = tuple[tf.Tensor, ...]
 
@@ -77,3 +80,30 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
 def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:
     """x with `values` from the indices `begin` on, int32 scalars, one for each of x's axes; inside x."""
     return xla_ops().xla_dynamic_update_slice(x, values, tf.stack(begin))
+
+
+def concat_shards(mesh_impl: mtf.MeshImpl, xs: Sequence[LaidOut], mesh_axis: int) -> tuple[LaidOut, ...]:
+    """Laid-out [...] of each shard as [..., shards] on all processors, by one sum of all.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      xs: laid-out tensors of one shape, float32 or int32 within ±2²⁴; no NaN.
+      mesh_axis: the mesh axis of the shards.
+
+    Returns:
+      a tuple of laid-out float32, with ±inf as the largest and the lowest finite number, which can travel.
+    """
+    n, n_shards = len(xs), mesh_impl.shape[mesh_axis].size
+
+    def in_place(pcoord: tf.Tensor, *xs: tf.Tensor) -> tf.Tensor:
+        shape = xs[0].shape.as_list() + [n * n_shards]
+        place = np.broadcast_to(np.arange(n * n_shards, dtype=np.int32), shape)  # of full rank: that makes no kernel
+        y = 0.0
+        for i, x in enumerate(xs):
+            here = tf.where_v2(tf.equal(place - i * n_shards, pcoord), x[..., tf.newaxis], tf.constant(0, x.dtype))
+            y += tf.clip_by_value(tf.cast(here, tf.float32), tf.float32.min, tf.float32.max)
+        return y
+
+    together = mesh_impl.slicewise(in_place, mesh_impl.laid_out_pcoord(mesh_axis), *xs)
+    together = mesh_impl.allreduce(together, [mesh_axis], "SUM")
+    return mesh_impl.slicewise(lambda y: tuple(tf.split(y, n, -1)), together)

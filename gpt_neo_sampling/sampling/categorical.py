@@ -28,7 +28,7 @@ from gpt_neo_sampling.mesh.ops import (
     size_of,
 )
 from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
-from gpt_neo_sampling.sampling import fixed_point, softmax_draw
+from gpt_neo_sampling.sampling import candidate_draw, fixed_point, softmax_draw
 from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
 from gpt_neo_sampling.sampling.random import bits_again, counter_bits, import_seed
 
@@ -595,32 +595,15 @@ class _ScoreDrawOperation(_DrawOperation):
         uniforms = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in uniforms]
         rows = self._rows(mesh_impl)
         x = slicewise(rows.to_rows, scores)
-        if self._optional["ids"] is not None:
-            x, ids = slicewise(_by_id, x, slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]]))
-            rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
-
-        def draw_again() -> LaidOut:
-            scores_of, uniforms = given()
-            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
-            if epsilon is None:
-                weights = slicewise(fixed_point.softmax_weights, z)
-            else:
-                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
-            weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _exact_draw(rows, rows.in_groups(weights), uniforms)
-
+        if self._optional["ids"] is not None:
+            ids = slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]])
+            if epsilon is None and candidate_draw.can_draw(mesh_impl, self._dim.size):
+                return self._draw_on_core(lowering, CandidateRows(mesh_impl, self._whole_size, ids), x, factor)
+            x, ids = slicewise(_by_id, x, ids)
+            rows = CandidateRows(mesh_impl, self._whole_size, ids)
         if epsilon is None and softmax_draw.can_draw(rows):
-
-            def given() -> tuple[Callable[[LaidOut], LaidOut], list[LaidOut]]:
-                """Computed for an ambiguous draw alone: no other step needs it."""
-                bits = bits_again(lowering, self.inputs[1:3])
-                return self._scores_of(rows, x, factor), [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
-
-            ones = slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
-            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, factor or ones, uniforms)
-            ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
-            return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+            return self._draw_on_core(lowering, rows, x, factor)
         scores_of = self._scores_of(rows, x, factor)
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
@@ -649,7 +632,9 @@ class _ScoreDrawOperation(_DrawOperation):
                 rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
             )
 
-        given = lambda: (scores_of, uniforms)  # noqa: E731
+        def draw_again() -> LaidOut:
+            return self._draw_exactly(rows, scores_of(x), uniforms, epsilon)
+
         return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
 
     def _scores_of(self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> Callable[[LaidOut], LaidOut]:
@@ -678,6 +663,47 @@ class _ScoreDrawOperation(_DrawOperation):
         if axes and mesh_impl.tensor_dimension_to_mesh_axis(self._dim) is not None:
             flag = mesh_impl.allreduce(flag, sorted(axes), "SUM")
         return flag.tensor_list[0]
+
+    def _draw_exactly(
+        self, rows: ShardedRows, z: LaidOut, uniforms: Sequence[LaidOut], epsilon: LaidOut | None = None
+    ) -> LaidOut:
+        """Laid-out [rows, 1]: what is drawn from weights in integers, of scores z less the largest of their row."""
+        slicewise = rows.mesh_impl.slicewise
+        z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), z)
+        if epsilon is None:
+            weights = slicewise(fixed_point.softmax_weights, z)
+        else:
+            weights = fixed_point.entmax_weights(rows.mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
+        weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+        return _exact_draw(rows, rows.in_groups(weights), uniforms)
+
+    def _draw_on_core(self, lowering: mtf.Lowering, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> LaidOut:
+        """`_draw_rows` from softmax, in a core program: from whole rows, or from few candidates, all of them there."""
+        mesh_impl = rows.mesh_impl
+        slicewise = mesh_impl.slicewise
+
+        def in_columns(bits: Sequence[LaidOut]) -> list[LaidOut]:
+            return [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
+
+        uniforms = in_columns([lowering.tensors[u] for u in self.inputs[1:3]])
+        if rows.ids is None:
+            some = factor or slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
+            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, some, uniforms)
+        else:
+            drawn, ambiguous = candidate_draw.draw_candidates(
+                mesh_impl, self._whole_size, x, rows.ids, factor, uniforms
+            )
+
+        def draw_again() -> LaidOut:
+            """From what is computed here, as no other step needs it."""
+            bits, exact_rows, exact_x = in_columns(bits_again(lowering, self.inputs[1:3])), rows, x
+            if rows.ids is not None:
+                exact_x, ids = slicewise(_by_id, x, rows.ids)
+                exact_rows = CandidateRows(mesh_impl, self._whole_size, ids)
+            return self._draw_exactly(exact_rows, self._scores_of(exact_rows, exact_x, factor)(exact_x), bits)
+
+        ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
+        return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""
