@@ -56,3 +56,8 @@ def reduce_together(
 def kept_together(*xs: tf.Tensor) -> Values:
     """The same tensors, which XLA computes before what depends on them, in one place and once."""
     return tuple(_ops().xla_optimization_barrier(list(xs)))
+
+
+def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:
+    """x with `values` from the indices `begin` on, int32 scalars, one for each of x's axes; inside x."""
+    return _ops().xla_dynamic_update_slice(x, values, tf.stack(begin))
