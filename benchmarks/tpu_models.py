@@ -2,7 +2,8 @@
 
 In the environment .venv-tpu (make bench-tpu sets it up); no TPU is needed, and nothing is executed:
 
-    python benchmarks/tpu_models.py [--model 125M] [--batch 8] [--topology v5e:2x2] [--layout heads:y] [--top 20]
+    python benchmarks/tpu_models.py [--model 125M] [--batch 8] [--topology v5e:2x2] [--layout LAYOUT] [--top 20]
+    python benchmarks/tpu_models.py --controls      seconds to build and to compile a loop with every control
 
 For each model, slice, batch and layout: whether a core's memory holds it, the cycles that the compiler gives a step,
 how many of them are not the model's, what travels between cores, and the least time that a step can take: that of
@@ -89,6 +90,37 @@ def program(model, batch, mesh_shape, layout, slice_dtype=tf.bfloat16, controls=
     return simd.CoreProgram(build, inputs, mesh_shape, layout)
 
 
+FLOATS = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "top_n_sigma", "top_h", "top_p",
+          "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "entmax_alpha")  # fmt: skip
+INTEGERS = ("sampling_keep_top_k", "min_new_tokens", "max_steps", "stop_at_token", "stream")
+
+
+def all_controls(batch):
+    """Every control that a tensor may hold, one value a row, and the others."""
+    inputs = [(tf.float32, (batch,))] * len(FLOATS) + [(tf.int32, (batch,))] * len(INTEGERS)
+    fixed = dict(max_top_k=40, sampling_use_entmax=True, no_repeat_ngram_size=3, return_logprobs=True)
+    return inputs, lambda *tensors: dict(fixed, **dict(zip(FLOATS + INTEGERS, tensors)))
+
+
+def compile_time(model, batch, topology, layout):
+    """Seconds for the graph of a script with all controls and for its compilation, and what the program is made of."""
+    began = time.perf_counter()
+    core_program = program(model, batch, MESHES[topology], layout, controls=all_controls)
+    label = f"{model} {batch} {topology} {layout}, all controls:"
+    print(f"{label} graph {time.perf_counter() - began:.0f} s", flush=True)
+    compiled = tpu_compiler.TpuProgram(core_program.hlo, core_program.cores, topology)
+    print(f"{label} compile {compiled.seconds:.0f} s, "
+          f"code {compiled.code_bytes / 1e6:.0f} MB, {len(compiled.kernels)} kernels", flush=True)  # fmt: skip
+    for (loops, branches), (cycles, kernels) in compiled.costs().items():
+        print(f"    loops {loops} branches {branches}: {cycles:10,} cycles in {kernels:4} kernels")
+    parts = collections.Counter()
+    for line in compiled.text.splitlines():
+        source = re.search(r'op_name="while_loop/while/([^"/]*)', line)
+        parts[source[1] if source else "beside the loop"] += 1
+    for part, count in parts.most_common(15):
+        print(f"    {count:7,} instructions of {part}")
+
+
 def bytes_read(model, batch, impl, slice_dtype=tf.bfloat16):
     """(weights, caches) of a core in bytes, caches filled: what a step has to read. The caches are those of the model
     as defined: all positions in a layer of global attention, 256 in one of local attention."""
@@ -164,7 +196,11 @@ def main():
     parser.add_argument("--states-of-cpus", action="store_true", help="without use_tpu in the model's params")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest kernels of a step")
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--controls", action="store_true", help="what a script with all controls takes to compile")
     args = parser.parse_args()
+    if args.controls:
+        compile_time("125M", 8, "v5e:2x2", LAYOUTS[0])
+        return
     slice_dtype = tf.float32 if args.float32 else tf.bfloat16
     rows = []
     by_mesh = collections.defaultdict(list)

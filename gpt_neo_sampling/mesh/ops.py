@@ -419,6 +419,9 @@ class _WriteOperation(MeshOperation):
             )
             at = tf.reshape(align(position, self.inputs[2].shape, columns), [-1]) - pcoord * size
             for row in range(size_of(flat, 0)):
+                if is_inside:
+                    flat = xla.update_slice(flat, new[row], [row, at[row], *[0] * len(rest)])
+                    continue
                 held = tf.logical_and(at[row] >= 0, at[row] < size)
                 begin = [row, tf.clip_by_value(at[row], 0, size - 1), *[0] * len(rest)]
                 kept = tf.slice(flat, begin, [1, 1, *rest])
@@ -429,6 +432,7 @@ class _WriteOperation(MeshOperation):
         in_place = self._may_overwrite and isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
         in_place = in_place and all(d in columns.dims for d in position.shape.dims)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        is_inside = self._may_overwrite and mesh_axis is None
         parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
         write = overwrite if in_place else select
         if xla.is_core_program(mesh_impl) and set(position.shape.dims) == set(columns.dims):

@@ -141,10 +141,10 @@ def model(
                     x += 0.5 * _mlp(x, "mlp_macaron", params, variable_dtype)
                 a = x  # GPT-Neo adds the input, where others add attention
                 if types[layer] != "none":
-                    normal = _norm(x, "norm_1", params, variable_dtype)
+                    normal = _norm(x, "norm_1", params, variable_dtype, context)
                     a = _attention(normal, memories[types[layer]], params, variable_dtype, context)
                 x += _rezero(a, "norm_rezero_1", params, variable_dtype)
-                m = _mlp(_norm(x, "norm_2", params, variable_dtype), "mlp", params, variable_dtype)
+                m = _mlp(_norm(x, "norm_2", params, variable_dtype, context), "mlp", params, variable_dtype)
                 return x + _rezero(0.5 * m if is_macaron else m, "norm_rezero_2", params, variable_dtype)
 
         if params.get("recompute_grad") and params.get("mode") == "train":
@@ -156,7 +156,7 @@ def model(
         with tf.variable_scope("wte_final_linear"):
             logits = _linear(h, "linear_out", vocab_dim, params, variable_dtype)
     else:
-        h = _layer_norm(h, "ln_f", params, variable_dtype)
+        h = _layer_norm(h, "ln_f", params, variable_dtype, context)
         head = wte
         if has_own_head(params):
             head = _variable(mesh, "lm_head", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
@@ -233,21 +233,31 @@ def _position_embeddings(
     return 0.5 * (take(by_row, row, rows_dim) + take(by_column, column, columns_dim))
 
 
-def _norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+def _norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType, context: Any) -> mtf.Tensor:
     """The input of attention or MLP: x normalised; with `rezero`, x itself."""
     if params.get("rezero"):
         return x
     if not params.get("scalenorm"):
-        return _layer_norm(x, scope, params, variable_dtype)
+        return _layer_norm(x, scope, params, variable_dtype, context)
     with tf.variable_scope(scope):  # GPT-Neo's: layer norm with one scale for all features, no offset
         return layer_norm(x, _variable(x.mesh, "g", [], variable_dtype, constant=1.0), None, norm_epsilon(params))
 
 
-def _layer_norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+def _layer_norm(
+    x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType, context: Any
+) -> mtf.Tensor:
     dim = x.shape[-1]
     with tf.variable_scope(scope):
         g = _variable(x.mesh, "g", [dim], variable_dtype, constant=1.0)
         b = _variable(x.mesh, "b", [dim], variable_dtype)
+        if params.get("use_tpu") and context is not None and context.constant_states is not None:
+            # layer norm needs them in float32, which XLA would compute anew in each step
+            if context.mode == "incremental":
+                g, b = context.get_constant_state(), context.get_constant_state()
+            else:
+                g, b = mtf.cast(g, tf.float32), mtf.cast(b, tf.float32)
+                context.record_constant_state(g)
+                context.record_constant_state(b)
         return layer_norm(x, g, b, float(norm_epsilon(params)))
 
 

@@ -177,13 +177,17 @@ def test_rows_are_written_in_place(layout):
         x = mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, length, inner]))
         value = mtf.import_tf_tensor(mesh, value, mtf.Shape([batch, inner]))
         position = mtf.import_tf_tensor(mesh, position, mtf.Shape([batch]))
-        return write_at(x, value, position, length)
+        inside = mtf.import_tf_tensor(mesh, tf.constant([0, 3, 7, 15]), mtf.Shape([batch]))
+        return write_at(x, value, position, length), write_at(x, value, inside, length, may_overwrite=True)
 
     inputs = [(tf.float32, x.shape), (tf.float32, value.shape), (tf.int32, position.shape)]
     program = simd.SimdProgram(build, inputs, "x:2,y:2", layout)
-    want = x.copy()
+    want, want_inside = x.copy(), x.copy()
     want[0, 3], want[1, 15] = value[:2]
-    np.testing.assert_array_equal(program(x, value, position), want)
+    want_inside[np.arange(4), [0, 3, 7, 15]] = value
+    got = program(x, value, position)
+    np.testing.assert_array_equal(got[0], want)
+    np.testing.assert_array_equal(got[1], want_inside)
     assert "dynamic-update-slice(" in program.hlo_text
 
 
