@@ -57,6 +57,11 @@ def reduce_together(
     )
 
 
+def add_each(a: Values, b: Values) -> Values:
+    """To combine with in `reduce_together`."""
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
 def kept_together(*xs: tf.Tensor) -> Values:
     """The same tensors, which XLA computes before what depends on them, in one place and once."""
     return tuple(_ops().xla_optimization_barrier(list(xs)))
@@ -74,22 +79,22 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
         return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), tf.constant(-(2**16))), tf.float32)
 
     n = x.shape.as_list()[-1]
-    up_to = tf.constant(np.triu(np.ones([n, n], np.float32)), tf.bfloat16)
+    at = tf.range(n)
+    up_to = tf.cast(at[:, tf.newaxis] <= at, tf.bfloat16)
     first = leading(x)
     second = leading(x - first)
     axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
-    products = [
-        _ops().xla_dot_v2(
-            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
-            preferred_element_type=tf.float32,
-        )
-        for part in (first, second, (x - first) - second)
-    ]  # fmt: skip
-    return products[0] + products[1] + products[2]
+    parts = tf.concat([first, second, (x - first) - second], 0)
+    sums = _ops().xla_dot_v2(
+        tf.cast(parts, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
+        preferred_element_type=tf.float32,
+    )  # fmt: skip
+    first, second, third = tf.split(sums, 3, 0)
+    return first + second + third
 
 
 def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
-    """Laid-out finite float32 [rows, n of a shard] as [rows, n of all shards]; XLA sends several of them together."""
+    """Laid-out float32 [rows, n of a shard] as [rows, n of all shards]; XLA sends several of them together."""
     if rows.mesh_axis is None:
         return x
     n_shards = rows.mesh_impl.shape[rows.mesh_axis].size
@@ -99,3 +104,15 @@ def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
         return _ops().xla_dynamic_update_slice(tf.zeros([n_rows, n * n_shards]), x, tf.stack([0, pcoord * n]))
 
     return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
+
+
+def largest_of_cores(rows: ShardedRows, x: LaidOut) -> tf.Tensor:
+    """The largest of laid-out finite numbers, a scalar: on all cores that must take the same branches.
+
+    Those are the cores that exchange parts of rows. A core whose rows are whole goes by its own.
+    """
+    x = rows.mesh_impl.slicewise(tf.reduce_max, x)
+    others = [axis for axis in range(rows.mesh_impl.ndims) if axis != rows.mesh_axis]
+    if rows.mesh_axis is not None and others:
+        x = rows.mesh_impl.allreduce(x, others, "MAX")
+    return x.tensor_list[0]

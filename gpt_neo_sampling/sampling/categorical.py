@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut, RowValue
+from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.ops import (
     MeshOperation,
     check_floating,
@@ -29,7 +30,14 @@ from gpt_neo_sampling.mesh.ops import (
 )
 from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
 from gpt_neo_sampling.sampling import fixed_point
-from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
+from gpt_neo_sampling.sampling.core_draw import LARGEST_GROUP, draw_few_kernels, uniform
+from gpt_neo_sampling.sampling.entmax_solver import (
+    NEAR_EDGE,
+    entmax_by_candidates,
+    residual,
+    solve_in_few_kernels,
+    weights_and_slopes,
+)
 from gpt_neo_sampling.sampling.random import counter_bits, import_seed
 
 
@@ -620,6 +628,9 @@ class _ScoreDrawOperation(_DrawOperation):
             x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
             top, factor = slicewise(tf.zeros_like, top), None
 
+        if epsilon is not None and xla.is_core_program(mesh_impl) and rows.ids is None and rows.group <= LARGEST_GROUP:
+            return _core_entmax_draw(rows, x, factor, epsilon, uniforms)
+
         def draw_by_entmax(rows: ShardedRows, *weights_and_slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
             weights, slope = map(rows.in_groups, weights_and_slope)
             drawn, ambiguous = _fast_draw(rows, weights, uniforms, ENTMAX_ERROR_BOUND, slope)
@@ -668,6 +679,58 @@ class _ScoreDrawOperation(_DrawOperation):
             return tf.where_v2(valid, factor[0] if factor else 1.0, np.nan), tf.where_v2(valid, alpha - 1.0, 0.0)
 
         return mesh_impl.slicewise(split, alpha, *([] if factor is None else [factor]))
+
+
+# --- For a TPU core's program: few kernels ---------------------------------------------
+
+
+def _core_entmax_draw(
+    rows: ShardedRows, x: LaidOut, factor: LaidOut | None, epsilon: LaidOut, uniforms: Sequence[LaidOut]
+) -> LaidOut:
+    """`_ScoreDrawOperation._draw_rows` of entmax, of rows [rows, entries] in groups of LARGEST_GROUP at most."""
+    mesh_impl = rows.mesh_impl
+    slicewise = mesh_impl.slicewise
+    grouped = rows.in_groups(x, -np.inf)
+    of_groups = xla.whole_axis(rows, slicewise(lambda x: tf.reduce_max(x, 2), grouped))
+
+    def top_and_start(of_groups: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        top = tf.reduce_max(of_groups, -1, keepdims=True)
+        return top, tf.where_v2(tf.abs(top) < np.inf, 1.0, np.nan)  # what is not finite is invalid
+
+    top, start = slicewise(top_and_start, of_groups)
+
+    def scores_of(x: tf.Tensor, *factor_and_top: tf.Tensor) -> tf.Tensor:
+        *factor, top = (tf.reshape(row, [-1] + [1] * (x.shape.rank - 1)) for row in factor_and_top)
+        return (x - top) * factor[0] if factor else x - top
+
+    of_row = [*([] if factor is None else [factor]), top]
+    beta = solve_in_few_kernels(rows, scores_of, [grouped, *of_row], epsilon, start, 50)
+    weights, slope = slicewise(
+        lambda eps, beta, *given: weights_and_slopes(scores_of(*given), eps, beta, NEAR_EDGE),
+        epsilon, beta, grouped, *of_row,
+    )  # fmt: skip
+    (pair,) = slicewise(lambda *us: xla.kept_together(tf.concat(us, 1)), *uniforms)
+    uniforms = [slicewise(lambda u, i=i: u[:, i : i + 1], pair) for i in range(2)]
+    in_float = slicewise(uniform, pair)
+    in_float = [slicewise(lambda u, i=i: u[:, i : i + 1], in_float) for i in range(2)]
+    drawn, ambiguous = draw_few_kernels(
+        rows, weights, in_float, lambda *sums: ENTMAX_ERROR_BOUND + residual(*sums), slope, [epsilon, beta]
+    )
+
+    def draw_again() -> LaidOut:
+        def scores(*given: tf.Tensor) -> tf.Tensor:
+            z = scores_of(*given)
+            return tf.where_v2(z <= 0, z, np.nan)
+
+        z = slicewise(scores, x, *of_row)
+        weights = fixed_point.entmax_weights_near(
+            mesh_impl, z, epsilon, beta, lambda x: rows.across_shards(x, "SUM"),
+            lambda x: xla.largest_of_cores(rows, x),
+        )  # fmt: skip
+        weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+        return _exact_draw(rows, rows.in_groups(weights), uniforms)
+
+    return laid_out_cond(mesh_impl, xla.largest_of_cores(rows, ambiguous), draw_again, lambda: drawn)
 
 
 def _by_id(x: tf.Tensor, ids: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:

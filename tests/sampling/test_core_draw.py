@@ -30,6 +30,7 @@ class _CoreDraw(MeshOperation):
         weights, *us = (lowering.tensors[t] for t in self.inputs)
         rows = ShardedRows(impl, self.inputs[0].shape, self._dim)
         us = [impl.slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in us]
+        weights = rows.in_groups(weights)
         slope = impl.slicewise(lambda w: 2 * w, weights) if self._with_slope else None
         for y, x in zip(self.outputs, draw_few_kernels(rows, weights, us, SUM_ERROR_BOUND, slope)):
             lowering.set_tensor_lowering(y, impl.slicewise(lambda x: tf.reshape(x, [-1]), x))
