@@ -44,21 +44,22 @@ def _original_draw(logits, dim):
 PEERS = {"mtf softmax": _mtf_draw, "mtf top-k": _mtf_top_k, "original": _original_draw}
 
 
-def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, seed=1, vocab_size=None):
+def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None):
     """(build, inputs) of a loop that draws a token a row in each step, for `simd.CoreProgram`.
 
     The inputs are the logits, [batch, vocab] for all steps, and ids [batch, LENGTH] of a history. The result is
     int32 [batch, steps].
     """
 
-    def build(mesh, logits, ids):
+    def build(mesh, logits, ids, seed, stream):
         dims = batch_dim, vocab_dim, length = [
             mtf.Dimension(*d) for d in (("batch", batch), ("vocab", vocab), ("length", LENGTH))
         ]
         steps_dim = mtf.Dimension("steps", steps)
         logits = mtf.import_tf_tensor(mesh, logits, mtf.Shape(dims[:2]))
         ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch_dim, length]))
-        stream = mtf.range(mesh, batch_dim, tf.int32)
+        seed = mtf.import_tf_tensor(mesh, seed, mtf.Shape([]))
+        stream = mtf.import_tf_tensor(mesh, stream, mtf.Shape([batch_dim]))
 
         def body(step, tokens):
             x = _new_each_step(logits, step)
@@ -78,7 +79,7 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, seed=1, vocab_size=None
         _, tokens = mtf.while_loop(lambda step, *_: mtf.less(step, steps), body, start)
         return tokens
 
-    return build, [(tf.float32, (batch, vocab)), (tf.int32, (batch, LENGTH))]
+    return build, [(tf.float32, (batch, vocab)), (tf.int32, (batch, LENGTH)), (tf.int32, ()), (tf.int32, (batch,))]
 
 
 def _filled(mesh, dim, value):

@@ -8,8 +8,6 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
@@ -78,19 +76,20 @@ def prefix_sums(x: tf.Tensor) -> tf.Tensor:
     def leading(x: tf.Tensor) -> tf.Tensor:
         return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), tf.constant(-(2**16))), tf.float32)
 
-    n = x.shape.as_list()[-1]
-    at = tf.range(n)
-    up_to = tf.cast(at[:, tf.newaxis] <= at, tf.bfloat16)
+    rows, n = x.shape.as_list()
+    up_to = tf.cast(tf.range(n)[:, tf.newaxis] <= tf.range(n), tf.bfloat16)
     first = leading(x)
     second = leading(x - first)
+    parts = (tf.pad(p, [[0, -rows % 8], [0, 0]]) for p in (first, second, (x - first) - second))  # to whole tiles
     axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
-    parts = tf.concat([first, second, (x - first) - second], 0)
-    sums = _ops().xla_dot_v2(
-        tf.cast(parts, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
-        preferred_element_type=tf.float32,
-    )  # fmt: skip
-    first, second, third = tf.split(sums, 3, 0)
-    return first + second + third
+    products = [
+        _ops().xla_dot_v2(
+            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
+            preferred_element_type=tf.float32,
+        )
+        for part in parts
+    ]  # fmt: skip
+    return sum(products)[:rows]
 
 
 def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:

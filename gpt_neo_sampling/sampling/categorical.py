@@ -29,8 +29,8 @@ from gpt_neo_sampling.mesh.ops import (
     size_of,
 )
 from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
-from gpt_neo_sampling.sampling import fixed_point
-from gpt_neo_sampling.sampling.core_draw import LARGEST_GROUP, draw_few_kernels, uniform
+from gpt_neo_sampling.sampling import fixed_point, softmax_draw
+from gpt_neo_sampling.sampling.core_draw import draw_few_kernels
 from gpt_neo_sampling.sampling.entmax_solver import (
     NEAR_EDGE,
     entmax_by_candidates,
@@ -38,7 +38,7 @@ from gpt_neo_sampling.sampling.entmax_solver import (
     solve_in_few_kernels,
     weights_and_slopes,
 )
-from gpt_neo_sampling.sampling.random import counter_bits, import_seed
+from gpt_neo_sampling.sampling.random import bits_again, counter_bits, import_seed
 
 
 def sample_categorical(
@@ -608,28 +608,42 @@ class _ScoreDrawOperation(_DrawOperation):
             rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
 
-        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
-        if rows.split_axis is not None:
-            top = mesh_impl.allreduce(top, [rows.split_axis], "MAX")
+        if epsilon is not None and softmax_draw.can_draw(rows):
+            drawn, ambiguous, exact_weights = _core_entmax_draw(rows, x, factor, epsilon, uniforms)
 
-        def scores_of(x: LaidOut) -> LaidOut:
-            """Less the largest, so that no factor overflows. An invalid score becomes NaN or +inf."""
+            def draw_by_bits() -> LaidOut:
+                bits = bits_again(lowering, self.inputs[1:3])
+                bits = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
+                return _exact_draw(rows, rows.in_groups(exact_weights()), bits)
 
-            def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
-                per_row = [-1] + [1] * (x.shape.rank - 1)
-                z = x - tf.reshape(top, per_row)
-                return z * tf.reshape(factor[0], per_row) if factor else z
+            return laid_out_cond(mesh_impl, xla.largest_of_cores(rows, ambiguous), draw_by_bits, lambda: drawn)
 
-            return slicewise(scale, x, top, *([] if factor is None else [factor]))
+        def draw_again(scores_of: Callable[[LaidOut], LaidOut], uniforms: Sequence[LaidOut]) -> LaidOut:
+            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
+            if epsilon is None:
+                weights = slicewise(fixed_point.softmax_weights, z)
+            else:
+                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
+            weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+            return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
+        if epsilon is None and softmax_draw.can_draw(rows):
+            ones = slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
+            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, factor or ones, uniforms)
+            ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
+
+            def with_what_no_other_step_needs() -> LaidOut:
+                bits = bits_again(lowering, self.inputs[1:3])
+                bits = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
+                return draw_again(self._scores_of(rows, x, factor), bits)
+
+            return laid_out_cond(mesh_impl, ambiguous, with_what_no_other_step_needs, lambda: drawn)
+        scores_of = self._scores_of(rows, x, factor)
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
             x = slicewise(lambda z: tf.where_v2(z <= 0, tf.maximum(z, lowest), 1.0), scores_of(x))
             x = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), rows.gather(x))
-            top, factor = slicewise(tf.zeros_like, top), None
-
-        if epsilon is not None and xla.is_core_program(mesh_impl) and rows.ids is None and rows.group <= LARGEST_GROUP:
-            return _core_entmax_draw(rows, x, factor, epsilon, uniforms)
+            scores_of = lambda x: x  # noqa: E731
 
         def draw_by_entmax(rows: ShardedRows, *weights_and_slope: LaidOut) -> tuple[LaidOut, tf.Tensor]:
             weights, slope = map(rows.in_groups, weights_and_slope)
@@ -652,16 +666,34 @@ class _ScoreDrawOperation(_DrawOperation):
                 rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
             )
 
-        def draw_again() -> LaidOut:
-            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
-            if epsilon is None:
-                weights = slicewise(fixed_point.softmax_weights, z)
-            else:
-                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
-            weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _exact_draw(rows, rows.in_groups(weights), uniforms)
+        return laid_out_cond(mesh_impl, ambiguous, lambda: draw_again(scores_of, uniforms), lambda: drawn)
 
-        return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+    def _scores_of(self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> Callable[[LaidOut], LaidOut]:
+        """A function from x, or some of it, to scores less the largest of their row, so that no factor overflows.
+
+        An invalid score becomes NaN or +inf.
+        """
+        slicewise = rows.mesh_impl.slicewise
+        top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), x)
+        if rows.split_axis is not None:
+            top = rows.mesh_impl.allreduce(top, [rows.split_axis], "MAX")
+
+        def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+            per_row = [-1] + [1] * (x.shape.rank - 1)
+            z = x - tf.reshape(top, per_row)
+            return z * tf.reshape(factor[0], per_row) if factor else z
+
+        return lambda x: slicewise(scale, x, top, *([] if factor is None else [factor]))
+
+    def _any_row(self, mesh_impl: mtf.MeshImpl, flag: LaidOut) -> tf.Tensor:
+        """Whether a flag, a laid-out scalar for a slice's rows, is set on any processor, as 0.0 or more.
+
+        Where only a batch is split, each processor goes its own way: its branches hold no collectives.
+        """
+        axes = {mesh_impl.tensor_dimension_to_mesh_axis(d) for d in self.outputs[0].shape.dims} - {None}
+        if axes and mesh_impl.tensor_dimension_to_mesh_axis(self._dim) is not None:
+            flag = mesh_impl.allreduce(flag, sorted(axes), "SUM")
+        return flag.tensor_list[0]
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""
@@ -686,12 +718,18 @@ class _ScoreDrawOperation(_DrawOperation):
 
 def _core_entmax_draw(
     rows: ShardedRows, x: LaidOut, factor: LaidOut | None, epsilon: LaidOut, uniforms: Sequence[LaidOut]
-) -> LaidOut:
-    """`_ScoreDrawOperation._draw_rows` of entmax, of rows [rows, entries] in groups of LARGEST_GROUP at most."""
+) -> tuple[LaidOut, LaidOut, Callable[[], LaidOut]]:
+    """Draws from entmax of scores x [rows, entries], laid out.
+
+    Returns:
+      (drawn, ambiguous, exact_weights): what `draw_few_kernels` returns, and a function to laid-out weights like x that
+      are the same on every backend, +inf where a score is invalid.
+    """
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
     grouped = rows.in_groups(x, -np.inf)
-    of_groups = xla.whole_axis(rows, slicewise(lambda x: tf.reduce_max(x, 2), grouped))
+    # one reduction of all at once would take the TPU longer
+    of_groups = xla.whole_axis(rows, slicewise(lambda x: xla.kept_together(tf.reduce_max(x, 2))[0], grouped))
 
     def top_and_start(of_groups: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         top = tf.reduce_max(of_groups, -1, keepdims=True)
@@ -709,28 +747,23 @@ def _core_entmax_draw(
         lambda eps, beta, *given: weights_and_slopes(scores_of(*given), eps, beta, NEAR_EDGE),
         epsilon, beta, grouped, *of_row,
     )  # fmt: skip
-    (pair,) = slicewise(lambda *us: xla.kept_together(tf.concat(us, 1)), *uniforms)
-    uniforms = [slicewise(lambda u, i=i: u[:, i : i + 1], pair) for i in range(2)]
-    in_float = slicewise(uniform, pair)
-    in_float = [slicewise(lambda u, i=i: u[:, i : i + 1], in_float) for i in range(2)]
     drawn, ambiguous = draw_few_kernels(
-        rows, weights, in_float, lambda *sums: ENTMAX_ERROR_BOUND + residual(*sums), slope, [epsilon, beta]
+        rows, weights, uniforms, lambda *sums: ENTMAX_ERROR_BOUND + residual(*sums), slope, [epsilon, beta]
     )
 
-    def draw_again() -> LaidOut:
-        def scores(*given: tf.Tensor) -> tf.Tensor:
+    def exact_weights() -> LaidOut:
+        def valid_scores(*given: tf.Tensor) -> tf.Tensor:
             z = scores_of(*given)
             return tf.where_v2(z <= 0, z, np.nan)
 
-        z = slicewise(scores, x, *of_row)
+        z = slicewise(valid_scores, x, *of_row)
         weights = fixed_point.entmax_weights_near(
             mesh_impl, z, epsilon, beta, lambda x: rows.across_shards(x, "SUM"),
             lambda x: xla.largest_of_cores(rows, x),
         )  # fmt: skip
-        weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-        return _exact_draw(rows, rows.in_groups(weights), uniforms)
+        return slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
 
-    return laid_out_cond(mesh_impl, xla.largest_of_cores(rows, ambiguous), draw_again, lambda: drawn)
+    return drawn, ambiguous, exact_weights
 
 
 def _by_id(x: tf.Tensor, ids: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -13,7 +13,7 @@ from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import size_of
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
-from gpt_neo_sampling.mesh.xla import Values, add_each, kept_together, prefix_sums, reduce_together, whole_axis
+from gpt_neo_sampling.mesh.xla import Values, add_each, prefix_sums, reduce_together, whole_axis
 
 # How far a border between groups may be off, in parts of the total: the sum of 64 terms, none of whose partial sums is
 # above a quarter of the total, and a uniform as float32.
@@ -65,12 +65,11 @@ def draw_few_kernels(
         n = size_of(sums[0], 1)
         up_to = np.tril(np.ones([n, n], np.float32))  # [border, group]
         u, *sums = (tf.broadcast_to(x[:, tf.newaxis], [size_of(x, 0), n, n]) for x in (u, *sums))
-        distance, total, *slopes = reduce_together(
-            [sums[0] * (up_to - u), *sums], [0.0] * (1 + n_sums), [2], add_each
-        )
+        distance, total, *slopes = reduce_together([sums[0] * (up_to - u), *sums], [0.0] * (1 + n_sums), [2], add_each)
         bound = error_bound(total, *slopes, *given) if callable(error_bound) else tf.fill(total.shape, error_bound)
-        near = tf.abs(distance) <= BORDER_ERROR_BOUND * total + bound * (slopes or [total])[0]
         valid = tf.logical_and(total > 0, total < np.inf)  # false for NaN too
+        off = BORDER_ERROR_BOUND * total + bound * (slopes or [total])[0]
+        near = tf.logical_and(valid, tf.abs(distance) <= off)
         first = tf.where_v2(valid, tf.where_v2(distance <= 0, float(rows.group), 0.0), _NONE)
 
         def combine(a: Values, b: Values) -> Values:
@@ -98,9 +97,8 @@ def draw_few_kernels(
         return tuple(x[:, tf.newaxis] for x in reduce_together(counted, [0.0, 0.0], [1], add_each))
 
     def finish(first: tf.Tensor, near_group: tf.Tensor, place: tf.Tensor, near_entries: tf.Tensor) -> Values:
-        valid = first < _NONE
-        ambiguous = tf.logical_and(valid, near_group + near_entries > 0)
-        return kept_together(tf.where_v2(valid, tf.cast(first + place, tf.int32), -1), tf.cast(ambiguous, tf.float32))
+        drawn = tf.where_v2(first < _NONE, tf.cast(first + place, tf.int32), -1)
+        return drawn, tf.cast(near_group + near_entries > 0, tf.float32)
 
     sums = slicewise(sum_groups, *parts)
     whole = (whole_axis(rows, s) for s in sums)  # NaN and infinities too

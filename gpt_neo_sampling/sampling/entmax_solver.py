@@ -208,6 +208,7 @@ def solve_in_few_kernels(
     """
     mesh_impl = rows.mesh_impl
     slicewise = mesh_impl.slicewise
+
     def sums_of(eps: tf.Tensor, beta: tf.Tensor, *given: tf.Tensor) -> Values:
         """Σq and Σ∂q/∂u, over this shard, [rows, 1] each."""
         *given, last = given

@@ -215,9 +215,9 @@ def entmax_weights(
 
 # --- For a TPU core's program -----------------------------------------------------------------------
 #
-# A TPU has no 64-bit types: numbers are pairs of 32 bits, and a division alone takes its compiler a minute. So quotients
-# are corrected estimates; what is evaluated stands in one loop, whose last round gives the weights; and the search
-# begins with bounds from a β that floating point found.
+# A TPU has no 64-bit types: numbers are pairs of 32 bits, and a division alone takes its compiler a minute. So
+# quotients are corrected estimates; what is evaluated stands in one loop, whose last round gives the weights; and the
+# search begins with bounds from a β that floating point found.
 
 
 def _quotient(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:

@@ -1,9 +1,11 @@
 """Random numbers that are a function of their coordinates, on every backend and layout."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, ShapeLike, is_int
+from gpt_neo_sampling._types import LaidOut, RowValue, ShapeLike, is_int
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, import_rows, union_shape
 
 
@@ -61,25 +63,40 @@ def counter_bits(
       a pair of int32 mtf.Tensors; read as unsigned and multiplied by 2⁻³², each is a
       uniform in [0, 1).
     """
-    xs = [stream, seed, step] + ([] if sample is None else [sample])
-    shape = union_shape(xs)
-    shapes = [x.shape for x in xs]
+    return tuple(_CounterBitsOperation([stream, seed, step] + ([] if sample is None else [sample])).outputs)
 
-    def tf_fn(*slices: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        words = [tf.bitcast(align(s, old, shape), tf.uint32) for s, old in zip(slices, shapes)]
-        stream, seed, step = words[:3]
-        sample = words[3] if len(words) == 4 else tf.zeros_like(step)
-        return tuple(tf.bitcast(w, tf.int32) for w in threefry_2x32((seed, stream), (step, sample)))
 
-    return mtf.slicewise(
-        tf_fn,
-        xs,
-        output_shape=[shape, shape],
-        output_dtype=[tf.int32, tf.int32],
-        splittable_dims=shape.dims,
-        grad_function=0,
-        name="counter_bits",
-    )
+class _CounterBitsOperation(MeshOperation):
+    def __init__(self, inputs: list[mtf.Tensor]) -> None:
+        shape = union_shape(inputs)
+        super().__init__(inputs, [(shape, tf.int32)] * 2, "counter_bits")
+
+    def bits(self, lowering: mtf.Lowering) -> tuple[LaidOut, LaidOut]:
+        """The values of the outputs, computed anew by each call."""
+        shape = self.outputs[0].shape
+
+        def of_slices(*slices: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            aligned = (align(s, x.shape, shape) for s, x in zip(slices, self.inputs, strict=True))
+            stream, seed, step, *sample = (tf.bitcast(s, tf.uint32) for s in aligned)
+            words = threefry_2x32((seed, stream), (step, *(sample or [tf.zeros_like(step)])))
+            return tuple(tf.bitcast(w, tf.int32) for w in words)
+
+        return lowering.mesh_impl(self).slicewise(of_slices, *(lowering.tensors[x] for x in self.inputs))
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        for output, value in zip(self.outputs, self.bits(lowering), strict=True):
+            lowering.set_tensor_lowering(output, value)
+
+
+def bits_again(lowering: mtf.Lowering, outputs: Sequence[mtf.Tensor]) -> list[LaidOut]:
+    """The values of the two tensors that `counter_bits` gave; computed anew, if they are these.
+
+    In a branch that is rarely taken this spares every step a kernel or two that would keep them.
+    """
+    operation = outputs[0].operation
+    if isinstance(operation, _CounterBitsOperation) and list(outputs) == operation.outputs:
+        return list(operation.bits(lowering))
+    return [lowering.tensors[x] for x in outputs]
 
 
 def import_seed(mesh: mtf.Mesh, seed: RowValue | None, rows: ShapeLike = ()) -> mtf.Tensor:
