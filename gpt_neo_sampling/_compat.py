@@ -7,6 +7,7 @@ This is the only file that uses their private names. Everything else imports `tf
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -27,24 +28,12 @@ def quiet_stderr() -> Iterator[None]:
     shown after all if the body raises. Only one thread can be inside at a time,
     as the descriptor belongs to the whole process.
     """
-    with _stderr_lock:
-        yield from _quiet_stderr()
-
-
-_stderr_lock = threading.RLock()
-
-
-def _quiet_stderr() -> Iterator[None]:
-    try:
-        sys.stderr.flush()
-        held = tempfile.TemporaryFile()
-    except (OSError, AttributeError, ValueError):  # no stderr, or no room for a temporary file
-        yield
-        return
-    with held:
+    with _stderr_lock, contextlib.ExitStack() as stack:
         try:
+            sys.stderr.flush()
+            held = stack.enter_context(tempfile.TemporaryFile())
             saved = os.dup(2)
-        except OSError:
+        except (OSError, AttributeError, ValueError):  # no stderr, or no room for a temporary file
             yield
             return
         os.dup2(held.fileno(), 2)
@@ -58,6 +47,9 @@ def _quiet_stderr() -> Iterator[None]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+_stderr_lock = threading.RLock()
 
 
 def _import_tensorflow() -> types.ModuleType:
@@ -137,6 +129,23 @@ LazyAllreduceSum = mtf.ops.LazyAllreduceSum
 PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
 
 
+@functools.cache
+def xla_ops() -> types.ModuleType:
+    """XLA's own operations, as TensorFlow's functions; most programs need none of them."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return gen_xla_ops
+
+
+@functools.cache
+def matmul_axes() -> bytes:
+    """The axes of [m, k] · [k, n], as XLA's product takes them."""
+    from tensorflow.compiler.xla import xla_data_pb2
+
+    axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
+    return axes.SerializeToString()
+
+
 def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:
     """The rules as a sorted list of (dim, mesh axis)."""
     return sorted(layout._pairs)
@@ -165,23 +174,16 @@ def is_in_function() -> bool:
 @contextlib.contextmanager
 def quiet_logging() -> Iterator[None]:
     """Silences TensorFlow's Python warnings (deprecations that mtf causes). Any number of threads may be inside."""
-    global _n_quiet, _level
+
+    def is_error(record: logging.LogRecord) -> bool:  # another function, and so another filter, for each that is inside
+        return record.levelno >= logging.ERROR
+
     logger = tf.get_logger()
-    with _logging_lock:
-        if _n_quiet == 0:
-            _level = logger.level
-            logger.setLevel("ERROR")
-        _n_quiet += 1
+    logger.addFilter(is_error)
     try:
         yield
     finally:
-        with _logging_lock:
-            _n_quiet -= 1
-            if _n_quiet == 0:
-                logger.setLevel(_level)
-
-
-_logging_lock, _n_quiet, _level = threading.Lock(), 0, 0
+        logger.removeFilter(is_error)
 
 
 def extend_when_told(session: tf.Session) -> None:
@@ -204,24 +206,20 @@ def probe_devices() -> None:
 @functools.cache
 def _probe_once() -> None:
     """Makes TensorFlow look for its devices and run a first graph; both print lines the first time."""
-    os.register_at_fork(after_in_child=_note_fork)
+    global _user
+    _user = os.getpid()
     with quiet_stderr(), tf.Graph().as_default():
         tensorflow.config.list_physical_devices()
         with tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as session:
             session.run(tf.no_op())  # at any log level 2.18 reports a graph pass that is off
 
 
-_is_fork = False
-
-
-def _note_fork() -> None:
-    global _is_fork
-    _is_fork = True
+_user: int | None = None  # the process that has used TensorFlow
 
 
 def check_not_forked() -> None:
     """Raises RuntimeError in a process forked from one that had used TensorFlow, where it would hang."""
-    if _is_fork:
+    if _user not in (None, os.getpid()):
         raise RuntimeError(
             "this process was forked from one that had used TensorFlow, which hangs in such a process; start it with "
             'multiprocessing.get_context("spawn"), or use the library only in the new processes'

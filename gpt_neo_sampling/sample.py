@@ -26,7 +26,7 @@ from gpt_neo_sampling.sampling.controls import (
     check_keywords,
 )
 from gpt_neo_sampling.sampling.next_token import next_token
-from gpt_neo_sampling.sampling.random import import_seed
+from gpt_neo_sampling.sampling.random import import_seed, unfolded
 
 INVALID = -1  # the token of a row whose distribution is not one
 
@@ -348,7 +348,7 @@ def sample_autoregressive(
     options.check()
     # Imported once here, not in every step.
     options = options.imported(mesh, rows)
-    seed = force_allreduce(import_seed(mesh, seed, rows))
+    seed = unfolded(force_allreduce(import_seed(mesh, seed, rows)))
     stream = row_index(mesh, rows) if stream is None else import_rows(mesh, stream, tf.int32, rows, "stream")
     if max_steps is not None:
         max_steps = force_allreduce(import_rows(mesh, max_steps, tf.int32, rows, "max_steps"))
@@ -374,7 +374,7 @@ def sample_autoregressive(
         states = [repeat(state, batch_dims[-1], num_return_sequences) for state in states]
 
     loop = _DecodeLoop(
-        decoder, prompts, states, prompt_length, vocab_dim, options, seed, force_allreduce(stream), max_steps,
+        decoder, prompts, states, prompt_length, vocab_dim, options, seed, unfolded(force_allreduce(stream)), max_steps,
         stopping_criteria, return_logprobs, invalid_token,
     )  # fmt: skip
     end = loop.state(mtf.while_loop(loop.unfinished, loop.step, loop.start()))

@@ -1,9 +1,8 @@
 """Each sampler as a loop of steps on a mesh, for the TPU's compiler and for CPU replicas."""
 
 import numpy as np
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._compat import mtf, tf, xla_ops
 from gpt_neo_sampling.mesh.ops import cwise_broadcast
 from gpt_neo_sampling.sampling.controls import History, SamplingOptions
 from gpt_neo_sampling.sampling.next_token import next_token
@@ -90,7 +89,7 @@ def _new_each_step(x, step):
     """x, which the compiler takes to depend on the step, as a model's logits do."""
 
     def barrier(x, step):
-        return gen_xla_ops.xla_optimization_barrier([x, step])[0]
+        return xla_ops().xla_optimization_barrier([x, step])[0]
 
     return mtf.slicewise(barrier, [x, step], output_shape=x.shape, splittable_dims=x.shape.dims, grad_function=0)
 

@@ -125,7 +125,7 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-class Checkpoint:
+class Checkpoint(contextlib.AbstractContextManager["Checkpoint"]):
     """A model on disk: its config, and its weights by GPT-Neo's names.
 
     Made by `open_checkpoint`; usable in a `with` statement, which closes it.
@@ -278,9 +278,6 @@ class Checkpoint:
             self._store.close()
             self._store = None
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
@@ -334,18 +331,15 @@ def check_shapes(
 ) -> None:
     """Checks that two dicts, name -> shape, are the same."""
     actual = {name: tuple(shape) for name, shape in actual.items()}
-    missing = [n for n in expected if n not in actual]
-    wrong = [
-        f"{n} (is {list(actual[n])}, should be {list(s)})"
-        for n, s in expected.items()
-        if n in actual and actual[n] != tuple(s)
-    ]
-    unexpected = sorted(n for n in actual if n not in expected)
-    problems = [
-        f"{len(names)} {problem}: {some(names)}"
-        for problem, names in (("missing", missing), ("of wrong shape", wrong), ("unexpected", unexpected))
-        if names
-    ]
+    names_with = {
+        "missing": [n for n in expected if n not in actual],
+        "of wrong shape": [
+            f"{n} (is {list(actual[n])}, should be {list(s)})"
+            for n, s in expected.items() if n in actual and actual[n] != tuple(s)
+        ],
+        "unexpected": sorted(actual.keys() - expected.keys()),
+    }  # fmt: skip
+    problems = [f"{len(names)} {problem}: {some(names)}" for problem, names in names_with.items() if names]
     if not problems:
         return
     options = [f"{option}={params[option]!r}" for option in UNSUPPORTED_OPTIONS if params.get(option)]

@@ -108,7 +108,7 @@ def read_pickle(file: IO[bytes], path: Path) -> tuple[Any, set[Storage]]:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(pop(int(instruction.name[-1]))))
             case "APPEND":
-                (value,) = pop(1)
+                value = stack.pop()
                 stack[-1].append(value)
             case "APPENDS":
                 values = pop_to_mark()
@@ -131,9 +131,9 @@ def read_pickle(file: IO[bytes], path: Path) -> tuple[Any, set[Storage]]:
                     raise ValueError("it calls something that is not a function")
                 stack.append(function(*arguments))
             case "BUILD":  # attributes of an OrderedDict, which tensors do not need
-                pop(1)
+                stack.pop()
             case "BINPERSID":
-                stack.append(_storage(*pop(1)))
+                stack.append(_storage(stack.pop()))
                 storages.add(stack[-1])
             case other:
                 raise ValueError(f"it has the instruction {other}, which tensors do not need")

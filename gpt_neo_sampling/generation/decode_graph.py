@@ -1,6 +1,5 @@
 """One decode graph of fixed sizes, and the weights in it: what `generate` runs and `export` writes."""
 
-import collections
 import dataclasses
 import functools
 import pathlib
@@ -28,9 +27,47 @@ MOST_STOP_TOKENS = 256  # a graph is built for their number
 LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
 DTYPES = ("float32", "bfloat16")  # of weights and activations
 
-# The model's part of the arguments of `build`: config, entries of the vocabulary's dimension, mesh, dtypes.
-ModelArguments = tuple[Params, int, mtf.MeshImpl, mtf.VariableDType]
 OnTokens = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # see `build`
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What every graph of a model is built from; its variables are in the scope "gpt2".
+
+    Attributes:
+      params: GPT-Neo's config, a dict, mode "predict".
+      n_vocab: int, entries of the vocabulary's dimension, padding included.
+      mesh_impl: what graphs are lowered on.
+      variable_dtype: mtf.VariableDType.
+    """
+
+    params: Params
+    n_vocab: int
+    mesh_impl: mtf.MeshImpl
+    variable_dtype: mtf.VariableDType
+
+    def inputs(self, batch: int, length: int) -> tuple[mtf.Mesh, mtf.Shape, dict[str, Any]]:
+        """A new mesh, the shape of the model's ids on it, and GPT-Neo's other_features."""
+        mesh = mtf.Mesh(mtf.Graph(), "mesh")
+        sequence_dim = mtf.Dimension("sequence", length)
+        memory_dim = mtf.Dimension("memory_length", length + config.n_learned_keys(self.params))
+        other_features = {
+            "embd_dim": mtf.Dimension("embd", self.params["n_embd"]),
+            "vocab_dim": mtf.Dimension("vocab", self.n_vocab),
+            "embed_sequence_dim": mtf.Dimension("embed_sequence", self.params["n_ctx"]),
+            "memory_length_dim": memory_dim,
+            "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, self.variable_dtype),
+        }
+        return mesh, mtf.Shape([mtf.Dimension("batch", batch), sequence_dim]), other_features
+
+    def logits(self, ids: mtf.Tensor, other_features: dict[str, Any]) -> mtf.Tensor:
+        """The logits [batch, sequence, vocab] after each of the ids [batch, sequence]."""
+        with tf.variable_scope("gpt2"):
+            return gpt2.model({"inputs": ids}, other_features, self.params, ids.mesh, self.variable_dtype)[0]
+
+    def lowered(self, mesh: mtf.Mesh) -> mtf.Lowering:
+        """The lowering of all that was built on a mesh."""
+        return mtf.Lowering(mesh.graph, {mesh: self.mesh_impl}, autostack=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +109,17 @@ class ProgramInputs:
 def build(
     key: ProgramKey,
     inputs: ProgramInputs,
-    params: Params,
-    n_vocab: int,
-    mesh_impl: mtf.MeshImpl,
-    variable_dtype: mtf.VariableDType,
+    model: Model,
     bos_id: int = 0,
     on_tokens: OnTokens | None = None,
     run_number: tf.Tensor | None = None,
 ) -> list[tf.Tensor]:
-    """Adds a decode graph to the one that is open, its variables in the scope "gpt2".
+    """Adds a decode graph to the one that is open.
 
     Args:
       key: ProgramKey.
       inputs: ProgramInputs.
-      params: GPT-Neo's config, a dict, mode "predict".
-      n_vocab: int, entries of the vocabulary's dimension, padding included.
-      mesh_impl: what the graph is lowered on.
-      variable_dtype: mtf.VariableDType.
+      model: Model.
       bos_id: int, the token that an empty prompt is replaced by.
       on_tokens: None, or a function called after each step with ndarrays [rows]:
         each row's last token, and how many new ones it has, and with `run_number`; it returns
@@ -99,8 +130,7 @@ def build(
       a list: int32 tf.Tensor [rows, length], and with the key's return_logprobs two
       float32 ones: see `sample_autoregressive`.
     """
-    mesh = mtf.Mesh(mtf.Graph(), "mesh")
-    shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+    mesh, shape, other_features = model.inputs(key.batch, key.length)
     prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
 
     def watch(on_tokens: OnTokens, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
@@ -113,11 +143,11 @@ def build(
     results = sample_autoregressive(
         mtf.import_tf_tensor(mesh, inputs.ids, shape),
         other_features,
-        params,
+        model.params,
         stop_at_token=inputs.stop_tokens,
         max_steps=inputs.max_steps,
         temperature=0 if key.greedy else inputs.temperature,
-        variable_dtype=variable_dtype,
+        variable_dtype=model.variable_dtype,
         sampling_keep_top_k=-1 if top_k is None else top_k,
         max_top_k=key.max_top_k,
         sampling_use_entmax=alpha is not None,
@@ -135,36 +165,24 @@ def build(
         **options,
     )
     results = results if key.return_logprobs else [results]
-    lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
-    return [lowering.export_to_tf_tensor(r) for r in results]
+    return list(map(model.lowered(mesh).export_to_tf_tensor, results))
 
 
-def build_chain(
-    key: ProgramKey,
-    inputs: ProgramInputs,
-    params: Params,
-    n_vocab: int,
-    mesh_impl: mtf.MeshImpl,
-    variable_dtype: mtf.VariableDType,
-) -> list[tuple[str, tf.Tensor]]:
+def build_chain(key: ProgramKey, inputs: ProgramInputs, model: Model) -> list[tuple[str, tf.Tensor]]:
     """Adds a graph of the one step after a prompt to the graph that is open.
 
     Args:
       key: ProgramKey, of one prompt.
       inputs: ProgramInputs; max_steps says how many of a prompt's tokens are new ones.
-      params, n_vocab, mesh_impl, variable_dtype: as for `build`.
+      model: Model.
 
     Returns:
       a list of pairs of a step's name and float32 tf.Tensor [1, vocab]: see
       `chain_distributions`.
     """
-    mesh = mtf.Mesh(mtf.Graph(), "mesh")
-    shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+    mesh, shape, other_features = model.inputs(key.batch, key.length)
     ids = mtf.import_tf_tensor(mesh, inputs.ids, shape)
     position = mtf.import_tf_tensor(mesh, inputs.prompt_lengths, shape[:1])
-    model_params = collections.defaultdict(lambda: None, params)
-    with tf.variable_scope("gpt2"):
-        logits, *_ = gpt2.model({"inputs": ids}, other_features, model_params, mesh, variable_dtype)
     rest = {name: value for name, value in inputs.options.items() if name != LOGIT_BIAS}
     rest = {name: mtf.import_tf_tensor(mesh, value, shape[:1]) for name, value in rest.items()}
     options = SamplingOptions(
@@ -175,58 +193,37 @@ def build_chain(
         temperature=0 if key.greedy else mtf.import_tf_tensor(mesh, inputs.temperature, shape[:1]),
         max_top_k=key.max_top_k,
         use_entmax="entmax_alpha" in key.steps,
-        vocab_size=params["n_vocab"] if n_vocab > params["n_vocab"] else None,
+        vocab_size=model.params["n_vocab"] if model.n_vocab > model.params["n_vocab"] else None,
         **rest,
     )
     vocab_dim = other_features["vocab_dim"]
-    logits = take(logits, position - 1, shape[1])
+    logits = take(model.logits(ids, other_features), position - 1, shape[1])
     n_new = mtf.import_tf_tensor(mesh, inputs.max_steps, shape[:1])
     found = chain_distributions(logits, vocab_dim, options, History(ids, position, position - n_new))
-    lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
+    lowering = model.lowered(mesh)
     return [(name, lowering.export_to_tf_tensor(p)) for name, p in found]
 
 
-def features(
-    mesh: mtf.Mesh, batch: int, length: int, params: Params, n_vocab: int, variable_dtype: mtf.VariableDType
-) -> tuple[mtf.Shape, dict[str, Any]]:
-    """The shape of a model's inputs, and GPT-Neo's other_features."""
-    sequence_dim = mtf.Dimension("sequence", length)
-    memory_dim = mtf.Dimension("memory_length", length + config.n_learned_keys(params))
-    other_features = {
-        "embd_dim": mtf.Dimension("embd", params["n_embd"]),
-        "vocab_dim": mtf.Dimension("vocab", n_vocab),
-        "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
-        "memory_length_dim": memory_dim,
-        "attn_bias": biasmask_attn_weights(mesh, sequence_dim, memory_dim, variable_dtype),
-    }
-    return mtf.Shape([mtf.Dimension("batch", batch), sequence_dim]), other_features
-
-
-def add_variables(
-    params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
-) -> dict[str, tuple[mtf.Shape, Any]]:
-    """Adds the model's variables to the graph that is open, for decode graphs to use.
+def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:
+    """Adds a model's variables to the graph that is open, for decode graphs to use.
 
     Weights are loaded while there is nothing else in the graph: TensorFlow works
     through all of it for each set of variables that is filled.
 
     Args:
-      params, n_vocab, mesh_impl, variable_dtype: as for `build`.
+      model: Model.
 
     Returns:
       a dict, name -> (mtf.Shape, mtf's laid-out variable), for `load_weights`.
     """
     with tf.Graph().as_default():  # the model itself knows what it has
-        mesh = mtf.Mesh(mtf.Graph(), "mesh")
-        shape, other_features = features(mesh, 1, 1, params, n_vocab, variable_dtype)
-        with tf.variable_scope("gpt2"):
-            gpt2.model({"inputs": mtf.zeros(mesh, shape, tf.int32)}, other_features, params, mesh, variable_dtype)
+        mesh, shape, other_features = model.inputs(1, 1)
+        model.logits(mtf.zeros(mesh, shape, tf.int32), other_features)
         found = [(v.name, v.shape) for v in mesh.graph.all_variables]
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
     for name, shape in found:
-        mtf.get_variable(mesh, name, shape, dtype=variable_dtype)
-    lowering = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False)
-    return {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in lowering.variables.items()}
+        mtf.get_variable(mesh, name, shape, dtype=model.variable_dtype)
+    return {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in model.lowered(mesh).variables.items()}
 
 
 def load_weights(

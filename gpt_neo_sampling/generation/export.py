@@ -20,7 +20,7 @@ from gpt_neo_sampling.checkpoint.generation import ID_KEYS
 from gpt_neo_sampling.generation.decode_graph import (
     DEMO_FOLDER,
     NO_STOP_TOKEN,
-    ModelArguments,
+    Model,
     ProgramInputs,
     ProgramKey,
     add_variables,
@@ -144,12 +144,11 @@ def _write(
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict")
-    mesh_impl = mesh.impl()
-    model = params, params["n_vocab"], mesh_impl, variable_dtype
+    model = Model(params, params["n_vocab"], mesh.impl(), variable_dtype)
     with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-        weights = add_variables(*model)
+        weights = add_variables(model)
         with mesh.session(graph) as session:
-            load_weights(checkpoint, weights, mesh_impl, session.run)
+            load_weights(checkpoint, weights, model.mesh_impl, session.run)
             signatures = {
                 name: _signature(ProgramKey(**sizes, steps=frozenset(["top_k", *more, *controls])), checkpoint, model)
                 for name, more in SIGNATURES.items()
@@ -161,7 +160,7 @@ def _write(
             builder.save()
 
 
-def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -> Any:
+def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model) -> Any:
     """A decode graph with its inputs and outputs, as a SignatureDef."""
     inputs = {
         "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
@@ -201,7 +200,7 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: ModelArguments) -
         temperature=option("temperature", ENTMAX_TEMPERATURE if is_entmax else SOFTMAX_TEMPERATURE, tf.float32),
         options={name: option(name, default, NUMBERS[name].dtype) for name, default in sorted(defaults.items())},
     )
-    (tokens,) = build(key, program_inputs, *model, bos_id=first)
+    (tokens,) = build(key, program_inputs, model, bos_id=first)
 
     lengths = _lengths(tokens, tf.maximum(prompt_lengths, 1), max_steps, stop_tokens)
     outputs = {

@@ -218,7 +218,7 @@ class TextGenerator:
             >>> [sample.text for sample in samples]
             [' great deal too much to be done.', ' could not get a']
         """
-        request = self._request(prompts, GenerationOptions(**options))
+        request = self.check(prompts, **options)
         if not (streamer is None or callable(streamer)):
             raise TypeError(f"streamer={streamer!r}; a function of (index, token, text, is_last) is needed")
         if streamer is not None and self.mesh.cluster is not None:
@@ -260,7 +260,8 @@ class TextGenerator:
         Raises:
           TypeError, ValueError: as `generate`.
         """
-        return self._request(prompts, GenerationOptions(**options))
+        given = GenerationOptions(**options)
+        return checked_request(list(map(self.encode, _listed(prompts))), given, self.checkpoint, self.tokenizer)
 
     def inspect(self, prompt: Prompt, continuation: Prompt = (), **options: Any) -> list[ChainStep]:
         """The distribution of the next token after a prompt, step by step as the options change it.
@@ -296,7 +297,8 @@ class TextGenerator:
             raise TypeError(f"not an option for drawing a token: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
         new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation, is_begin=False)
         options["max_new_tokens"] = INT32_MAX  # how many more may follow does not matter here
-        request = self._request([self.encode(prompt) + new], GenerationOptions(**options), len(new))
+        ids, given = self.encode(prompt) + new, GenerationOptions(**options)
+        request = checked_request([ids], given, self.checkpoint, self.tokenizer, len(new))
         key = program_key(request, request.prompts, [0], 1, self.mesh)
         chain = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
         steps = [
@@ -353,10 +355,6 @@ class TextGenerator:
 
     # --- requests
 
-    def _encode_prompts(self, prompts: Prompts) -> list[list[int]]:
-        """The prompts as lists of ids, none of them empty."""
-        return [self.encode(p) for p in _listed(prompts)]
-
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt.
 
@@ -403,9 +401,6 @@ class TextGenerator:
             weights = f"the weights cannot be read: {e}"
         return f"the logits hold NaN or +inf, or every token is masked ({weights})"
 
-    def _request(self, prompts: Prompts, options: GenerationOptions, n_new: int = 0) -> Request:
-        return checked_request(self._encode_prompts(prompts), options, self.checkpoint, self.tokenizer, n_new)
-
     def _sample(
         self, request: Request, index: int, prompt: list[int], drawn: np.ndarray, logprobs: list[np.ndarray]
     ) -> Sample:
@@ -420,14 +415,17 @@ class TextGenerator:
             reason = self._no_distribution
             raise InvalidDistributionError(f"{where}: {reason}", index, step, reason)
         text = None
-        if self.tokenizer is not None:
-            detokenizer, text = IncrementalDetokenizer(self.tokenizer, prompt, request.stop_strings), ""
+        if (detokenizer := self._detokenizer(request, prompt)) is not None:
+            text = ""
             for at, token in enumerate(new, 1):
                 text += detokenizer.push(token, is_last=at == len(new))
                 if detokenizer.stopped:
                     new, reason = new[:at], "stop"
                     break
         return Sample(prompt, new, text, reason, *(p[: len(new)].tolist() for p in logprobs))
+
+    def _detokenizer(self, request: Request, prompt: list[int]) -> IncrementalDetokenizer | None:
+        return self.tokenizer and IncrementalDetokenizer(self.tokenizer, prompt, request.stop_strings)
 
     # --- runs
 
@@ -447,7 +445,8 @@ class TextGenerator:
         rows = [(prompt, limit) for prompt, limit in zip(prompts, limits) for _ in sample_range]
         watcher = None
         if self.mesh.cluster is None and (streamer is not None or request.stop_strings):
-            watcher = self._watcher(request, indices, rows, streamer)
+            watched = [(self._detokenizer(request, prompt), limit, request.stop_tokens) for prompt, limit in rows]
+            watcher = Watcher(watched, None if streamer is None else lambda row, *args: streamer(indices[row], *args))
         key = program_key(request, prompts, limits, len(sample_range), self.mesh)
         args = key, request, prompt_range, sample_range, limits
         if watcher is None:
@@ -471,17 +470,6 @@ class TextGenerator:
         """For each row of ids, the log-probabilities of all but the first."""
         out = self._graphs.run(ScoreProgram, score_key(rows, self.params["n_ctx"], self.mesh), rows)
         return [logprobs[: len(row) - 1] for logprobs, row in zip(out, rows)]
-
-    def _watcher(
-        self, request: Request, indices: list[int], rows: list[tuple[list[int], int]], streamer: Streamer | None
-    ) -> Watcher:
-        def detokenizer(prompt: list[int]) -> IncrementalDetokenizer | None:
-            if self.tokenizer is None:
-                return None
-            return IncrementalDetokenizer(self.tokenizer, prompt, request.stop_strings)
-
-        watched = [(detokenizer(prompt), limit, request.stop_tokens) for prompt, limit in rows]
-        return Watcher(watched, None if streamer is None else lambda row, *args: streamer(indices[row], *args))
 
 
 def _listed(texts: Prompts) -> list[Prompt]:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import Params
-from gpt_neo_sampling.generation.decode_graph import features
-from gpt_neo_sampling.models import gpt2
+from gpt_neo_sampling.generation.decode_graph import Model
 from gpt_neo_sampling.sampling.controls import check_int
 from gpt_neo_sampling.sampling.entmax import log_softmax_at
 from gpt_neo_sampling.sampling.masks import padding_mask
@@ -46,20 +44,15 @@ class ScoreKey:
 class ScoreProgram:
     """One scoring graph: placeholders, and the log-probabilities of the targets, float32 [batch, length]."""
 
-    def __init__(
-        self, key: ScoreKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
-    ) -> None:
-        """n_vocab: the size of the vocabulary's dimension, padding included; the rest as for `decode_graph.build`."""
-        mesh = mtf.Mesh(mtf.Graph(), "mesh")
-        shape, other_features = features(mesh, key.batch, key.length, params, n_vocab, variable_dtype)
+    def __init__(self, key: ScoreKey, model: Model) -> None:
+        mesh, shape, other_features = model.inputs(key.batch, key.length)
         self._ids, self._targets = (tf.placeholder(tf.int32, shape.to_integer_list) for _ in range(2))
         ids, targets = (mtf.import_tf_tensor(mesh, t, shape) for t in (self._ids, self._targets))
-        with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
-            logits, _, _ = gpt2.model({"inputs": ids}, other_features, params, mesh, variable_dtype)
         vocab_dim = other_features["vocab_dim"]
-        logits = padding_mask(mtf.cast(logits, tf.float32), params["n_vocab"], vocab_dim)
+        logits = mtf.cast(model.logits(ids, other_features), tf.float32)
+        logits = padding_mask(logits, model.params["n_vocab"], vocab_dim)
         logprobs = log_softmax_at(logits, targets, vocab_dim)
-        self.results = mtf.Lowering(mesh.graph, {mesh: mesh_impl}, autostack=False).export_to_tf_tensor(logprobs)
+        self.results = model.lowered(mesh).export_to_tf_tensor(logprobs)
 
     def feeds(self, key: ScoreKey, rows: list[list[int]]) -> dict[tf.Tensor, np.ndarray]:
         """The feeds for rows of ids; the target of an id is the one after it."""

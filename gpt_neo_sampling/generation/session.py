@@ -12,20 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import (
-    check_not_forked,
-    extend_when_told,
-    mtf,
-    probe_devices,
-    quiet_logging,
-    tf,
-)
-from gpt_neo_sampling._types import DType, Params
+from gpt_neo_sampling._compat import check_not_forked, extend_when_told, probe_devices, quiet_logging, tf
+from gpt_neo_sampling._types import DType
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import (
     LOGIT_BIAS,
     NO_STOP_TOKEN,
-    ModelArguments,
+    Model,
     ProgramInputs,
     ProgramKey,
     add_variables,
@@ -60,12 +53,8 @@ class Graphs:
         mesh.check(dict(config.splittable_dims(self.params), memory_length=memory_length), config.TENSORS)
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
         self.dtype = variable_dtype.activation_dtype.name
-        self._model: ModelArguments = (
-            self.params,
-            n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts),
-            mesh.impl(),
-            variable_dtype,
-        )
+        n_vocab = n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts)
+        self._model = Model(self.params, n_vocab, mesh.impl(), variable_dtype)
         self._checkpoint = checkpoint
         self._build_lock = threading.Lock()  # not held while a graph runs
         self._builder: int | None = None  # the thread that holds it
@@ -97,77 +86,71 @@ class Graphs:
         """
         check_not_forked()
         loaded = self._acquire(program_class, key)
-        try:
+        with self._in_use(loaded):
             program = loaded.programs[program_class, key]
             feeds = program.feeds(key, *args, **kwargs)
             run_graph = functools.partial(self.mesh.run, loaded.session, program.results, feeds)
             return run_graph() if around is None else around(run_graph)
-        except ClusterError:
-            self._retire(loaded)  # the processes' state is lost: the next request starts over
-            raise
-        finally:
-            self._release(loaded)
 
     def close(self) -> None:
         """Frees the weights and the graphs once no graph runs; the next run loads and builds them again."""
-        if (loaded := self._loaded) is not None:
-            self._retire(loaded)
+        self._drop(self._loaded)
 
     def _acquire(self, program_class: type[Any], key: Any) -> "_Loaded":
-        """The loaded weights, with this program built on them. To be given back to `_release`."""
-        with self._state_lock:
-            if self._loaded is not None and (program_class, key) in self._loaded.programs:
-                return self._loaded.add_user()
-        if self._builder == threading.get_ident():
-            raise RuntimeError("a logits processor cannot use the generator that it is built into")
-        with self._build_lock:
-            self._builder = threading.get_ident()
-            try:
-                return self._load_and_build(program_class, key)
-            finally:
-                self._builder = None
+        """The loaded weights, with this program built on them, for a `with self._in_use`."""
+        while True:
+            with self._state_lock:
+                if self._loaded is not None and (program_class, key) in self._loaded.programs:
+                    return self._loaded.add_user()
+            if self._builder == threading.get_ident():
+                raise RuntimeError("a logits processor cannot use the generator that it is built into")
+            with self._build_lock:
+                self._builder = threading.get_ident()
+                try:
+                    self._load_and_build(program_class, key)
+                finally:
+                    self._builder = None
 
-    def _load_and_build(self, program_class: type[Any], key: Any) -> "_Loaded":
-        with self._state_lock:
-            loaded = self._loaded
-            if loaded is not None:
-                loaded.add_user()
+    def _load_and_build(self, program_class: type[Any], key: Any) -> None:
+        loaded = self._loaded
         if loaded is not None and (program_class, key) not in loaded.programs and len(loaded.programs) >= MAX_PROGRAMS:
-            self._retire(loaded)  # nodes cannot be removed from a graph; only the whole graph can be dropped
-            self._release(loaded)
-            loaded = None
+            self._drop(loaded)  # nodes cannot be removed from a graph; only the whole graph can be dropped
+        with self._state_lock:
+            loaded = self._loaded and self._loaded.add_user()
         if loaded is None:
             probe_devices()
             loaded = _Loaded(self._session_with_weights()).add_user()
-            with self._state_lock:
-                self._loaded = loaded
-        try:
+            self._loaded = loaded
+        with self._in_use(loaded):
             if (program_class, key) not in loaded.programs:
                 with self._open(loaded.session.graph):
-                    program = program_class(key, *self._model)
+                    program = program_class(key, self._model)
                 self.mesh.extend(loaded.session)
                 loaded.programs[program_class, key] = program
-        except BaseException as e:
-            if isinstance(e, ClusterError):  # the weights on the lost process are gone
-                self._retire(loaded)
-            self._release(loaded)
+
+    @contextlib.contextmanager
+    def _in_use(self, loaded: "_Loaded") -> Iterator[None]:
+        """For what has added itself as a user of `loaded`."""
+        try:
+            yield
+        except ClusterError:
+            self._drop(loaded)  # the processes' state is lost: the next request starts over
             raise
-        return loaded
+        finally:
+            self._remove_user(loaded)
 
-    def _retire(self, loaded: "_Loaded") -> None:
-        """Lets no further run begin in it, and closes it once the current ones have ended."""
+    def _drop(self, loaded: "_Loaded | None") -> None:
+        """Lets no further run begin in it; it is closed once the current ones have ended."""
         with self._state_lock:
-            loaded.retired = True
-            if self._loaded is loaded:
-                self._loaded = None
-            unused = loaded.n_users == 0
-        if unused:
-            loaded.session.close()
+            if loaded is None or self._loaded is not loaded:
+                return
+            self._loaded = None
+        self._remove_user(loaded)
 
-    def _release(self, loaded: "_Loaded") -> None:
+    def _remove_user(self, loaded: "_Loaded") -> None:
         with self._state_lock:
             loaded.n_users -= 1
-            unused = loaded.retired and loaded.n_users == 0
+            unused = loaded.n_users == 0
         if unused:
             loaded.session.close()
 
@@ -179,13 +162,13 @@ class Graphs:
     def _session_with_weights(self) -> tf.Session:
         graph = tf.Graph()
         with self._open(graph):
-            weights = add_variables(*self._model)
+            weights = add_variables(self._model)
             session = self.mesh.session(graph)
             try:
                 extend_when_told(session)
                 self.mesh.extend(session)
-                _, _, mesh_impl, _ = self._model
-                load_weights(self._checkpoint, weights, mesh_impl, functools.partial(self.mesh.run, session))
+                run = functools.partial(self.mesh.run, session)
+                load_weights(self._checkpoint, weights, self._model.mesh_impl, run)
             except BaseException:
                 session.close()
                 raise
@@ -198,8 +181,7 @@ class _Loaded:
 
     session: tf.Session
     programs: dict[tuple[type[Any], Any], Any] = dataclasses.field(default_factory=dict)  # by class and key
-    n_users: int = 0  # runs under way
-    retired: bool = False
+    n_users: int = 1  # `Graphs`, until it drops it, and those that run or build a graph
 
     def add_user(self) -> "_Loaded":
         self.n_users += 1
@@ -209,18 +191,14 @@ class _Loaded:
 class DecodeProgram:
     """A decode graph. Its results are tokens, and log-probabilities if the key asks for them."""
 
-    def __init__(
-        self, key: ProgramKey, params: Params, n_vocab: int, mesh_impl: mtf.MeshImpl, variable_dtype: mtf.VariableDType
-    ) -> None:
-        """key: ProgramKey; the rest as for `build`."""
-
+    def __init__(self, key: ProgramKey, model: Model) -> None:
         def option(name: str) -> tf.Tensor:
             return tf.placeholder(PER_PROMPT[name].dtype, [key.rows])
 
         options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
         if LOGIT_BIAS in key.steps:
-            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [n_vocab])
-        self._n_vocab = n_vocab
+            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [model.n_vocab])
+        self._n_vocab = model.n_vocab
         self._inputs = ProgramInputs(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
             prompt_lengths=tf.placeholder(tf.int32, [key.batch]),
@@ -231,10 +209,10 @@ class DecodeProgram:
             temperature=option("temperature"),
             options=options,
         )
-        self.results = self._build(key, (params, n_vocab, mesh_impl, variable_dtype))
+        self.results = self._build(key, model)
 
-    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
-        return build(key, self._inputs, *model)
+    def _build(self, key: ProgramKey, model: Model) -> Any:
+        return build(key, self._inputs, model)
 
     def feeds(
         self, key: ProgramKey, request: Request, prompt_range: range, sample_range: range, limits: list[int]
@@ -271,10 +249,10 @@ class DecodeProgram:
 class WatchedProgram(DecodeProgram):
     """A decode graph that calls a `Watcher` after each step."""
 
-    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
+    def _build(self, key: ProgramKey, model: Model) -> Any:
         self._number = tf.placeholder(tf.int32, [])  # which watcher belongs to the run
         self._watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
-        return build(key, self._inputs, *model, on_tokens=self._watch, run_number=self._number)
+        return build(key, self._inputs, model, on_tokens=self._watch, run_number=self._number)
 
     def _watch(self, tokens: np.ndarray, n_drawn: np.ndarray, number: np.ndarray) -> np.ndarray:
         return self._watchers[int(number)](tokens, n_drawn)
@@ -293,8 +271,8 @@ _numbers = itertools.count()
 class ChainProgram(DecodeProgram):
     """One step after a prompt. Its results are a dict: (number, name) of each step of the chain -> probabilities."""
 
-    def _build(self, key: ProgramKey, model: ModelArguments) -> Any:
-        return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, *model))}
+    def _build(self, key: ProgramKey, model: Model) -> Any:
+        return {(i, name): p for i, (name, p) in enumerate(build_chain(key, self._inputs, model))}
 
 
 def program_key(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_neo_sampling._threads import call_in_thread
 from gpt_neo_sampling._types import Streamer, Tokenizer
 from gpt_neo_sampling.checkpoint.tokenizer import decoded
 
@@ -118,17 +119,13 @@ class Watcher:
         exception from `on_token` ends the rows too, and is raised here.
         """
         begin = threading.Event()  # set once Ctrl-C is handled here
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
-        def work() -> None:
+        def work() -> Any:
             begin.wait()
-            try:
-                future.set_result(fn())
-            except BaseException as e:
-                future.set_exception(e)
-            self._events.put(None)  # wakes the other thread
+            return fn()
 
-        threading.Thread(target=work, daemon=True).start()
+        future = call_in_thread(work)
+        future.add_done_callback(lambda _: self._events.put(None))  # wakes this thread
         try:
             with self._interruptible():
                 try:

@@ -7,6 +7,7 @@ each address before the session and during it.
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import quiet_stderr, tf
+from gpt_neo_sampling._threads import call_in_thread, running
 
 CONNECT_SECONDS = 20  # the longest that a process may take to start
 WATCH_SECONDS = 2  # between checks that all processes are there
@@ -132,41 +134,28 @@ class Cluster:
         Raises:
           ClusterError: within seconds of losing a process, or if the call takes longer than `seconds`.
         """
-        results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-        def target() -> None:
-            try:
-                results.put((call(), None))
-            except BaseException as e:
-                results.put((None, e))
-
-        _start(target)
+        future = call_in_thread(call)
         end = None if seconds is None else time.monotonic() + seconds
         suspects: dict[str, int] = {}
-        while True:
-            try:
-                result, error = results.get(timeout=WATCH_SECONDS)
-            except queue.Empty:
-                gone = self.gone()
-                suspects = {t: suspects.get(t, 0) + 1 for t in gone}
-                lost = [t for t, n_checks in suspects.items() if n_checks >= LOST_AFTER]
-                if lost:
-                    raise ClusterError(f"{self._named(lost)} has gone; its state is lost") from None
-                if end is not None and time.monotonic() > end:
-                    raise ClusterError(
-                        f"the cluster accepts connections, but gave no answer within {seconds} s; is each of "
-                        f"{self._named(list(self.addresses))} a gpt-neo-sampling serve with the same cluster?"
-                    ) from None
-                continue
-            if error is None:
-                return result
-            if isinstance(error, tf.errors.OpError):
-                time.sleep(0.5)  # a process that dies may still accept for a moment
-                if gone := self.gone():
-                    raise ClusterError(f"{self._named(gone)} has gone; its state is lost") from None
-                if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)):
-                    raise ClusterError(f"the cluster has lost a process or its state: {_reason(error)}") from None
-            raise error
+        while not concurrent.futures.wait([future], WATCH_SECONDS).done:
+            suspects = {t: suspects.get(t, 0) + 1 for t in self.gone()}
+            lost = [t for t, n_checks in suspects.items() if n_checks >= LOST_AFTER]
+            if lost:
+                raise ClusterError(f"{self._named(lost)} has gone; its state is lost")
+            if end is not None and time.monotonic() > end:
+                raise ClusterError(
+                    f"the cluster accepts connections, but gave no answer within {seconds} s; is each of "
+                    f"{self._named(list(self.addresses))} a gpt-neo-sampling serve with the same cluster?"
+                )
+        try:
+            return future.result()
+        except tf.errors.OpError as e:
+            time.sleep(0.5)  # a process that dies may still accept for a moment
+            if gone := self.gone():
+                raise ClusterError(f"{self._named(gone)} has gone; its state is lost") from None
+            if isinstance(e, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)):
+                raise ClusterError(f"the cluster has lost a process or its state: {_reason(e)}") from None
+            raise
 
 
 class _Session(tf.Session):
@@ -186,15 +175,9 @@ class _Session(tf.Session):
         if self.ended:
             return
         self.ended = True
-        closed = threading.Event()
-
-        def end() -> None:  # refers to the session, which is therefore not freed earlier
-            self.close_now()
-            closed.set()
-
-        _start(end)
+        closed = call_in_thread(self.close_now)  # refers to the session, which is therefore not freed earlier
         if not self._cluster.gone():
-            closed.wait(CLOSE_SECONDS)
+            concurrent.futures.wait([closed], CLOSE_SECONDS)
 
     def close_now(self) -> None:
         with contextlib.suppress(tf.errors.OpError):  # the session may no longer exist
@@ -212,14 +195,6 @@ class _Session(tf.Session):
         super().__del__()
 
 
-def _start(target: Callable[[], object]) -> None:
-    """Runs target() in a thread that program exit waits for, briefly: TensorFlow 2.12 aborts if it is cut off."""
-    thread = threading.Thread(target=target, daemon=True)
-    _threads.add(thread)
-    thread.start()
-
-
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of _start
 _open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
 # calls for the background thread; garbage collection cannot start a thread itself
 _background: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -242,7 +217,7 @@ def _start_background() -> None:
         _background.put(done.set)
         done.wait(CLOSE_SECONDS)
         end = time.monotonic() + CLOSE_SECONDS
-        for thread in list(_threads):
+        for thread in running():  # TensorFlow 2.12 aborts if one is cut off
             thread.join(max(0, end - time.monotonic()))
 
     threading.Thread(target=work, daemon=True).start()

@@ -8,6 +8,7 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import align, pad_last, size_of
+from gpt_neo_sampling.mesh.xla import update_slice
 
 GROUPS = 64  # a mesh axis of 2, 4 … 64 processors cuts none of them
 
@@ -170,6 +171,32 @@ class CandidateRows(ShardedRows):
             return tf.where_v2(tf.equal(ids[:, tf.newaxis] // self.group, groups), x[:, tf.newaxis], fill)
 
         return self.mesh_impl.slicewise(spread, x, self.ids)
+
+
+def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
+    """Laid-out finite float32 [rows, n of a shard] as [rows, n of all shards], in a core program; XLA sends several of
+    them together."""
+    if rows.mesh_axis is None:
+        return x
+    n_shards = rows.mesh_impl.shape[rows.mesh_axis].size
+
+    def place(x: tf.Tensor, pcoord: tf.Tensor) -> tf.Tensor:
+        n_rows, n = x.shape.as_list()
+        return update_slice(tf.zeros([n_rows, n * n_shards]), x, [0, pcoord * n])
+
+    return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
+
+
+def largest_of_cores(rows: ShardedRows, x: LaidOut) -> tf.Tensor:
+    """The largest of laid-out finite float32 numbers, a scalar: on all cores that must take the same branches.
+
+    Those are the cores that exchange parts of rows. Where rows are whole, each core goes its own way.
+    """
+    x = rows.mesh_impl.slicewise(tf.reduce_max, x)
+    others = [axis for axis in range(rows.mesh_impl.ndims) if axis != rows.mesh_axis]
+    if rows.mesh_axis is not None and others:
+        x = rows.mesh_impl.allreduce(x, others, "MAX")
+    return x.tensor_list[0]
 
 
 def spread_rows(lowering: mtf.Lowering, x: mtf.Tensor, shape: mtf.Shape) -> LaidOut:

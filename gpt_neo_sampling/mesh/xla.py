@@ -4,13 +4,9 @@ A TPU takes about as long for a small kernel as for one over a whole row, so sam
 reduction that keeps several numbers, where TensorFlow on a CPU takes several.
 """
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
-from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
+from gpt_neo_sampling._compat import PlacementMeshImpl, matmul_axes, mtf, tensorflow, tf, xla_ops
 
 Values = tuple[tf.Tensor, ...]
 
@@ -18,13 +14,6 @@ Values = tuple[tf.Tensor, ...]
 def is_core_program(mesh_impl: mtf.MeshImpl) -> bool:
     """Whether a mesh is lowered to one core's program, which XLA compiles; else it is placed on CPUs and GPUs."""
     return not isinstance(mesh_impl, PlacementMeshImpl)
-
-
-@functools.cache
-def _ops() -> types.ModuleType:
-    from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # only here: most programs need none of them
-
-    return gen_xla_ops
 
 
 def reduce_together(
@@ -49,7 +38,7 @@ def reduce_together(
     reducer = tensorflow.function(lambda *xs: tuple(combine(xs[:n], xs[n:])), autograph=False)
     initial = [tf.constant(start, x.dtype) for start, x in zip(starts, operands, strict=True)]
     return tuple(
-        _ops().xla_variadic_reduce_v2(
+        xla_ops().xla_variadic_reduce_v2(
             operands, initial, dimensions_to_reduce=list(axes), reducer=reducer.get_concrete_function(*specs)
         )
     )
@@ -62,56 +51,39 @@ def add_each(a: Values, b: Values) -> Values:
 
 def kept_together(*xs: tf.Tensor) -> Values:
     """The same tensors, which XLA computes before what depends on them, in one place and once."""
-    return tuple(_ops().xla_optimization_barrier(list(xs)))
+    return tuple(xla_ops().xla_optimization_barrier(list(xs)))
 
 
-def prefix_sums(x: tf.Tensor) -> tf.Tensor:
+def prefix_sums(x: tf.Tensor, short_code: bool = False) -> tf.Tensor:
     """Inclusive sums of float32 [rows, n] along the last axis.
 
     By a product with a triangle, of three parts of 8 bits, which a TPU's matrix unit takes without rounding (bfloat16)
-    and adds up in float32.
+    and adds up in float32. The triangle is in the program, 1.2 MB for 786 entries, or with `short_code` computed anew.
     """
-    from tensorflow.compiler.xla import xla_data_pb2
 
     def leading(x: tf.Tensor) -> tf.Tensor:
         return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), tf.constant(-(2**16))), tf.float32)
 
+    def sums(x: tf.Tensor) -> tf.Tensor:
+        return xla_ops().xla_dot_v2(
+            tf.cast(x, tf.bfloat16), up_to, dimension_numbers=matmul_axes(), precision_config="",
+            preferred_element_type=tf.float32,
+        )  # fmt: skip
+
     rows, n = x.shape.as_list()
-    up_to = tf.cast(tf.range(n)[:, tf.newaxis] <= tf.range(n), tf.bfloat16)
+    at = tf.range(n)
+    (at,) = kept_together(at) if short_code else (at,)  # what XLA knows all of it computes ahead
+    up_to = tf.cast(at[:, tf.newaxis] <= at, tf.bfloat16)
     first = leading(x)
     second = leading(x - first)
-    parts = (tf.pad(p, [[0, -rows % 8], [0, 0]]) for p in (first, second, (x - first) - second))  # to whole tiles
-    axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
-    products = [
-        _ops().xla_dot_v2(
-            tf.cast(part, tf.bfloat16), up_to, dimension_numbers=axes.SerializeToString(), precision_config="",
-            preferred_element_type=tf.float32,
-        )
-        for part in parts
-    ]  # fmt: skip
-    return sum(products)[:rows]
+    parts = [first, second, (x - first) - second]
+    if short_code:  # one product, for one triangle
+        first, second, third = tf.split(sums(tf.concat(parts, 0)), 3, 0)
+        return first + second + third
+    parts = (tf.pad(part, [[0, -rows % 8], [0, 0]]) for part in parts)  # to whole tiles
+    return sum(map(sums, parts))[:rows]
 
 
-def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
-    """Laid-out float32 [rows, n of a shard] as [rows, n of all shards]; XLA sends several of them together."""
-    if rows.mesh_axis is None:
-        return x
-    n_shards = rows.mesh_impl.shape[rows.mesh_axis].size
-
-    def place(x: tf.Tensor, pcoord: tf.Tensor) -> tf.Tensor:
-        n_rows, n = x.shape.as_list()
-        return _ops().xla_dynamic_update_slice(tf.zeros([n_rows, n * n_shards]), x, tf.stack([0, pcoord * n]))
-
-    return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
-
-
-def largest_of_cores(rows: ShardedRows, x: LaidOut) -> tf.Tensor:
-    """The largest of laid-out finite numbers, a scalar: on all cores that must take the same branches.
-
-    Those are the cores that exchange parts of rows. A core whose rows are whole goes by its own.
-    """
-    x = rows.mesh_impl.slicewise(tf.reduce_max, x)
-    others = [axis for axis in range(rows.mesh_impl.ndims) if axis != rows.mesh_axis]
-    if rows.mesh_axis is not None and others:
-        x = rows.mesh_impl.allreduce(x, others, "MAX")
-    return x.tensor_list[0]
+def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:
+    """x with `values` from the indices `begin` on, int32 scalars, one for each of x's axes; inside x."""
+    return xla_ops().xla_dynamic_update_slice(x, values, tf.stack(begin))

@@ -16,7 +16,6 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut, RowValue
-from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.ops import (
     MeshOperation,
     check_floating,
@@ -28,7 +27,16 @@ from gpt_neo_sampling.mesh.ops import (
     row_index,
     size_of,
 )
-from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
+from gpt_neo_sampling.mesh.sharded_rows import (
+    CandidateRows,
+    ShardedRows,
+    any_of,
+    fast_sum,
+    largest_of_cores,
+    spread_rows,
+    whole_axis,
+)
+from gpt_neo_sampling.mesh.xla import kept_together
 from gpt_neo_sampling.sampling import fixed_point, softmax_draw
 from gpt_neo_sampling.sampling.core_draw import draw_few_kernels
 from gpt_neo_sampling.sampling.entmax_solver import (
@@ -608,17 +616,19 @@ class _ScoreDrawOperation(_DrawOperation):
             rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
 
+        def bits() -> list[LaidOut]:
+            """The uniforms, computed anew in a branch: no other step needs all of their bits."""
+            return [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits_again(lowering, self.inputs[1:3])]
+
         if epsilon is not None and softmax_draw.can_draw(rows):
             drawn, ambiguous, exact_weights = _core_entmax_draw(rows, x, factor, epsilon, uniforms)
+            return laid_out_cond(
+                mesh_impl, largest_of_cores(rows, ambiguous),
+                lambda: _exact_draw(rows, rows.in_groups(exact_weights()), bits()), lambda: drawn,
+            )  # fmt: skip
 
-            def draw_by_bits() -> LaidOut:
-                bits = bits_again(lowering, self.inputs[1:3])
-                bits = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
-                return _exact_draw(rows, rows.in_groups(exact_weights()), bits)
-
-            return laid_out_cond(mesh_impl, xla.largest_of_cores(rows, ambiguous), draw_by_bits, lambda: drawn)
-
-        def draw_again(scores_of: Callable[[LaidOut], LaidOut], uniforms: Sequence[LaidOut]) -> LaidOut:
+        def draw_again() -> LaidOut:
+            scores_of, uniforms = given()
             z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
             if epsilon is None:
                 weights = slicewise(fixed_point.softmax_weights, z)
@@ -628,16 +638,15 @@ class _ScoreDrawOperation(_DrawOperation):
             return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
         if epsilon is None and softmax_draw.can_draw(rows):
+
+            def given() -> tuple[Callable[[LaidOut], LaidOut], list[LaidOut]]:
+                """Computed for an ambiguous draw alone."""
+                return self._scores_of(rows, x, factor), bits()
+
             ones = slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
             drawn, ambiguous = softmax_draw.softmax_draw(rows, x, factor or ones, uniforms)
             ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
-
-            def with_what_no_other_step_needs() -> LaidOut:
-                bits = bits_again(lowering, self.inputs[1:3])
-                bits = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
-                return draw_again(self._scores_of(rows, x, factor), bits)
-
-            return laid_out_cond(mesh_impl, ambiguous, with_what_no_other_step_needs, lambda: drawn)
+            return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
         scores_of = self._scores_of(rows, x, factor)
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
@@ -666,7 +675,8 @@ class _ScoreDrawOperation(_DrawOperation):
                 rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
             )
 
-        return laid_out_cond(mesh_impl, ambiguous, lambda: draw_again(scores_of, uniforms), lambda: drawn)
+        given = lambda: (scores_of, uniforms)  # noqa: E731
+        return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
 
     def _scores_of(self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> Callable[[LaidOut], LaidOut]:
         """A function from x, or some of it, to scores less the largest of their row, so that no factor overflows.
@@ -729,7 +739,7 @@ def _core_entmax_draw(
     slicewise = mesh_impl.slicewise
     grouped = rows.in_groups(x, -np.inf)
     # one reduction of all at once would take the TPU longer
-    of_groups = xla.whole_axis(rows, slicewise(lambda x: xla.kept_together(tf.reduce_max(x, 2))[0], grouped))
+    of_groups = whole_axis(rows, slicewise(lambda x: kept_together(tf.reduce_max(x, 2))[0], grouped))
 
     def top_and_start(of_groups: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         top = tf.reduce_max(of_groups, -1, keepdims=True)
@@ -759,7 +769,7 @@ def _core_entmax_draw(
         z = slicewise(valid_scores, x, *of_row)
         weights = fixed_point.entmax_weights_near(
             mesh_impl, z, epsilon, beta, lambda x: rows.across_shards(x, "SUM"),
-            lambda x: xla.largest_of_cores(rows, x),
+            lambda x: largest_of_cores(rows, x),
         )  # fmt: skip
         return slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
 

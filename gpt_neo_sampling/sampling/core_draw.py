@@ -12,8 +12,8 @@ import numpy as np
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import size_of
-from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
-from gpt_neo_sampling.mesh.xla import Values, add_each, prefix_sums, reduce_together, whole_axis
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, whole_axis
+from gpt_neo_sampling.mesh.xla import Values, add_each, prefix_sums, reduce_together
 
 # How far a border between groups may be off, in parts of the total: the sum of 64 terms, none of whose partial sums is
 # above a quarter of the total, and a uniform as float32.
@@ -90,7 +90,7 @@ def draw_few_kernels(
         picked = [parts[0], *(tf.broadcast_to(s[..., tf.newaxis], parts[0].shape) for s in sums)]
         picked = [tf.where_v2(here, x, 0.0) for x in picked]
         weights, total, *slopes = reduce_together(picked, [0.0] * len(picked), [1], add_each)  # sums, in every place
-        distance = prefix_sums(weights) - u * total
+        distance = prefix_sums(weights, short_code=True) - u * total
         held = total > 0
         near = tf.abs(distance) <= ENTRY_ERROR_BOUND * total + bound * (slopes or [total])[0]
         counted = [tf.where_v2(tf.logical_and(held, x), 1.0, 0.0) for x in (distance <= 0, near)]

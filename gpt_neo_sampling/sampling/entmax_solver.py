@@ -8,8 +8,8 @@ import numpy as np
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut, RowValue, is_real
 from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop, size_of
-from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, sum_across
-from gpt_neo_sampling.mesh.xla import Values, add_each, kept_together, largest_of_cores, reduce_together
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, largest_of_cores, sum_across
+from gpt_neo_sampling.mesh.xla import Values, add_each, kept_together, reduce_together
 from gpt_neo_sampling.sampling.top_k import largest
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut, RowValue, ShapeLike, is_int
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, import_rows, union_shape
+from gpt_neo_sampling.mesh.xla import is_core_program, kept_together
 
 
 def threefry_2x32(
@@ -97,6 +98,22 @@ def bits_again(lowering: mtf.Lowering, outputs: Sequence[mtf.Tensor]) -> list[La
     if isinstance(operation, _CounterBitsOperation) and list(outputs) == operation.outputs:
         return list(operation.bits(lowering))
     return [lowering.tensors[x] for x in outputs]
+
+
+def unfolded(x: mtf.Tensor) -> mtf.Tensor:
+    """The same tensor, whose value XLA does not look at.
+
+    Constants folded into Threefry in a loop would tear it apart, into three kernels of a TPU where one does.
+    """
+    return _UnfoldedOperation([x], [(x.shape, x.dtype)], "unfolded").outputs[0]
+
+
+class _UnfoldedOperation(MeshOperation):
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl, x = lowering.mesh_impl(self), lowering.tensors[self.inputs[0]].to_laid_out_tensor()
+        if is_core_program(mesh_impl):
+            x = mesh_impl.slicewise(lambda x: kept_together(x)[0], x)
+        lowering.set_tensor_lowering(self.outputs[0], x)
 
 
 def import_seed(mesh: mtf.Mesh, seed: RowValue | None, rows: ShapeLike = ()) -> mtf.Tensor:

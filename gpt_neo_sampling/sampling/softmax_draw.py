@@ -11,8 +11,8 @@ import numpy as np
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import FLOAT32_MAX, LaidOut
 from gpt_neo_sampling.mesh.ops import size_of
-from gpt_neo_sampling.mesh.sharded_rows import ShardedRows
-from gpt_neo_sampling.mesh.xla import Values, is_core_program, kept_together, prefix_sums, reduce_together, whole_axis
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, whole_axis
+from gpt_neo_sampling.mesh.xla import Values, is_core_program, kept_together, prefix_sums, reduce_together
 from gpt_neo_sampling.sampling.core_draw import LARGEST_GROUP, uniform
 
 # How far sums up to a border may be off, in parts of the total. Between groups: a group's sum may be rounded once

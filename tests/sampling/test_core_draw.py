@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import simd
 from programs import MeshRunner, dims
-from test_draws import GPT2_VOCAB, hard_rows, sparse_weights, uniforms
+from test_draws import (
+    GPT2_VOCAB,
+    hard_rows,
+    mixed_alphas,
+    mixed_rows,
+    near_borders,
+    score_build,
+    sparse_weights,
+    uniforms,
+)
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import MeshOperation
@@ -95,3 +104,28 @@ def test_near_a_border_it_is_ambiguous(layout, with_slope):
         clear = ambiguous == 0
         want = np.floor(u[0] * 64) * 2 + (u[1] >= 0.5)
         np.testing.assert_array_equal(token[clear], want[clear])
+
+
+# --- entmax ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def entmax_draw(size, layout):
+    inputs = [(tf.float32, (ROWS, size))] + [(tf.float32, (ROWS,))] * 3
+    return simd.SimdProgram(score_build(size), inputs, "x:2", layout)
+
+
+@pytest.mark.parametrize(
+    "size, layout", [(128, "vocab:x"), (1000, "batch:x"), pytest.param(3001, "batch:x", marks=pytest.mark.slow)]
+)
+def test_entmax_draws_are_those_of_one_device(size, layout):
+    """At borders between groups and entries, and anywhere; each group of uniforms by itself, so that not all draw again."""
+    rng = np.random.default_rng(72)
+    z, alpha = mixed_rows(rng, ROWS, size), mixed_alphas(rng, ROWS)
+    z[7], z[8, 3], z[9, 5] = -np.inf, np.nan, np.inf
+    u = np.concatenate([near_borders(rng, z[10:], alpha[10:], passes=2), rng.random((2, 2, ROWS - 10))], 1)
+    u = np.pad(np.float32(u), [(0, 0), (0, 0), (10, 0)], constant_values=0.3)
+    for u1, u2 in u.transpose(1, 0, 2):
+        got = entmax_draw(size, layout)(z, u1, u2, alpha)
+        np.testing.assert_array_equal(got, MeshRunner()(score_build(size), z, u1, u2, alpha))
+        assert (got[7:10] == -1).all() and (got[10:] >= 0).all()
