@@ -80,8 +80,7 @@ def prefix_sums(x: tf.Tensor, short_code: bool = False) -> tf.Tensor:
     if short_code:  # one product, for one triangle
         first, second, third = tf.split(sums(tf.concat(parts, 0)), 3, 0)
         return first + second + third
-    parts = (tf.pad(part, [[0, -rows % 8], [0, 0]]) for part in parts)  # to whole tiles
-    return sum(map(sums, parts))[:rows]
+    return sum(sums(tf.pad(part, [[0, -rows % 8], [0, 0]])) for part in parts)[:rows]  # whole tiles
 
 
 def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:

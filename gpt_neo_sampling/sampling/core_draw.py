@@ -61,7 +61,7 @@ def draw_few_kernels(
 
         Only the sign of a border's distance from the target matters, and whether it is near 0.
         """
-        sums, given = sums_and_given[:n_sums], sums_and_given[n_sums:]
+        sums, given = list(sums_and_given[:n_sums]), sums_and_given[n_sums:]
         n = size_of(sums[0], 1)
         up_to = np.tril(np.ones([n, n], np.float32))  # [border, group]
         u, *sums = (tf.broadcast_to(x[:, tf.newaxis], [size_of(x, 0), n, n]) for x in (u, *sums))

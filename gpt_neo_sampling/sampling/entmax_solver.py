@@ -211,9 +211,8 @@ def solve_in_few_kernels(
 
     def sums_of(eps: tf.Tensor, beta: tf.Tensor, *given: tf.Tensor) -> Values:
         """Σq and Σ∂q/∂u, over this shard, [rows, 1] each."""
-        *given, last = given
-        last, beta = kept_together(last, beta)  # or XLA would compute all of z in another kernel, and keep it
-        entries = weights_and_slopes(scores_of(*given, last), eps, beta)
+        last, beta = kept_together(given[-1], beta)  # or XLA would compute all of z in another kernel, and keep it
+        entries = weights_and_slopes(scores_of(*given[:-1], last), eps, beta)
         return tuple(s[:, tf.newaxis] for s in reduce_together(entries, [0.0, 0.0], [1, 2], add_each))
 
     def newton_step(total: tf.Tensor, slope: tf.Tensor, eps: tf.Tensor, beta: tf.Tensor) -> Values:

@@ -10,6 +10,7 @@ Numbers are fixed-point: Q30 is an integer in units of 2⁻³⁰. None is
 negative or reaches 2⁶³ in any step whose result is used.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -280,7 +281,7 @@ def entmax_weights_near(
         return tf.where_v2(whole, scale, none), tf.where_v2(whole, _shift_left(_shift_right(delta, shift), shift), none)
 
     def evaluate(
-        z: tf.Tensor, eps: tf.Tensor, scale: tf.Tensor, delta: tf.Tensor, bit: tf.Tensor
+        bit: tf.Tensor, z: tf.Tensor, eps: tf.Tensor, scale: tf.Tensor, delta: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Weights, and halves of Σp; at the last bit of all weights are those of p·2^(n/ε)."""
         t, inside = _entmax_exponent(_distance(z, scale) + delta, eps, _quotient)
@@ -312,7 +313,7 @@ def entmax_weights_near(
         delta_step = tf.where_v2(in_delta, _shift_left(one, tf.maximum(position, zero)), zero)
         more_scale = slicewise(lambda s: s + scale_step, scale)
         more_delta = slicewise(lambda d: d + delta_step, delta)
-        weights, sums = slicewise(lambda *args: evaluate(*args, bit), z, eps, more_scale, more_delta)
+        weights, sums = slicewise(functools.partial(evaluate, bit), z, eps, more_scale, more_delta)
         scale, delta = slicewise(choose, sum_over_shards(sums), scale, delta, more_scale, more_delta)
         outside = largest_of(slicewise(may_be_outside, eps, scale, delta))
         begin_again = tf.logical_and(tf.equal(bit, 0), tf.logical_and(outside > again, first_bit < first_of_all))
