@@ -187,6 +187,18 @@ def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
     return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
 
 
+def largest_of_cores(rows: ShardedRows, x: LaidOut) -> tf.Tensor:
+    """The largest of laid-out finite float32 numbers, a scalar: on all cores that must take the same branches.
+
+    Those are the cores that exchange parts of rows. Where rows are whole, each core goes its own way.
+    """
+    x = rows.mesh_impl.slicewise(tf.reduce_max, x)
+    others = [axis for axis in range(rows.mesh_impl.ndims) if axis != rows.mesh_axis]
+    if rows.mesh_axis is not None and others:
+        x = rows.mesh_impl.allreduce(x, others, "MAX")
+    return x.tensor_list[0]
+
+
 def spread_rows(lowering: mtf.Lowering, x: mtf.Tensor, shape: mtf.Shape) -> LaidOut:
     """An mtf.Tensor as laid-out [rows, 1]; its dims are among those of `shape`, the dims of the rows."""
     mesh_impl = lowering.mesh_impl(x)

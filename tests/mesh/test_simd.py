@@ -272,9 +272,9 @@ def test_bytes_of_a_step_do_not_grow_with_the_vocabulary(sampler):
 
 @samplers
 def test_a_row_sends_little(sampler):
-    """In a step: the draw's 2 numbers for each of 64 groups, top-k's k values and indices
-    from each of 4 shards, top-p's sums over 384 buckets in 5 parts and 128 values and indices from each shard,
+    """In a step: the draw's 2 numbers for each of 64 groups, entmax's largest score of each, top-k's k values and
+    indices from each of 4 shards, top-p's sums over 384 buckets in 5 parts and 128 values and indices from each shard,
     and a few numbers more; 4 bytes each, with 50% to spare."""
-    numbers = 2 * 64 + {"top-k": 2 * 4 * TOP_K, "top-p": 5 * 384 + 2 * 4 * 128}.get(sampler, 0)
+    numbers = 2 * 64 + {"entmax": 64, "top-k": 2 * 4 * TOP_K, "top-p": 5 * 384 + 2 * 4 * 128}.get(sampler, 0)
     sent = [size for loops, branches, size in travels(sampler, 1024) if (loops, branches) == (1, 0)]
     assert sum(sent) < 1.5 * 4 * numbers * BYTES_BATCH
