@@ -15,6 +15,8 @@ from gpt_neo_sampling._types import LaidOut
 
 Values = tuple[tf.Tensor, ...]
 
+_LANES = 128  # of a TPU's vector
+
 
 def is_core_program(mesh_impl: mtf.MeshImpl) -> bool:
     """Whether a mesh is lowered to one core's program, which XLA compiles; else it is placed on CPUs and GPUs."""
@@ -87,3 +89,41 @@ def concat_shards(mesh_impl: mtf.MeshImpl, xs: Sequence[LaidOut], mesh_axis: int
     together = mesh_impl.slicewise(in_place, *xs, mesh_impl.laid_out_pcoord(mesh_axis))
     together = mesh_impl.allreduce(together, [mesh_axis], "SUM")
     return mesh_impl.slicewise(lambda y: tuple(tf.split(y, n, -1)), together)
+
+
+def one_hot_sums(values: tf.Tensor, indices: tf.Tensor, size: int) -> tf.Tensor:
+    """Sums small whole numbers into the entries that their indices name, without a scatter, which goes one by one.
+
+    As products of one-hot matrices of an index's high and low parts, which a TPU's matrix unit adds without rounding.
+
+    Args:
+      values: float32 [rows, n], whole numbers within ±256; sums up to 2²⁴ are exact.
+      indices: int32 [rows, n]; one below 0 adds nothing, none may be `size` or more.
+      size: int.
+
+    Returns:
+      float32 [rows, size].
+    """
+    rows, n_high = values.shape.as_list()[0], -(-size // _LANES)
+
+    def one_hot(parts: tf.Tensor, n: int, values: tf.Tensor) -> tf.Tensor:
+        """[rows, n, entries]: with what is summed over along lanes it is made within the product."""
+        hit = tf.equal(parts[:, tf.newaxis], np.arange(n, dtype=np.int32)[:, np.newaxis])
+        return tf.cast(tf.where_v2(hit, values[:, tf.newaxis], 0.0), tf.bfloat16)
+
+    high = one_hot(tf.bitwise.right_shift(indices, _LANES.bit_length() - 1), n_high, values)
+    low = one_hot(tf.bitwise.bitwise_and(indices, _LANES - 1), _LANES, tf.ones_like(values))
+    sums = _ops().xla_dot_v2(
+        high, low, dimension_numbers=_over_last_axes(), precision_config="", preferred_element_type=tf.float32
+    )
+    return tf.reshape(sums, [rows, n_high * _LANES])[:, :size]
+
+
+@functools.cache
+def _over_last_axes() -> bytes:
+    """Of [a, b, n] and [a, c, n] to [a, b, c]."""
+    from tensorflow.compiler.xla import xla_data_pb2
+
+    return xla_data_pb2.DotDimensionNumbers(
+        lhs_batch_dimensions=[0], rhs_batch_dimensions=[0],
+        lhs_contracting_dimensions=[2], rhs_contracting_dimensions=[2]).SerializeToString()  # fmt: skip
