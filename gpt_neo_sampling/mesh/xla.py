@@ -76,8 +76,8 @@ def concat_shards(mesh_impl: mtf.MeshImpl, xs: Sequence[LaidOut], mesh_axis: int
     """
     n, n_shards = len(xs), mesh_impl.shape[mesh_axis].size
 
-    def in_place(*xs: tf.Tensor) -> tf.Tensor:
-        *xs, pcoord = xs
+    def in_place(*args: tf.Tensor) -> tf.Tensor:
+        *xs, pcoord = args
         shape = xs[0].shape.as_list() + [n * n_shards]
         place = np.broadcast_to(np.arange(n * n_shards, dtype=np.int32), shape)  # of full rank: that makes no kernel
         y = 0.0

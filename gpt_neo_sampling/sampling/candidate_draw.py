@@ -33,7 +33,7 @@ def draw_candidates(
       x: laid-out float32 [rows, candidates]: scores; −inf is allowed.
       ids: laid-out int32 like x, no two of a row equal: which entries they are.
       factor: None or laid-out float32 [rows, 1], above 0 or NaN: multiplies the scores.
-      uniforms: a pair, for the group and for the entry, laid-out [rows, 1], as for `categorical.grouped_draw`.
+      uniforms: a pair, for the group and for the entry, laid-out float32 [rows, 1].
 
     Returns:
       (drawn, ambiguous): laid-out [rows], int32, −1 for an invalid row, and float32, 1.0 or more for a draw so near to
@@ -48,7 +48,7 @@ def draw_candidates(
         shape = [size_of(x, 0), n, n]
         x = tf.broadcast_to(x[:, tf.newaxis], shape)
         other, own = _spread(ids[:, tf.newaxis], shape), _spread(ids[:, :, tf.newaxis], shape)
-        *factor, group_uniform, entry_uniform = (tf.broadcast_to(t[:, tf.newaxis], shape) for t in per_row)
+        *scale, group_uniform, entry_uniform = (tf.broadcast_to(t[:, tf.newaxis], shape) for t in per_row)
         beyond = other - (own - own % group)  # the first entry of the candidate's own group
         up_to_group = tf.where_v2(beyond < group, 1.0, 0.0)
         in_group = tf.where_v2(tf.logical_and(beyond >= 0, beyond < group), 1.0, 0.0)
@@ -58,8 +58,9 @@ def draw_candidates(
             in_group * (tf.where_v2(other <= own, 1.0, 0.0) - entry_uniform),
             in_group,
         ]
-        scale = factor[0] if factor else tf.ones_like(x)
-        return xla.reduce_together([x, scale, *sums], [_LOWEST, *[0.0] * 5], [2], _add_scaled)[2:]
+        return xla.reduce_together([x, *(scale or [tf.ones(shape)]), *sums], [_LOWEST, *[0.0] * 5], [2], _add_scaled)[
+            2:
+        ]
 
     def choose(ids: tf.Tensor, *sums: tf.Tensor) -> xla.Values:
         above, total, above_in_group, total_of_group = sums
@@ -76,11 +77,7 @@ def draw_candidates(
             lambda a, b: (_lowest_id(a[0], b[0]), a[1] + b[1]),
         )
 
-    def floats(*uniforms: tf.Tensor) -> xla.Values:
-        """Each computed once, and not for each pair."""
-        return xla.kept_together(*(_as_float32(u) for u in uniforms))
-
-    per_row = [*([] if factor is None else [factor]), *mesh_impl.slicewise(floats, *uniforms)]
+    per_row = [*([] if factor is None else [factor]), *uniforms]
     return mesh_impl.slicewise(choose, ids, *mesh_impl.slicewise(compare, x, ids, *per_row))
 
 
@@ -107,8 +104,3 @@ def _add_scaled(a: xla.Values, b: xla.Values) -> xla.Values:
 def _lowest_id(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     """The lower of two ids; −1 is none."""
     return tf.where_v2(a < 0, b, tf.where_v2(b < 0, a, tf.minimum(a, b)))
-
-
-def _as_float32(u: tf.Tensor) -> tf.Tensor:
-    """Uniforms, float32 in [0, 1) or 32 bits as int32, to 24 bits."""
-    return u if u.dtype == tf.float32 else tf.cast(tf.bitcast(u, tf.uint32), tf.float32) * 2.0**-32

@@ -661,7 +661,8 @@ class _ScoreDrawOperation(_DrawOperation):
     ) -> LaidOut:
         """`_draw_rows` on a TPU core for few candidates, all of them there; no cores need each other for it."""
         slicewise = mesh_impl.slicewise
-        drawn, ambiguous = candidate_draw.draw_candidates(mesh_impl, self._whole_size, x, ids, factor, uniforms)
+        floats = slicewise(lambda *us: xla.kept_together(*(_as_float32(u) for u in us)), *uniforms)  # not for each pair
+        drawn, ambiguous = candidate_draw.draw_candidates(mesh_impl, self._whole_size, x, ids, factor, floats)
 
         def draw_again() -> LaidOut:
             by_id, sorted_ids = slicewise(_by_id, x, ids)

@@ -237,11 +237,11 @@ class _TopKOperation(mtf.ops.TopKOperation):
 
         if x.dtype == tf.float32 and selects(mesh_impl, lowering.tensors[x].slice_shape[axis], k, mesh_axis):
             rows = mesh_impl.slicewise(in_rows, lowering.tensors[x])
-            *found, doubt = select_largest(mesh_impl, rows, k, mesh_axis)
+            values, indices, doubt = select_largest(mesh_impl, rows, k, mesh_axis)
             doubt = mesh_impl.slicewise(tf.reduce_max, doubt)
             if mesh_axis is not None:  # all cores sort, or none: they send each other what they find
                 doubt = mesh_impl.allreduce(doubt, self._mesh_axes_of_rows(mesh_impl), "SUM")
-            found = laid_out_cond(mesh_impl, doubt.tensor_list[0], by_sorting, lambda: tuple(found))
+            found = laid_out_cond(mesh_impl, doubt.tensor_list[0], by_sorting, lambda: (values, indices))
         else:
             found = by_sorting()
         for output, value in zip(self.outputs, found):

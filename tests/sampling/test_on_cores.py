@@ -154,6 +154,9 @@ def test_draws_of_candidates(factor):
             impl = lowering.mesh_impl(self)
             x, ids, *others = (lowering.tensors[t] for t in self.inputs)
             u, v, *scale = impl.slicewise(lambda *ts: tuple(tf.reshape(t, [-1, 1]) for t in ts), *others)
+            u, v = impl.slicewise(
+                lambda *ts: tuple(tf.cast(tf.bitcast(t, tf.uint32), tf.float32) / 2**32 for t in ts), u, v
+            )
             drawn = draw_candidates(impl, size, x, ids, scale[0] if scale else None, [u, v])
             for output, value in zip(self.outputs, drawn, strict=True):
                 lowering.set_tensor_lowering(output, value)
