@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -137,13 +137,16 @@ def xla_ops() -> types.ModuleType:
     return gen_xla_ops
 
 
-@functools.cache
-def matmul_axes() -> bytes:
-    """The axes of [m, k] · [k, n], as XLA's product takes them."""
+def dot_axes(contracted_of_x: Sequence[int], contracted_of_y: Sequence[int], batch: Sequence[int] = ()) -> bytes:
+    """The axes of XLA's product of two tensors: those summed over, and those that both begin with."""
     from tensorflow.compiler.xla import xla_data_pb2
 
-    axes = xla_data_pb2.DotDimensionNumbers(lhs_contracting_dimensions=[1], rhs_contracting_dimensions=[0])
-    return axes.SerializeToString()
+    return xla_data_pb2.DotDimensionNumbers(
+        lhs_contracting_dimensions=contracted_of_x,
+        rhs_contracting_dimensions=contracted_of_y,
+        lhs_batch_dimensions=batch,
+        rhs_batch_dimensions=batch,
+    ).SerializeToString()
 
 
 def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:

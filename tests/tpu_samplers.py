@@ -76,7 +76,7 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None, on_cpu
             if name in PEERS:
                 token = PEERS[name](x, vocab_dim)
             else:
-                history = History(ids, _filled(mesh, batch_dim, LENGTH),
+                history = History(_new_each_step(ids, step), _filled(mesh, batch_dim, LENGTH),
                                   _filled(mesh, batch_dim, LENGTH // 2))  # fmt: skip
                 options = SamplingOptions(vocab_size=vocab_size, **SAMPLERS[name])
                 token = next_token(x, vocab_dim, options, seed, stream, step, history)
@@ -109,7 +109,7 @@ def _filled(mesh, dim, value):
 
 
 def _new_each_step(x, step):
-    """x, which the compiler takes to depend on the step, as a model's logits do."""
+    """x, which the compiler takes to depend on the step, as a model's logits and the tokens of a row do."""
 
     def barrier(x, step):
         return xla_ops().xla_optimization_barrier([x, step])[0]

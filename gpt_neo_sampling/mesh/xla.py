@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, matmul_axes, mtf, tensorflow, tf, xla_ops
+from gpt_neo_sampling._compat import PlacementMeshImpl, dot_axes, mtf, tensorflow, tf, xla_ops
 from gpt_neo_sampling._types import LaidOut
 
 Values = tuple[tf.Tensor, ...]
+
+_LANES = 128  # of a TPU's vector
 
 
 def is_core_program(mesh_impl: mtf.MeshImpl) -> bool:
@@ -69,7 +71,7 @@ def prefix_sums(x: tf.Tensor, short_code: bool = False) -> tf.Tensor:
 
     def sums(x: tf.Tensor) -> tf.Tensor:
         return xla_ops().xla_dot_v2(
-            tf.cast(x, tf.bfloat16), up_to, dimension_numbers=matmul_axes(), precision_config="",
+            tf.cast(x, tf.bfloat16), up_to, dimension_numbers=dot_axes([1], [0]), precision_config="",
             preferred_element_type=tf.float32,
         )  # fmt: skip
 
@@ -116,3 +118,31 @@ def concat_shards(mesh_impl: mtf.MeshImpl, xs: Sequence[LaidOut], mesh_axis: int
     together = mesh_impl.slicewise(in_place, mesh_impl.laid_out_pcoord(mesh_axis), *xs)
     together = mesh_impl.allreduce(together, [mesh_axis], "SUM")
     return mesh_impl.slicewise(lambda y: tuple(tf.split(y, n, -1)), together)
+
+
+def one_hot_sums(values: tf.Tensor, indices: tf.Tensor, size: int) -> tf.Tensor:
+    """Sums small whole numbers into the entries that their indices name, without a scatter, which goes one by one.
+
+    As products of one-hot matrices of an index's high and low parts, which a TPU's matrix unit adds without rounding.
+
+    Args:
+      values: float32 [rows, n], whole numbers within ±256; sums up to 2²⁴ are exact.
+      indices: int32 [rows, n]; one below 0 adds nothing, none may be `size` or more.
+      size: int.
+
+    Returns:
+      float32 [rows, size].
+    """
+    rows, n_high = values.shape.as_list()[0], -(-size // _LANES)
+
+    def one_hot(parts: tf.Tensor, n: int, values: tf.Tensor) -> tf.Tensor:
+        """[rows, n, entries]: with what is summed over along lanes it is made within the product."""
+        hit = tf.equal(parts[:, tf.newaxis], np.arange(n, dtype=np.int32)[:, np.newaxis])
+        return tf.cast(tf.where_v2(hit, values[:, tf.newaxis], 0.0), tf.bfloat16)
+
+    high = one_hot(tf.bitwise.right_shift(indices, _LANES.bit_length() - 1), n_high, values)
+    low = one_hot(tf.bitwise.bitwise_and(indices, _LANES - 1), _LANES, tf.ones_like(values))
+    sums = xla_ops().xla_dot_v2(
+        high, low, dimension_numbers=dot_axes([2], [2], [0]), precision_config="", preferred_element_type=tf.float32
+    )
+    return tf.reshape(sums, [rows, n_high * _LANES])[:, :size]

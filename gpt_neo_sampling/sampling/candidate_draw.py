@@ -39,7 +39,7 @@ def draw_candidates(
       x: laid-out float32 [rows, candidates]: scores; −inf is allowed.
       ids: laid-out int32 like x, no two of a row equal: which entries they are.
       factor: None or laid-out float32 [rows, 1], above 0 or NaN: multiplies the scores.
-      uniforms: a pair, for the group and for the entry, laid-out [rows, 1], as for `categorical.grouped_draw`.
+      uniforms: a pair, for the group and for the entry, laid-out [rows, 1]: see `core_draw.uniform`.
 
     Returns:
       (drawn, ambiguous): laid-out [rows, 1], int32, −1 for an invalid row, and float32, above 0 for a draw so near to
@@ -54,7 +54,7 @@ def draw_candidates(
         shape = [size_of(x, 0), n, n]
         x = tf.broadcast_to(x[:, tf.newaxis], shape)
         other, own = _spread(ids[:, tf.newaxis], shape), _spread(ids[:, :, tf.newaxis], shape)
-        *factor, group_uniform, entry_uniform = (tf.broadcast_to(t[:, tf.newaxis], shape) for t in per_row)
+        *scale, group_uniform, entry_uniform = (tf.broadcast_to(t[:, tf.newaxis], shape) for t in per_row)
         beyond = other - (own - own % group)  # the first entry of the candidate's own group
         up_to_group = tf.where_v2(beyond < group, 1.0, 0.0)
         in_group = tf.where_v2(tf.logical_and(beyond >= 0, beyond < group), 1.0, 0.0)
@@ -64,8 +64,9 @@ def draw_candidates(
             in_group * (tf.where_v2(other <= own, 1.0, 0.0) - entry_uniform),
             in_group,
         ]
-        scale = factor[0] if factor else tf.ones_like(x)
-        return xla.reduce_together([x, scale, *sums], [_LOWEST, *[0.0] * 5], [2], _add_scaled)[2:]
+        return xla.reduce_together([x, *(scale or [tf.ones(shape)]), *sums], [_LOWEST, *[0.0] * 5], [2], _add_scaled)[
+            2:
+        ]
 
     def choose(ids: tf.Tensor, *sums: tf.Tensor) -> xla.Values:
         above, total, above_in_group, total_of_group = sums

@@ -686,7 +686,7 @@ class _ScoreDrawOperation(_DrawOperation):
     def _draw_on_core(
         self, lowering: mtf.Lowering, rows: ShardedRows, x: LaidOut, factor: LaidOut | None, epsilon: LaidOut | None
     ) -> LaidOut:
-        """`_draw_rows` in a core program: from whole rows, or (softmax alone) from few candidates, all of them there."""
+        """`_draw_rows` in a core program: from whole rows, or, softmax alone, from few candidates."""
         mesh_impl = rows.mesh_impl
         slicewise = mesh_impl.slicewise
 

@@ -48,7 +48,8 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
         return tf.broadcast_to(tf.cast(tf.logical_and(at >= begin, at < end), tf.float32), ids.shape)
 
     at = mtf.range(ids.mesh, length_dim, tf.int32)
-    return scatter_add(cwise_broadcast(inside, [ids, at, begin, end], ids.shape, tf.float32), ids, rows + dim, dim)
+    counted = cwise_broadcast(inside, [ids, at, begin, end], ids.shape, tf.float32)
+    return scatter_add(counted, ids, rows + dim, dim, small_whole_numbers=True)
 
 
 def _whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
@@ -203,7 +204,7 @@ def no_repeat_ngram_mask(
     found = mtf.slicewise(
         repeats, [ids, position], ids.shape, tf.float32, splittable_dims=rows.dims, grad_function=0, name="repeats"
     )
-    counts = scatter_add(found, ids, rows + dim, dim)
+    counts = scatter_add(found, ids, rows + dim, dim, small_whole_numbers=True)
     return _mask_where(lambda entry, count: count > 0.5, logits, dim, counts)
 
 

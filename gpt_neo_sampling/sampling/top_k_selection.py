@@ -182,9 +182,8 @@ def _columns(x: tf.Tensor) -> xla.Values:
 
 def _merged(a: xla.Values, b: xla.Values) -> xla.Values:
     """Of two lists in descending order, values and then lines, the `_DEPTH` first of both: a bitonic network."""
-    of_a, of_b = (list(zip(t[:_DEPTH], t[_DEPTH:])) for t in (a, b))
-    found = [_in_order(x, y)[0] for x, y in zip(of_a, reversed(of_b))]
-
+    first, second = (list(zip(t[:_DEPTH], t[_DEPTH:], strict=True)) for t in (a, b))
+    found = [_in_order(x, y)[0] for x, y in zip(first, reversed(second), strict=True)]
     apart = _DEPTH // 2
     while apart:
         for i in range(_DEPTH):

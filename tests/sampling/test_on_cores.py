@@ -9,6 +9,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import MeshOperation
 from gpt_neo_sampling.sampling.candidate_draw import draw_candidates
 from gpt_neo_sampling.sampling.categorical import score_draw
+from gpt_neo_sampling.sampling.penalties import token_counts
 from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
 pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
@@ -153,6 +154,9 @@ def test_draws_of_candidates(factor):
             impl = lowering.mesh_impl(self)
             x, ids, *others = (lowering.tensors[t] for t in self.inputs)
             u, v, *scale = impl.slicewise(lambda *ts: tuple(tf.reshape(t, [-1, 1]) for t in ts), *others)
+            u, v = impl.slicewise(
+                lambda *ts: tuple(tf.cast(tf.bitcast(t, tf.uint32), tf.float32) / 2**32 for t in ts), u, v
+            )
             drawn = draw_candidates(impl, size, x, ids, scale[0] if scale else None, [u, v])
             for output, value in zip(self.outputs, drawn, strict=True):
                 lowering.set_tensor_lowering(output, value)
@@ -166,3 +170,24 @@ def test_draws_of_candidates(factor):
     drawn, ambiguous = on_cores(fast, ("x:4", "batch:x"), *arrays)
     np.testing.assert_array_equal(drawn[ambiguous == 0], want[ambiguous == 0])
     assert (ambiguous[:512] > 0).mean() > 0.9 and 0 < (ambiguous[1500:] > 0).mean() < 0.02
+
+
+@split
+def test_token_counts(split):
+    """Of ids that repeat, at both ends of each shard, and outside the vocabulary; up to all of a row the same."""
+    batch, length, vocab = dims(batch=4, length=600, vocab=1200)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 1200, (4, 600)).astype(np.int32)
+    ids[1] = rng.choice([0, 299, 300, 599, 600, 1199, 1200, -1, 2**31 - 1, -(2**31)], 600)
+    ids[2] = 777
+    begin, end = np.array([0, 3, 0, 600], np.int32), np.array([600, 590, 600, 600], np.int32)
+
+    def build(mesh, ids, begin, end):
+        begin, end = (mtf.import_tf_tensor(mesh, t, mtf.Shape([batch])) for t in (begin, end))
+        return token_counts(mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch, length])), vocab, begin, end)
+
+    program = simd.SimdProgram(build, [(tf.int32, ids.shape), (tf.int32, (4,)), (tf.int32, (4,))], *split)
+    assert " scatter(" not in program.hlo_text
+    found = program(ids, begin, end)
+    np.testing.assert_array_equal(found, ONE_DEVICE(build, ids, begin, end))
+    assert found[2].tolist() == [600.0 * (i == 777) for i in range(1200)] and not found[3].any()
