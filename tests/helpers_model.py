@@ -159,7 +159,7 @@ def call_model(ids, other, params, context=None, labels=None, variable_dtype=FLO
         return gpt2.model({"inputs": ids, "labels": labels}, other, params, ids.mesh, variable_dtype, context=context)
 
 
-def context(ids, mode, position, states=None, variable_dtype=FLOAT32):
+def context(ids, mode, position, states=None, variable_dtype=FLOAT32, initial_position=None):
     """The context of a model in a decode loop over ids [batch, sequence]."""
     return DecodeContext(
         mesh=ids.mesh,
@@ -172,19 +172,23 @@ def context(ids, mode, position, states=None, variable_dtype=FLOAT32):
         states=states,
         new_states=[],
         inputs=ids,
+        initial_position=initial_position,
     )
 
 
-def incremental_logits(first_ids, ids, lengths, other, params, steps, variable_dtype=FLOAT32):
+def incremental_logits(first_ids, ids, lengths, other, params, steps, variable_dtype=FLOAT32, knows_lengths=False):
     """(logits of the first pass, a list of logits [batch, 1, vocab] for each of `steps` tokens).
 
     The first pass reads first_ids; the steps read ids at lengths − 1, lengths, …
-    (int32 mtf tensors: ids and first_ids [batch, sequence], lengths [batch]).
+    (int32 mtf tensors: ids and first_ids [batch, sequence], lengths [batch]). With knows_lengths the contexts say the
+    lengths, as those of `sample_autoregressive` do.
     """
-    ctx = context(ids, "first_part", mtf.range(ids.mesh, ids.shape.dims[1], tf.int32), None, variable_dtype)
+    initial = lengths if knows_lengths else None
+    position = mtf.range(ids.mesh, ids.shape.dims[1], tf.int32)
+    ctx = context(ids, "first_part", position, None, variable_dtype, initial)
     first_logits = call_model(first_ids, other, params, ctx, variable_dtype=variable_dtype)[0]
     logits = []
     for i in range(steps):
-        ctx = context(ids, "incremental", lengths + i, ctx.new_states, variable_dtype)
+        ctx = context(ids, "incremental", lengths + i, ctx.new_states, variable_dtype, initial)
         logits.append(call_model(ids, other, params, ctx, variable_dtype=variable_dtype)[0])
     return first_logits, logits

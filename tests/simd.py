@@ -45,7 +45,8 @@ UNAVAILABLE = _why_unavailable()  # why no SimdProgram can be made here, or None
 class CoreProgram:
     """An mtf graph as `SimdMeshImpl` lowers it: one core's program, not yet compiled for any processor.
 
-    build, inputs, mesh_shape and layout are those of `SimdProgram`.
+    build, inputs, mesh_shape and layout are those of `SimdProgram`; and an input whose shape is an mtf.Shape is one
+    core's slice of it, for which build gets the mtf.Tensor: a model's weights need not be whole on a core.
 
     Attributes:
       hlo: the serialised HloModuleProto; its first parameter is the core's number.
@@ -57,18 +58,23 @@ class CoreProgram:
     def __init__(self, build, inputs, mesh_shape, layout):
         shape = mtf.convert_to_shape(mesh_shape)
         self.cores = shape.size
-        self.inputs = [(tf.as_dtype(dtype), tuple(shape)) for dtype, shape in inputs]
+        self.inputs = [
+            (tf.as_dtype(dtype), shape if isinstance(shape, mtf.Shape) else tuple(shape)) for dtype, shape in inputs
+        ]
 
         def one_core(pnum, *tensors):
             mesh = mtf.Mesh(mtf.Graph(), "mesh")
             self.impl = _mesh_impl(shape, layout, pnum)
-            self.outputs = build(mesh, *tensors)
+            self.outputs = build(mesh, *(_imported(mesh, *x) for x in zip(tensors, self.inputs)))
             lowering = mtf.Lowering(mesh.graph, {mesh: self.impl}, autostack=False)
             flat = tf.nest.flatten(self.outputs)
             return [lowering.tensors[t].to_laid_out_tensor().one_slice for t in flat]
 
         # specs, as values would be folded into constants
-        specs = [tf.TensorSpec([], tf.int32)] + [tf.TensorSpec(shape, dtype) for dtype, shape in self.inputs]
+        sizes = _mesh_impl(shape, layout, None)
+        specs = [tf.TensorSpec([], tf.int32)]
+        for dtype, x in self.inputs:
+            specs.append(tf.TensorSpec(sizes.slice_shape(x) if isinstance(x, mtf.Shape) else x, dtype))
         probe_devices()
         with quiet_logging(), _stand_ins():
             function = tensorflow.function(one_core, jit_compile=True, autograph=False)
@@ -146,11 +152,13 @@ def constant_weights(weights):
     """The bundled model with weights that are given, in place of variables.
 
     Args:
-      weights: {name less "gpt2/": array or tf.Tensor}.
+      weights: {name less "gpt2/": array, tf.Tensor or mtf.Tensor}.
     """
 
     def constant(mesh, name, shape, variable_dtype, *_, **__):
         name = f"{tf.get_variable_scope().name}/{name}".removeprefix("gpt2/")
+        if isinstance(weights[name], mtf.Tensor):
+            return mtf.cast(weights[name], variable_dtype.activation_dtype)
         return mtf.import_tf_tensor(mesh, tf.cast(weights[name], variable_dtype.activation_dtype), mtf.Shape(shape))
 
     variable = gpt2._variable
@@ -168,6 +176,24 @@ def _mesh_impl(shape, layout, pnum):
     impl = mtf.simd_mesh_impl.SimdMeshImpl(shape, mtf.convert_to_layout_rules(layout))
     impl._pnum_tensor = pnum
     return impl
+
+
+class _SliceOperation(mtf.Operation):
+    """A tensor of which this core's slice is given."""
+
+    def __init__(self, mesh, one_slice, shape):
+        super().__init__([], mesh=mesh, name="slice")
+        self._outputs = [mtf.Tensor(self, shape, one_slice.dtype)]
+        self._slice = one_slice
+
+    def lower(self, lowering):
+        lowering.set_tensor_lowering(self.outputs[0], lowering.mesh_impl(self).LaidOutTensor([self._slice]))
+
+
+def _imported(mesh, tensor, dtype_and_shape):
+    """The slice as an mtf.Tensor; a tf.Tensor that is whole as it is."""
+    shape = dtype_and_shape[1]
+    return _SliceOperation(mesh, tensor, shape).outputs[0] if isinstance(shape, mtf.Shape) else tensor
 
 
 class _Collectives:

@@ -17,6 +17,7 @@ import numpy as np
 # libtpu reads these when it is loaded; without them it asks Google's cloud what machine this is
 os.environ.update(
     TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_ID="0", TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
 )  # fmt: skip
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or a second process is refused, as if it wanted the chip
 os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")

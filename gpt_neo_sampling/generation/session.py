@@ -46,7 +46,7 @@ class Graphs:
     def __init__(self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None) -> None:
         """Takes a `Checkpoint`, a `devices.DeviceMesh` and a dtype, and raises, as `TextGenerator` does."""
         gpt2.check_params(checkpoint.params)
-        self.params = dict(checkpoint.params, mode="predict")
+        self.params = dict(checkpoint.params, mode="predict", use_tpu=False)
         self.mesh = mesh
         # memory is as long as the request, rounded up, and at most n_ctx, after the learned keys of `num_mem_kv`
         memory_length = math.gcd(self.params["n_ctx"], config.n_learned_keys(self.params))

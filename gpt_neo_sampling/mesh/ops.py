@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import RowValue, ShapeLike
+from gpt_neo_sampling.mesh import xla
 
 
 class MeshOperation(mtf.Operation):
@@ -410,12 +411,33 @@ class _WriteOperation(MeshOperation):
                 new = tf.where_v2(tf.reshape(inside, [count, 1]), tf.reshape(new, [count, -1]), tf.gather(flat, row))
             return tf.reshape(tf.raw_ops.InplaceUpdate(x=flat, i=row, v=new), slice_shape)
 
+        def update_rows(old: tf.Tensor, new: tf.Tensor, position: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
+            """Row by row, which XLA does in place; `select` passes over all of x."""
+            flat = tf.reshape(old, [-1, size, *rest])
+            new = tf.reshape(
+                tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest), [-1, 1, 1, *rest]
+            )
+            at = tf.reshape(align(position, self.inputs[2].shape, columns), [-1]) - pcoord * size
+            for row in range(size_of(flat, 0)):
+                if is_inside:
+                    flat = xla.update_slice(flat, new[row], [row, at[row], *[0] * len(rest)])
+                    continue
+                held = tf.logical_and(at[row] >= 0, at[row] < size)
+                begin = [row, tf.clip_by_value(at[row], 0, size - 1), *[0] * len(rest)]
+                kept = tf.slice(flat, begin, [1, 1, *rest])
+                flat = xla.update_slice(flat, tf.where_v2(held, new[row], kept), begin)
+            return tf.reshape(flat, slice_shape)
+
         # XLA, which may compile a tf.function, has no in-place update, and finds out by itself.
         in_place = self._may_overwrite and isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
         in_place = in_place and all(d in columns.dims for d in position.shape.dims)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
+        is_inside = self._may_overwrite and mesh_axis is None
         parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
-        y = mesh_impl.slicewise(overwrite if in_place else select, *(lowering.tensors[t] for t in self.inputs), *parts)
+        write = overwrite if in_place else select
+        if xla.is_core_program(mesh_impl) and set(position.shape.dims) == set(columns.dims):
+            write = update_rows
+        y = mesh_impl.slicewise(write, *(lowering.tensors[t] for t in self.inputs), *parts)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 

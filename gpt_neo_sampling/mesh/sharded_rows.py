@@ -120,7 +120,7 @@ class ShardedRows:
             if ids is None:
                 index = group * self.group + place
             else:
-                index = tf.gather(ids, place, batch_dims=1) + first_entry
+                index = tf.gather(ids, tf.maximum(place, 0), batch_dims=1) + first_entry  # −1 where none has mass
             return tf.where_v2(held, index + 1, 0), *(tf.where_v2(held, r, tf.zeros_like(r)) for r in rest)
 
         args = [weights, *others] + ([] if self.ids is None else [self.ids])
@@ -185,6 +185,18 @@ def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
         return update_slice(tf.zeros([n_rows, n * n_shards]), x, [0, pcoord * n])
 
     return rows.across_shards(rows.mesh_impl.slicewise(place, x, *rows.pcoords()), "SUM")
+
+
+def largest_of_cores(rows: ShardedRows, x: LaidOut) -> tf.Tensor:
+    """The largest of laid-out finite float32 numbers, a scalar: on all cores that must take the same branches.
+
+    Those are the cores that exchange parts of rows. Where rows are whole, each core goes its own way.
+    """
+    x = rows.mesh_impl.slicewise(tf.reduce_max, x)
+    others = [axis for axis in range(rows.mesh_impl.ndims) if axis != rows.mesh_axis]
+    if rows.mesh_axis is not None and others:
+        x = rows.mesh_impl.allreduce(x, others, "MAX")
+    return x.tensor_list[0]
 
 
 def spread_rows(lowering: mtf.Lowering, x: mtf.Tensor, shape: mtf.Shape) -> LaidOut:

@@ -37,12 +37,15 @@ from gpt_neo_sampling.models.layers import (
     ROW_ACTIVATIONS,
     activate,
     attend,
+    attend_joined,
     layer_norm,
     matmul,
     rotary_table,
     rotate,
 )
 from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
+
+RING_MULTIPLE = 128  # so that a layout that splits memory_length can split a ring too
 
 
 def _activation(params: Params) -> str:
@@ -97,6 +100,8 @@ def model(
         the token at `context.position` − 1 and those records. Keys are recorded
         before `rotary_emb` rotates them. In a layer of global attention the
         `num_mem_kv` learned ones come first; a layer of type "none" records nothing.
+        With `use_tpu` and without `rotary_emb` they are [batch, memory_length, heads ·
+        features_per_head], and those of local attention the last positions alone.
 
     Returns:
       (logits, loss, loss_batch): logits [batch, sequence, vocab] (sequence of
@@ -136,10 +141,10 @@ def model(
                     x += 0.5 * _mlp(x, "mlp_macaron", params, variable_dtype)
                 a = x  # GPT-Neo adds the input, where others add attention
                 if types[layer] != "none":
-                    normal = _norm(x, "norm_1", params, variable_dtype)
+                    normal = _norm(x, "norm_1", params, variable_dtype, context)
                     a = _attention(normal, memories[types[layer]], params, variable_dtype, context)
                 x += _rezero(a, "norm_rezero_1", params, variable_dtype)
-                m = _mlp(_norm(x, "norm_2", params, variable_dtype), "mlp", params, variable_dtype)
+                m = _mlp(_norm(x, "norm_2", params, variable_dtype, context), "mlp", params, variable_dtype)
                 return x + _rezero(0.5 * m if is_macaron else m, "norm_rezero_2", params, variable_dtype)
 
         if params.get("recompute_grad") and params.get("mode") == "train":
@@ -151,7 +156,7 @@ def model(
         with tf.variable_scope("wte_final_linear"):
             logits = _linear(h, "linear_out", vocab_dim, params, variable_dtype)
     else:
-        h = _layer_norm(h, "ln_f", params, variable_dtype)
+        h = _layer_norm(h, "ln_f", params, variable_dtype, context)
         head = wte
         if has_own_head(params):
             head = _variable(mesh, "lm_head", [vocab_dim, embd_dim], variable_dtype, stddev=0.02)
@@ -228,21 +233,31 @@ def _position_embeddings(
     return 0.5 * (take(by_row, row, rows_dim) + take(by_column, column, columns_dim))
 
 
-def _norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+def _norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType, context: Any) -> mtf.Tensor:
     """The input of attention or MLP: x normalised; with `rezero`, x itself."""
     if params.get("rezero"):
         return x
     if not params.get("scalenorm"):
-        return _layer_norm(x, scope, params, variable_dtype)
+        return _layer_norm(x, scope, params, variable_dtype, context)
     with tf.variable_scope(scope):  # GPT-Neo's: layer norm with one scale for all features, no offset
         return layer_norm(x, _variable(x.mesh, "g", [], variable_dtype, constant=1.0), None, norm_epsilon(params))
 
 
-def _layer_norm(x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType) -> mtf.Tensor:
+def _layer_norm(
+    x: mtf.Tensor, scope: str, params: Params, variable_dtype: mtf.VariableDType, context: Any
+) -> mtf.Tensor:
     dim = x.shape[-1]
     with tf.variable_scope(scope):
         g = _variable(x.mesh, "g", [dim], variable_dtype, constant=1.0)
         b = _variable(x.mesh, "b", [dim], variable_dtype)
+        if params.get("use_tpu") and context is not None and context.constant_states is not None:
+            # layer norm needs them in float32, which XLA would compute anew in each step
+            if context.mode == "incremental":
+                g, b = context.get_constant_state(), context.get_constant_state()
+            else:
+                g, b = mtf.cast(g, tf.float32), mtf.cast(b, tf.float32)
+                context.record_constant_state(g)
+                context.record_constant_state(b)
         return layer_norm(x, g, b, float(norm_epsilon(params)))
 
 
@@ -265,6 +280,8 @@ class _Memory:
     bias: mtf.Tensor | None  # added to the scores: [sequence, dim], or [batch, dim] for one token
     q_table: mtf.Tensor | None = None  # `rotary_table` of the queries, [sequence or batch, features_per_head]
     k_table: mtf.Tensor | None = None  # and of the keys, [dim, features_per_head]
+    is_joined: bool = False  # whether the states have the heads side by side, as `attend_joined` reads them
+    is_ring: bool = False  # whether they keep the last states_dim.size positions, each at its remainder by that size
 
 
 def _memories(
@@ -290,19 +307,27 @@ def _memories(
     if params.get("rotary_emb"):
         position_dim = mtf.Dimension("position", n_seen)  # a name that no layout splits
         q_table = take(rotary_table(h.mesh, position_dim, depth_dim), read_position, position_dim)
+    # GPT-Neo's main.py sets use_tpu where it lowers with SimdMeshImpl. It works on any mesh.
+    is_joined = bool(params.get("use_tpu")) and context is not None and q_table is None
     memories = {}
     for t in dict.fromkeys(types):
         if t == "none":
             continue
         n = n_learned if t == "global" else 0
         dim, states_dim = (mtf.Dimension(whole_dim.name, n + size) for size in (n_seen, n_positions))
+        is_ring = False
+        if is_joined and t == "local" and context.initial_position is not None:
+            ring_size = -(-_local_radius(params) // RING_MULTIPLE) * RING_MULTIPLE
+            is_ring = ring_size < n_positions
+            states_dim = mtf.Dimension(whole_dim.name, min(ring_size, n_positions))
+            dim = states_dim if incremental else dim
         bias = (
             _global_bias(dim, other_features, read_position, incremental)
             if t == "global"
-            else _local_bias(dim, params, h, read_position)
+            else _local_bias(dim, params, h, read_position, is_ring and incremental)
         )
         k_table = None if q_table is None else rotary_table(h.mesh, dim, depth_dim, n)
-        memories[t] = _Memory(t, n, dim, states_dim, bias, q_table, k_table)
+        memories[t] = _Memory(t, n, dim, states_dim, bias, q_table, k_table, is_joined, is_ring)
     return memories
 
 
@@ -319,12 +344,22 @@ def _global_bias(
     return take(bias, read_position, queries) if incremental else resize(bias, queries, read_position.shape[0].size)
 
 
-def _local_bias(memory_dim: mtf.Dimension, params: Params, h: mtf.Tensor, read_position: mtf.Tensor) -> mtf.Tensor:
-    radius = params.get("local_attention_radius") or LOCAL_RADIUS
+def _local_radius(params: Params) -> int:
+    return params.get("local_attention_radius") or LOCAL_RADIUS
+
+
+def _local_bias(
+    memory_dim: mtf.Dimension, params: Params, h: mtf.Tensor, read_position: mtf.Tensor, is_ring: bool
+) -> mtf.Tensor:
+    radius = _local_radius(params)
 
     def window(query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         distance = query - key
-        seen = tf.logical_and(distance >= 0, distance < radius)
+        if is_ring:  # the newest position up to the query's that has this remainder
+            distance = tf.math.floormod(distance, memory_dim.size)
+            seen = tf.logical_and(distance <= query, distance < radius)
+        else:
+            seen = tf.logical_and(distance >= 0, distance < radius)
         return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(max(MASK, float(h.dtype.min)), h.dtype))
 
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)
@@ -420,14 +455,43 @@ def _attention_of_prompts(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _
         batch_dim, sequence_dim, heads_dim, kv_dim = x.shape.dims
         return mtf.transpose(x, mtf.Shape([batch_dim, heads_dim, sequence_dim, kv_dim]))
 
+    if memory.is_joined:
+        context.record_new_states([_joined_states(t, memory, context.initial_position) for t in (k, v)])
     k, v = (heads_first(t) for t in (k, v))
     k, v = (mtf.replace_dimensions(t, t.shape[2], memory.dim) for t in (k, v))
     if context.initial_position is not None:
         k, v = (_zero_padding(t, context.initial_position, memory) for t in (k, v))
-    context.record_new_states([resize(t, memory.dim, memory.states_dim.size) for t in (k, v)])
+    if not memory.is_joined:
+        context.record_new_states([resize(t, memory.dim, memory.states_dim.size) for t in (k, v)])
     bias = mtf.zeros(q.mesh, [memory.dim], q.dtype) if memory.bias is None else memory.bias
     a = attend(heads_first(q), _rotated(k, memory.k_table), v, bias, memory.dim)
     return mtf.transpose(a, q.shape)
+
+
+def _joined_states(x: mtf.Tensor, memory: _Memory, length: mtf.Tensor | None) -> mtf.Tensor:
+    """Keys or values [batch, sequence, heads, features_per_head] of prompts of `length` [batch] as states that
+    `attend_joined` reads, [batch, memory_length, heads · features_per_head]."""
+    batch_dim, sequence_dim, heads_dim, kv_dim = x.shape.dims
+    x = mtf.reshape(x, [batch_dim, sequence_dim, mtf.Dimension(heads_dim.name, heads_dim.size * kv_dim.size)])
+    if length is not None:
+        x = _zero_padding(x, length, memory)
+    size = memory.states_dim.size
+    if not memory.is_ring:
+        return mtf.replace_dimensions(
+            resize(x, sequence_dim, size), mtf.Dimension(sequence_dim.name, size), memory.states_dim
+        )
+    rounds_dim = mtf.Dimension("ring_rounds", -(-sequence_dim.size // size))
+    x = resize(x, sequence_dim, rounds_dim.size * size)
+    x = mtf.replace_dimensions(x, x.shape[1], [rounds_dim, memory.states_dim])
+    ring, *later = mtf.unstack(x, rounds_dim)
+    at = mtf.range(x.mesh, memory.states_dim, tf.int32)
+    for i, turn in enumerate(later, 1):
+
+        def overwrite(old: tf.Tensor, new: tf.Tensor, at: tf.Tensor, n: tf.Tensor, begin: int = i * size) -> tf.Tensor:
+            return tf.where_v2(begin + at < n, new, old)
+
+        ring = cwise_broadcast(overwrite, [ring, turn, at, length], ring.shape)
+    return ring
 
 
 def _attention_of_token(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
@@ -435,17 +499,26 @@ def _attention_of_token(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Me
     # True in sample_autoregressive, whose states nobody else reads
     may_overwrite = getattr(context, "may_overwrite_states", False)
     at = context.position + (memory.n_learned - 1)
+    if memory.is_ring:
+        at = cwise_broadcast(lambda at: tf.math.floormod(at, memory.dim.size), [at])
+    if memory.is_joined:
+        batch_dim, heads_dim, kv_dim = k.shape.dims
+        joined = [batch_dim, mtf.Dimension(heads_dim.name, heads_dim.size * kv_dim.size)]
+        k, v = (mtf.reshape(t, joined) for t in (k, v))
     k, v = (
         write_at(old, new, at, memory.dim, may_overwrite=may_overwrite)
         for old, new in zip(context.get_states(2), (k, v))
     )
     context.record_new_states([k, v])
+    if memory.is_joined:
+        return attend_joined(q, k, v, memory.bias, memory.dim)
     return attend(q, _rotated(k, memory.k_table), v, memory.bias, memory.dim)
 
 
 def _zero_padding(x: mtf.Tensor, length: mtf.Tensor, memory: _Memory) -> mtf.Tensor:
-    """x with zeros from position `length` on: padding has a weight of 0, but 0 times NaN would be NaN."""
-    at = mtf.range(x.mesh, memory.dim, tf.int32)
+    """Keys or values with zeros from position `length` on: padding has a weight of 0, but 0 times NaN would be NaN."""
+    (dim,) = [d for d in x.shape.dims if d.name in ("sequence", memory.dim.name)]
+    at = mtf.range(x.mesh, dim, tf.int32)
     return cwise_broadcast(
         lambda x, at, n: tf.where_v2(at < n + memory.n_learned, x, tf.zeros_like(x)), [x, at, length], x.shape
     )

@@ -27,9 +27,25 @@ from gpt_neo_sampling.mesh.ops import (
     row_index,
     size_of,
 )
-from gpt_neo_sampling.mesh.sharded_rows import CandidateRows, ShardedRows, any_of, fast_sum, spread_rows
-from gpt_neo_sampling.sampling import fixed_point, softmax_draw
-from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates
+from gpt_neo_sampling.mesh.sharded_rows import (
+    CandidateRows,
+    ShardedRows,
+    any_of,
+    fast_sum,
+    largest_of_cores,
+    spread_rows,
+    whole_axis,
+)
+from gpt_neo_sampling.mesh.xla import kept_together
+from gpt_neo_sampling.sampling import candidate_draw, fixed_point, softmax_draw
+from gpt_neo_sampling.sampling.core_draw import draw_few_kernels
+from gpt_neo_sampling.sampling.entmax_solver import (
+    NEAR_EDGE,
+    entmax_by_candidates,
+    residual,
+    solve_in_few_kernels,
+    weights_and_slopes,
+)
 from gpt_neo_sampling.sampling.random import bits_again, counter_bits, import_seed
 
 
@@ -595,32 +611,15 @@ class _ScoreDrawOperation(_DrawOperation):
         uniforms = [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in uniforms]
         rows = self._rows(mesh_impl)
         x = slicewise(rows.to_rows, scores)
-        if self._optional["ids"] is not None:
-            x, ids = slicewise(_by_id, x, slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]]))
-            rows = CandidateRows(mesh_impl, self._whole_size, ids)
         factor, epsilon = self._factor_and_epsilon(lowering)
-
-        def draw_again() -> LaidOut:
-            scores_of, uniforms = given()
-            z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), scores_of(x))
-            if epsilon is None:
-                weights = slicewise(fixed_point.softmax_weights, z)
-            else:
-                weights = fixed_point.entmax_weights(mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
-            weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
-            return _exact_draw(rows, rows.in_groups(weights), uniforms)
-
-        if epsilon is None and softmax_draw.can_draw(rows):
-
-            def given() -> tuple[Callable[[LaidOut], LaidOut], list[LaidOut]]:
-                """Computed for an ambiguous draw alone: no other step needs it."""
-                bits = bits_again(lowering, self.inputs[1:3])
-                return self._scores_of(rows, x, factor), [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
-
-            ones = slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
-            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, factor or ones, uniforms)
-            ambiguous = self._any_row(mesh_impl, slicewise(tf.reduce_max, ambiguous))
-            return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
+        if self._optional["ids"] is not None:
+            ids = slicewise(rows.to_rows, lowering.tensors[self._optional["ids"]])
+            if epsilon is None and candidate_draw.can_draw(mesh_impl, self._dim.size):
+                return self._draw_on_core(lowering, CandidateRows(mesh_impl, self._whole_size, ids), x, factor, None)
+            x, ids = slicewise(_by_id, x, ids)
+            rows = CandidateRows(mesh_impl, self._whole_size, ids)
+        if softmax_draw.can_draw(rows):
+            return self._draw_on_core(lowering, rows, x, factor, epsilon)
         scores_of = self._scores_of(rows, x, factor)
         if rows.gathered_axis is not None:  # in finite values; 1 stands for an invalid score
             lowest = tf.float32.min
@@ -649,7 +648,9 @@ class _ScoreDrawOperation(_DrawOperation):
                 rows, x, self._n_candidates, scores_of, epsilon, 50, draw_candidates, draw_all
             )
 
-        given = lambda: (scores_of, uniforms)  # noqa: E731
+        def draw_again() -> LaidOut:
+            return self._draw_exactly(rows, scores_of(x), uniforms, epsilon)
+
         return laid_out_cond(mesh_impl, ambiguous, draw_again, lambda: drawn)
 
     def _scores_of(self, rows: ShardedRows, x: LaidOut, factor: LaidOut | None) -> Callable[[LaidOut], LaidOut]:
@@ -669,15 +670,54 @@ class _ScoreDrawOperation(_DrawOperation):
 
         return lambda x: slicewise(scale, x, top, *([] if factor is None else [factor]))
 
-    def _any_row(self, mesh_impl: mtf.MeshImpl, flag: LaidOut) -> tf.Tensor:
-        """Whether a flag, a laid-out scalar for a slice's rows, is set on any processor, as 0.0 or more.
+    def _draw_exactly(
+        self, rows: ShardedRows, z: LaidOut, uniforms: Sequence[LaidOut], epsilon: LaidOut | None = None
+    ) -> LaidOut:
+        """Laid-out [rows, 1]: what is drawn from weights in integers, of scores z less the largest of their row."""
+        slicewise = rows.mesh_impl.slicewise
+        z = slicewise(lambda z: tf.where_v2(z <= 0, z, np.nan), z)
+        if epsilon is None:
+            weights = slicewise(fixed_point.softmax_weights, z)
+        else:
+            weights = fixed_point.entmax_weights(rows.mesh_impl, z, epsilon, lambda x: rows.across_shards(x, "SUM"))
+        weights = slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+        return _exact_draw(rows, rows.in_groups(weights), uniforms)
 
-        Where only a batch is split, each processor goes its own way: its branches hold no collectives.
-        """
-        axes = {mesh_impl.tensor_dimension_to_mesh_axis(d) for d in self.outputs[0].shape.dims} - {None}
-        if axes and mesh_impl.tensor_dimension_to_mesh_axis(self._dim) is not None:
-            flag = mesh_impl.allreduce(flag, sorted(axes), "SUM")
-        return flag.tensor_list[0]
+    def _draw_on_core(
+        self, lowering: mtf.Lowering, rows: ShardedRows, x: LaidOut, factor: LaidOut | None, epsilon: LaidOut | None
+    ) -> LaidOut:
+        """`_draw_rows` in a core program: from whole rows, or (softmax alone) from few candidates, all of them there."""
+        mesh_impl = rows.mesh_impl
+        slicewise = mesh_impl.slicewise
+
+        def in_columns(bits: Sequence[LaidOut]) -> list[LaidOut]:
+            return [slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in bits]
+
+        # What an exact draw is made from is computed in its branch: no other step needs it.
+        def draw_again() -> LaidOut:
+            exact_rows, exact_x = rows, x
+            if rows.ids is not None:
+                exact_x, ids = slicewise(_by_id, x, rows.ids)
+                exact_rows = CandidateRows(mesh_impl, self._whole_size, ids)
+            bits = in_columns(bits_again(lowering, self.inputs[1:3]))
+            return self._draw_exactly(exact_rows, self._scores_of(exact_rows, exact_x, factor)(exact_x), bits)
+
+        def draw_again_by_entmax() -> LaidOut:
+            bits = in_columns(bits_again(lowering, self.inputs[1:3]))
+            return _exact_draw(rows, rows.in_groups(exact_weights()), bits)
+
+        uniforms = in_columns([lowering.tensors[u] for u in self.inputs[1:3]])
+        if epsilon is not None:
+            drawn, ambiguous, exact_weights = _core_entmax_draw(rows, x, factor, epsilon, uniforms)
+        elif rows.ids is not None:
+            drawn, ambiguous = candidate_draw.draw_candidates(
+                mesh_impl, self._whole_size, x, rows.ids, factor, uniforms
+            )
+        else:
+            some = factor or slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
+            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, some, uniforms)
+        again = draw_again if epsilon is None else draw_again_by_entmax
+        return laid_out_cond(mesh_impl, largest_of_cores(rows, ambiguous), again, lambda: drawn)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""
@@ -695,6 +735,59 @@ class _ScoreDrawOperation(_DrawOperation):
             return tf.where_v2(valid, factor[0] if factor else 1.0, np.nan), tf.where_v2(valid, alpha - 1.0, 0.0)
 
         return mesh_impl.slicewise(split, alpha, *([] if factor is None else [factor]))
+
+
+# --- For a TPU core's program: few kernels ---------------------------------------------
+
+
+def _core_entmax_draw(
+    rows: ShardedRows, x: LaidOut, factor: LaidOut | None, epsilon: LaidOut, uniforms: Sequence[LaidOut]
+) -> tuple[LaidOut, LaidOut, Callable[[], LaidOut]]:
+    """Draws from entmax of scores x [rows, entries], laid out.
+
+    Returns:
+      (drawn, ambiguous, exact_weights): what `draw_few_kernels` returns, and a function to laid-out weights like x that
+      are the same on every backend, +inf where a score is invalid.
+    """
+    mesh_impl = rows.mesh_impl
+    slicewise = mesh_impl.slicewise
+    grouped = rows.in_groups(x, -np.inf)
+    # one reduction of all at once would take the TPU longer
+    of_groups = whole_axis(rows, slicewise(lambda x: kept_together(tf.reduce_max(x, 2))[0], grouped))
+
+    def top_and_start(of_groups: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        top = tf.reduce_max(of_groups, -1, keepdims=True)
+        return top, tf.where_v2(tf.abs(top) < np.inf, 1.0, np.nan)  # what is not finite is invalid
+
+    top, start = slicewise(top_and_start, of_groups)
+
+    def scores_of(x: tf.Tensor, *factor_and_top: tf.Tensor) -> tf.Tensor:
+        *factor, top = (tf.reshape(row, [-1] + [1] * (x.shape.rank - 1)) for row in factor_and_top)
+        return (x - top) * factor[0] if factor else x - top
+
+    of_row = [*([] if factor is None else [factor]), top]
+    beta = solve_in_few_kernels(rows, scores_of, [grouped, *of_row], epsilon, start, 50)
+    weights, slope = slicewise(
+        lambda eps, beta, *given: weights_and_slopes(scores_of(*given), eps, beta, NEAR_EDGE),
+        epsilon, beta, grouped, *of_row,
+    )  # fmt: skip
+    drawn, ambiguous = draw_few_kernels(
+        rows, weights, uniforms, lambda *sums: ENTMAX_ERROR_BOUND + residual(*sums), slope, [epsilon, beta]
+    )
+
+    def exact_weights() -> LaidOut:
+        def valid_scores(*given: tf.Tensor) -> tf.Tensor:
+            z = scores_of(*given)
+            return tf.where_v2(z <= 0, z, np.nan)
+
+        z = slicewise(valid_scores, x, *of_row)
+        weights = fixed_point.entmax_weights_near(
+            mesh_impl, z, epsilon, beta, lambda x: rows.across_shards(x, "SUM"),
+            lambda x: largest_of_cores(rows, x),
+        )  # fmt: skip
+        return slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
+
+    return drawn, ambiguous, exact_weights
 
 
 def _by_id(x: tf.Tensor, ids: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:

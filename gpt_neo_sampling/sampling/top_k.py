@@ -3,7 +3,10 @@
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mesh.ops import MeshOperation, finite, pad_last, size_of
+from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.mesh import xla
+from gpt_neo_sampling.mesh.ops import MeshOperation, finite, laid_out_cond, pad_last, size_of
+from gpt_neo_sampling.sampling.top_k_selection import select_largest, selects
 
 
 def has_invalid(x: tf.Tensor, axis: int = -1, keepdims: bool = False) -> tf.Tensor:
@@ -47,6 +50,10 @@ class _FirstArgmaxOperation(MeshOperation):
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
         shards = 1 if mesh_axis is None else mesh_impl.shape[mesh_axis].size
         local_size = self._dim.size // shards
+        if xla.is_core_program(mesh_impl):
+            found = _first_argmax_on_core(mesh_impl, lowering.tensors[x], axis, mesh_axis)
+            lowering.set_tensor_lowering(self.outputs[0], found)
+            return
 
         def local(x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             """[rows, 1, 4]: the shard's largest, its global index, whether it is wrong, whether it is right.
@@ -73,6 +80,45 @@ class _FirstArgmaxOperation(MeshOperation):
             found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
             found = mesh_impl.allconcat(found, mesh_axis, x.shape.ndims - 1)
         lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(choose, found))
+
+
+def _first_argmax_on_core(mesh_impl: mtf.MeshImpl, x: LaidOut, axis: int, mesh_axis: int | None) -> LaidOut:
+    """`first_argmax` of laid-out slices along their `axis`, which `mesh_axis` splits, in few kernels."""
+
+    def largest_of(values: tf.Tensor, at: tf.Tensor, axis: int) -> xla.Values:
+        """(the largest, +inf for NaN; the first of those that equal it; and that, or −1 if the row is invalid)."""
+        values = tf.where_v2(values < np.inf, values, np.inf)
+        starts = [-np.inf, np.iinfo(np.int32).max, -1]
+        return xla.reduce_together([values, at, _index_if_valid(values, at)], starts, [axis], _larger)
+
+    def local(x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> xla.Values:
+        x, size = tf.cast(x, tf.float32), size_of(x, axis)
+        at = tf.reshape(tf.range(size) + pcoord * size, [-1] + [1] * (x.shape.rank - 1 - axis))
+        return largest_of(x, tf.broadcast_to(at, x.shape), axis)
+
+    def choose(values: tf.Tensor, at: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+        values = tf.where_v2(indices < 0, values * np.inf, values)  # as they were before they travelled
+        return largest_of(values, tf.cast(at, tf.int32), values.shape.rank - 1)[2]
+
+    if mesh_axis is None:
+        return mesh_impl.slicewise(lambda x: local(x)[2], x)
+    found = mesh_impl.slicewise(local, x, mesh_impl.laid_out_pcoord(mesh_axis))
+    return mesh_impl.slicewise(choose, *xla.concat_shards(mesh_impl, found, mesh_axis))
+
+
+def _larger(a: xla.Values, b: xla.Values) -> xla.Values:
+    """Of two triples as `_first_argmax_on_core` reduces, the larger; of equal ones, the first.
+
+    −inf counts as the lowest number, but a row of nothing else is told apart.
+    """
+    first, second = tf.maximum(a[0], tf.float32.min), tf.maximum(b[0], tf.float32.min)
+    is_second = tf.logical_or(second > first, tf.logical_and(tf.equal(second, first), b[1] < a[1]))
+    value, at = tf.maximum(a[0], b[0]), tf.where_v2(is_second, b[1], a[1])
+    return value, at, _index_if_valid(value, at)
+
+
+def _index_if_valid(value: tf.Tensor, at: tf.Tensor) -> tf.Tensor:
+    return tf.where_v2(tf.abs(value) < np.inf, at, -1)
 
 
 def chunk_size(size: int) -> int:
@@ -160,10 +206,14 @@ class _TopKOperation(mtf.ops.TopKOperation):
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
         rest = mesh_impl.slice_shape(x.shape - self._reduced_dim)
 
-        def local(x: tf.Tensor, pcoord: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        def in_rows(x: tf.Tensor) -> tf.Tensor:
             x = tf.transpose(x, [i for i in range(x.shape.rank) if i != axis] + [axis])
+            return tf.reshape(x, [-1, size_of(x, -1)])
+
+        def local(x: tf.Tensor, pcoord: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+            x = in_rows(x)
             size = size_of(x, -1)
-            values, indices = largest(tf.reshape(x, [-1, size]), min(k, size))
+            values, indices = largest(x, min(k, size))
             if pcoord is None:
                 return values, indices
             # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
@@ -179,11 +229,25 @@ class _TopKOperation(mtf.ops.TopKOperation):
             values = tf.where_v2(invalid, tf.constant(np.nan, x.dtype), values)
             return values, tf.maximum(indices, -2 - indices)
 
-        if mesh_axis is None:
-            found = mesh_impl.slicewise(local, lowering.tensors[x])
-        else:
+        def by_sorting() -> tuple[LaidOut, LaidOut]:
+            if mesh_axis is None:
+                return mesh_impl.slicewise(local, lowering.tensors[x])
             found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
-            found = mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
+            return mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
+
+        if x.dtype == tf.float32 and selects(mesh_impl, lowering.tensors[x].slice_shape[axis], k, mesh_axis):
+            rows = mesh_impl.slicewise(in_rows, lowering.tensors[x])
+            values, indices, doubt = select_largest(mesh_impl, rows, k, mesh_axis)
+            doubt = mesh_impl.slicewise(tf.reduce_max, doubt)
+            if mesh_axis is not None:  # all cores sort, or none: they send each other what they find
+                doubt = mesh_impl.allreduce(doubt, self._mesh_axes_of_rows(mesh_impl), "SUM")
+            found = laid_out_cond(mesh_impl, doubt.tensor_list[0], by_sorting, lambda: (values, indices))
+        else:
+            found = by_sorting()
         for output, value in zip(self.outputs, found):
             shaped = mesh_impl.slicewise(lambda v: tf.reshape(v, rest + [k]), value)
             lowering.set_tensor_lowering(output, shaped)
+
+    def _mesh_axes_of_rows(self, mesh_impl: mtf.MeshImpl) -> list[int]:
+        axes = (mesh_impl.tensor_dimension_to_mesh_axis(d) for d in self.outputs[0].shape.dims)
+        return sorted(axis for axis in axes if axis is not None)

@@ -22,10 +22,11 @@ from helpers_cases import (
     PENALTIES,
     assert_same,
 )
-from programs import dims
+from helpers_model import config, features, incremental_logits, random_weights
+from programs import Program, dims
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, write_at
 from gpt_neo_sampling.models.utils import sample_categorical
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.core_draw import LARGEST_GROUP
@@ -165,6 +166,60 @@ def test_decoding(case, split):
     assert simd.host_calls(compiled.hlo_text) == []
 
 
+@pytest.mark.parametrize("layout", ["batch:x", "batch:x,length:y", "batch:x,inner:y"])
+def test_rows_are_written_in_place(layout):
+    """One in each row, none where the position is outside; and XLA has no pass over all of it."""
+    x = np.random.default_rng(2).normal(size=(4, 16, 6)).astype(np.float32)
+    x[1, 0, 0] = np.nan
+    value, position = np.arange(24, dtype=np.float32).reshape(4, 6), np.array([3, 15, -1, 16], np.int32)
+
+    def build(mesh, x, value, position):
+        batch, length, inner = dims(batch=4, length=16, inner=6)
+        x = mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, length, inner]))
+        value = mtf.import_tf_tensor(mesh, value, mtf.Shape([batch, inner]))
+        position = mtf.import_tf_tensor(mesh, position, mtf.Shape([batch]))
+        inside = mtf.import_tf_tensor(mesh, tf.constant([0, 3, 7, 15]), mtf.Shape([batch]))
+        return write_at(x, value, position, length), write_at(x, value, inside, length, may_overwrite=True)
+
+    inputs = [(tf.float32, x.shape), (tf.float32, value.shape), (tf.int32, position.shape)]
+    program = simd.SimdProgram(build, inputs, "x:2,y:2", layout)
+    want, want_inside = x.copy(), x.copy()
+    want[0, 3], want[1, 15] = value[:2]
+    want_inside[np.arange(4), [0, 3, 7, 15]] = value
+    got = program(x, value, position)
+    np.testing.assert_array_equal(got[0], want)
+    np.testing.assert_array_equal(got[1], want_inside)
+    assert "dynamic-update-slice(" in program.hlo_text
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("batch:x,memory_length:y,embd:y", marks=slow),
+        "batch:x,heads:y,vocab:y,intermediate_expanded:y",
+    ],
+)
+def test_the_models_states_for_a_tpu(layout):
+    """Logits step by step with `use_tpu` are those of one device without it, across the seam of a ring."""
+    params = config(["global", "local"], n_ctx=136, local_attention_radius=100)
+    weights, lengths = random_weights(params), np.array([1, 127, 128, 132], np.int32)
+    ids = np.random.default_rng(5).integers(0, 32, (4, 136)).astype(np.int32)
+
+    def build(mesh, ids, lengths, *weights, use_tpu=True):
+        shape, other = features(mesh, params, 4, 136)
+        ids, lengths = mtf.import_tf_tensor(mesh, ids, shape), mtf.import_tf_tensor(mesh, lengths, shape[:1])
+        with simd.constant_weights(dict(zip(names, weights))):
+            config = {**params, "use_tpu": use_tpu}
+            return incremental_logits(ids, ids, lengths, other, config, 2, knows_lengths=True)[1]
+
+    names = list(weights)
+    arrays = [ids, lengths, *weights.values()]
+    inputs = [(tf.as_dtype(a.dtype), a.shape) for a in arrays]
+    want = Program(functools.partial(build, use_tpu=False), inputs)(*arrays)
+    got = simd.SimdProgram(build, inputs, "x:2,y:2", layout)(*arrays)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 # --- What travels ---------------------------------------------------------------------------
 
 BYTES_BATCH, TOP_K = 8, 40
@@ -217,9 +272,9 @@ def test_bytes_of_a_step_do_not_grow_with_the_vocabulary(sampler):
 
 @samplers
 def test_a_row_sends_little(sampler):
-    """In a step: the draw's 2 numbers for each of 64 groups, top-k's k values and indices
-    from each of 4 shards, top-p's sums over 384 buckets in 5 parts and 128 values and indices from each shard,
+    """In a step: the draw's 2 numbers for each of 64 groups, entmax's largest score of each, top-k's k values and
+    indices from each of 4 shards, top-p's sums over 384 buckets in 5 parts and 128 values and indices from each shard,
     and a few numbers more; 4 bytes each, with 50% to spare."""
-    numbers = 2 * 64 + {"top-k": 2 * 4 * TOP_K, "top-p": 5 * 384 + 2 * 4 * 128}.get(sampler, 0)
+    numbers = 2 * 64 + {"entmax": 64, "top-k": 2 * 4 * TOP_K, "top-p": 5 * 384 + 2 * 4 * 128}.get(sampler, 0)
     sent = [size for loops, branches, size in travels(sampler, 1024) if (loops, branches) == (1, 0)]
     assert sum(sent) < 1.5 * 4 * numbers * BYTES_BATCH

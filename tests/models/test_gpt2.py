@@ -126,7 +126,7 @@ def test_a_sequence_longer_than_n_ctx_is_refused():
         logits_program(params, None, 1, 7)
 
 
-@pytest.mark.parametrize("options", [pytest.param({}, marks=slow), {"rotary_emb": True}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=slow), {"rotary_emb": True}, {"use_tpu": True}])
 def test_incremental_logits(options):
     """Each step's, whatever the first pass saw where the prompts had ended."""
     params = config(["global", "none", "local"], n_ctx=20, n_vocab=31, local_attention_radius=3, **options)
@@ -149,6 +149,61 @@ def test_incremental_logits(options):
     expected = reference.gpt_neo_forward(weights, ids, **reference_config(params))
     expected = np.stack([expected[row, n - 1 : n + 3] for row, n in enumerate(lengths)])
     assert largest_difference(logits[:, :, 0], expected) < LOGITS_TOLERANCE
+
+
+RING = 128  # the least multiple of 128 from the window's size on
+
+
+@pytest.mark.parametrize(
+    "mesh_shape, layout",
+    [("", ""), pytest.param("x:2,y:2", "batch:x,memory_length:y,embd:y", marks=slow)],
+)
+def test_incremental_logits_from_a_ring(mesh_shape, layout):
+    """Prompts that end before, at and after the ring's seams, and steps across them."""
+    params = config(["local", "global"], n_ctx=304, n_vocab=31, local_attention_radius=100, use_tpu=True)
+    weights = random_weights(params)
+    lengths = np.array([1, 126, 128, 129, 255, 299])
+    ids = np.random.default_rng(5).integers(0, 31, (6, 304))
+    first = np.where(np.arange(304) < lengths[:, None], ids, 7)
+
+    def build(mesh, first, ids, lengths):
+        shape, other = features(mesh, params, 6, 304)
+        first, ids = mtf.import_tf_tensor(mesh, first, shape), mtf.import_tf_tensor(mesh, ids, shape)
+        lengths = mtf.import_tf_tensor(mesh, lengths, shape[:1])
+        return incremental_logits(first, ids, lengths, other, params, 4, knows_lengths=True)[1]
+
+    inputs = [(tf.int32, [6, 304]), (tf.int32, [6, 304]), (tf.int32, [6])]
+    logits = np.stack(Program(build, inputs, weights, MeshRunner(mesh_shape, layout))(first, ids, lengths), 1)
+    expected = reference.gpt_neo_forward(weights, ids, **reference_config(params))
+    expected = np.stack([expected[row, n - 1 : n + 3] for row, n in enumerate(lengths)])
+    assert largest_difference(logits[:, :, 0], expected) < LOGITS_TOLERANCE
+
+
+def test_what_the_cache_of_a_tpu_holds():
+    """Heads side by side; of local attention the last positions alone, each at its remainder."""
+    params = config(["global", "local"], n_ctx=300, local_attention_radius=100)
+    weights = random_weights(params)
+    ids = np.random.default_rng(11).integers(0, 32, (2, 300))
+    lengths = np.array([140, 300])
+
+    def build(mesh, ids, lengths):
+        shape, other = features(mesh, params, 2, 300)
+        ids, lengths = mtf.import_tf_tensor(mesh, ids, shape), mtf.import_tf_tensor(mesh, lengths, shape[:1])
+        found = []
+        for use_tpu in (False, True):
+            ctx = context(ids, "first_part", mtf.range(mesh, shape[1], tf.int32), initial_position=lengths)
+            call_model(ids, other, {**params, "use_tpu": use_tpu}, ctx)
+            found.append(ctx.new_states)
+        return found
+
+    plain, states = Program(build, [(tf.int32, [2, 300]), (tf.int32, [2])], weights)(ids, lengths)
+    plain = [x.transpose(0, 2, 1, 3).reshape(2, 300, 16) for x in plain]
+    assert largest_difference(states[:2], plain[:2]) == 0
+    for state, x in zip(states[2:], plain[2:]):
+        assert state.shape == (2, RING, 16)
+        for row, n in enumerate(lengths):
+            for position in range(n - RING, n):
+                np.testing.assert_array_equal(state[row, position % RING], x[row, position])
 
 
 def test_what_the_cache_holds():

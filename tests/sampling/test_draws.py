@@ -541,6 +541,63 @@ def test_exact_entmax_of_a_large_vocabulary(monkeypatch):
     assert_same_bits(exact_entmax(*narrow), few)
 
 
+# --- The same weights for a TPU core's program ---------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_quotients_are_exact(jit):
+    rng = np.random.default_rng(24)
+    y = rng.integers(1, 2 ** rng.integers(1, 32, 200000))
+    q = rng.integers(0, 2 ** rng.integers(1, 39, 200000))
+    q = np.minimum(q, 2**59 // y)
+    x = q * y + rng.choice([0, 1, -1, 2], 200000).clip(-1, 1) * (rng.random(200000) < 0.5)
+    x = np.maximum(x, 0)
+    large = rng.integers(0, 2**60, 1000), rng.integers(1, 2**20, 1000)
+    got = on_tensors(fixed_point._quotient, x, y, jit=jit)
+    np.testing.assert_array_equal(got, x // y)
+    got = on_tensors(fixed_point._quotient, *large, jit=jit)
+    exact = large[0] // large[1]
+    np.testing.assert_array_equal(got[exact < 2**38], exact[exact < 2**38])
+    np.testing.assert_allclose(got, exact, rtol=2**-16)
+
+
+def fast_beta(z, alpha):
+    """β in float64, by bisection: the sum of p = [β + εz]₊^(1/ε) is 1."""
+    eps = np.maximum(np.float64(np.float32(alpha) - np.float32(1)), 1e-9)[:, np.newaxis]
+    low, high = np.zeros_like(eps), np.ones_like(eps)
+    for _ in range(60):
+        middle = (low + high) / 2
+        total = (np.maximum(middle + eps * np.maximum(z, -1e9), 0) ** (1 / eps)).sum(1, keepdims=True)
+        low, high = np.where(total > 1, low, middle), np.where(total > 1, middle, high)
+    return np.float32(high)
+
+
+@functools.cache
+def weights_near_program(shape, jit):
+    impl = ONE_DEVICE.impl
+
+    def weights(z, epsilon, beta):
+        z, epsilon, beta = (impl.LaidOutTensor.from_tensor_list([x]) for x in (z, epsilon, beta))
+        largest = lambda x: tf.reduce_max(x.tensor_list[0])  # noqa: E731
+        return fixed_point.entmax_weights_near(impl, z, epsilon, beta, lambda x: x, largest).tensor_list[0]
+
+    function = compiled(weights, jit)
+    return lambda *arrays: function(*map(tf.constant, arrays)).numpy()
+
+
+@pytest.mark.parametrize("off", [0, 1e-7, 1e-4, 0.9], ids=str)
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=slow)])
+def test_exact_entmax_weights_near_a_beta(off, jit):
+    """The bits of entmax_weights, however wrong β is."""
+    rng = np.random.default_rng(25)
+    z, alpha = mixed_rows(rng, 200, 500), mixed_alphas(rng, 200)
+    alpha[100:] = 1 + rng.random(100) ** 3
+    beta = fast_beta(z, alpha) * np.float32(1 + off * rng.normal(size=(200, 1)))
+    with quiet_logging():
+        got = weights_near_program(z.shape, jit)(z, (alpha - np.float32(1))[:, np.newaxis], beta)
+    assert_same_bits(got, exact_entmax(z, alpha))
+
+
 # --- Draws from scores: how near the fast weights are to the exact ones --------------------
 
 
