@@ -26,12 +26,33 @@ from gpt_neo_sampling.models.utils import (
 )
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.categorical import score_draw
+from gpt_neo_sampling.sampling.controls import SamplingOptions
+from gpt_neo_sampling.sampling.next_token import next_token
 from gpt_neo_sampling.sampling.penalties import repetition_penalty, tokens_mask
 
 HALF_OF_ALL = {"top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5}
 PENALTIES = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5}
 slow = pytest.mark.slow
 MASKS = (top_p_mask, min_p_mask, typical_p_mask, epsilon_mask, eta_mask)
+
+
+@pytest.mark.parametrize("split", ["", "batch:x", "vocab:x"])
+def test_padding_is_not_drawn_from_a_row_of_nothing(split):
+    """Of a vocabulary of 5, padded to 8, whose logits are all −inf, or all as low as they can be."""
+    x = np.full((4, 8), -np.inf, np.float32)
+    x[1, 3], x[3, :5] = 0, np.finfo(np.float32).min
+    x[:, 5:] = 3
+    ways = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5},
+            {"use_entmax": True, "entmax_alpha": 1.3}]  # fmt: skip
+
+    def build(mesh, x):
+        b, v = dims(batch=4, vocab=8)
+        logits = mtf.import_tf_tensor(mesh, x, mtf.Shape([b, v]))
+        return [next_token(logits, v, SamplingOptions(vocab_size=5, **way), 1, None, 0) for way in ways]
+
+    for way, token in zip(ways, MeshRunner("x:2" if split else "", split)(build, x)):
+        np.testing.assert_array_equal(token[:3], [-1, 3, -1], str(way))
+        assert 0 <= token[3] < 5, way
 
 
 @pytest.mark.parametrize("dtype", [tf.float32, pytest.param(tf.bfloat16, marks=slow)], ids=lambda dtype: dtype.name)

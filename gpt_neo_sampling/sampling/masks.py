@@ -346,13 +346,16 @@ def _mask_below(
     return cutoffs.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
 
 
-def padding_mask(logits: mtf.Tensor, size: int, dim: mtf.Dimension | None = None) -> mtf.Tensor:
+def padding_mask(
+    logits: mtf.Tensor, size: int, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
     """Masks the entries from `size` on: a vocabulary padded to fit its mesh.
 
     Args:
       logits: mtf.Tensor.
       size: int, the entries that stay.
       dim: mtf.Dimension of logits; the last by default.
+      masked: what they become, by default `mask_value`.
 
     Returns:
       mtf.Tensor like logits.
@@ -362,7 +365,7 @@ def padding_mask(logits: mtf.Tensor, size: int, dim: mtf.Dimension | None = None
         return logits
     entry = mtf.range(logits.mesh, dim, tf.int32)
     kept = cwise_broadcast(lambda x, at: tf.broadcast_to(at < size, x.shape), [logits, entry], logits.shape, tf.bool)
-    return mask_out(logits, kept)
+    return mask_out(logits, kept, masked)
 
 
 def mask_out(logits: mtf.Tensor, kept: mtf.Tensor, masked: float | None = None) -> mtf.Tensor:

@@ -77,7 +77,10 @@ def mask_steps(options: SamplingOptions) -> list[tuple[str, Step]]:
 
 
 def _without_padding(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions) -> mtf.Tensor:
-    return logits if options.vocab_size is None else padding_mask(logits, options.vocab_size, dim)
+    if options.vocab_size is None:
+        return logits
+    # −inf, not a finite number: padding is not drawn from a row that has nothing else
+    return padding_mask(logits, options.vocab_size, dim, masked=-np.inf)
 
 
 def _before_temperature(
