@@ -380,8 +380,9 @@ _MODEL_OPTIONS = dict(
 )
 
 
-def _model_loop(mesh, ids, *weights):
+def _model_loop(mesh, ids, *weights, use_tpu=False):
     params, names = two_layers()
+    params = {**params, "use_tpu": use_tpu}
     shape, other = features(mesh, params, _MODEL_BATCH, _MODEL_LENGTH)
     with constant_weights(dict(zip(names, weights))):
         ids = mtf.import_tf_tensor(mesh, ids, shape)
@@ -395,3 +396,4 @@ def _model_prompts():
 
 
 MODEL = Case("bundled model", _model_loop, [_model_prompts(), *two_layers()[1].values()])
+TPU_MODEL = Case("bundled model, use_tpu", functools.partial(_model_loop, use_tpu=True), MODEL.arrays)

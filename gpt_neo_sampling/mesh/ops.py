@@ -354,6 +354,7 @@ def write_at(
     dim: mtf.Dimension,
     *,
     may_overwrite: bool = False,
+    is_inside: bool = False,
     name: str = "write_at",
 ) -> mtf.Tensor:
     """`x` with `value` written at index `position` along `dim`.
@@ -369,16 +370,24 @@ def write_at(
         every run (no constant, no variable) and read no more, or only by what
         `value` depends on (in a loop: all that read it in earlier rounds); and
         a position that is inside `dim`.
+      is_inside: whether position is known to be inside `dim`.
 
     Returns:
       mtf.Tensor like `x`. No gradient flows through it.
     """
-    return _WriteOperation(x, value, position, dim, may_overwrite, name).outputs[0]
+    return _WriteOperation(x, value, position, dim, may_overwrite, is_inside, name).outputs[0]
 
 
 class _WriteOperation(MeshOperation):
     def __init__(
-        self, x: mtf.Tensor, value: mtf.Tensor, position: mtf.Tensor, dim: mtf.Dimension, may_overwrite: bool, name: str
+        self,
+        x: mtf.Tensor,
+        value: mtf.Tensor,
+        position: mtf.Tensor,
+        dim: mtf.Dimension,
+        may_overwrite: bool,
+        is_inside: bool,
+        name: str,
     ) -> None:
         rest = [d for d in x.shape.dims if d != dim]
         for what, t in (("value", value), ("position", position)):
@@ -389,6 +398,7 @@ class _WriteOperation(MeshOperation):
         super().__init__([x, value, position], [(x.shape, x.dtype)], name)
         self._dim = dim
         self._may_overwrite = may_overwrite
+        self._is_inside = is_inside or may_overwrite
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
@@ -443,7 +453,7 @@ class _WriteOperation(MeshOperation):
         in_place = self._may_overwrite and isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function()
         in_place = in_place and all(d in columns.dims for d in position.shape.dims)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._dim)
-        is_inside = self._may_overwrite and mesh_axis is None
+        is_inside = self._is_inside and mesh_axis is None
         parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
         write = overwrite if in_place else select
         if xla.is_core_program(mesh_impl) and set(position.shape.dims) == set(columns.dims):

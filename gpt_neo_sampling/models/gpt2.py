@@ -496,22 +496,22 @@ def _joined_states(x: mtf.Tensor, memory: _Memory, length: mtf.Tensor | None) ->
 
 def _attention_of_token(q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, memory: _Memory, context: Any) -> mtf.Tensor:
     """Attention of one token to the memory, once its own key and value are written there; records both."""
-    # True in sample_autoregressive, whose states nobody else reads
-    may_overwrite = getattr(context, "may_overwrite_states", False)
     at = context.position + (memory.n_learned - 1)
     if memory.is_ring:
         at = cwise_broadcast(lambda at: tf.math.floormod(at, memory.dim.size), [at])
     if memory.is_joined:
         batch_dim, heads_dim, kv_dim = k.shape.dims
         joined = [batch_dim, mtf.Dimension(heads_dim.name, heads_dim.size * kv_dim.size)]
-        k, v = (mtf.reshape(t, joined) for t in (k, v))
+        old, own = context.get_states(2), [mtf.reshape(t, joined) for t in (k, v)]
+        context.record_new_states([write_at(x, new, at, memory.dim, is_inside=True) for x, new in zip(old, own)])
+        return attend_joined(q, old, own, at, memory.bias, memory.dim)
+    # True in sample_autoregressive, whose states nobody else reads
+    may_overwrite = getattr(context, "may_overwrite_states", False)
     k, v = (
         write_at(old, new, at, memory.dim, may_overwrite=may_overwrite)
         for old, new in zip(context.get_states(2), (k, v))
     )
     context.record_new_states([k, v])
-    if memory.is_joined:
-        return attend_joined(q, k, v, memory.bias, memory.dim)
     return attend(q, _rotated(k, memory.k_table), v, memory.bias, memory.dim)
 
 

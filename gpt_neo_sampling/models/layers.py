@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
 from gpt_neo_sampling._types import LaidOut
-from gpt_neo_sampling.mesh.ops import MeshOperation, align, reshaped, size_of
+from gpt_neo_sampling.mesh.ops import MeshOperation, align, reshaped
 
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
@@ -110,27 +110,27 @@ class _AttendOperation(MeshOperation):
         q, k, v, bias = (lowering.tensors[t] for t in self.inputs)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._memory_dim)
 
+        def scores(q: tf.Tensor, k: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+            q = tf.expand_dims(q, -2) if self._one_query else q
+            bias = _float32(align(bias, self.inputs[3].shape, self._scores_shape))
+            return _float32(tf.matmul(q, k, transpose_b=True)) + (tf.expand_dims(bias, -2) if self._one_query else bias)
+
+        def weighted(weights: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+            y = tf.matmul(tf.cast(weights, v.dtype), v)
+            return tf.squeeze(y, -2) if self._one_query else y
+
         def over_shards(x: LaidOut, reduction: str) -> LaidOut:
             return x if mesh_axis is None else mesh_impl.allreduce(x, [mesh_axis], reduction)
 
         # not tf.nn.softmax, which takes 60 µs for a few rows
-        s = slicewise(self._scores, q, k, bias)
+        s = slicewise(scores, q, k, bias)
         largest = over_shards(slicewise(lambda s: tf.reduce_max(s, -1, keepdims=True), s), "MAX")
         weights = slicewise(lambda s, m: tf.exp(s - m), s, largest)
         total = over_shards(slicewise(lambda w: tf.reduce_sum(w, -1, keepdims=True), weights), "SUM")
-        y = slicewise(lambda w, t, v: self._weighted(w / t, v), weights, total, v)
+        y = slicewise(lambda w, t, v: weighted(w / t, v), weights, total, v)
         if mesh_axis is not None:
             y = LazyAllreduceSum(mesh_impl, y, [mesh_axis])
         lowering.set_tensor_lowering(self.outputs[0], y)
-
-    def _scores(self, q: tf.Tensor, k: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-        q = tf.expand_dims(q, -2) if self._one_query else q
-        bias = _float32(align(bias, self.inputs[3].shape, self._scores_shape))
-        return _float32(tf.matmul(q, k, transpose_b=True)) + (tf.expand_dims(bias, -2) if self._one_query else bias)
-
-    def _weighted(self, weights: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
-        y = tf.matmul(tf.cast(weights, v.dtype), v)
-        return tf.squeeze(y, -2) if self._one_query else y
 
 
 # --- Attention to a memory in which the heads stand side by side ---
@@ -141,58 +141,102 @@ class _AttendOperation(MeshOperation):
 
 
 def attend_joined(
-    q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, bias: mtf.Tensor, memory_dim: mtf.Dimension, name: str = "attend"
+    q: mtf.Tensor,
+    memory: list[mtf.Tensor],
+    own: list[mtf.Tensor],
+    position: mtf.Tensor,
+    bias: mtf.Tensor,
+    memory_dim: mtf.Dimension,
+    name: str = "attend",
 ) -> mtf.Tensor:
-    """`attend` of one query to a memory whose last dim is heads and depth joined.
+    """`attend` of one query to a memory whose last dim is heads and depth joined, with its own key and value in it.
+
+    They are read beside the memory, not written to it first: XLA would take what is written into fast memory and
+    bring all of it back.
 
     Args:
       q: float mtf.Tensor [batch…, heads, depth].
-      k, v: mtf.Tensors [batch…, memory_dim, joined]; joined has heads' name and so is split like it, and the product
-        of the sizes of heads and depth.
+      memory: keys and values, mtf.Tensors [batch…, memory_dim, joined]; joined has heads' name and so is split like
+        it, and the product of the sizes of heads and depth. Finite.
+      own: a key and a value, mtf.Tensors [batch…, joined], in place of the memory's at `position`.
+      position: int32 mtf.Tensor [batch…].
       bias: float mtf.Tensor, finite; its dims are memory_dim and any of q's but depth.
       memory_dim: mtf.Dimension.
 
     Returns:
       mtf.Tensor like q. No gradient flows through it.
     """
-    return _AttendJoinedOperation(q, k, v, bias, memory_dim, name).outputs[0]
+    return _AttendJoinedOperation(q, memory, own, position, bias, memory_dim, name).outputs[0]
 
 
-class _AttendJoinedOperation(_AttendOperation):
+class _AttendJoinedOperation(MeshOperation):
     """Two products for all heads at once: a head's own entries are picked by zeros in the query, and after the second
     product, which adds the values of all heads by the weights of each."""
 
     def __init__(
-        self, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, bias: mtf.Tensor, memory_dim: mtf.Dimension, name: str
+        self,
+        q: mtf.Tensor,
+        memory: list[mtf.Tensor],
+        own: list[mtf.Tensor],
+        position: mtf.Tensor,
+        bias: mtf.Tensor,
+        memory_dim: mtf.Dimension,
+        name: str,
     ) -> None:
         *batch, heads, depth = q.shape.dims
         joined = mtf.Dimension(heads.name, heads.size * depth.size)
-        if k.shape.dims != [*batch, memory_dim, joined] or v.shape != k.shape:
+        wanted = [[*batch, memory_dim, joined]] * 2 + [[*batch, joined]] * 2 + [batch]
+        if [t.shape.dims for t in (*memory, *own, position)] != wanted:
             raise ValueError(
-                f"attend_joined: q {q.shape}, k {k.shape}, v {v.shape} and memory {memory_dim} do not match; q of "
-                f"[batch…, heads, depth], k and v of [batch…, memory, heads · depth] are needed"
+                f"attend_joined: q {q.shape}, memory {memory[0].shape}, {memory[1].shape}, own {own[0].shape}, "
+                f"{own[1].shape}, position {position.shape} do not match"
             )
-        MeshOperation.__init__(self, [q, k, v, bias], [(q.shape, q.dtype)], name)
+        super().__init__([q, *memory, *own, position, bias], [(q.shape, q.dtype)], name)
         self._memory_dim = memory_dim
         self._scores_shape = mtf.Shape([*batch, heads, memory_dim])
 
-    def _scores(self, q: tf.Tensor, k: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-        *batch, heads, depth = q.shape.as_list()
-        q = tf.where_v2(_own_entries(heads, depth), tf.reshape(q, [*batch, 1, heads * depth]), tf.zeros([], q.dtype))
-        bias = _float32(align(bias, self.inputs[3].shape, self._scores_shape))
-        return _float32(tf.matmul(q, k, transpose_b=True)) + bias
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        slicewise = mesh_impl.slicewise
+        q, k, v, own_k, own_v, position, bias = (lowering.tensors[t] for t in self.inputs)
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._memory_dim)
+        *batch, heads, depth = mesh_impl.slice_shape(self.inputs[0].shape)
+        size = mesh_impl.slice_shape(mtf.Shape([self._memory_dim]))[0]
+        own_entries = np.repeat(np.eye(heads, dtype=bool), depth, axis=1)  # [heads, heads · depth]
+        parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
 
-    def _weighted(self, weights: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
-        *batch, heads, _ = weights.shape.as_list()
-        depth = size_of(v, -1) // heads
-        y = tf.matmul(tf.cast(weights, v.dtype), v)
-        y = tf.reduce_sum(tf.where_v2(_own_entries(heads, depth), y, tf.zeros([], y.dtype)), -2)
-        return tf.reshape(y, [*batch, heads, depth])
+        def is_own(position: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
+            """bool [batch…, 1, memory]; nowhere on a shard that does not hold the position."""
+            return tf.equal(tf.reshape(position, [*batch, 1, 1]) - pcoord * size, np.arange(size, dtype=np.int32))
 
+        def scores(q: tf.Tensor, k: tf.Tensor, own_k: tf.Tensor, is_own: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+            own = tf.reduce_sum(q * tf.reshape(own_k, [*batch, heads, depth]), -1, keepdims=True)
+            q = tf.where_v2(own_entries, tf.reshape(q, [*batch, 1, heads * depth]), tf.zeros([], q.dtype))
+            found = tf.where_v2(is_own, own, tf.matmul(q, k, transpose_b=True))
+            return _float32(found) + _float32(align(bias, self.inputs[-1].shape, self._scores_shape))
 
-def _own_entries(heads: int, depth: int) -> np.ndarray:
-    """bool [heads, heads · depth]: whether an entry of the joined dim is the head's."""
-    return np.repeat(np.eye(heads, dtype=bool), depth, axis=1)
+        def weighted(w: tf.Tensor, total: tf.Tensor, v: tf.Tensor, own_v: tf.Tensor, is_own: tf.Tensor) -> tf.Tensor:
+            w = w / total
+            own = tf.reduce_sum(tf.where_v2(is_own, w, 0.0), -1, keepdims=True)
+            y = tf.matmul(tf.cast(tf.where_v2(is_own, 0.0, w), v.dtype), v)
+            y = tf.reduce_sum(tf.where_v2(own_entries, y, tf.zeros([], y.dtype)), -2)
+            y = _float32(tf.reshape(y, [*batch, heads, depth])) + own * _float32(
+                tf.reshape(own_v, [*batch, heads, depth])
+            )
+            return tf.cast(y, v.dtype)
+
+        def over_shards(x: LaidOut, reduction: str) -> LaidOut:
+            return x if mesh_axis is None else mesh_impl.allreduce(x, [mesh_axis], reduction)
+
+        here = slicewise(is_own, position, *parts)
+        s = slicewise(scores, q, k, own_k, here, bias)
+        largest = over_shards(slicewise(lambda s: tf.reduce_max(s, -1, keepdims=True), s), "MAX")
+        weights = slicewise(lambda s, m: tf.exp(s - m), s, largest)
+        total = over_shards(slicewise(lambda w: tf.reduce_sum(w, -1, keepdims=True), weights), "SUM")
+        y = slicewise(weighted, weights, total, v, own_v, here)
+        if mesh_axis is not None:
+            y = LazyAllreduceSum(mesh_impl, y, [mesh_axis])
+        lowering.set_tensor_lowering(self.outputs[0], y)
 
 
 def layer_norm(

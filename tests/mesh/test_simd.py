@@ -20,6 +20,7 @@ from helpers_cases import (
     MODEL,
     OTHER_LOOPS,
     PENALTIES,
+    TPU_MODEL,
     assert_same,
 )
 from helpers_model import config, features, incremental_logits, random_weights
@@ -179,7 +180,7 @@ def test_rows_are_written_in_place(layout):
         value = mtf.import_tf_tensor(mesh, value, mtf.Shape([batch, inner]))
         position = mtf.import_tf_tensor(mesh, position, mtf.Shape([batch]))
         inside = mtf.import_tf_tensor(mesh, tf.constant([0, 3, 7, 15]), mtf.Shape([batch]))
-        return write_at(x, value, position, length), write_at(x, value, inside, length, may_overwrite=True)
+        return write_at(x, value, position, length), write_at(x, value, inside, length, is_inside=True)
 
     inputs = [(tf.float32, x.shape), (tf.float32, value.shape), (tf.int32, position.shape)]
     program = simd.SimdProgram(build, inputs, "x:2,y:2", layout)
@@ -218,6 +219,11 @@ def test_the_models_states_for_a_tpu(layout):
     want = Program(functools.partial(build, use_tpu=False), inputs)(*arrays)
     got = simd.SimdProgram(build, inputs, "x:2,y:2", layout)(*arrays)
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_decoding_with_the_states_for_a_tpu():
+    assert_same(TPU_MODEL.single, MODEL.single)
+    assert_same(on_simd(TPU_MODEL, MODEL_SPLIT), MODEL.single)
 
 
 # --- What travels ---------------------------------------------------------------------------
