@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-_running: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of `call_in_thread`
 
 
 def call_in_thread(call: Callable[[], Any]) -> Future[Any]:
@@ -20,11 +20,6 @@ def call_in_thread(call: Callable[[], Any]) -> Future[Any]:
             future.set_exception(e)
 
     thread = threading.Thread(target=work, daemon=True)
-    _running.add(thread)
+    THREADS.add(thread)
     thread.start()
     return future
-
-
-def running() -> list[threading.Thread]:
-    """The threads of `call_in_thread`, those that have ended perhaps among them."""
-    return list(_running)

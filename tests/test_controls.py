@@ -102,10 +102,8 @@ SETTINGS = {
                                        stop_at_token=[STOP, 20, 21], min_new_tokens=9),
     "never_end, typical_p": dict(stop_at_token=[STOP, 20], never_end=True, typical_p=0.5),
     "top_p, epsilon": dict(top_p=0.8, epsilon_cutoff=0.02),
-    "min_p": dict(min_p=0.2),
-    "top_k, eta": dict(sampling_keep_top_k=12, eta_cutoff=0.05),
-    "top_n_sigma": dict(top_n_sigma=1.2),
-    "top_h": dict(top_h=0.4),
+    "top_n_sigma, min_p": dict(top_n_sigma=1.6, min_p=0.03),
+    "top_h, top_k, eta": dict(top_h=0.6, sampling_keep_top_k=12, eta_cutoff=0.05),
     "all, softmax": dict(
         logits_processors=(favour_even,), repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2,
         no_repeat_ngram_size=3, logit_bias=BIAS, stop_at_token=[STOP, 40], min_new_tokens=4, temperature=1.3,
@@ -179,7 +177,7 @@ def test_the_simulation_sees_a_control_that_is_lost(name, control):
         pytest.param(
             "x:2,y:2", "batch:x,vocab:y", ("processors, min_new_tokens", "all, softmax", "all, entmax"), marks=slow
         ),
-        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_k, eta", "top_n_sigma", "top_h"), marks=slow),
+        pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_n_sigma, min_p", "top_h, top_k, eta"), marks=slow),
     ],
 )
 def test_layouts(mesh_shape, layout, names):

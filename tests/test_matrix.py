@@ -17,7 +17,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import cwise_broadcast
 
 slow = pytest.mark.slow
-BATCH, LENGTH, NEW_TOKENS = 8, 24, 10
+BATCH, LENGTH, NEW_TOKENS = 4, 24, 10
 GPT_NEO_LAYOUTS = [
     ("x:2,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
     ("x:2,y:2", "batch:x,heads:y,vocab:y"),
@@ -26,16 +26,14 @@ GPT_NEO_LAYOUTS = [
     ("all:4", "batch:all"),
 ]
 LAYOUTS = GPT_NEO_LAYOUTS + [
-    ("x:8", "batch:x"),
+    ("x:2", "batch:x"),
     ("x:2", "vocab:x"),
-    ("x:4", "vocab:x"),
     ("x:8", "vocab:x"),
-    ("x:4", "heads:x"),
-    ("x:4", "embd:x"),
-    ("x:4", "memory_length:x"),
-    ("x:4", "intermediate_expanded:x"),
-    ("x:2,y:2,z:2", "batch:x,vocab:y,heads:z"),
-    ("x:2,y:2,z:2", "batch:x,embd:y,memory_length:z"),
+    ("x:2", "heads:x"),
+    ("x:2", "embd:x"),
+    ("x:2", "memory_length:x"),
+    ("x:2", "intermediate_expanded:x"),
+    ("x:2,y:2,z:2", "batch:x,vocab:y,heads:y,intermediate_expanded:y,embd:z,memory_length:z"),
 ]
 SIMD_LAYOUTS = [
     ("x:4", "vocab:x"),
@@ -52,7 +50,7 @@ WAYS = {  # temperature, top-k, α
 
 def prompts():
     tokens = np.random.default_rng(1).integers(1, two_layers()[0]["n_vocab"], (BATCH, LENGTH))
-    lengths = np.array([1, 5, 12, 3, 14, 2, 9, 7])
+    lengths = np.array([1, 5, 14, 3])
     return np.where(np.arange(LENGTH) < lengths[:, np.newaxis], tokens, 0).astype(np.int32)
 
 
@@ -119,13 +117,8 @@ def test_placement_meshes(mesh_shape, layout, record_property):
 @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 @pytest.mark.parametrize("mesh_shape, layout", SIMD_LAYOUTS)
 def test_simd_meshes(mesh_shape, layout, record_property):
-    check(
-        Cells(functools.partial(SimdProgram, mesh_shape=mesh_shape, layout=layout)),
-        record_property,
-        "simd",
-        mesh_shape,
-        layout,
-    )
+    on_mesh = functools.partial(SimdProgram, mesh_shape=mesh_shape, layout=layout)
+    check(Cells(on_mesh), record_property, "simd", mesh_shape, layout)
 
 
 @slow

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_neo_sampling._types import Tokenizer
-from gpt_neo_sampling.checkpoint.base import (
-    LONGEST_TEXT,
-    Checkpoint,
-    CheckpointError,
-    check_file,
-    one_line,
-    read_json,
-)
+from gpt_neo_sampling.checkpoint.base import LONGEST_TEXT, Checkpoint, CheckpointError, check_file, one_line, read_json
 
 log = logging.getLogger(__name__)
 

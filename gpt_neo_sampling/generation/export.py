@@ -241,10 +241,10 @@ def _write_extras(
     folder.mkdir()
     for file, name in files_beside(checkpoint):
         shutil.copyfile(file, folder / name)
-    defaults = {"eos_token_id": stop_tokens_of(checkpoint), "pad_token_id": checkpoint.params.get("padding_id") or 0}
     facts = {
         **sizes,
-        **defaults,
+        "eos_token_id": stop_tokens_of(checkpoint),
+        "pad_token_id": checkpoint.params.get("padding_id") or 0,
         "dtype": variable_dtype.activation_dtype.name,
         "n_vocab": checkpoint.params["n_vocab"],
         "n_ctx": checkpoint.params["n_ctx"],

@@ -77,10 +77,6 @@ class _Record:
     def n_samples(self) -> int:
         return self.options["num_return_sequences"]
 
-    @property
-    def max_tokens(self) -> int:
-        return self.n_samples * self.options["max_new_tokens"]
-
 
 def generate_file(
     generator: TextGenerator, prompts_file: StrPath, output: StrPath, *, seed: int | None = None, **options: Any
@@ -305,12 +301,9 @@ def _run(
     """Appends the lines of the records whose index is not in `done`, and adds it."""
     total = sum(map(len, batches))
     batches = [batch for batch in batches if any(record.index not in done for record in batch)]
-    max_tokens = [sum(record.max_tokens for record in batch) for batch in batches]
+    max_tokens = [sum(r.n_samples * r.options["max_new_tokens"] for r in batch) for batch in batches]
     error = None
     with tqdm(desc=output.name, total=sum(max_tokens), unit=" tokens", disable=None) as progress:
-
-        def on_token(*args: object) -> None:
-            progress.update()
 
         def show_done() -> None:
             progress.set_postfix_str(f"{len(done)} of {total} prompts")
@@ -320,7 +313,7 @@ def _run(
             begin = progress.n
             options = _columns([{"seed": seed, **record.options, "stream": record.stream} for record in batch])
             # on a cluster neither tokens nor Ctrl-C are seen before the batch ends
-            streamer = None if generator.mesh.cluster else on_token
+            streamer = None if generator.mesh.cluster else lambda *_: progress.update()
             try:
                 samples: Sequence[Sample | None] = generator.generate(
                     [record.prompt for record in batch], streamer=streamer, **options

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import quiet_stderr, tf
-from gpt_neo_sampling._threads import call_in_thread, running
+from gpt_neo_sampling._threads import THREADS, call_in_thread
 
 CONNECT_SECONDS = 20  # the longest that a process may take to start
 WATCH_SECONDS = 2  # between checks that all processes are there
@@ -217,7 +217,7 @@ def _start_background() -> None:
         _background.put(done.set)
         done.wait(CLOSE_SECONDS)
         end = time.monotonic() + CLOSE_SECONDS
-        for thread in running():  # TensorFlow 2.12 aborts if one is cut off
+        for thread in list(THREADS):  # TensorFlow 2.12 aborts if one is cut off
             thread.join(max(0, end - time.monotonic()))
 
     threading.Thread(target=work, daemon=True).start()

@@ -227,7 +227,7 @@ def test_a_worker_that_is_killed_is_named_within_seconds(own_workers, model, exp
     own_workers.start(0, 1)
     split = generator(model, own_workers.cluster)
     request = dict(prompts=[[1], [2]] * 16, num_return_sequences=1000, max_new_tokens=46)
-    tokens(split, **{**request, "num_return_sequences": 1})  # the graph
+    tokens(split, **{**request, "prompts": [[1]], "num_return_sequences": 32})  # the graph
     killed = []
 
     def kill():
@@ -260,7 +260,6 @@ def test_a_worker_that_is_killed_while_a_graph_is_built(own_workers, model, expe
     """By a logits processor, which is called then; the session is extended after that."""
     own_workers.start(0, 1)
     split = generator(model, own_workers.cluster)
-    assert tokens(split) == expected
     killed = []
 
     def killing(logits, ids, position):
