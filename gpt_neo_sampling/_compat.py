@@ -83,25 +83,21 @@ def _names_that_mtf_imports() -> Iterator[None]:
     from tensorflow.python.framework import ops
     from tensorflow.python.training import basic_session_run_hooks
 
-    added = []
-    if not hasattr(tf1, "estimator"):
-        tf1.estimator = types.SimpleNamespace(
-            SessionRunHook=tf1.train.SessionRunHook,
-            CheckpointSaverListener=basic_session_run_hooks.CheckpointSaverListener,
-        )
-        added.append((tf1, "estimator"))
-    if not hasattr(ops, "register_tensor_conversion_function"):
-        from tensorflow.python.framework import tensor_conversion_registry as registry
+    with contextlib.ExitStack() as restored:
+        if not hasattr(tf1, "estimator"):
+            tf1.estimator = types.SimpleNamespace(
+                SessionRunHook=tf1.train.SessionRunHook,
+                CheckpointSaverListener=basic_session_run_hooks.CheckpointSaverListener,
+            )
+            restored.callback(delattr, tf1, "estimator")
+        if not hasattr(ops, "register_tensor_conversion_function"):
+            from tensorflow.python.framework import tensor_conversion_registry as registry
 
-        ops.register_tensor_conversion_function = registry.register_tensor_conversion_function
-        added.append((ops, "register_tensor_conversion_function"))
-    mode, gin._INTERACTIVE_MODE = gin._INTERACTIVE_MODE, True
-    try:
+            ops.register_tensor_conversion_function = registry.register_tensor_conversion_function
+            restored.callback(delattr, ops, "register_tensor_conversion_function")
+        restored.callback(setattr, gin, "_INTERACTIVE_MODE", gin._INTERACTIVE_MODE)
+        gin._INTERACTIVE_MODE = True
         yield
-    finally:
-        gin._INTERACTIVE_MODE = mode
-        for module, name in added:
-            delattr(module, name)
 
 
 def _import_mesh_tensorflow() -> None:

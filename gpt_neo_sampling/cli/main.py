@@ -72,10 +72,6 @@ def _ids(text: str, option: str = "--prompt-ids") -> list[int]:
         raise ValueError(f"{option} {text!r}: whole numbers separated by spaces are needed") from None
 
 
-def _prompts(args: argparse.Namespace) -> Sequence[Prompt]:
-    return args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
-
-
 def _inspect(args: argparse.Namespace) -> None:
     check_int("--show", args.show, 1)
     if args.plot is not None:
@@ -152,9 +148,12 @@ def _generate(args: argparse.Namespace) -> None:
         **_sampling(args),
     )
     if args.output is not None:
-        _generate_file(args, generator, options)
+        done = generate_file(generator, args.prompts_file, args.output, seed=args.seed, **options)
+        if args.seed is None:
+            print(f"seed {done.seed}", file=sys.stderr)
+        print(f"{args.output}: {done.prompts} prompts, {done.written} of them done now", file=sys.stderr)
         return
-    prompts = _prompts(args)
+    prompts = args.prompt if args.prompt is not None else [_ids(text) for text in args.prompt_ids]
     seed = args.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
@@ -168,13 +167,6 @@ def _generate(args: argparse.Namespace) -> None:
     except (Interrupted, InvalidDistributionError) as e:
         writer.finish(e.samples)
         raise
-
-
-def _generate_file(args: argparse.Namespace, generator: TextGenerator, options: dict[str, Any]) -> None:
-    done = generate_file(generator, args.prompts_file, args.output, seed=args.seed, **options)
-    if args.seed is None:
-        print(f"seed {done.seed}", file=sys.stderr)
-    print(f"{args.output}: {done.prompts} prompts, {done.written} of them done now", file=sys.stderr)
 
 
 class _JsonWriter:
