@@ -50,7 +50,7 @@ def main():
     if unknown:
         parser.error(f"no program {', '.join(sorted(unknown))}")
     if args.write_table:
-        write_table()
+        write_table(args.programs or tpu_samplers.SAMPLERS)
         return
     rows = []
     for name in args.programs or programs():
@@ -81,13 +81,16 @@ def jax_hlo(name):
     return jax_candidates.loop_hlo(draw, tpu_samplers.BATCH // CORES, tpu_samplers.VOCAB, tpu_samplers.STEPS)
 
 
-def write_table():
-    lines = []
-    for name in tpu_samplers.SAMPLERS:
+def write_table(names):
+    """Writes the rows of these samplers anew."""
+    table = json.loads(TABLE.read_text())
+    for name in names:
         for layout in tpu_samplers.LAYOUTS:
             program = tpu_compiler.TpuProgram(tpu_samplers.core_program(name, layout).hlo, CORES)
-            lines.append(f'"{name}, {layout}": {json.dumps(program.table())}')
-            print(lines[-1], file=sys.stderr)
+            table[f"{name}, {layout}"] = program.table()
+            print(f"{name}, {layout}: {program.table()}", file=sys.stderr)
+    keys = [f"{name}, {layout}" for name in tpu_samplers.SAMPLERS for layout in tpu_samplers.LAYOUTS]
+    lines = [f"{json.dumps(key)}: {json.dumps(table[key])}" for key in keys if key in table]
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -70,7 +70,9 @@ def cases(vocab, vocab_size=None):
     ids = rng.integers(0, vocab_size or vocab, (BATCH, tpu_samplers.LENGTH)).astype(np.int32)
     spread = [sigma * rng.standard_normal((BATCH, vocab)) for sigma in SIGMAS]
     rounded = np.round(rng.standard_normal((BATCH, vocab)), 1)  # entries by the hundred are equal
-    borders = list(at_borders(vocab_size or vocab, vocab))[: 2 if vocab == tpu_samplers.VOCAB else None]  # slow
+    borders = list(at_borders(vocab_size or vocab, vocab))
+    if vocab == tpu_samplers.VOCAB:
+        borders = borders[:2]  # branches take seconds there
     seeds = [SEED] * (1 + len(borders)) + list(range(SEED + 1, SEED + 2 + len(spread)))
     every = [extreme(vocab, rng), *borders, rounded, *spread]
     return [(logits.astype(np.float32), ids, seed, STREAM) for logits, seed in zip(every, seeds, strict=True)]
