@@ -15,6 +15,8 @@ from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
 from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_while_loop, pad_last, size_of
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
+from gpt_neo_sampling.mesh.xla import is_core_program
+from gpt_neo_sampling.sampling import core_cutoffs
 from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
 _FEW = 128  # entries of a shard that are sorted
@@ -66,6 +68,9 @@ class _MaskOperation(MeshOperation):
         option = spread_rows(lowering, option, logits.shape - self._dim)
         softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x), lowest=float(logits.dtype.min))
         cut = self._find_cut(softmax, option)
+        if isinstance(cut, CoreCut):
+            lowering.set_tensor_lowering(self.outputs[0], self._masked_on_core(rows, x, cut))
+            return
 
         def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
             of_row, pcoord = others[: len(cut.of_row)], others[len(cut.of_row) :]
@@ -93,6 +98,31 @@ class _MaskOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
+    def _masked_on_core(self, rows: ShardedRows, x: LaidOut, cut: "CoreCut") -> LaidOut:
+        def mask(x: tf.Tensor, least: tf.Tensor, last: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
+            of_row, pcoord = others[: len(cut.of_row)], others[len(cut.of_row) :]
+            least, last = tf.reshape(least, [-1, 1]), tf.reshape(last, [-1, 1])
+            key = cut.key(tf.cast(x, tf.float32), *of_row)
+            at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
+            kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
+            fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
+            return rows.from_rows(tf.where_v2(kept, x, tf.cast(fill, x.dtype)))
+
+        return rows.mesh_impl.slicewise(mask, x, cut.least, cut.last, *cut.of_row, *rows.pcoords())
+
+
+class CoreCut(typing.NamedTuple):
+    """A Cut of a core's program, whose ends account for rows without mass and invalid options too.
+
+    least, last: laid-out float32, one number a row.
+    """
+
+    least: LaidOut
+    last: LaidOut
+    key: TensorFunction = lambda x: x
+    of_row: tuple[LaidOut, ...] = ()
+
+
 class Cut(typing.NamedTuple):
     """Entries of a larger key are kept, and of those of the key at the cut the first ones.
 
@@ -118,6 +148,10 @@ class Softmax:
         # Finite in any row: what is invalid shows in the sums, for XLA's maximum passes over NaN.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
         self.top = rows.across_shards(top, "MAX")
+
+    @functools.cached_property
+    def core(self) -> core_cutoffs.CoreRows:
+        return core_cutoffs.CoreRows(self.rows, self.x, self.top)
 
     @functools.cached_property
     def weights(self) -> LaidOut:
@@ -240,6 +274,8 @@ def _rounded_up(x: tf.Tensor) -> tf.Tensor:
 
 def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut:
     """Behind the fewest of the likeliest entries whose mass is at least `mass`."""
+    if is_core_program(softmax.rows.mesh_impl):
+        return CoreCut(*core_cutoffs.nucleus_ends(softmax.core, mass))
     return _cut_at_mass(softmax, mass, softmax.top)
 
 

@@ -1,0 +1,352 @@
+"""Cutoffs of top-p and related masks for the program of a TPU's core.
+
+A TPU has no float64, sorts slowly, and takes long for any kernel. So a cutoff is searched for by cutting a range of
+distances into 16 again and again, and what decides is summed in pairs of float32. Rows that this leaves in doubt, a
+few in a thousand, are decided in emulated float64, one bit after another: slow, but seldom, and small to compile.
+What is kept is what `cutoffs` keeps.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gpt_neo_sampling._compat import tf
+from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.mesh import xla
+from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop, size_of
+from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, fast_sum, sum_across
+from gpt_neo_sampling.sampling import float_pairs
+from gpt_neo_sampling.sampling.float_pairs import PAIR_ERROR_BOUND, Pair
+
+_FIRST_BORDERS = [2.0 ** (n / 2) for n in range(-4, 11)]  # of distances, from 1/4 to 32
+_FARTHEST_BORDER = 64.0  # beyond which no entry has mass to speak of
+_WAYS = 16  # into which a range is cut
+_NOTHING = 1e-30  # a mass that the first entry reaches
+EXP_ERROR_BOUND = 2e-6  # of float32 weights, and a compensated sum of them
+_LOWEST, _HIGHEST = -(2**31), 2**31 - 1
+_INDEX_OF_ALL = float(2**24)  # above any index
+
+
+class CoreRows:
+    """Rows of a core as [rows, a, b], which fill its registers, and numbers of rows as [rows, 1, 1]."""
+
+    def __init__(self, rows: ShardedRows, x: LaidOut, top: LaidOut) -> None:
+        """x: laid-out float32 [rows, entries]; top: laid-out float32 [rows, 1], the largest entry, finite."""
+        self.rows, self.mesh_impl, self.flat, self.flat_top = rows, rows.mesh_impl, x, top
+        self.slicewise = rows.mesh_impl.slicewise
+        self.x, self.top = self.slicewise(_folded, x), self.of_rows(top)
+
+    def of_rows(self, x: LaidOut) -> LaidOut:
+        return self.slicewise(lambda x: tf.reshape(x, [-1, 1, 1]), x)
+
+    def summed(self, parts: Sequence[LaidOut]) -> list[LaidOut]:
+        return [self.rows.across_shards(p, "SUM") for p in parts]
+
+    def gathered(self, parts: Sequence[LaidOut]) -> list[LaidOut]:
+        """Laid-out [rows, 1, 1], finite, as [shards, rows, 1, 1]."""
+        axis = self.rows.mesh_axis
+        if axis is None:
+            return self.slicewise(lambda *parts: tuple(p[tf.newaxis] for p in parts), *parts)
+        n_shards = self.mesh_impl.shape[axis].size
+        at = np.arange(n_shards, dtype=np.int32)[:, np.newaxis, np.newaxis, np.newaxis]
+
+        def place(pcoord: tf.Tensor, *parts: tf.Tensor) -> list[tf.Tensor]:
+            return tuple(tf.where_v2(tf.equal(at, pcoord), p[tf.newaxis], 0.0) for p in parts)
+
+        placed = self.slicewise(place, self.mesh_impl.laid_out_pcoord(axis), *parts)
+        return self.summed(placed)
+
+    def any_of(self, flags: LaidOut) -> tf.Tensor:
+        """A scalar above 0.5 where any of the float32 flags is set, over the whole mesh."""
+        flags = self.mesh_impl.slicewise(tf.reduce_sum, flags)
+        return self.mesh_impl.allreduce(flags, list(range(self.mesh_impl.ndims)), "SUM").to_laid_out_tensor().one_slice
+
+
+def _folded(x: tf.Tensor) -> tf.Tensor:
+    """[rows, entries] as [rows, a, b]: 128 numbers to a line, where rows are too few to fill a register's 8 lines."""
+    n_rows, size = x.shape.as_list()
+    if n_rows >= 8 or size % 128:
+        return x[:, tf.newaxis]
+    return xla.kept_together(tf.reshape(x, [n_rows, -1, 128]))[0]
+
+
+def _sums(parts: Sequence[tf.Tensor], pairs: Sequence[Pair] = ()) -> tuple[tf.Tensor, ...]:
+    """Sums [rows, 1, 1] of several [rows, a, b], then those of pairs of them, high and low, in one kernel."""
+    n, flat = len(parts), [part for pair in pairs for part in pair]
+
+    def combine(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tuple[tf.Tensor, ...]:
+        sums = [float_pairs.add(a[i : i + 2], b[i : i + 2]) for i in range(n, len(a), 2)]
+        return *(x + y for x, y in zip(a[:n], b[:n])), *(part for pair in sums for part in pair)
+
+    sums = xla.reduce_together([*parts, *flat], [0] * (n + len(flat)), [1, 2], combine)
+    return tuple(tf.reshape(s, [-1, 1, 1]) for s in sums)
+
+
+def _joined(high: tf.Tensor, low: tf.Tensor) -> Pair:
+    """The sum of pairs [shards, …]."""
+    return functools.reduce(float_pairs.add, list(zip(tf.unstack(high), tf.unstack(low), strict=True)))
+
+
+# --- Cuts by mass ----------------------------------------------------------------------------------
+
+
+def distance_of(x: tf.Tensor, top: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
+    """Of an entry from the top, or from the mean: a pair."""
+    if not mean:
+        return top - x
+    high, low = float_pairs.two_sum(tf.maximum(x, tf.float32.min), -mean[0])
+    return tf.abs(high + (low - mean[1]))
+
+
+def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, LaidOut]:
+    """Where a `cutoffs.Cut` lies behind the fewest entries, nearest first, whose mass is at least `mass`.
+
+    Args:
+      core: CoreRows.
+      mass: laid-out float32 [rows, 1], a part of the total; NaN makes a row invalid.
+      mean: nothing, where the nearest entries are the largest; or laid-out float32 [rows, 1], the high and the low part
+        of the number that they are nearest to.
+
+    Returns:
+      (ends, in_doubt): laid-out float32 [rows, 2], and [rows, 1, 1], 1.0 where the ends may be wrong.
+    """
+    slicewise, mass = core.slicewise, core.of_rows(mass)
+    x, top, mean = core.x, core.top, [core.of_rows(m) for m in mean]
+
+    def first_sums(x: tf.Tensor, top: tf.Tensor, *mean: tf.Tensor) -> list[tf.Tensor]:
+        valid = x < np.inf
+        weights = tf.where_v2(valid, tf.exp(tf.minimum(x - top, 0.0)), 0.0)
+        distance = distance_of(x, top, *mean)
+        parts = [tf.where_v2(distance < border, weights, 0.0) for border in _FIRST_BORDERS]
+        return _sums([*parts, weights, tf.where_v2(valid, 0.0, 1.0)])
+
+    def first_range(mass: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        *sums, total, invalid = sums
+        wanted = tf.maximum(mass * total, _NOTHING)
+        zero = tf.zeros_like(total)
+        found = _range_reached(_FIRST_BORDERS, sums, wanted, zero, zero + _FARTHEST_BORDER, zero, total)
+        return invalid, wanted, *found
+
+    sums = core.summed(slicewise(first_sums, x, top, *mean))
+    invalid, wanted, *found = slicewise(first_range, mass, *sums)
+
+    def part_sums(
+        borders: Sequence[int], x: tf.Tensor, top: tf.Tensor, origin: tf.Tensor, scale: tf.Tensor, *mean: tf.Tensor,
+        start: tf.Tensor | None = None, with_pairs: bool = False,
+    ) -> list[tf.Tensor]:  # fmt: skip
+        """Sums up to each border, in steps of 1/scale from the origin, of what is not ahead of the start."""
+        distance = distance_of(x, top, *mean)
+        pairs, weights = [], tf.exp(x - top)
+        if with_pairs:
+            precise = float_pairs.exp_of_minus(top - x)
+            pairs = [precise, tuple(tf.where_v2(distance < start, p, 0.0) for p in precise)]
+        if start is not None:
+            weights = tf.where_v2(distance >= start, weights, 0.0)
+        steps = (distance - origin) * scale
+        return _sums([tf.where_v2(steps < float(border), weights, 0.0) for border in borders], pairs)
+
+    # Into 16 equal parts.
+
+    inner = range(1, _WAYS)
+
+    def scale_of(begin: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
+        return _WAYS / (end - begin)
+
+    def window(wanted, begin, end, low, high):
+        """(origin, scale) of the quarter of the range where an even density has the border, cut into 16."""
+        width = end - begin
+        at = (wanted - low) / tf.maximum(high - low, _NOTHING)
+        origin = begin + width * tf.clip_by_value(at - 0.125, 0.0, 0.75)
+        return origin, 4 * _WAYS / width
+
+    def second(wanted, begin, end, low, high, *sums):
+        borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
+        found = _range_reached(borders, sums, wanted, begin, end, low, high)
+        return *found[:2], *window(wanted, *found)
+
+    scale = slicewise(scale_of, *found[:2])
+    sums = slicewise(functools.partial(part_sums, inner), x, top, found[0], scale, *mean)
+    start, end, origin, scale = slicewise(second, wanted, *found, *core.summed(sums))
+
+    # In the window; and what is ahead of it, in pairs, leaves little to be reached in it.
+
+    outer = range(_WAYS + 1)
+
+    def third_sums(x, top, start, origin, scale, *mean):
+        return part_sums(outer, x, top, origin, scale, *mean, start=start, with_pairs=True)
+
+    def third(mass, start, end, origin, scale, *sums):
+        sums, (total, ahead) = sums[:-4], (_joined(*sums[-4:-2]), _joined(*sums[-2:]))
+        wanted = float_pairs.add(float_pairs.times(total, mass), float_pairs.negative(ahead))
+        borders = [origin + float(i) / scale for i in outer]
+        zero = tf.zeros_like(start)
+        begin, end, *_ = _range_reached(borders, sums, wanted[0] + wanted[1], start, end, zero, zero)
+        return total[0], *wanted, begin, end, scale_of(begin, end)
+
+    sums = slicewise(third_sums, x, top, start, origin, scale, *mean)
+    sums, pairs = core.summed(sums[:-4]), core.gathered(sums[-4:])
+    total, *wanted, begin, end, scale = slicewise(third, mass, start, end, origin, scale, *sums, *pairs)
+
+    # Twice more into 16 equal parts.
+
+    def later_sums(x, top, start, begin, scale, *mean):
+        return part_sums(inner, x, top, begin, scale, *mean, start=start)
+
+    def later(high, low, begin, end, *sums):
+        borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
+        zero = tf.zeros_like(begin)
+        begin, end, *_ = _range_reached(borders, sums, high + low, begin, end, zero, zero)
+        return begin, end, scale_of(begin, end)
+
+    for _ in range(2):
+        sums = core.summed(slicewise(later_sums, x, top, start, begin, scale, *mean))
+        begin, end, scale = slicewise(later, *wanted, begin, end, *sums)
+
+    # The few entries that are left.
+
+    def few(x, top, start, begin, end, *mean):
+        distance, zero = distance_of(x, top, *mean), tf.zeros_like(x)
+        if mean:
+            begin, end = begin - _slack(begin), end + _slack(end)
+        before = tf.logical_and(distance >= start, distance < begin)
+        inside = tf.logical_and(distance >= begin, distance < end)
+        found = xla.reduce_together(
+            [tf.where_v2(before, tf.exp(x - top), 0.0), zero, tf.where_v2(inside, 1.0, zero),
+             tf.where_v2(inside, x, tf.float32.min), tf.where_v2(inside, -x, tf.float32.min)],
+            [0, 0, 0, tf.float32.min, tf.float32.min], [1, 2],
+            lambda a, b: (*float_pairs.add(a[:2], b[:2]), a[2] + b[2], tf.maximum(a[3], b[3]), tf.maximum(a[4], b[4])),
+        )  # fmt: skip
+        return tuple(tf.reshape(f, [-1, 1, 1]) for f in found)
+
+    def decide(mass, top, invalid, total, high, low, start, begin, before, more, count, largest, smallest, *mean):
+        before = before + more
+        largest, smallest = (functools.reduce(tf.maximum, tf.unstack(t)) for t in (largest, smallest))
+        near, far = largest, -smallest
+        near_distance, far_distance = (distance_of(t, top, *mean) for t in (near, far))
+        if mean:
+            swap = far_distance < near_distance
+            near, far = tf.where_v2(swap, far, near), tf.where_v2(swap, near, far)
+            near_distance, far_distance = tf.minimum(near_distance, far_distance), tf.maximum(near_distance, far_distance)
+        of_near, of_far = tf.exp(near - top), tf.exp(far - top)
+        rest = (high - before) + low
+        bound = 2 * PAIR_ERROR_BOUND * total + EXP_ERROR_BOUND * (before + of_near)
+        is_first = tf.logical_and(start <= 0, before <= 0)
+        begins = tf.logical_and(count > 0, tf.logical_or(is_first, rest > bound))
+        ends_at_near = rest + bound < of_near
+        needs_far = rest - bound > of_near
+        of_all = count * of_near
+        last_of_equal = tf.logical_and(rest - bound > of_all - of_near, rest + bound < of_all * (1 - EXP_ERROR_BOUND))
+        equal = tf.equal(near, far)
+        clear_equal = tf.logical_and(equal, tf.logical_or(last_of_equal, tf.logical_and(count < 2, ends_at_near)))
+        of_two = tf.logical_and(needs_far, rest + bound < (of_near + of_far) * (1 - EXP_ERROR_BOUND))
+        clear_two = tf.logical_and(tf.equal(count, 2.0), tf.logical_or(ends_at_near, of_two))
+        if mean:
+            clear_two = tf.logical_and(clear_two, far_distance - near_distance > _slack(far_distance))
+            begins = tf.logical_and(begins, tf.logical_or(start <= 0, begin - _slack(begin) > start))
+        clear_two = tf.logical_and(clear_two, tf.logical_not(equal))
+        clear = tf.logical_and(begins, tf.logical_or(clear_equal, clear_two))
+        has_mass = total > 0
+        settled = tf.logical_or(tf.logical_not(mass < 1), tf.logical_or(invalid > 0, tf.logical_not(has_mass)))
+        least = tf.where_v2(tf.logical_and(tf.logical_not(equal), needs_far), far, near)
+        if mean:
+            least = -distance_of(least, top, *mean)
+        ends = _finished(least, tf.fill(tf.shape(least), np.float32(np.inf)), mass, mass < 1, invalid > 0, has_mass)
+        return xla.kept_together(*ends, tf.where_v2(tf.logical_or(clear, settled), 0.0, 1.0))
+
+    *sums, largest, smallest = slicewise(few, x, top, start, begin, end, *mean)
+    found = *core.summed(sums), *core.gathered([largest, smallest])
+    least, last, in_doubt = slicewise(decide, mass, top, invalid, total, *wanted, start, begin, *found, *mean)
+    return [least, last], in_doubt
+
+
+def _range_reached(borders, sums, wanted, begin, end, low, high) -> tuple[tf.Tensor, ...]:
+    """(begin, end, low, high): between which borders, and sums up to there, what is wanted is reached."""
+    for border, part in zip(borders, sums, strict=True):
+        short = part < wanted
+        begin, low = tf.where_v2(short, border, begin), tf.where_v2(short, part, low)
+    for border, part in reversed(list(zip(borders, sums, strict=True))):
+        short = part < wanted
+        end, high = tf.where_v2(short, end, border), tf.where_v2(short, high, part)
+    return begin, end, low, high
+
+
+def _slack(distance: tf.Tensor) -> tf.Tensor:
+    """How far apart distances may be that lie in this order, but in the other one from another, as exact, mean."""
+    return distance * 2.0**-22 + 2.0**-26
+
+
+def _finished(least, last, option, has_cut, invalid, has_mass) -> list[tf.Tensor]:
+    keeps_all = tf.logical_not(tf.logical_and(has_cut, has_mass))
+    least, last = tf.where_v2(keeps_all, -np.inf, least), tf.where_v2(keeps_all, np.inf, last)
+    return [tf.where_v2(tf.logical_or(invalid, tf.is_nan(option)), np.nan, least), last]
+
+
+# --- What is in doubt, in float64 ------------------------------------------------------
+
+
+def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> list[LaidOut]:
+    """The ends of `mass_ends`, by float64 sums: the key at the cut is found bit by bit, and then the index."""
+    rows, slicewise, x, top = core.rows, core.slicewise, core.flat, core.flat_top
+
+    def key_of(x: tf.Tensor, top: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
+        """int32, larger for nearer entries; NaN is that of an invalid row."""
+        x = -distance_of(x, top, *mean) if mean else x
+        bits = tf.bitcast(x, tf.int32)
+        return tf.where_v2(bits < 0, _LOWEST - bits, bits)
+
+    def mid(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
+        differing = tf.bitwise.right_shift(tf.bitwise.bitwise_xor(low, high), tf.constant(1))
+        return tf.bitwise.bitwise_and(low, high) + differing
+
+    def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
+        return xla.kept_together(tf.exp(tf.cast(x - top, tf.float64)))[0]
+
+    keys, weights = slicewise(key_of, x, top, *mean), slicewise(weights_of, x, top)
+    total = sum_across(rows, slicewise(fast_sum, weights))
+    wanted = slicewise(lambda total, mass: tf.maximum(total * tf.cast(mass, tf.float64), _NOTHING), total, mass)
+
+    def trial(step, low, high, before, last):
+        """(key, index): all nearer entries are counted, and those of that key up to the index."""
+        by_key = step < 32
+        return tf.where_v2(by_key, mid(low, high), high), tf.where_v2(by_key, -1, mid(before, last))
+
+    def body(step: tf.Tensor, *found: LaidOut):
+        def part(keys, weights, low, high, before, last, *pcoord):
+            key, index = trial(step, low, high, before, last)
+            is_last = tf.logical_and(tf.equal(keys, key), rows.entry_numbers(*pcoord) <= index)
+            counted = tf.logical_or(keys > key, is_last)
+            return fast_sum(tf.where_v2(counted, weights, tf.zeros_like(weights)))
+
+        def choose(sums, wanted, low, high, before, last):
+            key, index = trial(step, low, high, before, last)
+            by_key, short = step < 32, sums < wanted
+            low = tf.where_v2(tf.logical_and(by_key, tf.logical_not(short)), key, low)
+            high = tf.where_v2(tf.logical_and(by_key, short), key, high)
+            before = tf.where_v2(tf.logical_and(tf.logical_not(by_key), short), index, before)
+            last = tf.where_v2(tf.logical_or(by_key, short), last, index)
+            return low, high, before, last
+
+        sums = sum_across(rows, slicewise(part, keys, weights, *found, *rows.pcoords()))
+        return step + 1, *slicewise(choose, sums, wanted, *found)
+
+    def start(top: tf.Tensor):
+        whole = tf.zeros_like(top, tf.int32)
+        return whole + _LOWEST, whole + _HIGHEST, whole - 1, whole + (rows.size - 1)
+
+    n_steps = 32 + (rows.size - 1).bit_length()
+    loop = (tf.constant(0), *slicewise(start, top))
+    _, _, key, _, last = laid_out_while_loop(core.mesh_impl, lambda step, *_: step < n_steps, body, loop)
+
+    def finish(key, last, mass, total):
+        least, last = tf.bitcast(tf.where_v2(key < 0, _LOWEST - key, key), tf.float32), tf.cast(last, tf.float32)
+        ends = _finished(least, last, mass, mass < 1, tf.is_nan(total), total > 0)
+        return tuple(tf.reshape(end, [-1, 1, 1]) for end in ends)
+
+    return list(slicewise(finish, key, last, mass, total))
+
+
+def nucleus_ends(core: CoreRows, mass: LaidOut) -> list[LaidOut]:
+    """Of a cut behind the fewest of the likeliest entries whose mass is at least `mass`."""
+    ends, in_doubt = mass_ends(core, mass)
+    return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), lambda: exact_mass_ends(core, mass), lambda: ends)
