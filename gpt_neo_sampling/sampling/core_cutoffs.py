@@ -19,20 +19,23 @@ from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, fast_sum, sum_across
 from gpt_neo_sampling.sampling import float_pairs
 from gpt_neo_sampling.sampling.float_pairs import PAIR_ERROR_BOUND, Pair
 
-_FIRST_BORDERS = [2.0 ** (n / 2) for n in range(-4, 11)]  # of distances, from 1/4 to 32
+# Of distances: 1/4, 3/8, 1/2, 3/4 … 32. The ranges between them are powers of two, and so are all parts of them that are
+# looked at: their borders have no rounding, and neither has what is nearer to a border than its own last bit.
+_FIRST_BORDERS = [factor * 2.0**n for n in range(-2, 5) for factor in (1.0, 1.5)] + [32.0]
 _FARTHEST_BORDER = 64.0  # beyond which no entry has mass to speak of
 _WAYS = 16  # into which a range is cut
 _NOTHING = 1e-30  # a mass that the first entry reaches
 EXP_ERROR_BOUND = 2e-6  # of float32 weights, and a compensated sum of them
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
-_INDEX_OF_ALL = float(2**24)  # above any index
 
 
 class CoreRows:
     """Rows of a core as [rows, a, b], which fill its registers, and numbers of rows as [rows, 1, 1]."""
 
-    def __init__(self, rows: ShardedRows, x: LaidOut, top: LaidOut) -> None:
-        """x: laid-out float32 [rows, entries]; top: laid-out float32 [rows, 1], the largest entry, finite."""
+    def __init__(self, rows: ShardedRows, x: LaidOut, top: LaidOut, lowest: float) -> None:
+        """x: laid-out float32 [rows, entries]; top: laid-out float32 [rows, 1], the largest entry, finite; lowest: what
+        masked entries may be."""
+        self.lowest = lowest
         self.rows, self.mesh_impl, self.flat, self.flat_top = rows, rows.mesh_impl, x, top
         self.slicewise = rows.mesh_impl.slicewise
         self.x, self.top = self.slicewise(_folded, x), self.of_rows(top)
@@ -157,8 +160,8 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         """(origin, scale) of the quarter of the range where an even density has the border, cut into 16."""
         width = end - begin
         at = (wanted - low) / tf.maximum(high - low, _NOTHING)
-        origin = begin + width * tf.clip_by_value(at - 0.125, 0.0, 0.75)
-        return origin, 4 * _WAYS / width
+        first = tf.clip_by_value(tf.floor(at * (4 * _WAYS)) - _WAYS / 2, 0.0, 3.0 * _WAYS)
+        return begin + width * (first * (0.25 / _WAYS)), 4 * _WAYS / width
 
     def second(wanted, begin, end, low, high, *sums):
         borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
@@ -230,15 +233,19 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
             near_distance, far_distance = tf.minimum(near_distance, far_distance), tf.maximum(near_distance, far_distance)
         of_near, of_far = tf.exp(near - top), tf.exp(far - top)
         rest = (high - before) + low
+        precise = float_pairs.exp_of_minus(top - near)
+        needed = rest / precise[0]
         bound = 2 * PAIR_ERROR_BOUND * total + EXP_ERROR_BOUND * (before + of_near)
         is_first = tf.logical_and(start <= 0, before <= 0)
         begins = tf.logical_and(count > 0, tf.logical_or(is_first, rest > bound))
         ends_at_near = rest + bound < of_near
         needs_far = rest - bound > of_near
-        of_all = count * of_near
-        last_of_equal = tf.logical_and(rest - bound > of_all - of_near, rest + bound < of_all * (1 - EXP_ERROR_BOUND))
+        # of equal ones the first, as many as are needed
+        whole = tf.math.ceil(needed)
+        off = bound / tf.maximum(of_near, _NOTHING) + needed * 2.0**-21
+        clear_number = tf.logical_and(whole - needed > off, tf.logical_or(needed - (whole - 1) > off, is_first & (whole < 2)))
         equal = tf.equal(near, far)
-        clear_equal = tf.logical_and(equal, tf.logical_or(last_of_equal, tf.logical_and(count < 2, ends_at_near)))
+        clear_equal = tf.logical_and(equal, tf.logical_and(clear_number, whole <= count))
         of_two = tf.logical_and(needs_far, rest + bound < (of_near + of_far) * (1 - EXP_ERROR_BOUND))
         clear_two = tf.logical_and(tf.equal(count, 2.0), tf.logical_or(ends_at_near, of_two))
         if mean:
@@ -246,18 +253,51 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
             begins = tf.logical_and(begins, tf.logical_or(start <= 0, begin - _slack(begin) > start))
         clear_two = tf.logical_and(clear_two, tf.logical_not(equal))
         clear = tf.logical_and(begins, tf.logical_or(clear_equal, clear_two))
-        has_mass = total > 0
+        has_mass = tf.logical_and(total > 0, top > core.lowest)
         settled = tf.logical_or(tf.logical_not(mass < 1), tf.logical_or(invalid > 0, tf.logical_not(has_mass)))
         least = tf.where_v2(tf.logical_and(tf.logical_not(equal), needs_far), far, near)
         if mean:
             least = -distance_of(least, top, *mean)
-        ends = _finished(least, tf.fill(tf.shape(least), np.float32(np.inf)), mass, mass < 1, invalid > 0, has_mass)
+        whole = tf.where_v2(tf.logical_and(equal, whole < count), tf.maximum(whole, 1.0), np.inf)
+        ends = _finished(least, whole, mass, mass < 1, invalid > 0, has_mass)
         return xla.kept_together(*ends, tf.where_v2(tf.logical_or(clear, settled), 0.0, 1.0))
 
     *sums, largest, smallest = slicewise(few, x, top, start, begin, end, *mean)
     found = *core.summed(sums), *core.gathered([largest, smallest])
-    least, last, in_doubt = slicewise(decide, mass, top, invalid, total, *wanted, start, begin, *found, *mean)
-    return [least, last], in_doubt
+    least, number, in_doubt = slicewise(decide, mass, top, invalid, total, *wanted, start, begin, *found, *mean)
+    return [least, number], in_doubt
+
+
+def _index_of_last(core: CoreRows, least: LaidOut, number: LaidOut, *mean: LaidOut) -> LaidOut:
+    """The index of the last of so many entries of the key at the cut; +inf for all of them, where `number` is."""
+    mean = [core.of_rows(m) for m in mean]
+
+    def sums(x, top, least, begin, step, *others):
+        mean, pcoord = others[: len(mean_parts)], others[len(mean_parts) :]
+        key = -distance_of(x, top, *mean) if mean else x
+        at = tf.reshape(tf.cast(core.rows.entry_numbers(*pcoord), tf.float32), [1, *x.shape.as_list()[1:]])
+        is_tie = tf.where_v2(tf.equal(key, least), 1.0, 0.0)
+        parts = (at - begin) * (1 / step)
+        return _sums([tf.where_v2(parts < float(i), is_tie, 0.0) for i in range(1, _WAYS)])
+
+    def narrower(number, begin, step, *sums):
+        return begin + step * sum(tf.where_v2(s < number, 1.0, 0.0) for s in sums)
+
+    mean_parts = mean
+    begin = core.slicewise(tf.zeros_like, number)
+    n_steps = -(-(core.rows.size - 1).bit_length() // 4)
+
+    def body(step, begin):
+        counts = core.summed(core.slicewise(functools.partial(_with_step, sums, step), core.x, core.top, least, begin, *mean, *core.rows.pcoords()))
+        return step / _WAYS, core.slicewise(lambda n, b, *s: narrower(n, b, step, *s), number, begin, *counts)
+
+    start = tf.constant(float(_WAYS ** (n_steps - 1))), begin
+    _, begin = laid_out_while_loop(core.mesh_impl, lambda step, _: step > 0.5, body, start)
+    return core.slicewise(lambda begin, number: tf.where_v2(number < np.inf, begin, np.inf), begin, number)
+
+
+def _with_step(sums, step, x, top, least, begin, *others):
+    return sums(x, top, least, begin, step, *others)
 
 
 def _range_reached(borders, sums, wanted, begin, end, low, high) -> tuple[tf.Tensor, ...]:
@@ -285,7 +325,7 @@ def _finished(least, last, option, has_cut, invalid, has_mass) -> list[tf.Tensor
 # --- What is in doubt, in float64 ------------------------------------------------------
 
 
-def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> list[LaidOut]:
+def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, ...]:
     """The ends of `mass_ends`, by float64 sums: the key at the cut is found bit by bit, and then the index."""
     rows, slicewise, x, top = core.rows, core.slicewise, core.flat, core.flat_top
 
@@ -338,15 +378,150 @@ def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> list[LaidO
     loop = (tf.constant(0), *slicewise(start, top))
     _, _, key, _, last = laid_out_while_loop(core.mesh_impl, lambda step, *_: step < n_steps, body, loop)
 
-    def finish(key, last, mass, total):
+    def finish(key, last, mass, total, top):
         least, last = tf.bitcast(tf.where_v2(key < 0, _LOWEST - key, key), tf.float32), tf.cast(last, tf.float32)
-        ends = _finished(least, last, mass, mass < 1, tf.is_nan(total), total > 0)
+        ends = _finished(least, last, mass, mass < 1, tf.is_nan(total), tf.logical_and(total > 0, top > core.lowest))
         return tuple(tf.reshape(end, [-1, 1, 1]) for end in ends)
 
-    return list(slicewise(finish, key, last, mass, total))
+    return slicewise(finish, key, last, mass, total, top)
 
 
-def nucleus_ends(core: CoreRows, mass: LaidOut) -> list[LaidOut]:
+def nucleus_ends(core: CoreRows, mass: LaidOut) -> tuple[LaidOut, ...]:
     """Of a cut behind the fewest of the likeliest entries whose mass is at least `mass`."""
-    ends, in_doubt = mass_ends(core, mass)
-    return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), lambda: exact_mass_ends(core, mass), lambda: ends)
+    (least, number), in_doubt = mass_ends(core, mass)
+    return _settled(core, in_doubt, lambda: exact_mass_ends(core, mass), least, number)
+
+
+def _settled(
+    core: CoreRows, in_doubt: LaidOut, exact: Callable[[], Sequence[LaidOut]], least: LaidOut, number: LaidOut, *mean: LaidOut
+) -> tuple[LaidOut, ...]:
+    """(least, last, …): those of `exact` where a row is in doubt; else as found, with the index of the last tie."""
+
+    def split(number: tf.Tensor) -> tf.Tensor:
+        return tf.where_v2(number < np.inf, 1.0, 0.0)
+
+    splits = core.any_of(core.slicewise(split, number))
+    last = laid_out_cond(core.mesh_impl, splits, lambda: _index_of_last(core, least, number, *mean), lambda: number)
+    return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), exact, lambda: (least, last, *mean))
+
+
+def typical_key(x: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
+    """Larger for entries nearer to the mean."""
+    return -distance_of(x, x, *mean)
+
+
+def typical_ends(core: CoreRows, mass: LaidOut) -> tuple[LaidOut, ...]:
+    """Of a cut behind the fewest entries, nearest to the mean first; then the mean's two parts, [rows, 1]."""
+
+    def sums(x: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        weights, depth = float_pairs.exp_of_minus(top - x), tf.minimum(top - x, _FAR)
+        return _sums([], [weights, float_pairs.times(weights, depth)])
+
+    def mean_of(top: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        depth = float_pairs.quotient(_joined(*sums[2:]), _joined(*sums[:2]))
+        near = tf.abs(depth[0] - _NO_DEPTH) < 1e-11
+        depth = [tf.where_v2(depth[0] >= _NO_DEPTH, d, 0.0) for d in depth]
+        high, low = float_pairs.add((top, tf.zeros_like(top)), float_pairs.negative((depth[0], depth[1])))
+        high, low = float_pairs.two_sum(high, low)
+        return *(tf.reshape(t, [-1, 1]) for t in (high, low)), tf.where_v2(near, 1.0, 0.0)
+
+    def exact() -> tuple[LaidOut, ...]:
+        mean = _exact_mean(core)
+        return *exact_mass_ends(core, mass, *mean), *mean
+
+    *mean, uncertain = core.slicewise(mean_of, core.top, *core.gathered(core.slicewise(sums, core.x, core.top)))
+    (least, number), in_doubt = mass_ends(core, mass, *mean)
+    in_doubt = core.slicewise(tf.maximum, in_doubt, uncertain)
+    return _settled(core, in_doubt, exact, least, number, *mean)
+
+
+_NO_DEPTH = 2.0**-20  # a mean less than this below the largest is taken to equal it
+_FAR = 1000.0  # a distance at which there is no mass
+
+
+def _exact_mean(core: CoreRows) -> tuple[LaidOut, ...]:
+    """Laid-out float32 [rows, 1]: two parts of the mean, by float64 sums."""
+
+    def sums(x: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        weights = xla.kept_together(tf.exp(tf.cast(x - top, tf.float64)))[0]
+        return fast_sum(weights), fast_sum(weights * tf.cast(tf.minimum(top - x, _FAR), tf.float64))
+
+    def mean_of(top: tf.Tensor, total: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        depth = tf.math.divide_no_nan(depth, total)
+        mean = tf.cast(top, tf.float64) - tf.where_v2(depth < _NO_DEPTH, tf.zeros_like(depth), depth)
+        high = tf.cast(mean, tf.float32)
+        return high, tf.cast(mean - tf.cast(high, tf.float64), tf.float32)
+
+    total, depth = (sum_across(core.rows, t) for t in core.slicewise(sums, core.flat, core.flat_top))
+    return core.slicewise(mean_of, core.flat_top, total, depth)
+
+
+# --- Cuts by probability -------------------------------------------------------------------------
+
+
+def depth_ends(core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str = "") -> tuple[LaidOut, ...]:
+    """Where a cut lies at a depth below the largest entry, which itself stays.
+
+    Args:
+      core: CoreRows.
+      option: laid-out float32 [rows, 1]; 0 is no cut, NaN makes a row invalid.
+      depth_of: a function of −log option, and of log total and the mean depth if these are looked at, to a pair.
+      looks_at: "", "total" or "mean".
+
+    Returns:
+      (least, last, in_doubt): laid-out float32, one number a row.
+    """
+    slicewise, option = core.slicewise, core.of_rows(option)
+
+    def sums(x: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        weights, depth = float_pairs.exp_of_minus(top - x), tf.minimum(top - x, _FAR)
+        return _sums([], [weights] + ([float_pairs.times(weights, depth)] if looks_at == "mean" else []))
+
+    def border(option: tf.Tensor, top: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        known = []
+        if sums:
+            total = _joined(*sums[:2])
+            known.append(float_pairs.log_of(total))
+        if len(sums) > 2:
+            known.append(float_pairs.quotient(_joined(*sums[2:]), total))
+        depth = depth_of(float_pairs.minus_log(option), *known)
+        depth = [tf.where_v2(depth[0] > 0, d, 0.0) for d in depth]
+        high, low = float_pairs.add((top, tf.zeros_like(top)), float_pairs.negative((depth[0], depth[1])))
+        high, low = float_pairs.two_sum(high, low)
+        return high, low, 4 * PAIR_ERROR_BOUND * (1.0 + depth[0]) + tf.abs(top) * 2.0**-44
+
+    def look(x: tf.Tensor, top: tf.Tensor, high: tf.Tensor, low: tf.Tensor, bound: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        near = tf.logical_and(tf.abs((x - high) - low) <= bound, tf.not_equal(x, top))
+        flags = near, tf.logical_not(x < np.inf), x >= top
+        return _sums([tf.where_v2(flag, 1.0, tf.zeros_like(x)) for flag in flags])
+
+    def finish(option, top, high, low, near, invalid, tops):
+        above = tf.bitcast(tf.bitcast(high, tf.int32) + tf.where_v2(high > 0, 1, -1), tf.float32)
+        above = tf.where_v2(tf.equal(high, 0.0), np.float32(2.0**-126), above)
+        least = tf.minimum(tf.where_v2(low > 0, above, high), top)
+        has_mass = tf.logical_and(tops > 0, top > core.lowest)
+        ends = _finished(least, tf.fill(tf.shape(least), np.float32(np.inf)), option, option > 0, invalid > 0, has_mass)
+        doubt = tf.logical_or(near > 0, option < 1e-36)  # whose logarithm is not a pair's
+        doubt = tf.logical_and(doubt, tf.logical_and(option > 0, tf.logical_and(has_mass, tf.equal(invalid, 0.0))))
+        return xla.kept_together(*ends, tf.where_v2(doubt, 1.0, 0.0))
+
+    totals = core.gathered(slicewise(sums, core.x, core.top)) if looks_at else []
+    high, low, bound = slicewise(border, option, core.top, *totals)
+    found = core.summed(slicewise(look, core.x, core.top, high, low, bound))
+    return slicewise(finish, option, core.top, high, low, *found)
+
+
+def probability_ends(
+    core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str, exact: Callable[[], LaidOut]
+) -> tuple[LaidOut, ...]:
+    """(least, last) of `depth_ends`; where that is in doubt, those of `exact`, a Cut's ends [rows, 2]."""
+
+    def finish(ends: tf.Tensor, option: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        least, last, option, top = (tf.reshape(t, [-1, 1, 1]) for t in (*tf.split(ends, 2, -1), option, top))
+        return tuple(_finished(least, last, option, option > 0, tf.is_nan(least), top > core.lowest))
+
+    def settle() -> tuple[LaidOut, ...]:
+        return core.slicewise(finish, exact(), option, core.flat_top)
+
+    least, last, in_doubt = depth_ends(core, option, depth_of, looks_at)
+    return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), settle, lambda: (least, last))

@@ -16,7 +16,8 @@ from gpt_neo_sampling._types import LaidOut, TensorFunction
 from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_while_loop, pad_last, size_of
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
 from gpt_neo_sampling.mesh.xla import is_core_program
-from gpt_neo_sampling.sampling import core_cutoffs
+from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
+from gpt_neo_sampling.sampling.float_pairs import Pair
 from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
 _FEW = 128  # entries of a shard that are sorted
@@ -151,7 +152,7 @@ class Softmax:
 
     @functools.cached_property
     def core(self) -> core_cutoffs.CoreRows:
-        return core_cutoffs.CoreRows(self.rows, self.x, self.top)
+        return core_cutoffs.CoreRows(self.rows, self.x, self.top, self.lowest)
 
     @functools.cached_property
     def weights(self) -> LaidOut:
@@ -192,6 +193,15 @@ def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
 
 def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
     """At min_p times the largest probability."""
+    if is_core_program(softmax.rows.mesh_impl):
+        ends = core_cutoffs.probability_ends(
+            softmax.core, min_p, lambda minus_log: minus_log, "", lambda: _min_p_cut(softmax, min_p).ends
+        )
+        return CoreCut(*ends)
+    return _min_p_cut(softmax, min_p)
+
+
+def _min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
     mesh_impl, rows = softmax.rows.mesh_impl, softmax.rows
     invalid = rows.across_shards(mesh_impl.slicewise(lambda x: has_invalid(x, keepdims=True), softmax.x), "MAX")
 
@@ -205,6 +215,16 @@ def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
 def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
     """At probability ε."""
 
+    def pair(minus_log: Pair, log_total: Pair) -> Pair:
+        return float_pairs.add(minus_log, float_pairs.negative(log_total))
+
+    if is_core_program(softmax.rows.mesh_impl):
+        exact = lambda: _epsilon_cut(softmax, epsilon).ends  # noqa: E731
+        return CoreCut(*core_cutoffs.probability_ends(softmax.core, epsilon, pair, "total", exact))
+    return _epsilon_cut(softmax, epsilon)
+
+
+def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
     def depth(epsilon: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
         return -tf.log(tf.cast(epsilon, tf.float64)) - tf.log(total)
 
@@ -214,6 +234,19 @@ def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
 def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
     """At probability min(η, √η · exp(−H))."""
 
+    def pair(minus_log: Pair, log_total: Pair, mean: Pair) -> Pair:
+        entropy = float_pairs.add(log_total, mean)
+        other = float_pairs.add((0.5 * minus_log[0], 0.5 * minus_log[1]), entropy)
+        larger = tuple(tf.where_v2(other[0] > minus_log[0], o, m) for o, m in zip(other, minus_log, strict=True))
+        return float_pairs.add(larger, float_pairs.negative(log_total))
+
+    if is_core_program(softmax.rows.mesh_impl):
+        exact = lambda: _eta_cut(softmax, eta).ends  # noqa: E731
+        return CoreCut(*core_cutoffs.probability_ends(softmax.core, eta, pair, "mean", exact))
+    return _eta_cut(softmax, eta)
+
+
+def _eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
     def depth(eta: tf.Tensor, total: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         log_eta, log_total = tf.log(tf.cast(eta, tf.float64)), tf.log(total)
         entropy = tf.where_v2(total > 0, log_total + mean, tf.zeros_like(mean))  # of −inf alone: not NaN
@@ -286,6 +319,9 @@ def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:
     to equal it: a smaller difference is rounding, which depends on the layout.
     """
     mesh_impl = softmax.rows.mesh_impl
+    if is_core_program(mesh_impl):
+        least, last, *mean = core_cutoffs.typical_ends(softmax.core, typical_p)
+        return CoreCut(least, last, core_cutoffs.typical_key, tuple(mean))
 
     def key(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)
