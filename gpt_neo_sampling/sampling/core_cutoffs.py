@@ -14,13 +14,13 @@ import numpy as np
 from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh import xla
-from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop, size_of
+from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, fast_sum, sum_across
 from gpt_neo_sampling.sampling import float_pairs
 from gpt_neo_sampling.sampling.float_pairs import PAIR_ERROR_BOUND, Pair
 
-# Of distances: 1/4, 3/8, 1/2, 3/4 … 32. The ranges between them are powers of two, and so are all parts of them that are
-# looked at: their borders have no rounding, and neither has what is nearer to a border than its own last bit.
+# Of distances: 1/4, 3/8, 1/2, 3/4 … 32. What lies between two of them is a power of two, and so is each part of it that
+# is looked at: no border is rounded.
 _FIRST_BORDERS = [factor * 2.0**n for n in range(-2, 5) for factor in (1.0, 1.5)] + [32.0]
 _FARTHEST_BORDER = 64.0  # beyond which no entry has mass to speak of
 _WAYS = 16  # into which a range is cut
@@ -166,7 +166,7 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
     def second(wanted, begin, end, low, high, *sums):
         borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
         found = _range_reached(borders, sums, wanted, begin, end, low, high)
-        return *found[:2], *window(wanted, *found)
+        return xla.kept_together(*found[:2], *window(wanted, *found))
 
     scale = slicewise(scale_of, *found[:2])
     sums = slicewise(functools.partial(part_sums, inner), x, top, found[0], scale, *mean)
@@ -185,7 +185,7 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         borders = [origin + float(i) / scale for i in outer]
         zero = tf.zeros_like(start)
         begin, end, *_ = _range_reached(borders, sums, wanted[0] + wanted[1], start, end, zero, zero)
-        return total[0], *wanted, begin, end, scale_of(begin, end)
+        return xla.kept_together(total[0], *wanted, begin, end, scale_of(begin, end))
 
     sums = slicewise(third_sums, x, top, start, origin, scale, *mean)
     sums, pairs = core.summed(sums[:-4]), core.gathered(sums[-4:])
@@ -200,7 +200,7 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
         zero = tf.zeros_like(begin)
         begin, end, *_ = _range_reached(borders, sums, high + low, begin, end, zero, zero)
-        return begin, end, scale_of(begin, end)
+        return xla.kept_together(begin, end, scale_of(begin, end))
 
     for _ in range(2):
         sums = core.summed(slicewise(later_sums, x, top, start, begin, scale, *mean))
@@ -220,17 +220,20 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
             [0, 0, 0, tf.float32.min, tf.float32.min], [1, 2],
             lambda a, b: (*float_pairs.add(a[:2], b[:2]), a[2] + b[2], tf.maximum(a[3], b[3]), tf.maximum(a[4], b[4])),
         )  # fmt: skip
-        return tuple(tf.reshape(f, [-1, 1, 1]) for f in found)
+        high, _, *others = (tf.reshape(f, [-1, 1, 1]) for f in found)
+        return high, *others
 
-    def decide(mass, top, invalid, total, high, low, start, begin, before, more, count, largest, smallest, *mean):
-        before = before + more
+    def decide(mass, top, invalid, total, high, low, start, begin, before, count, largest, smallest, *mean):
         largest, smallest = (functools.reduce(tf.maximum, tf.unstack(t)) for t in (largest, smallest))
         near, far = largest, -smallest
         near_distance, far_distance = (distance_of(t, top, *mean) for t in (near, far))
         if mean:
             swap = far_distance < near_distance
             near, far = tf.where_v2(swap, far, near), tf.where_v2(swap, near, far)
-            near_distance, far_distance = tf.minimum(near_distance, far_distance), tf.maximum(near_distance, far_distance)
+            near_distance, far_distance = (
+                tf.minimum(near_distance, far_distance),
+                tf.maximum(near_distance, far_distance),
+            )
         of_near, of_far = tf.exp(near - top), tf.exp(far - top)
         rest = (high - before) + low
         precise = float_pairs.exp_of_minus(top - near)
@@ -243,7 +246,9 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         # of equal ones the first, as many as are needed
         whole = tf.math.ceil(needed)
         off = bound / tf.maximum(of_near, _NOTHING) + needed * 2.0**-21
-        clear_number = tf.logical_and(whole - needed > off, tf.logical_or(needed - (whole - 1) > off, is_first & (whole < 2)))
+        clear_number = tf.logical_and(
+            whole - needed > off, tf.logical_or(needed - (whole - 1) > off, is_first & (whole < 2))
+        )
         equal = tf.equal(near, far)
         clear_equal = tf.logical_and(equal, tf.logical_and(clear_number, whole <= count))
         of_two = tf.logical_and(needs_far, rest + bound < (of_near + of_far) * (1 - EXP_ERROR_BOUND))
@@ -269,35 +274,28 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
 
 
 def _index_of_last(core: CoreRows, least: LaidOut, number: LaidOut, *mean: LaidOut) -> LaidOut:
-    """The index of the last of so many entries of the key at the cut; +inf for all of them, where `number` is."""
-    mean = [core.of_rows(m) for m in mean]
+    """The index of the last of so many entries of the key at the cut; +inf where the number is."""
+    slicewise, x, mean = core.slicewise, core.slicewise(_folded, core.flat), [core.of_rows(m) for m in mean]
 
-    def sums(x, top, least, begin, step, *others):
-        mean, pcoord = others[: len(mean_parts)], others[len(mean_parts) :]
-        key = -distance_of(x, top, *mean) if mean else x
-        at = tf.reshape(tf.cast(core.rows.entry_numbers(*pcoord), tf.float32), [1, *x.shape.as_list()[1:]])
-        is_tie = tf.where_v2(tf.equal(key, least), 1.0, 0.0)
-        parts = (at - begin) * (1 / step)
-        return _sums([tf.where_v2(parts < float(i), is_tie, 0.0) for i in range(1, _WAYS)])
+    def is_tie(x: tf.Tensor, least: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
+        return tf.where_v2(tf.equal(typical_key(x, *mean) if mean else x, least), 1.0, 0.0)
 
-    def narrower(number, begin, step, *sums):
-        return begin + step * sum(tf.where_v2(s < number, 1.0, 0.0) for s in sums)
+    def body(step: tf.Tensor, begin: LaidOut) -> tuple[tf.Tensor, LaidOut]:
+        def counts(ties: tf.Tensor, begin: tf.Tensor, *pcoord: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            parts = (tf.cast(_entry_numbers(core.rows, ties, *pcoord), tf.float32) - begin) / step
+            return _sums([tf.where_v2(parts < float(i), ties, 0.0) for i in range(1, _WAYS)])
 
-    mean_parts = mean
-    begin = core.slicewise(tf.zeros_like, number)
-    n_steps = -(-(core.rows.size - 1).bit_length() // 4)
+        def narrowed(number: tf.Tensor, begin: tf.Tensor, *counts: tf.Tensor) -> tf.Tensor:
+            return begin + step * sum(tf.where_v2(count < number, 1.0, 0.0) for count in counts)
 
-    def body(step, begin):
-        counts = core.summed(core.slicewise(functools.partial(_with_step, sums, step), core.x, core.top, least, begin, *mean, *core.rows.pcoords()))
-        return step / _WAYS, core.slicewise(lambda n, b, *s: narrower(n, b, step, *s), number, begin, *counts)
+        found = core.summed(slicewise(counts, ties, begin, *core.rows.pcoords()))
+        return step / _WAYS, slicewise(narrowed, number, begin, *found)
 
-    start = tf.constant(float(_WAYS ** (n_steps - 1))), begin
+    ties = slicewise(is_tie, x, least, *mean)
+    first_step = _WAYS ** ((core.rows.size - 1).bit_length() // 4)
+    start = tf.constant(float(first_step)), slicewise(tf.zeros_like, number)
     _, begin = laid_out_while_loop(core.mesh_impl, lambda step, _: step > 0.5, body, start)
-    return core.slicewise(lambda begin, number: tf.where_v2(number < np.inf, begin, np.inf), begin, number)
-
-
-def _with_step(sums, step, x, top, least, begin, *others):
-    return sums(x, top, least, begin, step, *others)
+    return slicewise(lambda begin, number: tf.where_v2(number < np.inf, begin, np.inf), begin, number)
 
 
 def _range_reached(borders, sums, wanted, begin, end, low, high) -> tuple[tf.Tensor, ...]:
@@ -326,25 +324,29 @@ def _finished(least, last, option, has_cut, invalid, has_mass) -> list[tf.Tensor
 
 
 def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, ...]:
-    """The ends of `mass_ends`, by float64 sums: the key at the cut is found bit by bit, and then the index."""
-    rows, slicewise, x, top = core.rows, core.slicewise, core.flat, core.flat_top
+    """(least, last) of a cut, by float64 weights: the key at the cut is found bit by bit, and then the index."""
+    slicewise, mass, mean = core.slicewise, core.of_rows(mass), [core.of_rows(m) for m in mean]
+    x = core.slicewise(_folded, core.flat)
 
-    def key_of(x: tf.Tensor, top: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
+    def key_of(x: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
         """int32, larger for nearer entries; NaN is that of an invalid row."""
-        x = -distance_of(x, top, *mean) if mean else x
-        bits = tf.bitcast(x, tf.int32)
+        bits = tf.bitcast(typical_key(x, *mean) if mean else x, tf.int32)
         return tf.where_v2(bits < 0, _LOWEST - bits, bits)
 
     def mid(low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
         differing = tf.bitwise.right_shift(tf.bitwise.bitwise_xor(low, high), tf.constant(1))
         return tf.bitwise.bitwise_and(low, high) + differing
 
-    def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
-        return xla.kept_together(tf.exp(tf.cast(x - top, tf.float64)))[0]
+    def in_float64(high: tf.Tensor, low: tf.Tensor) -> tf.Tensor:
+        """[…] from the parts of all shards [shards, …]."""
+        return sum(tf.cast(h, tf.float64) + tf.cast(t, tf.float64) for h, t in zip(tf.unstack(high), tf.unstack(low)))
 
-    keys, weights = slicewise(key_of, x, top, *mean), slicewise(weights_of, x, top)
-    total = sum_across(rows, slicewise(fast_sum, weights))
-    wanted = slicewise(lambda total, mass: tf.maximum(total * tf.cast(mass, tf.float64), _NOTHING), total, mass)
+    def wanted_of(mass: tf.Tensor, *sums: tf.Tensor) -> tf.Tensor:
+        return tf.maximum(in_float64(*sums) * tf.cast(mass, tf.float64), _NOTHING)
+
+    keys, weights = slicewise(key_of, x, *mean), slicewise(_exact_weights, x, core.top)
+    totals = core.gathered(slicewise(lambda *weights: _sums([], [weights]), *weights))
+    wanted = slicewise(wanted_of, mass, *totals)
 
     def trial(step, low, high, before, last):
         """(key, index): all nearer entries are counted, and those of that key up to the index."""
@@ -352,38 +354,50 @@ def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[Laid
         return tf.where_v2(by_key, mid(low, high), high), tf.where_v2(by_key, -1, mid(before, last))
 
     def body(step: tf.Tensor, *found: LaidOut):
-        def part(keys, weights, low, high, before, last, *pcoord):
+        def part(keys, high_weight, low_weight, low, high, before, last, *pcoord):
             key, index = trial(step, low, high, before, last)
-            is_last = tf.logical_and(tf.equal(keys, key), rows.entry_numbers(*pcoord) <= index)
+            is_last = tf.logical_and(tf.equal(keys, key), _entry_numbers(core.rows, keys, *pcoord) <= index)
             counted = tf.logical_or(keys > key, is_last)
-            return fast_sum(tf.where_v2(counted, weights, tf.zeros_like(weights)))
+            return _sums([], [tuple(tf.where_v2(counted, w, 0.0) for w in (high_weight, low_weight))])
 
-        def choose(sums, wanted, low, high, before, last):
+        def choose(wanted, sums_high, sums_low, low, high, before, last):
             key, index = trial(step, low, high, before, last)
-            by_key, short = step < 32, sums < wanted
+            by_key, short = step < 32, in_float64(sums_high, sums_low) < wanted
             low = tf.where_v2(tf.logical_and(by_key, tf.logical_not(short)), key, low)
             high = tf.where_v2(tf.logical_and(by_key, short), key, high)
             before = tf.where_v2(tf.logical_and(tf.logical_not(by_key), short), index, before)
             last = tf.where_v2(tf.logical_or(by_key, short), last, index)
             return low, high, before, last
 
-        sums = sum_across(rows, slicewise(part, keys, weights, *found, *rows.pcoords()))
-        return step + 1, *slicewise(choose, sums, wanted, *found)
+        sums = core.gathered(slicewise(part, keys, *weights, *found, *core.rows.pcoords()))
+        return step + 1, *slicewise(choose, wanted, *sums, *found)
 
-    def start(top: tf.Tensor):
+    def start(top: tf.Tensor) -> tuple[tf.Tensor, ...]:
         whole = tf.zeros_like(top, tf.int32)
-        return whole + _LOWEST, whole + _HIGHEST, whole - 1, whole + (rows.size - 1)
+        return whole + _LOWEST, whole + _HIGHEST, whole - 1, whole + (core.rows.size - 1)
 
-    n_steps = 32 + (rows.size - 1).bit_length()
-    loop = (tf.constant(0), *slicewise(start, top))
+    n_steps = 32 + (core.rows.size - 1).bit_length()
+    loop = (tf.constant(0), *slicewise(start, core.top))
     _, _, key, _, last = laid_out_while_loop(core.mesh_impl, lambda step, *_: step < n_steps, body, loop)
 
-    def finish(key, last, mass, total, top):
+    def finish(key, last, mass, top, *sums):
+        total = in_float64(*sums)
         least, last = tf.bitcast(tf.where_v2(key < 0, _LOWEST - key, key), tf.float32), tf.cast(last, tf.float32)
-        ends = _finished(least, last, mass, mass < 1, tf.is_nan(total), tf.logical_and(total > 0, top > core.lowest))
-        return tuple(tf.reshape(end, [-1, 1, 1]) for end in ends)
+        has_mass = tf.logical_and(total > 0, top > core.lowest)
+        return xla.kept_together(*_finished(least, last, mass, mass < 1, tf.logical_not(total < np.inf), has_mass))
 
-    return slicewise(finish, key, last, mass, total, top)
+    return slicewise(finish, key, last, mass, core.top, *totals)
+
+
+def _exact_weights(x: tf.Tensor, top: tf.Tensor) -> Pair:
+    weights = tf.exp(tf.cast(x - top, tf.float64))
+    high = tf.cast(weights, tf.float32)
+    return xla.kept_together(high, tf.cast(weights - tf.cast(high, tf.float64), tf.float32))
+
+
+def _entry_numbers(rows: ShardedRows, x: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
+    """int32 [1, a, b]: the indices of a shard's entries, as `_folded` has them."""
+    return tf.reshape(rows.entry_numbers(pcoord), [1, *x.shape.as_list()[1:]])
 
 
 def nucleus_ends(core: CoreRows, mass: LaidOut) -> tuple[LaidOut, ...]:
@@ -393,16 +407,23 @@ def nucleus_ends(core: CoreRows, mass: LaidOut) -> tuple[LaidOut, ...]:
 
 
 def _settled(
-    core: CoreRows, in_doubt: LaidOut, exact: Callable[[], Sequence[LaidOut]], least: LaidOut, number: LaidOut, *mean: LaidOut
-) -> tuple[LaidOut, ...]:
+    core: CoreRows, in_doubt: LaidOut, exact: Callable[[], Sequence[LaidOut]], least: LaidOut, number: LaidOut,
+    *mean: LaidOut,
+) -> tuple[LaidOut, ...]:  # fmt: skip
     """(least, last, …): those of `exact` where a row is in doubt; else as found, with the index of the last tie."""
 
-    def split(number: tf.Tensor) -> tf.Tensor:
-        return tf.where_v2(number < np.inf, 1.0, 0.0)
+    def with_index() -> tuple[LaidOut, ...]:
+        return least, _index_of_last(core, least, number, *mean), *mean
 
-    splits = core.any_of(core.slicewise(split, number))
-    last = laid_out_cond(core.mesh_impl, splits, lambda: _index_of_last(core, least, number, *mean), lambda: number)
-    return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), exact, lambda: (least, last, *mean))
+    def unsettled(in_doubt: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        return in_doubt + tf.where_v2(number < np.inf, 1.0, 0.0)
+
+    return laid_out_cond(
+        core.mesh_impl,
+        core.any_of(core.slicewise(unsettled, in_doubt, number)),
+        lambda: laid_out_cond(core.mesh_impl, core.any_of(in_doubt), exact, with_index),
+        lambda: (least, number, *mean),
+    )
 
 
 def typical_key(x: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
@@ -443,7 +464,7 @@ def _exact_mean(core: CoreRows) -> tuple[LaidOut, ...]:
     """Laid-out float32 [rows, 1]: two parts of the mean, by float64 sums."""
 
     def sums(x: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        weights = xla.kept_together(tf.exp(tf.cast(x - top, tf.float64)))[0]
+        weights = tf.exp(tf.cast(x - top, tf.float64))
         return fast_sum(weights), fast_sum(weights * tf.cast(tf.minimum(top - x, _FAR), tf.float64))
 
     def mean_of(top: tf.Tensor, total: tf.Tensor, depth: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -459,7 +480,9 @@ def _exact_mean(core: CoreRows) -> tuple[LaidOut, ...]:
 # --- Cuts by probability -------------------------------------------------------------------------
 
 
-def depth_ends(core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str = "") -> tuple[LaidOut, ...]:
+def depth_ends(
+    core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str = ""
+) -> tuple[LaidOut, ...]:
     """Where a cut lies at a depth below the largest entry, which itself stays.
 
     Args:
@@ -516,12 +539,12 @@ def probability_ends(
 ) -> tuple[LaidOut, ...]:
     """(least, last) of `depth_ends`; where that is in doubt, those of `exact`, a Cut's ends [rows, 2]."""
 
-    def finish(ends: tf.Tensor, option: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        least, last, option, top = (tf.reshape(t, [-1, 1, 1]) for t in (*tf.split(ends, 2, -1), option, top))
-        return tuple(_finished(least, last, option, option > 0, tf.is_nan(least), top > core.lowest))
+    def choose(ends: tf.Tensor, least: tf.Tensor, last: tf.Tensor, in_doubt: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        found = zip(tf.split(ends, 2, -1), (least, last), strict=True)
+        return tuple(tf.where_v2(in_doubt > 0, tf.reshape(end, [-1, 1, 1]), end_found) for end, end_found in found)
 
     def settle() -> tuple[LaidOut, ...]:
-        return core.slicewise(finish, exact(), option, core.flat_top)
+        return core.slicewise(choose, exact(), least, last, in_doubt)
 
     least, last, in_doubt = depth_ends(core, option, depth_of, looks_at)
     return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), settle, lambda: (least, last))

@@ -44,7 +44,18 @@ def mask_below(
       mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN; one of nothing but −inf or the lowest number
       stays as it is. The gradient flows through the survivors.
     """
-    return _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
+    y = _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
+    return with_top_zero(y) if is_top_zero(logits) else y
+
+
+def with_top_zero(x: mtf.Tensor) -> mtf.Tensor:
+    """x, each of whose rows has 0, NaN or +inf for its largest entry, or nothing but −inf: a core need not look."""
+    x.top_is_zero = True
+    return x
+
+
+def is_top_zero(x: mtf.Tensor) -> bool:
+    return getattr(x, "top_is_zero", False)
 
 
 class _MaskOperation(MeshOperation):
@@ -67,7 +78,10 @@ class _MaskOperation(MeshOperation):
         rows = ShardedRows(mesh_impl, logits.shape, self._dim, whole_groups=False)
         x = slicewise(rows.to_rows, lowering.tensors[logits])
         option = spread_rows(lowering, option, logits.shape - self._dim)
-        softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x), lowest=float(logits.dtype.min))
+        # The cut by standard deviations asks the largest entry whether a row has mass.
+        top_is_zero = is_core_program(mesh_impl) and is_top_zero(logits) and self._find_cut is not sigma_cut
+        x32 = slicewise(lambda x: tf.cast(x, tf.float32), x)
+        softmax = Softmax(rows, x32, lowest=float(logits.dtype.min), top_is_zero=top_is_zero)
         cut = self._find_cut(softmax, option)
         if isinstance(cut, CoreCut):
             lowering.set_tensor_lowering(self.outputs[0], self._masked_on_core(rows, x, cut))
@@ -97,7 +111,6 @@ class _MaskOperation(MeshOperation):
 
         y = slicewise(mask, x, softmax.top, option, cut.ends, *cut.of_row, *rows.pcoords())
         lowering.set_tensor_lowering(self.outputs[0], y)
-
 
     def _masked_on_core(self, rows: ShardedRows, x: LaidOut, cut: "CoreCut") -> LaidOut:
         def mask(x: tf.Tensor, least: tf.Tensor, last: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
@@ -144,8 +157,11 @@ class Softmax:
     A row with NaN or +inf has a total of NaN. Entries of the `lowest` number, or −inf, are masked.
     """
 
-    def __init__(self, rows: ShardedRows, x: LaidOut, lowest: float) -> None:
+    def __init__(self, rows: ShardedRows, x: LaidOut, lowest: float, top_is_zero: bool = False) -> None:
         self.rows, self.x, self.lowest = rows, x, lowest
+        if top_is_zero:
+            self.top = rows.mesh_impl.slicewise(lambda x: tf.zeros([size_of(x, 0), 1]), x)
+            return
         # Finite in any row: what is invalid shows in the sums, for XLA's maximum passes over NaN.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
         self.top = rows.across_shards(top, "MAX")
