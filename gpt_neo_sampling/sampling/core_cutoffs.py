@@ -54,7 +54,7 @@ class CoreRows:
         n_shards = self.mesh_impl.shape[axis].size
         at = np.arange(n_shards, dtype=np.int32)[:, np.newaxis, np.newaxis, np.newaxis]
 
-        def place(pcoord: tf.Tensor, *parts: tf.Tensor) -> list[tf.Tensor]:
+        def place(pcoord: tf.Tensor, *parts: tf.Tensor) -> tuple[tf.Tensor, ...]:
             return tuple(tf.where_v2(tf.equal(at, pcoord), p[tf.newaxis], 0.0) for p in parts)
 
         placed = self.slicewise(place, self.mesh_impl.laid_out_pcoord(axis), *parts)
@@ -79,7 +79,7 @@ def _sums(parts: Sequence[tf.Tensor], pairs: Sequence[Pair] = ()) -> tuple[tf.Te
     n, flat = len(parts), [part for pair in pairs for part in pair]
 
     def combine(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tuple[tf.Tensor, ...]:
-        sums = [float_pairs.add(a[i : i + 2], b[i : i + 2]) for i in range(n, len(a), 2)]
+        sums = [float_pairs.add((a[i], a[i + 1]), (b[i], b[i + 1])) for i in range(n, len(a), 2)]
         return *(x + y for x, y in zip(a[:n], b[:n])), *(part for pair in sums for part in pair)
 
     sums = xla.reduce_together([*parts, *flat], [0] * (n + len(flat)), [1, 2], combine)
@@ -115,9 +115,9 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
       (ends, in_doubt): laid-out float32 [rows, 2], and [rows, 1, 1], 1.0 where the ends may be wrong.
     """
     slicewise, mass = core.slicewise, core.of_rows(mass)
-    x, top, mean = core.x, core.top, [core.of_rows(m) for m in mean]
+    x, top, mean = core.x, core.top, tuple(core.of_rows(m) for m in mean)
 
-    def first_sums(x: tf.Tensor, top: tf.Tensor, *mean: tf.Tensor) -> list[tf.Tensor]:
+    def first_sums(x: tf.Tensor, top: tf.Tensor, *mean: tf.Tensor) -> tuple[tf.Tensor, ...]:
         valid = x < np.inf
         weights = tf.where_v2(valid, tf.exp(tf.minimum(x - top, 0.0)), 0.0)
         distance = distance_of(x, top, *mean)
@@ -125,10 +125,10 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         return _sums([*parts, weights, tf.where_v2(valid, 0.0, 1.0)])
 
     def first_range(mass: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        *sums, total, invalid = sums
+        *parts, total, invalid = sums
         wanted = tf.maximum(mass * total, _NOTHING)
         zero = tf.zeros_like(total)
-        found = _range_reached(_FIRST_BORDERS, sums, wanted, zero, zero + _FARTHEST_BORDER, zero, total)
+        found = _range_reached(_FIRST_BORDERS, parts, wanted, zero, zero + _FARTHEST_BORDER, zero, total)
         return invalid, wanted, *found
 
     sums = core.summed(slicewise(first_sums, x, top, *mean))
@@ -137,7 +137,7 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
     def part_sums(
         borders: Sequence[int], x: tf.Tensor, top: tf.Tensor, origin: tf.Tensor, scale: tf.Tensor, *mean: tf.Tensor,
         start: tf.Tensor | None = None, with_pairs: bool = False,
-    ) -> list[tf.Tensor]:  # fmt: skip
+    ) -> tuple[tf.Tensor, ...]:  # fmt: skip
         """Sums up to each border, in steps of 1/scale from the origin, of what is not ahead of the start."""
         distance = distance_of(x, top, *mean)
         pairs, weights = [], tf.exp(x - top)
@@ -156,14 +156,18 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
     def scale_of(begin: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
         return _WAYS / (end - begin)
 
-    def window(wanted, begin, end, low, high):
+    def window(
+        wanted: tf.Tensor, begin: tf.Tensor, end: tf.Tensor, low: tf.Tensor, high: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """(origin, scale) of the quarter of the range where an even density has the border, cut into 16."""
         width = end - begin
         at = (wanted - low) / tf.maximum(high - low, _NOTHING)
         first = tf.clip_by_value(tf.floor(at * (4 * _WAYS)) - _WAYS / 2, 0.0, 3.0 * _WAYS)
         return begin + width * (first * (0.25 / _WAYS)), 4 * _WAYS / width
 
-    def second(wanted, begin, end, low, high, *sums):
+    def second(
+        wanted: tf.Tensor, begin: tf.Tensor, end: tf.Tensor, low: tf.Tensor, high: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
         found = _range_reached(borders, sums, wanted, begin, end, low, high)
         return xla.kept_together(*found[:2], *window(wanted, *found))
@@ -176,15 +180,21 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
 
     outer = range(_WAYS + 1)
 
-    def third_sums(x, top, start, origin, scale, *mean):
+    def third_sums(
+        x: tf.Tensor, top: tf.Tensor, start: tf.Tensor, origin: tf.Tensor, scale: tf.Tensor, *mean: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         return part_sums(outer, x, top, origin, scale, *mean, start=start, with_pairs=True)
 
-    def third(mass, start, end, origin, scale, *sums):
+    def third(
+        mass: tf.Tensor, start: tf.Tensor, end: tf.Tensor, origin: tf.Tensor, scale: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         sums, (total, ahead) = sums[:-4], (_joined(*sums[-4:-2]), _joined(*sums[-2:]))
         wanted = float_pairs.add(float_pairs.times(total, mass), float_pairs.negative(ahead))
         borders = [origin + float(i) / scale for i in outer]
         zero = tf.zeros_like(start)
-        begin, end, *_ = _range_reached(borders, sums, wanted[0] + wanted[1], start, end, zero, zero)
+        begin, end, *_ = _range_reached(
+            borders, sums, tf.maximum(wanted[0] + wanted[1], _NOTHING), start, end, zero, zero
+        )
         return xla.kept_together(total[0], *wanted, begin, end, scale_of(begin, end))
 
     sums = slicewise(third_sums, x, top, start, origin, scale, *mean)
@@ -193,13 +203,17 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
 
     # Twice more into 16 equal parts.
 
-    def later_sums(x, top, start, begin, scale, *mean):
+    def later_sums(
+        x: tf.Tensor, top: tf.Tensor, start: tf.Tensor, begin: tf.Tensor, scale: tf.Tensor, *mean: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         return part_sums(inner, x, top, begin, scale, *mean, start=start)
 
-    def later(high, low, begin, end, *sums):
+    def later(
+        high: tf.Tensor, low: tf.Tensor, begin: tf.Tensor, end: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         borders = [begin + (end - begin) * (i / _WAYS) for i in inner]
         zero = tf.zeros_like(begin)
-        begin, end, *_ = _range_reached(borders, sums, high + low, begin, end, zero, zero)
+        begin, end, *_ = _range_reached(borders, sums, tf.maximum(high + low, _NOTHING), begin, end, zero, zero)
         return xla.kept_together(begin, end, scale_of(begin, end))
 
     for _ in range(2):
@@ -208,7 +222,9 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
 
     # The few entries that are left.
 
-    def few(x, top, start, begin, end, *mean):
+    def few(
+        x: tf.Tensor, top: tf.Tensor, start: tf.Tensor, begin: tf.Tensor, end: tf.Tensor, *mean: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         distance, zero = distance_of(x, top, *mean), tf.zeros_like(x)
         if mean:
             begin, end = begin - _slack(begin), end + _slack(end)
@@ -223,7 +239,21 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         high, _, *others = (tf.reshape(f, [-1, 1, 1]) for f in found)
         return high, *others
 
-    def decide(mass, top, invalid, total, high, low, start, begin, before, count, largest, smallest, *mean):
+    def decide(
+        mass: tf.Tensor,
+        top: tf.Tensor,
+        invalid: tf.Tensor,
+        total: tf.Tensor,
+        high: tf.Tensor,
+        low: tf.Tensor,
+        start: tf.Tensor,
+        begin: tf.Tensor,
+        before: tf.Tensor,
+        count: tf.Tensor,
+        largest: tf.Tensor,
+        smallest: tf.Tensor,
+        *mean: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
         largest, smallest = (functools.reduce(tf.maximum, tf.unstack(t)) for t in (largest, smallest))
         near, far = largest, -smallest
         near_distance, far_distance = (distance_of(t, top, *mean) for t in (near, far))
@@ -243,7 +273,8 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         begins = tf.logical_and(count > 0, tf.logical_or(is_first, rest > bound))
         ends_at_near = rest + bound < of_near
         needs_far = rest - bound > of_near
-        # of equal ones the first, as many as are needed
+        # of equal ones the first, as many as are needed, and the first of all in any case
+        needed = tf.where_v2(is_first, tf.maximum(needed, 0.5), needed)
         whole = tf.math.ceil(needed)
         off = bound / tf.maximum(of_near, _NOTHING) + needed * 2.0**-21
         clear_number = tf.logical_and(
@@ -275,7 +306,7 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
 
 def _index_of_last(core: CoreRows, least: LaidOut, number: LaidOut, *mean: LaidOut) -> LaidOut:
     """The index of the last of so many entries of the key at the cut; +inf where the number is."""
-    slicewise, x, mean = core.slicewise, core.slicewise(_folded, core.flat), [core.of_rows(m) for m in mean]
+    slicewise, x, mean = core.slicewise, core.slicewise(_folded, core.flat), tuple(core.of_rows(m) for m in mean)
 
     def is_tie(x: tf.Tensor, least: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
         return tf.where_v2(tf.equal(typical_key(x, *mean) if mean else x, least), 1.0, 0.0)
@@ -298,7 +329,10 @@ def _index_of_last(core: CoreRows, least: LaidOut, number: LaidOut, *mean: LaidO
     return slicewise(lambda begin, number: tf.where_v2(number < np.inf, begin, np.inf), begin, number)
 
 
-def _range_reached(borders, sums, wanted, begin, end, low, high) -> tuple[tf.Tensor, ...]:
+def _range_reached(
+    borders: Sequence[float | tf.Tensor], sums: Sequence[tf.Tensor], wanted: tf.Tensor,
+    begin: tf.Tensor, end: tf.Tensor, low: tf.Tensor, high: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:  # fmt: skip
     """(begin, end, low, high): between which borders, and sums up to there, what is wanted is reached."""
     for border, part in zip(borders, sums, strict=True):
         short = part < wanted
@@ -314,7 +348,10 @@ def _slack(distance: tf.Tensor) -> tf.Tensor:
     return distance * 2.0**-22 + 2.0**-26
 
 
-def _finished(least, last, option, has_cut, invalid, has_mass) -> list[tf.Tensor]:
+def _finished(
+    least: tf.Tensor, last: tf.Tensor, option: tf.Tensor, has_cut: tf.Tensor, invalid: tf.Tensor, has_mass: tf.Tensor
+) -> list[tf.Tensor]:
+    """(least, last), of all entries where there is nothing to cut; NaN for an invalid row."""
     keeps_all = tf.logical_not(tf.logical_and(has_cut, has_mass))
     least, last = tf.where_v2(keeps_all, -np.inf, least), tf.where_v2(keeps_all, np.inf, last)
     return [tf.where_v2(tf.logical_or(invalid, tf.is_nan(option)), np.nan, least), last]
@@ -325,7 +362,7 @@ def _finished(least, last, option, has_cut, invalid, has_mass) -> list[tf.Tensor
 
 def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, ...]:
     """(least, last) of a cut, by float64 weights: the key at the cut is found bit by bit, and then the index."""
-    slicewise, mass, mean = core.slicewise, core.of_rows(mass), [core.of_rows(m) for m in mean]
+    slicewise, mass, mean = core.slicewise, core.of_rows(mass), tuple(core.of_rows(m) for m in mean)
     x = core.slicewise(_folded, core.flat)
 
     def key_of(x: tf.Tensor, *mean: tf.Tensor) -> tf.Tensor:
@@ -348,19 +385,38 @@ def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[Laid
     totals = core.gathered(slicewise(lambda *weights: _sums([], [weights]), *weights))
     wanted = slicewise(wanted_of, mass, *totals)
 
-    def trial(step, low, high, before, last):
+    def trial(
+        step: tf.Tensor, low: tf.Tensor, high: tf.Tensor, before: tf.Tensor, last: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         """(key, index): all nearer entries are counted, and those of that key up to the index."""
         by_key = step < 32
         return tf.where_v2(by_key, mid(low, high), high), tf.where_v2(by_key, -1, mid(before, last))
 
-    def body(step: tf.Tensor, *found: LaidOut):
-        def part(keys, high_weight, low_weight, low, high, before, last, *pcoord):
+    def body(step: tf.Tensor, *found: LaidOut) -> tuple[LaidOut, ...]:
+        def part(
+            keys: tf.Tensor,
+            high_weight: tf.Tensor,
+            low_weight: tf.Tensor,
+            low: tf.Tensor,
+            high: tf.Tensor,
+            before: tf.Tensor,
+            last: tf.Tensor,
+            *pcoord: tf.Tensor,
+        ) -> tuple[tf.Tensor, ...]:
             key, index = trial(step, low, high, before, last)
             is_last = tf.logical_and(tf.equal(keys, key), _entry_numbers(core.rows, keys, *pcoord) <= index)
             counted = tf.logical_or(keys > key, is_last)
             return _sums([], [tuple(tf.where_v2(counted, w, 0.0) for w in (high_weight, low_weight))])
 
-        def choose(wanted, sums_high, sums_low, low, high, before, last):
+        def choose(
+            wanted: tf.Tensor,
+            sums_high: tf.Tensor,
+            sums_low: tf.Tensor,
+            low: tf.Tensor,
+            high: tf.Tensor,
+            before: tf.Tensor,
+            last: tf.Tensor,
+        ) -> tuple[tf.Tensor, ...]:
             key, index = trial(step, low, high, before, last)
             by_key, short = step < 32, in_float64(sums_high, sums_low) < wanted
             low = tf.where_v2(tf.logical_and(by_key, tf.logical_not(short)), key, low)
@@ -380,7 +436,9 @@ def exact_mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[Laid
     loop = (tf.constant(0), *slicewise(start, core.top))
     _, _, key, _, last = laid_out_while_loop(core.mesh_impl, lambda step, *_: step < n_steps, body, loop)
 
-    def finish(key, last, mass, top, *sums):
+    def finish(
+        key: tf.Tensor, last: tf.Tensor, mass: tf.Tensor, top: tf.Tensor, *sums: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
         total = in_float64(*sums)
         least, last = tf.bitcast(tf.where_v2(key < 0, _LOWEST - key, key), tf.float32), tf.cast(last, tf.float32)
         has_mass = tf.logical_and(total > 0, top > core.lowest)
@@ -441,8 +499,8 @@ def typical_ends(core: CoreRows, mass: LaidOut) -> tuple[LaidOut, ...]:
     def mean_of(top: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
         depth = float_pairs.quotient(_joined(*sums[2:]), _joined(*sums[:2]))
         near = tf.abs(depth[0] - _NO_DEPTH) < 1e-11
-        depth = [tf.where_v2(depth[0] >= _NO_DEPTH, d, 0.0) for d in depth]
-        high, low = float_pairs.add((top, tf.zeros_like(top)), float_pairs.negative((depth[0], depth[1])))
+        minus_depth = tuple(tf.where_v2(depth[0] >= _NO_DEPTH, -d, 0.0) for d in depth)
+        high, low = float_pairs.add((top, tf.zeros_like(top)), minus_depth)
         high, low = float_pairs.two_sum(high, low)
         return *(tf.reshape(t, [-1, 1]) for t in (high, low)), tf.where_v2(near, 1.0, 0.0)
 
@@ -508,17 +566,25 @@ def depth_ends(
         if len(sums) > 2:
             known.append(float_pairs.quotient(_joined(*sums[2:]), total))
         depth = depth_of(float_pairs.minus_log(option), *known)
-        depth = [tf.where_v2(depth[0] > 0, d, 0.0) for d in depth]
-        high, low = float_pairs.add((top, tf.zeros_like(top)), float_pairs.negative((depth[0], depth[1])))
+        minus_depth = tuple(tf.where_v2(depth[0] > 0, -d, 0.0) for d in depth)
+        high, low = float_pairs.add((top, tf.zeros_like(top)), minus_depth)
         high, low = float_pairs.two_sum(high, low)
-        return high, low, 4 * PAIR_ERROR_BOUND * (1.0 + depth[0]) + tf.abs(top) * 2.0**-44
+        return high, low, 4 * PAIR_ERROR_BOUND * (1.0 + tf.abs(depth[0])) + tf.abs(top) * 2.0**-44
 
     def look(x: tf.Tensor, top: tf.Tensor, high: tf.Tensor, low: tf.Tensor, bound: tf.Tensor) -> tuple[tf.Tensor, ...]:
         near = tf.logical_and(tf.abs((x - high) - low) <= bound, tf.not_equal(x, top))
         flags = near, tf.logical_not(x < np.inf), x >= top
         return _sums([tf.where_v2(flag, 1.0, tf.zeros_like(x)) for flag in flags])
 
-    def finish(option, top, high, low, near, invalid, tops):
+    def finish(
+        option: tf.Tensor,
+        top: tf.Tensor,
+        high: tf.Tensor,
+        low: tf.Tensor,
+        near: tf.Tensor,
+        invalid: tf.Tensor,
+        tops: tf.Tensor,
+    ) -> tuple[tf.Tensor, ...]:
         above = tf.bitcast(tf.bitcast(high, tf.int32) + tf.where_v2(high > 0, 1, -1), tf.float32)
         above = tf.where_v2(tf.equal(high, 0.0), np.float32(2.0**-126), above)
         least = tf.minimum(tf.where_v2(low > 0, above, high), top)

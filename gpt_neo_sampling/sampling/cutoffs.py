@@ -192,7 +192,7 @@ class Softmax:
         return slicewise(tf.math.divide_no_nan, depth, self.total)  # 0 in a row without mass
 
 
-FindCut = Callable[[Softmax, LaidOut], Cut]  # of an option, [rows, 1]
+FindCut = Callable[[Softmax, LaidOut], Cut | CoreCut]  # of an option, [rows, 1]
 
 
 def _finite_top(top: tf.Tensor) -> tf.Tensor:
@@ -207,7 +207,7 @@ def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
 # --- Cuts by probability ----------------------------------------------------------------
 
 
-def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
+def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut | CoreCut:
     """At min_p times the largest probability."""
     if is_core_program(softmax.rows.mesh_impl):
         ends = core_cutoffs.probability_ends(
@@ -228,7 +228,7 @@ def _min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
     return _cut_at_depth(softmax, mesh_impl.slicewise(depth, min_p, invalid))
 
 
-def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
+def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut | CoreCut:
     """At probability ε."""
 
     def pair(minus_log: Pair, log_total: Pair) -> Pair:
@@ -247,7 +247,7 @@ def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, epsilon, softmax.total))
 
 
-def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
+def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut | CoreCut:
     """At probability min(η, √η · exp(−H))."""
 
     def pair(minus_log: Pair, log_total: Pair, mean: Pair) -> Pair:
@@ -321,14 +321,14 @@ def _rounded_up(x: tf.Tensor) -> tf.Tensor:
 # --- Cuts by mass -----------------------------------------------------------------------
 
 
-def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut:
+def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut | CoreCut:
     """Behind the fewest of the likeliest entries whose mass is at least `mass`."""
     if is_core_program(softmax.rows.mesh_impl):
         return CoreCut(*core_cutoffs.nucleus_ends(softmax.core, mass))
     return _cut_at_mass(softmax, mass, softmax.top)
 
 
-def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:
+def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut | CoreCut:
     """Behind the fewest entries whose mass is at least typical_p, by how far −log p is from the entropy.
 
     |−log p − H| is the distance of x from the mean logit, Σ p·x. A mean less than 2⁻²⁰ below the largest logit is taken

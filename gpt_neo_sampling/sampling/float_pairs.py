@@ -73,7 +73,7 @@ def exp_of_minus(d: tf.Tensor) -> Pair:
     y1, y2 = _halves(y)
     square = y1 * y1 * 0.5  # exact
     series = 1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040))))
-    rest = (y + y1) * y2 * 0.5 + y * y * y * series + low * (1.0 + y)
+    rest = (y + y1) * y2 * 0.5 + y * y * y * series + low * (1.0 + y * (1.0 + y * (0.5 + y / 6)))
     high, low = two_sum(tf.ones_like(y), y)
     high, more = two_sum(high, square)
     high, low = two_sum(high, more + low + rest)
