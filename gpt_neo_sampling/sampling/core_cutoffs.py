@@ -609,8 +609,10 @@ def probability_ends(
         found = zip(tf.split(ends, 2, -1), (least, last), strict=True)
         return tuple(tf.where_v2(in_doubt > 0, tf.reshape(end, [-1, 1, 1]), end_found) for end, end_found in found)
 
-    def settle() -> tuple[LaidOut, ...]:
-        return core.slicewise(choose, exact(), least, last, in_doubt)
+    def settle(_: tf.Tensor, least: LaidOut, last: LaidOut) -> tuple[LaidOut, ...]:
+        return tf.constant(0.0), *core.slicewise(choose, exact(), least, last, in_doubt)
 
     least, last, in_doubt = depth_ends(core, option, depth_of, looks_at)
-    return laid_out_cond(core.mesh_impl, core.any_of(in_doubt), settle, lambda: (least, last))
+    # A loop that runs once or never: XLA takes both branches of a condition, where it thinks that they cost little.
+    start = core.any_of(in_doubt), least, last
+    return laid_out_while_loop(core.mesh_impl, lambda doubt, *_: doubt > 0.5, settle, start)[1:]
