@@ -15,6 +15,9 @@ from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
 from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_while_loop, pad_last, size_of
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
+from gpt_neo_sampling.mesh.xla import is_core_program
+from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
+from gpt_neo_sampling.sampling.float_pairs import Pair
 from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
 _FEW = 128  # entries of a shard that are sorted
@@ -41,7 +44,18 @@ def mask_below(
       mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN; one of nothing but −inf or the lowest number
       stays as it is. The gradient flows through the survivors.
     """
-    return _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
+    y = _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
+    return with_top_zero(y) if is_top_zero(logits) else y
+
+
+def with_top_zero(x: mtf.Tensor) -> mtf.Tensor:
+    """x, each of whose rows has 0, NaN or +inf for its largest entry, or nothing but −inf: a core need not look."""
+    x.top_is_zero = True
+    return x
+
+
+def is_top_zero(x: mtf.Tensor) -> bool:
+    return getattr(x, "top_is_zero", False)
 
 
 class _MaskOperation(MeshOperation):
@@ -64,8 +78,14 @@ class _MaskOperation(MeshOperation):
         rows = ShardedRows(mesh_impl, logits.shape, self._dim, whole_groups=False)
         x = slicewise(rows.to_rows, lowering.tensors[logits])
         option = spread_rows(lowering, option, logits.shape - self._dim)
-        softmax = Softmax(rows, slicewise(lambda x: tf.cast(x, tf.float32), x), lowest=float(logits.dtype.min))
+        # The cut by standard deviations asks the largest entry whether a row has mass.
+        top_is_zero = is_core_program(mesh_impl) and is_top_zero(logits) and self._find_cut is not sigma_cut
+        x32 = slicewise(lambda x: tf.cast(x, tf.float32), x)
+        softmax = Softmax(rows, x32, lowest=float(logits.dtype.min), top_is_zero=top_is_zero)
         cut = self._find_cut(softmax, option)
+        if isinstance(cut, CoreCut):
+            lowering.set_tensor_lowering(self.outputs[0], self._masked_on_core(rows, x, cut))
+            return
 
         def mask(x: tf.Tensor, top: tf.Tensor, option: tf.Tensor, ends: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
             of_row, pcoord = others[: len(cut.of_row)], others[len(cut.of_row) :]
@@ -92,6 +112,30 @@ class _MaskOperation(MeshOperation):
         y = slicewise(mask, x, softmax.top, option, cut.ends, *cut.of_row, *rows.pcoords())
         lowering.set_tensor_lowering(self.outputs[0], y)
 
+    def _masked_on_core(self, rows: ShardedRows, x: LaidOut, cut: "CoreCut") -> LaidOut:
+        def mask(x: tf.Tensor, least: tf.Tensor, last: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
+            of_row, pcoord = others[: len(cut.of_row)], others[len(cut.of_row) :]
+            least, last = tf.reshape(least, [-1, 1]), tf.reshape(last, [-1, 1])
+            key = cut.key(tf.cast(x, tf.float32), *of_row)
+            at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
+            kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
+            fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
+            return rows.from_rows(tf.where_v2(kept, x, tf.cast(fill, x.dtype)))
+
+        return rows.mesh_impl.slicewise(mask, x, cut.least, cut.last, *cut.of_row, *rows.pcoords())
+
+
+class CoreCut(typing.NamedTuple):
+    """A Cut of a core's program, whose ends account for rows without mass and invalid options too.
+
+    least, last: laid-out float32, one number a row.
+    """
+
+    least: LaidOut
+    last: LaidOut
+    key: TensorFunction = lambda x: x
+    of_row: tuple[LaidOut, ...] = ()
+
 
 class Cut(typing.NamedTuple):
     """Entries of a larger key are kept, and of those of the key at the cut the first ones.
@@ -113,11 +157,18 @@ class Softmax:
     A row with NaN or +inf has a total of NaN. Entries of the `lowest` number, or −inf, are masked.
     """
 
-    def __init__(self, rows: ShardedRows, x: LaidOut, lowest: float) -> None:
+    def __init__(self, rows: ShardedRows, x: LaidOut, lowest: float, top_is_zero: bool = False) -> None:
         self.rows, self.x, self.lowest = rows, x, lowest
+        if top_is_zero:
+            self.top = rows.mesh_impl.slicewise(lambda x: tf.zeros([size_of(x, 0), 1]), x)
+            return
         # Finite in any row: what is invalid shows in the sums, for XLA's maximum passes over NaN.
         top = rows.mesh_impl.slicewise(lambda x: _finite_top(tf.reduce_max(x, -1, keepdims=True)), x)
         self.top = rows.across_shards(top, "MAX")
+
+    @functools.cached_property
+    def core(self) -> core_cutoffs.CoreRows:
+        return core_cutoffs.CoreRows(self.rows, self.x, self.top, self.lowest)
 
     @functools.cached_property
     def weights(self) -> LaidOut:
@@ -141,7 +192,7 @@ class Softmax:
         return slicewise(tf.math.divide_no_nan, depth, self.total)  # 0 in a row without mass
 
 
-FindCut = Callable[[Softmax, LaidOut], Cut]  # of an option, [rows, 1]
+FindCut = Callable[[Softmax, LaidOut], Cut | CoreCut]  # of an option, [rows, 1]
 
 
 def _finite_top(top: tf.Tensor) -> tf.Tensor:
@@ -156,8 +207,17 @@ def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
 # --- Cuts by probability ----------------------------------------------------------------
 
 
-def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
+def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut | CoreCut:
     """At min_p times the largest probability."""
+    if is_core_program(softmax.rows.mesh_impl):
+        ends = core_cutoffs.probability_ends(
+            softmax.core, min_p, lambda minus_log: minus_log, "", lambda: _min_p_cut(softmax, min_p).ends
+        )
+        return CoreCut(*ends)
+    return _min_p_cut(softmax, min_p)
+
+
+def _min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
     mesh_impl, rows = softmax.rows.mesh_impl, softmax.rows
     invalid = rows.across_shards(mesh_impl.slicewise(lambda x: has_invalid(x, keepdims=True), softmax.x), "MAX")
 
@@ -168,18 +228,41 @@ def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
     return _cut_at_depth(softmax, mesh_impl.slicewise(depth, min_p, invalid))
 
 
-def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
+def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut | CoreCut:
     """At probability ε."""
 
+    def pair(minus_log: Pair, log_total: Pair) -> Pair:
+        return float_pairs.add(minus_log, float_pairs.negative(log_total))
+
+    if is_core_program(softmax.rows.mesh_impl):
+        exact = lambda: _epsilon_cut(softmax, epsilon).ends  # noqa: E731
+        return CoreCut(*core_cutoffs.probability_ends(softmax.core, epsilon, pair, "total", exact))
+    return _epsilon_cut(softmax, epsilon)
+
+
+def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
     def depth(epsilon: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
         return -tf.log(tf.cast(epsilon, tf.float64)) - tf.log(total)
 
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, epsilon, softmax.total))
 
 
-def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
+def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut | CoreCut:
     """At probability min(η, √η · exp(−H))."""
 
+    def pair(minus_log: Pair, log_total: Pair, mean: Pair) -> Pair:
+        entropy = float_pairs.add(log_total, mean)
+        other = float_pairs.add((0.5 * minus_log[0], 0.5 * minus_log[1]), entropy)
+        larger = tuple(tf.where_v2(other[0] > minus_log[0], o, m) for o, m in zip(other, minus_log, strict=True))
+        return float_pairs.add(larger, float_pairs.negative(log_total))
+
+    if is_core_program(softmax.rows.mesh_impl):
+        exact = lambda: _eta_cut(softmax, eta).ends  # noqa: E731
+        return CoreCut(*core_cutoffs.probability_ends(softmax.core, eta, pair, "mean", exact))
+    return _eta_cut(softmax, eta)
+
+
+def _eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
     def depth(eta: tf.Tensor, total: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         log_eta, log_total = tf.log(tf.cast(eta, tf.float64)), tf.log(total)
         entropy = tf.where_v2(total > 0, log_total + mean, tf.zeros_like(mean))  # of −inf alone: not NaN
@@ -238,18 +321,23 @@ def _rounded_up(x: tf.Tensor) -> tf.Tensor:
 # --- Cuts by mass -----------------------------------------------------------------------
 
 
-def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut:
+def nucleus_cut(softmax: Softmax, mass: LaidOut) -> Cut | CoreCut:
     """Behind the fewest of the likeliest entries whose mass is at least `mass`."""
+    if is_core_program(softmax.rows.mesh_impl):
+        return CoreCut(*core_cutoffs.nucleus_ends(softmax.core, mass))
     return _cut_at_mass(softmax, mass, softmax.top)
 
 
-def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut:
+def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut | CoreCut:
     """Behind the fewest entries whose mass is at least typical_p, by how far −log p is from the entropy.
 
     |−log p − H| is the distance of x from the mean logit, Σ p·x. A mean less than 2⁻²⁰ below the largest logit is taken
     to equal it: a smaller difference is rounding, which depends on the layout.
     """
     mesh_impl = softmax.rows.mesh_impl
+    if is_core_program(mesh_impl):
+        least, last, *mean = core_cutoffs.typical_ends(softmax.core, typical_p)
+        return CoreCut(least, last, core_cutoffs.typical_key, tuple(mean))
 
     def key(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)

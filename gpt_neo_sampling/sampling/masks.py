@@ -326,7 +326,7 @@ def _mask_below(
     option: RowValue,
     dim: mtf.Dimension | None,
     masked: float | None,
-    find_cut: Callable[..., cutoffs.Cut],
+    find_cut: cutoffs.FindCut,
     neutral: float,
     excluded: float | None = None,
     most: float = 1,

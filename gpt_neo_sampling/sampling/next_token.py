@@ -14,6 +14,7 @@ from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
 from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
+from gpt_neo_sampling.sampling.cutoffs import with_top_zero
 from gpt_neo_sampling.sampling.entmax import entmax, log_softmax_at, softmax
 from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
 from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_mask, top_k_candidates, top_k_mask
@@ -253,8 +254,8 @@ def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf
     """x minus its largest entry, times a `factor` of `inverse_temperature`."""
     top = mtf.reduce_max(mtf.cwise(finite, [x]), reduced_dim=dim)
     if factor is None:
-        return cwise_broadcast(tf.subtract, [x, top], x.shape)
-    return cwise_broadcast(lambda x, top, factor: (x - top) * factor, [x, top, factor], x.shape)
+        return with_top_zero(cwise_broadcast(tf.subtract, [x, top], x.shape))
+    return with_top_zero(cwise_broadcast(lambda x, top, factor: (x - top) * factor, [x, top, factor], x.shape))
 
 
 def _log_probability(

@@ -1,0 +1,139 @@
+"""The cutoffs of a TPU core's program, run as CPU replicas: what pairs of float32 make clear, and what not."""
+
+import functools
+
+import numpy as np
+import pytest
+import simd
+from programs import dims
+from sampling.test_masks import MASKS, assert_kept, tied_rows
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
+from gpt_neo_sampling.sampling.masks import epsilon_mask, eta_mask, min_p_mask, top_p_mask, typical_p_mask
+
+pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
+
+ROWS, SIZE = 200, 520
+ON_CORE = [top_p_mask, typical_p_mask, min_p_mask, epsilon_mask, eta_mask]
+by_mask = pytest.mark.parametrize("mask", ON_CORE, ids=lambda mask: mask.__name__)
+split = pytest.mark.parametrize("layout", ["vocab:x", pytest.param("batch:x", marks=pytest.mark.slow)])
+
+
+def _doubt_as_nan(find):
+    """Rows in doubt become NaN, and are no longer in doubt."""
+
+    def found(core, *args):
+        *ends, in_doubt = find(core, *args)
+        least, last = ends[0] if len(ends) == 1 else ends
+        least = core.slicewise(lambda least, doubt: tf.where_v2(doubt > 0, np.nan, least), least, in_doubt)
+        none = core.slicewise(tf.zeros_like, in_doubt)
+        return ([least, last], none) if len(ends) == 1 else (least, last, none)
+
+    return found
+
+
+@functools.cache
+def program(mask, layout, what, rows=ROWS, size=SIZE):
+    """what: "fast", where rows in doubt become NaN; or "exact", where all are taken to be in doubt."""
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "exact":
+            patch.setattr(core_cutoffs, "laid_out_cond", lambda mesh_impl, flag, if_set, if_not: if_set())
+            patch.setattr(core_cutoffs, "probability_ends", _exact_probability_ends)
+        else:
+            for name in ("mass_ends", "depth_ends"):
+                patch.setattr(core_cutoffs, name, _doubt_as_nan(getattr(core_cutoffs, name)))
+
+        def build(mesh, x, option):
+            b, v = dims(batch=rows, vocab=size)
+            x, option = (
+                mtf.import_tf_tensor(mesh, x, mtf.Shape([b, v])),
+                mtf.import_tf_tensor(mesh, option, mtf.Shape([b])),
+            )
+            return mask(x, option, v)
+
+        return simd.SimdProgram(build, [(tf.float32, (rows, size)), (tf.float32, (rows,))], "x:4", layout)
+
+
+_probability_ends, _depth_ends = core_cutoffs.probability_ends, core_cutoffs.depth_ends
+
+
+def _exact_probability_ends(*args):
+    """With every row in doubt that has a cut."""
+
+    def in_doubt(core, option, *args):
+        least, last, doubt = _depth_ends(core, option, *args)
+        flag = core.slicewise(lambda doubt, option, last: tf.where_v2(last > 0, 1.0, doubt) * tf.where_v2(
+            tf.reshape(option, [-1, 1, 1]) > 0, 1.0, 0.0), doubt, option, last)  # fmt: skip
+        return least, last, flag
+
+    core_cutoffs.depth_ends = in_doubt
+    try:
+        return _probability_ends(*args)
+    finally:
+        core_cutoffs.depth_ends = _depth_ends
+
+
+def bfloat16_rows(rng):
+    """Of numbers that bfloat16 has: ties by the dozen."""
+    x = (2 * rng.standard_normal((ROWS, SIZE))).astype(np.float32)
+    return (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+@by_mask
+@split
+def test_what_is_clear_and_what_is_not(mask, layout):
+    """Both ways keep what the definition does; where the fast one leaves no doubt, the same to the last tie."""
+    definition, options, *_ = MASKS[mask]
+    rng = np.random.default_rng(5)
+    fast, exact = program(mask, layout, "fast"), program(mask, layout, "exact")
+    gaussian = (np.float32([[2.0], [0.5]]).repeat(ROWS // 2, 0) * rng.standard_normal((ROWS, SIZE))).astype(np.float32)
+    for x, most_in_doubt in ((gaussian, 0.02), (bfloat16_rows(rng), 0.05), (tied_rows(ROWS, SIZE), 0.3)):
+        option = rng.choice(options, ROWS).astype(np.float32)
+        got, want = fast(x, option), exact(x, option)
+        assert_kept(want, x, definition, option[:, np.newaxis])
+        in_doubt = np.isnan(got).all(1)
+        assert in_doubt.mean() <= most_in_doubt
+        np.testing.assert_array_equal(got[~in_doubt], want[~in_doubt])
+
+
+@pytest.mark.slow
+@by_mask
+def test_few_rows_of_a_vocabulary_are_in_doubt(mask):
+    """Of Gaussian ones, σ = 2."""
+    rows, size = 256, 50304
+    got = program(mask, "batch:x", "fast", rows, size)(
+        2 * np.random.default_rng(6).standard_normal((rows, size)), np.full(rows, MASKS[mask][1][1])
+    )
+    assert np.isnan(got).all(1).sum() <= 2
+
+
+# --- Pairs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_pairs(jit):
+    from gpt_neo_sampling._compat import tensorflow
+
+    def value(pair):
+        return sum(np.asarray(part, np.float64) for part in pair)
+
+    def run(function, *args):
+        with tf.Graph().as_default(), tf.Session() as session:
+            compiled = tensorflow.function(function, jit_compile=jit, autograph=False)
+            return value(session.run(compiled(*(tf.constant(a) for a in args))))
+
+    rng = np.random.default_rng(0)
+    d = np.concatenate([rng.uniform(0, 60, 10000), np.exp2(rng.uniform(-40, 0, 1000)), [0]]).astype(np.float32)
+    bound = float_pairs.PAIR_ERROR_BOUND
+    np.testing.assert_allclose(run(float_pairs.exp_of_minus, d), np.exp(-d.astype(np.float64)), rtol=bound)
+    high = np.exp(rng.uniform(0, 11, 10000)).astype(np.float32)
+    low = (high * rng.uniform(-1, 1, 10000) * 2.0**-25).astype(np.float32)
+    whole = high.astype(np.float64) + low
+    np.testing.assert_allclose(
+        run(lambda h, w: float_pairs.log_of((h, w)), high, low), np.log(whole), rtol=bound, atol=bound
+    )
+    ratio = run(lambda h, w: float_pairs.quotient((h, w), (h[::-1], w[::-1])), high, low)
+    np.testing.assert_allclose(ratio, whole / whole[::-1], rtol=bound)
+    x = np.exp(-rng.uniform(0, 80, 10000)).astype(np.float32)
+    np.testing.assert_allclose(run(float_pairs.minus_log, x), -np.log(x.astype(np.float64)), rtol=bound, atol=bound)
