@@ -59,11 +59,11 @@ def kept_together(*xs: tf.Tensor) -> Values:
     return tuple(xla_ops().xla_optimization_barrier(list(xs)))
 
 
-def prefix_sums(x: tf.Tensor, short_code: bool = False) -> tf.Tensor:
+def prefix_sums(x: tf.Tensor) -> tf.Tensor:
     """Inclusive sums of float32 [rows, n] along the last axis.
 
     By a product with a triangle, of three parts of 8 bits, which a TPU's matrix unit takes without rounding (bfloat16)
-    and adds up in float32. The triangle is in the program, 1.2 MB for 786 entries, or with `short_code` computed anew.
+    and adds up in float32.
     """
 
     def leading(x: tf.Tensor) -> tf.Tensor:
@@ -75,17 +75,15 @@ def prefix_sums(x: tf.Tensor, short_code: bool = False) -> tf.Tensor:
             preferred_element_type=tf.float32,
         )  # fmt: skip
 
-    rows, n = x.shape.as_list()
-    at = tf.range(n)
-    (at,) = kept_together(at) if short_code else (at,)  # what XLA knows all of it computes ahead
+    (at,) = kept_together(
+        tf.range(x.shape.as_list()[1])
+    )  # or the triangle would be computed ahead, and stand in the code
     up_to = tf.cast(at[:, tf.newaxis] <= at, tf.bfloat16)
     first = leading(x)
     second = leading(x - first)
     parts = [first, second, (x - first) - second]
-    if short_code:  # one product, for one triangle
-        first, second, third = tf.split(sums(tf.concat(parts, 0)), 3, 0)
-        return first + second + third
-    return sum(sums(tf.pad(part, [[0, -rows % 8], [0, 0]])) for part in parts)[:rows]  # whole tiles
+    first, second, third = tf.split(sums(tf.concat(parts, 0)), 3, 0)
+    return first + second + third
 
 
 def update_slice(x: tf.Tensor, values: tf.Tensor, begin: Sequence[tf.Tensor | int]) -> tf.Tensor:

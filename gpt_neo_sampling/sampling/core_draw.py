@@ -90,7 +90,7 @@ def draw_few_kernels(
         picked = [parts[0], *(tf.broadcast_to(s[..., tf.newaxis], parts[0].shape) for s in sums)]
         picked = [tf.where_v2(here, x, 0.0) for x in picked]
         weights, total, *slopes = reduce_together(picked, [0.0] * len(picked), [1], add_each)  # sums, in every place
-        distance = prefix_sums(weights, short_code=True) - u * total
+        distance = prefix_sums(weights) - u * total
         held = total > 0
         near = tf.abs(distance) <= ENTRY_ERROR_BOUND * total + bound * (slopes or [total])[0]
         counted = [tf.where_v2(tf.logical_and(held, x), 1.0, 0.0) for x in (distance <= 0, near)]

@@ -126,7 +126,7 @@ def chunk_size(size: int) -> int:
     return next((n for n in range(48, 15, -1) if size % n == 0), 32)
 
 
-def largest(x: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+def largest(x: tf.Tensor, k: int, in_chunks: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
     """The k largest entries of each row and their indices, in order.
 
     In two stages: the k largest lie in those k contiguous chunks whose own
@@ -136,6 +136,7 @@ def largest(x: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     Args:
       x: a tf.Tensor [rows, n] of a floating dtype.
       k: int, at most n.
+      in_chunks: False for a sort of whole rows at once, which is slower, of less code.
 
     Returns:
       (values, indices) [rows, k], of x's dtype and int32. Among equal entries the
@@ -155,7 +156,7 @@ def largest(x: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     size = size_of(x, 1)
     chunk = chunk_size(size)
     n_chunks = -(-size // chunk)
-    if n_chunks <= 2 * k:
+    if n_chunks <= 2 * k or not in_chunks:
         candidates = x
         indices = at = top_k_of(sortable(x), k)
     else:
@@ -213,7 +214,8 @@ class _TopKOperation(mtf.ops.TopKOperation):
         def local(x: tf.Tensor, pcoord: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
             x = in_rows(x)
             size = size_of(x, -1)
-            values, indices = largest(x, min(k, size))
+            # a way that is rarely taken has little code
+            values, indices = largest(x, min(k, size), in_chunks=mesh_axis is not None or not selected)
             if pcoord is None:
                 return values, indices
             # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
@@ -235,7 +237,8 @@ class _TopKOperation(mtf.ops.TopKOperation):
             found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
             return mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
 
-        if x.dtype == tf.float32 and selects(mesh_impl, lowering.tensors[x].slice_shape[axis], k, mesh_axis):
+        selected = x.dtype == tf.float32 and selects(mesh_impl, lowering.tensors[x].slice_shape[axis], k, mesh_axis)
+        if selected:
             rows = mesh_impl.slicewise(in_rows, lowering.tensors[x])
             values, indices, doubt = select_largest(mesh_impl, rows, k, mesh_axis)
             doubt = mesh_impl.slicewise(tf.reduce_max, doubt)
