@@ -159,7 +159,7 @@ def test_draws_of_candidates(factor):
             )
             drawn = draw_candidates(impl, size, x, ids, scale[0] if scale else None, [u, v])
             for output, value in zip(self.outputs, drawn, strict=True):
-                lowering.set_tensor_lowering(output, value)
+                lowering.set_tensor_lowering(output, impl.slicewise(lambda t: tf.reshape(t, [-1]), value))
 
     def fast(mesh, x, ids, u, v):
         rows = mtf.Shape([rows_dim])
