@@ -469,7 +469,7 @@ def test_the_command_killed_and_interrupted(tmp_path):
         there = output.stat().st_size
         with start(output) as second:
             status, err = kill_and_resume.end_at(second, output, there + 1, 0.1, signal.SIGINT)
-        assert status == 130 and "Traceback" not in err
+        assert status == 130 and "Traceback" not in err, err
         assert "of 40 prompts are done; the same command continues" in err.splitlines()[-1]
         _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0 and err.endswith(f"{undisturbed}: 40 prompts, 40 of them done now\n")
