@@ -174,7 +174,7 @@ class CandidateRows(ShardedRows):
 
 
 def whole_axis(rows: ShardedRows, x: LaidOut) -> LaidOut:
-    """Laid-out finite float32 [rows, n of a shard] as [rows, n of all shards], in a core program; XLA sends several of
+    """Laid-out float32 [rows, n of a shard] as [rows, n of all shards], in a core program; XLA sends several of
     them together."""
     if rows.mesh_axis is None:
         return x

@@ -19,7 +19,7 @@ from gpt_neo_sampling.mesh.xla import Values, add_each, prefix_sums, reduce_toge
 # above a quarter of the total, and a uniform as float32.
 BORDER_ERROR_BOUND = 2e-6
 ENTRY_ERROR_BOUND = 1e-6  # likewise for entries in a group, as three products add them up
-LARGEST_GROUP = 1023  # its entries are counted, and a triangle of its square is a constant
+LARGEST_GROUP = 1023  # its entries are multiplied by a triangle of its square; `softmax_draw` flags above its count
 _NONE = 2.0**22  # stands for the first entry of a group where there is none
 
 

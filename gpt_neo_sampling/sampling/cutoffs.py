@@ -207,14 +207,23 @@ def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
 # --- Cuts by probability ----------------------------------------------------------------
 
 
+def _cut_at_probability(
+    softmax: Softmax,
+    option: LaidOut,
+    depth_of: Callable[..., Pair],
+    looks_at: str,
+    exact: Callable[[Softmax, LaidOut], Cut],
+) -> Cut | CoreCut:
+    """The cut that `exact` gives; in a core program in few kernels: see `core_cutoffs.probability_ends`."""
+    if not is_core_program(softmax.rows.mesh_impl):
+        return exact(softmax, option)
+    ends = core_cutoffs.probability_ends(softmax.core, option, depth_of, looks_at, lambda: exact(softmax, option).ends)
+    return CoreCut(*ends)
+
+
 def min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut | CoreCut:
     """At min_p times the largest probability."""
-    if is_core_program(softmax.rows.mesh_impl):
-        ends = core_cutoffs.probability_ends(
-            softmax.core, min_p, lambda minus_log: minus_log, "", lambda: _min_p_cut(softmax, min_p).ends
-        )
-        return CoreCut(*ends)
-    return _min_p_cut(softmax, min_p)
+    return _cut_at_probability(softmax, min_p, lambda minus_log: minus_log, "", _min_p_cut)
 
 
 def _min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
@@ -234,10 +243,7 @@ def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut | CoreCut:
     def pair(minus_log: Pair, log_total: Pair) -> Pair:
         return float_pairs.add(minus_log, float_pairs.negative(log_total))
 
-    if is_core_program(softmax.rows.mesh_impl):
-        exact = lambda: _epsilon_cut(softmax, epsilon).ends  # noqa: E731
-        return CoreCut(*core_cutoffs.probability_ends(softmax.core, epsilon, pair, "total", exact))
-    return _epsilon_cut(softmax, epsilon)
+    return _cut_at_probability(softmax, epsilon, pair, "total", _epsilon_cut)
 
 
 def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
@@ -256,10 +262,7 @@ def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut | CoreCut:
         larger = tuple(tf.where_v2(other[0] > minus_log[0], o, m) for o, m in zip(other, minus_log, strict=True))
         return float_pairs.add(larger, float_pairs.negative(log_total))
 
-    if is_core_program(softmax.rows.mesh_impl):
-        exact = lambda: _eta_cut(softmax, eta).ends  # noqa: E731
-        return CoreCut(*core_cutoffs.probability_ends(softmax.core, eta, pair, "mean", exact))
-    return _eta_cut(softmax, eta)
+    return _cut_at_probability(softmax, eta, pair, "mean", _eta_cut)
 
 
 def _eta_cut(softmax: Softmax, eta: LaidOut) -> Cut:
