@@ -10,8 +10,9 @@ another order of summation in the model leaves them: of 5e-7, and of 5e-7 plus
 in one: a float32 uniform of 24 bits against one float32 cumulative sum. Or the
 logits stay and that one sum is taken in another order.
 
-Equal logits: drawn by plain TensorFlow, and by XLA or with the vocabulary split
-over 4 CPU devices.
+Equal logits: drawn by plain TensorFlow, and by XLA, with the vocabulary split
+over 4 CPU devices, or by the program of a TPU's core, run as 4 XLA replicas
+(which needs jaxlib).
 
 --draws is for each line but those of `score_draw`, the loop's draw, of which one
 pass gives a draw a row: there it is an 800th. What it gives is defined as
@@ -30,6 +31,8 @@ import numpy as np
 from scipy import stats
 
 common.use_tests()
+import simd  # noqa: E402
+from programs import ONE_DEVICE as ON_ONE  # noqa: E402
 from programs import MeshRunner, Program, dims  # noqa: E402
 
 from gpt_neo_sampling._compat import (  # noqa: E402
@@ -91,7 +94,7 @@ def score_draws(vocab, alpha=None, shards=1):
     return build, [(SCORE_ROWS, vocab), (SCORE_ROWS,), (SCORE_ROWS,)]
 
 
-def plain(build, shapes, runner=None):
+def plain(build, shapes, runner=ON_ONE):
     return Program(build, [(tf.float32, shape) for shape in shapes], runner=runner)
 
 
@@ -108,6 +111,10 @@ def xla(build, shapes):
 
 def split(draws, vocab, alpha):
     return plain(*draws(vocab, alpha, shards=4), MeshRunner("x:4", "vocab:x"))
+
+
+def cores(build, shapes):
+    return simd.SimdProgram(build, [(tf.float32, shape) for shape in shapes], "x:4", "vocab:x")
 
 
 def one_level(logits, u, blocks=None):
@@ -178,6 +185,9 @@ def lines(draws, vocab):
         what, score = f"equal: score_draw, {name}", plain(*score_draws(vocab, alpha))
         yield compare(f"{what}, XLA", draws // 800, score, xla(*score_draws(vocab, alpha)), vocab, many=False)
         yield compare(f"{what}, 4 devices", draws // 800, score, split(score_draws, vocab, alpha), vocab, many=False)
+        if simd.UNAVAILABLE is None:
+            on_cores = cores(*score_draws(vocab, alpha, shards=4))
+            yield compare(f"{what}, 4 cores of a TPU's program", draws // 800, score, on_cores, vocab, many=False)
 
 
 def main():
