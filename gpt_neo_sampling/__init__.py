@@ -1,39 +1,33 @@
-"""GPT-Neo's sampling in mesh-tensorflow: faithful, linear, repeatable."""
+"""GPT-Neo's sampling in mesh-tensorflow: faithful, linear, repeatable.
 
-from gpt_neo_sampling import _compat  # noqa: F401  (first: makes mesh-tensorflow importable)
+The package's names are imported, all together, when one of them is first used: TensorFlow takes seconds.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from gpt_neo_sampling import _compat  # noqa: F401  (makes mesh-tensorflow importable)
 from gpt_neo_sampling._version import VERSION
-from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
-from gpt_neo_sampling.generation.export import export_saved_model
-from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
-from gpt_neo_sampling.generation.options import GenerationOptions
-from gpt_neo_sampling.generation.prompts_file import generate_file
-from gpt_neo_sampling.generation.scoring import TextScore
-from gpt_neo_sampling.inspection import ChainStep
-from gpt_neo_sampling.mesh.cluster import ClusterError
-from gpt_neo_sampling.mesh.devices import DeviceMesh, MeshError, device_mesh
-from gpt_neo_sampling.models import utils as _operations
-from gpt_neo_sampling.models.utils import *  # noqa: F403
-from gpt_neo_sampling.sample import sample_autoregressive
+
+if TYPE_CHECKING:
+    from gpt_neo_sampling._api import *  # noqa: F403
+    from gpt_neo_sampling._api import __all__ as __all__
 
 __version__ = VERSION
 
-__all__ = [
-    *_operations.__all__,
-    "ChainStep",
-    "CheckpointError",
-    "ClusterError",
-    "DeviceMesh",
-    "GenerationOptions",
-    "Interrupted",
-    "InvalidDistributionError",
-    "MeshError",
-    "Sample",
-    "TextGenerator",
-    "TextScore",
-    "convert_checkpoint",
-    "device_mesh",
-    "export_saved_model",
-    "generate_file",
-    "open_checkpoint",
-    "sample_autoregressive",
-]
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") and name != "__all__":  # one of the modules, which is about to be imported
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gpt_neo_sampling import _api
+
+    if name in _api.__all__ or name == "__all__":
+        return getattr(_api, name)
+    if name in globals():  # a module that came with them
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from gpt_neo_sampling import _api
+
+    return sorted({*globals(), *_api.__all__})

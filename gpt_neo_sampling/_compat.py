@@ -1,11 +1,17 @@
-"""TensorFlow and mesh-tensorflow, imported so that they work together.
+"""TensorFlow and mesh-tensorflow, imported so that they work together, and not before they are needed.
 
 This is the only file that uses their private names. Everything else imports `tf`
-(the `tensorflow.compat.v1` API, used only to build graphs) and `mtf` from here.
+(the `tensorflow.compat.v1` API, used only to build graphs) and `mtf` from here. Both are imported when a name of
+theirs is first used, as TensorFlow takes seconds: a module that a wrong argument is found with does without it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -13,7 +19,8 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +32,7 @@ def quiet_stderr() -> Iterator[None]:
     """Keeps TensorFlow's C++ start-up lines off file descriptor 2.
 
     They are written below Python, some before any log level is read. They are
-    shown after all if the body raises. Only one thread can be inside at a time,
+    shown after all if the body raises anything but KeyboardInterrupt. Only one thread can be inside at a time,
     as the descriptor belongs to the whole process.
     """
     with _stderr_lock, contextlib.ExitStack() as stack:
@@ -39,6 +46,8 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
+        except KeyboardInterrupt:
+            raise
         except BaseException:
             os.dup2(saved, 2)
             held.seek(0)
@@ -100,29 +109,93 @@ def _names_that_mtf_imports() -> Iterator[None]:
         yield
 
 
-def _import_mesh_tensorflow() -> None:
-    if "mesh_tensorflow" in sys.modules:
-        return
-    if importlib.util.find_spec("mesh_tensorflow") is None:
-        raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow")
-    # modules left by a failed import would not become attributes of the package
-    for name in [name for name in sys.modules if name.startswith("mesh_tensorflow.")]:
-        del sys.modules[name]
-    with _names_that_mtf_imports():
-        import mesh_tensorflow  # noqa: F401
+class _MeshTensorflowFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports mesh-tensorflow, whoever asks for it, with the names that it needs."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "mesh_tensorflow":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        assert self._loader is not None
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        assert self._loader is not None and module.__spec__ is not None
+        module.__loader__ = module.__spec__.loader = self._loader  # which has more methods
+        _import_tensorflow()
+        # modules left by a failed import would not become attributes of the package
+        for name in [name for name in sys.modules if name.startswith("mesh_tensorflow.")]:
+            del sys.modules[name]
+        with _names_that_mtf_imports():
+            self._loader.exec_module(module)
 
 
-tensorflow = _import_tensorflow()
-_import_mesh_tensorflow()
+def _import_mesh_tensorflow() -> types.ModuleType:
+    try:
+        import mesh_tensorflow
+    except ModuleNotFoundError as e:
+        if e.name != "mesh_tensorflow":
+            raise
+        raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow") from None
+    return mesh_tensorflow
 
-import mesh_tensorflow as mtf  # noqa: E402
-import tensorflow.compat.v1 as tf  # noqa: E402
-from tensorflow.python.framework.func_graph import FuncGraph  # noqa: E402
-from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph  # noqa: E402
 
-# mesh-tensorflow's private names that the library uses
-LazyAllreduceSum = mtf.ops.LazyAllreduceSum
-PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
+sys.meta_path.insert(0, _MeshTensorflowFinder())
+
+
+class LazyModule(types.ModuleType):
+    """A module that is imported when one of its names is first used."""
+
+    def __init__(self, name: str, load: Callable[[], types.ModuleType] | None = None) -> None:
+        """load: a function that imports and returns it."""
+        super().__init__(name)
+        self.__dict__["_loaded"] = functools.cache(load or (lambda: importlib.import_module(name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded(), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._loaded(), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._loaded(), name)
+
+
+def _import_tensorflow_v1() -> types.ModuleType:
+    _import_tensorflow()
+    import tensorflow.compat.v1
+
+    return tensorflow.compat.v1
+
+
+if TYPE_CHECKING:
+    import mesh_tensorflow as mtf
+    import tensorflow
+    import tensorflow.compat.v1 as tf
+
+    PlacementMeshImpl = mtf.placement_mesh_impl.PlacementMeshImpl
+    LazyAllreduceSum = mtf.ops.LazyAllreduceSum
+else:
+    tensorflow = LazyModule("tensorflow", _import_tensorflow)
+    tf = LazyModule("tensorflow.compat.v1", _import_tensorflow_v1)
+    mtf = LazyModule("mesh_tensorflow", _import_mesh_tensorflow)
+
+
+def __getattr__(name: str) -> Any:
+    """mesh-tensorflow's private names that the library uses."""
+    if name == "PlacementMeshImpl":
+        return mtf.placement_mesh_impl.PlacementMeshImpl
+    if name == "LazyAllreduceSum":
+        return mtf.ops.LazyAllreduceSum
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @functools.cache
@@ -162,6 +235,9 @@ def static_value(x: mtf.Tensor) -> np.ndarray | None:
 
 def is_in_function() -> bool:
     """Whether the graph being built belongs to a tf.function, or lies inside one."""
+    from tensorflow.python.framework.func_graph import FuncGraph
+    from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
     graph = tf.get_default_graph()
     while isinstance(graph, FuncGraph):
         if not isinstance(graph, ControlFlowFuncGraph):  # those are loop bodies and branches

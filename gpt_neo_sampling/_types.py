@@ -8,31 +8,32 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from gpt_neo_sampling._compat import mtf, tf
-
 if sys.version_info >= (3, 11):
     from typing import Unpack as Unpack
 else:
     from typing_extensions import Unpack as Unpack
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-else:
-    Tokenizer = Any  # its package comes with an extra
-
 Params = dict[str, Any]  # GPT-Neo's config, by its keys
 Shape = tuple[int, ...]
 StrPath = str | os.PathLike[str]
-DType = str | tf.DType
 Prompt = str | Sequence[int] | np.ndarray  # a text, or token ids
 Prompts = Prompt | Sequence[Prompt]
 LaidOut = Any  # a MeshImpl's LaidOutTensor: one slice a processor
-ShapeLike = mtf.Shape | Iterable[mtf.Dimension]
-Tensor = np.ndarray | tf.Tensor | mtf.Tensor
-RowValue = float | Tensor  # one for all rows, or one a row
-TensorFunction = Callable[..., tf.Tensor]  # applied to slices
-LogitsProcessor = Callable[[mtf.Tensor, mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (logits, ids, position) to logits
 Streamer = Callable[[int, int, str | None, bool], object]  # (index, token, text, is_last)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from gpt_neo_sampling._compat import mtf, tf
+
+    DType = str | tf.DType
+    ShapeLike = mtf.Shape | Iterable[mtf.Dimension]
+    Tensor = np.ndarray | tf.Tensor | mtf.Tensor
+    RowValue = float | Tensor  # one for all rows, or one a row
+    TensorFunction = Callable[..., tf.Tensor]  # applied to slices
+    LogitsProcessor = Callable[[mtf.Tensor, mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (logits, ids, position) to logits
+else:  # their packages take seconds to import; the tokenizers' comes with an extra
+    Tokenizer = DType = ShapeLike = Tensor = RowValue = TensorFunction = LogitsProcessor = Any
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

@@ -145,6 +145,7 @@ def _fork(requests):
 
 
 def _main():
+    from gpt_neo_sampling.cli import commands  # noqa: F401  (imports TensorFlow)
     from gpt_neo_sampling.cli import main as cli
 
     gc.freeze()  # collecting garbage would touch, and so copy, the shared memory

@@ -1,5 +1,7 @@
 """What both formats share: the open checkpoint, its errors, its checks, its files."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """Hugging Face's format: config.json, and safetensors or PyTorch files, whole or in shards."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -16,6 +18,7 @@ from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import Params, Shape, is_int
 from gpt_neo_sampling.checkpoint.base import (
     ALLOWED,
+    STORED_BYTES,
     Checkpoint,
     CheckpointError,
     check_dtypes,
@@ -53,11 +56,7 @@ _HEAD = "lm_head.weight"  # outside the scope
 # Lightning or its Fabric.
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "_forward_module")
 _BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.attention\.(bias|masked_bias)")  # constant masks
-_DTYPES = {
-    "float32": ("F32", np.float32),
-    "float16": ("F16", np.float16),
-    "bfloat16": ("BF16", tf.bfloat16.as_numpy_dtype),
-}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NAMES = {
     "wte": "wte.weight",
     "wpe": "wpe.weight",
@@ -190,8 +189,8 @@ def save_hugging_face(
       max_shard_bytes: int, the most bytes of one file's tensors in float32; a larger
         model gets several files and an index.
     """
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"dtype {dtype!r}; allowed: {', '.join(map(repr, _DTYPES))}")
+    if dtype not in _CODES:
+        raise CheckpointError(f"dtype {dtype!r}; allowed: {', '.join(map(repr, _CODES))}")
     write_json(folder / "config.json", {**_config(params), "dtype": dtype, "torch_dtype": dtype})
     shapes = variable_shapes(params)
     shards = list(in_batches(shapes, shapes, max_shard_bytes))
@@ -203,7 +202,7 @@ def save_hugging_face(
             _write_safetensors(folder / file, {n: shapes[n] for n in names}, read, dtype, progress)
     if len(shards) > 1:
         weight_map = {_stored_name(_SCOPE, name): file for file, names in zip(files, shards) for name in names}
-        total = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(_DTYPES[dtype][1]).itemsize
+        total = sum(math.prod(shape) for shape in shapes.values()) * STORED_BYTES[dtype]
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
@@ -215,7 +214,7 @@ def _write_safetensors(
 
     The safetensors library's own function needs all tensors at once.
     """
-    code, numpy_dtype = _DTYPES[dtype]
+    code, numpy_dtype = _CODES[dtype], tf.as_dtype(dtype).as_numpy_dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -1,5 +1,7 @@
 """GPT-Neo's own format: a TensorFlow 1 checkpoint of mesh-tensorflow's variables, and JSON configs."""
 
+from __future__ import annotations
+
 import math
 import os
 import re
@@ -302,12 +304,14 @@ def _newest(folder: Path, files: list[str]) -> str:
     return steps[max(steps)]
 
 
+def _reader_errors() -> tuple[type[Exception], ...]:
+    """What TensorFlow's reader raises for damaged files; some of its C++ errors become Python's own, such as IndexError
+    for a short file."""
+    return tf.errors.OpError, LookupError, RuntimeError, TypeError, ValueError, OSError
+
+
 class _TensorFlowStore:
     """The `Store` of a TensorFlow checkpoint. Of its files, a fingerprint reads the index, which has checksums."""
-
-    # What TensorFlow's reader raises for damaged files; some of its C++ errors
-    # become Python's own (an IndexError for a short file).
-    _ERRORS = (tf.errors.OpError, LookupError, RuntimeError, TypeError, ValueError, OSError)
 
     def __init__(self, folder: Path, base: str, files: list[str]) -> None:
         self._path = folder / base
@@ -323,7 +327,7 @@ class _TensorFlowStore:
             self._reader = tf.train.NewCheckpointReader(self._prefix)
             self.shapes = {n: tuple(s) for n, s in self._reader.get_variable_to_shape_map().items()}
             self.dtypes = {n: tf.as_dtype(d).name for n, d in self._reader.get_variable_to_dtype_map().items()}
-        except self._ERRORS as e:
+        except _reader_errors() as e:
             raise CheckpointError(f"{self._path}.index cannot be read, it is damaged: {e}") from None
         needed = sum(STORED_BYTES.get(self.dtypes[n], 0) * math.prod(s) for n, s in self.shapes.items())
         size = sum((folder / f).stat().st_size for f in shards)
@@ -344,7 +348,7 @@ class _TensorFlowStore:
             if self.dtypes[name] == "bfloat16":
                 return self._read_bfloat16(name)
             return self._reader.get_tensor(name)
-        except self._ERRORS as e:
+        except _reader_errors() as e:
             raise CheckpointError(f"{name} in {self._path} cannot be read: {e}") from None
 
     def _read_bfloat16(self, name: str) -> np.ndarray:

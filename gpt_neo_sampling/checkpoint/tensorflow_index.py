@@ -9,9 +9,6 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
-
 _FOOTER_BYTES = 48
 _MAGIC = 0xDB4775248B80FB57
 _MOST_DIMS = 8
@@ -20,6 +17,9 @@ _LONGEST_NAME = 4096  # bytes; without a bound, a million names that share a mil
 
 def check_index(path: Path) -> None:
     """Raises ValueError or LookupError for an index that would crash TensorFlow."""
+    from google.protobuf.message import DecodeError
+    from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
+
     for name, value in entries(path.read_bytes()):
         if not name:  # the header
             continue

@@ -7,12 +7,10 @@ from typing import Any, NoReturn
 from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
-from gpt_neo_sampling.generation.decode_graph import DTYPES
-from gpt_neo_sampling.generation.export import DEFAULT_TOP_K, EXPORTABLE
-from gpt_neo_sampling.generation.options import OPTIONS
+from gpt_neo_sampling.generation.options import DEFAULT_TOP_K, DTYPES, EXPORTABLE, OPTIONS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
 from gpt_neo_sampling.sampling.controls import CONTROLS, Number
-from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
+from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA
 
 PROGRAM = "gpt-neo-sampling"
 

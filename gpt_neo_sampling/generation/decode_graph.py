@@ -13,6 +13,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
+from gpt_neo_sampling.generation.options import DTYPES
 from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import config, gpt2
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
@@ -25,7 +26,6 @@ LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 MOST_STOP_TOKENS = 256  # a graph is built for their number
 LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
-DTYPES = ("float32", "bfloat16")  # of weights and activations
 
 OnTokens = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # see `build`
 

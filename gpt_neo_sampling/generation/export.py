@@ -30,23 +30,20 @@ from gpt_neo_sampling.generation.decode_graph import (
     stop_tokens_of,
     variable_dtype_of,
 )
+from gpt_neo_sampling.generation.options import DEFAULT_TOP_K, EXPORTABLE
 from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.sample import INVALID
-from gpt_neo_sampling.sampling.controls import ENTMAX_TEMPERATURE, NUMBERS, SOFTMAX_TEMPERATURE, check_int
-from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
+from gpt_neo_sampling.sampling.controls import NUMBERS, check_int
+from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA, ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 # Two, as softmax drawn as entmax of α = 1 takes 1.8 times as long (125M's shape, batch 8).
 SIGNATURES = {  # name -> its options besides top-k
     tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: [],
     "entmax": ["entmax_alpha"],
 }
-DEFAULT_TOP_K = 64
 MAX_BATCH = 2**16
 log = logging.getLogger(__name__)
-EXPORTABLE = tuple(
-    name for name, o in NUMBERS.items() if o.neutral is not None and name not in ("top_k", "entmax_alpha")
-)
 
 
 def export_saved_model(

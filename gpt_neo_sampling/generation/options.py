@@ -9,19 +9,21 @@ import numpy as np
 
 from gpt_neo_sampling.sampling.controls import (
     CONTROLS,
-    ENTMAX_TEMPERATURE,
     INT32_MAX,
     NUMBERS,
-    SOFTMAX_TEMPERATURE,
     Control,
     Controls,
     Number,
+    check_int,
     control,
     controls_of,
     with_sentences,
 )
+from gpt_neo_sampling.sampling.defaults import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 
 DEFAULT_NEW_TOKENS = 64
+DTYPES = ("float32", "bfloat16")  # of weights and activations
+DEFAULT_TOP_K = 64  # of an exported model: the largest that a request may ask for
 
 
 def check_bool(name: str, value: object) -> None:
@@ -88,8 +90,28 @@ OPTIONS = controls_of(GenerationOptions)
 PER_PROMPT = {name: c for name, c in OPTIONS.items() if isinstance(c, Number)}
 SAMPLING = tuple(NUMBERS)  # those that say how a token is drawn
 ARGMAX_INVARIANT = tuple(name for name in SAMPLING if PER_PROMPT[name].argmax_invariant)
+# Numbers that an exported model may be asked for, besides those that each has.
+EXPORTABLE = tuple(n for n in SAMPLING if NUMBERS[n].neutral is not None and n not in ("top_k", "entmax_alpha"))
 # All that say how a token is drawn.
 TOKEN_OPTIONS = ("logits_processors", *CONTROLS, "bad_words_ids", "eos_token_id", "do_sample")
+
+# Options that all prompts share, and that a generation_config.json may give.
+SHARED = ("bad_words_ids", "no_repeat_ngram_size", "num_return_sequences", "stop_strings")
+
+
+def check_shared(options: GenerationOptions, n_vocab: int) -> None:
+    """Raises ValueError if one of SHARED is out of range, but for stop strings."""
+    if options.num_return_sequences is not None:
+        check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
+    if options.no_repeat_ngram_size is not None:
+        check_int("no_repeat_ngram_size", options.no_repeat_ngram_size, 0, INT32_MAX)
+    banned = options.bad_words_ids
+    if not (banned is None or isinstance(banned, (list, tuple))):
+        raise ValueError(f"bad_words_ids={banned!r}; a list is needed, as in [[50256]]")
+    for word in banned or ():
+        if not isinstance(word, (list, tuple)) or len(word) != 1:
+            raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
+        check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
 
 
 def per_prompt(name: str, value: Any, n_prompts: int) -> list[Any]:
@@ -132,6 +154,23 @@ def resolve(options: GenerationOptions, defaults: Sequence[dict[str, Any]]) -> d
         for i, own in enumerate(defaults)
     ]
     return {name: np.array([row[name] for row in rows], PER_PROMPT[name].dtype) for name in SAMPLING}
+
+
+def check_alone(options: GenerationOptions) -> None:
+    """Raises ValueError for what is wrong with a request for one prompt, whatever the model is."""
+    check_shared(dataclasses.replace(options, bad_words_ids=None), n_vocab=INT32_MAX)
+    resolve(options, [{}])
+    for name in PER_PROMPT.keys() - set(SAMPLING):
+        per_prompt(name, getattr(options, name), 1)
+    least, most = (per_prompt(name, getattr(options, name), 1)[0] for name in ("min_new_tokens", "max_new_tokens"))
+    if least is not None and most is not None:
+        check_least_and_most(least, most)
+
+
+def check_least_and_most(min_new_tokens: int, max_new_tokens: int) -> None:
+    """Raises ValueError where a row has to be longer than it may be."""
+    if min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens} is more than max_new_tokens={max_new_tokens}")
 
 
 def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[str, Any]) -> dict[str, Any]:

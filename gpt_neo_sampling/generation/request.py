@@ -14,17 +14,17 @@ from gpt_neo_sampling.generation.options import (
     DEFAULT_NEW_TOKENS,
     PER_PROMPT,
     SAMPLING,
+    SHARED,
     GenerationOptions,
     check_bool,
     check_default,
+    check_least_and_most,
+    check_shared,
     of_the_model,
     per_prompt,
     resolve,
 )
 from gpt_neo_sampling.sampling.controls import INT32_MAX, check_int
-
-# Options that all prompts share, and that a generation_config.json may give.
-_SHARED = ("bad_words_ids", "no_repeat_ngram_size", "num_return_sequences", "stop_strings")
 
 
 @dataclasses.dataclass
@@ -82,15 +82,15 @@ def checked_request(
     """
     n_vocab, n_ctx = checkpoint.params["n_vocab"], checkpoint.params["n_ctx"]
     defaults = checkpoint.generation_defaults
-    _check_shared(options, n_vocab)
+    check_shared(options, n_vocab)
     check_bool("return_logprobs", options.return_logprobs)
     if options.do_sample is not None:
         check_bool("do_sample", options.do_sample)
-    own = {name: defaults[name] for name in _SHARED if name in defaults and getattr(options, name) is None}
+    own = {name: defaults[name] for name in SHARED if name in defaults and getattr(options, name) is None}
     if "stop_strings" in own:
         own["stop_strings"], _ = models_stop_strings(checkpoint, tokenizer)
     with of_the_model():
-        _check_shared(GenerationOptions(**own), n_vocab)
+        check_shared(GenerationOptions(**own), n_vocab)
     options = dataclasses.replace(options, **own)
     n_samples = 1 if options.num_return_sequences is None else int(options.num_return_sequences)
 
@@ -99,9 +99,9 @@ def checked_request(
     new_tokens = per_prompt("max_new_tokens", options.max_new_tokens, len(prompts))
     new_tokens = [_default_new_tokens(len(p), defaults) if n is None else n for p, n in zip(prompts, new_tokens)]
     values["max_new_tokens"] = np.array(new_tokens, np.int32)
-    for least, most in zip(values["min_new_tokens"], values["max_new_tokens"]):
-        if least > most and options.min_new_tokens is not None:
-            raise ValueError(f"min_new_tokens={least} is more than max_new_tokens={most}")
+    if options.min_new_tokens is not None:
+        for least, most in zip(values["min_new_tokens"], values["max_new_tokens"]):
+            check_least_and_most(least, most)
     fresh = secrets.randbits(32)
     seeds = [fresh if s is None else int(s) for s in per_prompt("seed", options.seed, len(prompts))]
     values["seed"] = np.array([s % 2**32 for s in seeds], np.uint32).view(np.int32)
@@ -128,21 +128,6 @@ def checked_request(
         n_vocab=n_vocab,
         n_ctx=n_ctx,
     )
-
-
-def _check_shared(options: GenerationOptions, n_vocab: int) -> None:
-    """Raises ValueError if one of _SHARED is out of range, but for stop strings."""
-    if options.num_return_sequences is not None:
-        check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
-    if options.no_repeat_ngram_size is not None:
-        check_int("no_repeat_ngram_size", options.no_repeat_ngram_size, 0, INT32_MAX)
-    banned = options.bad_words_ids
-    if not (banned is None or isinstance(banned, (list, tuple))):
-        raise ValueError(f"bad_words_ids={banned!r}; a list is needed, as in [[50256]]")
-    for word in banned or ():
-        if not isinstance(word, (list, tuple)) or len(word) != 1:
-            raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
-        check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
 
 
 def _with_min_new_tokens(defaults: dict[str, Any], length: int) -> dict[str, Any]:

@@ -81,9 +81,9 @@ class _Page:
 
     def fit(self, text: str, width: int) -> str:
         """The text, shortened to `width` columns if it is longer."""
-        if _text_width(text) <= width:
+        if text_width(text) <= width:
             return text
-        widths = itertools.accumulate(map(_text_width, text))
+        widths = itertools.accumulate(map(text_width, text))
         fitting = sum(1 for _ in itertools.takewhile(lambda w: w < width, widths))
         return text[:fitting] + ("…" if self.unicode else "~")
 
@@ -104,7 +104,7 @@ class _Page:
         return self.paint(text, "2")
 
 
-def _text_width(text: str) -> int:
+def text_width(text: str) -> int:
     """The columns that a text takes in a terminal."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
@@ -211,7 +211,7 @@ def _token_lines(
     ids = likeliest(steps, count)
     rank = ranks(steps[0].probabilities)
     tokens = {i: page.token(text(i)) for i in ids}
-    token_width = max(len("token"), *map(_text_width, tokens.values()))
+    token_width = max(len("token"), *map(text_width, tokens.values()))
     id_width = max(4, len(str(len(rank))))
     start = f"{{:>{id_width}}}  {{}}  {{:>{id_width}}}".format
     left = len(start("", " " * token_width, ""))
@@ -227,7 +227,7 @@ def _token_lines(
     for i in ids:
         had = [column.step.probabilities[i] > 0 for column in columns]
         cells = [column.cell(page, i, scale, n > 0 and not had[n - 1]) for n, column in enumerate(columns)]
-        first = start(rank[i], tokens[i] + " " * (token_width - _text_width(tokens[i])), i)
+        first = start(rank[i], tokens[i] + " " * (token_width - text_width(tokens[i])), i)
         yield "  ".join([first if had[-1] else page.dim(first), *cells])
     if len(rank) > len(ids):
         cells = [f"{percent(mass_of_others(column.step, ids)):>5}".ljust(column.width) for column in columns]

@@ -6,31 +6,27 @@ and long for a dead one. So this module checks for both, by opening a connection
 each address before the session and during it.
 """
 
-import atexit
+from __future__ import annotations
+
 import concurrent.futures
-import contextlib
 import dataclasses
-import functools
 import json
 import os
-import queue
 import re
 import signal
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import quiet_stderr, tf
-from gpt_neo_sampling._threads import THREADS, call_in_thread
+from gpt_neo_sampling._threads import call_in_thread
 
 CONNECT_SECONDS = 20  # the longest that a process may take to start
 WATCH_SECONDS = 2  # between checks that all processes are there
 LOST_AFTER = 2  # failed checks in a row
 ANSWER_SECONDS = 60  # for a cluster that accepts connections to answer its first request
-CLOSE_SECONDS = 5  # for a cluster to free a session's state
 MOST_CPUS = 1024  # CPU devices of a process; TensorFlow creates all of them up to the last that is named
 
 
@@ -50,7 +46,7 @@ class Cluster:
         """{"worker:0": "host:port", …}, in order."""
         return {f"{job}:{i}": address for job, tasks in self.jobs.items() for i, address in enumerate(tasks)}
 
-    def checked(self, what: str = "cluster") -> "Cluster":
+    def checked(self, what: str = "cluster") -> Cluster:
         """Itself; raises ValueError for invalid addresses or an unknown task."""
         addresses = list(self.addresses.values())
         if not addresses:
@@ -88,8 +84,10 @@ class Cluster:
         # without isolation, sessions share variables by name, and variables outlive their session
         config = tf.ConfigProto(allow_soft_placement=True, isolate_session_state=True)
         config.graph_options.rewrite_options.disable_meta_optimizer = True
+        from gpt_neo_sampling.mesh.cluster_session import ClusterSession  # (imports TensorFlow)
+
         with quiet_stderr():
-            session = _Session(self, graph, config)
+            session = ClusterSession(self.master, self.gone, graph, config)
         with session.graph.as_default(), tf.device(None):
             answer = tf.no_op()
         try:
@@ -156,72 +154,6 @@ class Cluster:
             if isinstance(e, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)):
                 raise ClusterError(f"the cluster has lost a process or its state: {_reason(e)}") from None
             raise
-
-
-class _Session(tf.Session):
-    """A session that closes in bounded time.
-
-    TensorFlow would wait minutes, or until it is back, for a process that has gone,
-    even when the session is garbage-collected or the program ends.
-    """
-
-    def __init__(self, cluster: Cluster, graph: tf.Graph | None, config: tf.ConfigProto) -> None:
-        self._cluster, self.ended = cluster, False
-        super().__init__("grpc://" + cluster.master, graph=graph, config=config)
-        _open_sessions.add(self)
-        _start_background()
-
-    def close(self) -> None:
-        if self.ended:
-            return
-        self.ended = True
-        closed = call_in_thread(self.close_now)  # refers to the session, which is therefore not freed earlier
-        if not self._cluster.gone():
-            concurrent.futures.wait([closed], CLOSE_SECONDS)
-
-    def close_now(self) -> None:
-        with contextlib.suppress(tf.errors.OpError):  # the session may no longer exist
-            super().close()
-
-    def __del__(self) -> None:
-        if self.ended:
-            super().__del__()
-        else:
-            self.ended = True
-            _background.put(self._close_and_free)
-
-    def _close_and_free(self) -> None:
-        self.close_now()
-        super().__del__()
-
-
-_open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
-# calls for the background thread; garbage collection cannot start a thread itself
-_background: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-
-
-@functools.cache
-def _start_background() -> None:
-    """Starts a thread that closes sessions nobody has closed, including those left at program exit."""
-
-    def work() -> None:
-        while True:
-            _background.get()()
-
-    def at_exit() -> None:  # newer Pythons cannot start a thread at exit
-        done = threading.Event()
-        for session in list(_open_sessions):
-            if not session.ended:
-                session.ended = True
-                _background.put(session.close_now)
-        _background.put(done.set)
-        done.wait(CLOSE_SECONDS)
-        end = time.monotonic() + CLOSE_SECONDS
-        for thread in list(THREADS):  # TensorFlow 2.12 aborts if one is cut off
-            thread.join(max(0, end - time.monotonic()))
-
-    threading.Thread(target=work, daemon=True).start()
-    atexit.register(at_exit)
 
 
 def parse_cluster(text: str, task: str | None = None) -> Cluster:

@@ -5,6 +5,8 @@ says which dimension of the model is split along which axis, such as
 `batch:x,vocab:y`; and each processor is a TensorFlow device.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import dataclasses
@@ -14,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpt_neo_sampling._compat import (
-    PlacementMeshImpl,
     extend_session,
     layout_pairs,
     mtf,
@@ -60,6 +61,8 @@ class DeviceMesh:
         names = [""] if self.size == 1 else list(self.devices)
         # mtf refuses two dimensions of a tensor on one axis even if its size is 1
         rules = {(dim, axis) for dim, axis in self.layout.items() if self.parts(dim) > 1}
+        from gpt_neo_sampling._compat import PlacementMeshImpl
+
         return PlacementMeshImpl(self.shape, mtf.convert_to_layout_rules(rules), names)
 
     def place(self) -> contextlib.AbstractContextManager[Any]:
@@ -206,55 +209,81 @@ def device_mesh(
         Traceback (most recent call last):
         gpt_neo_sampling.mesh.devices.MeshError: layout batch:y splits along y, but the axes of the mesh are x
     """
+    if devices == AUTO and not cluster:
+        n_gpus = _gpu_count()
+        if not n_gpus:
+            raise MeshError("devices auto: TensorFlow sees no GPU here; name CPUs, as in cpu:0,cpu:1")
+        devices = [f"gpu:{i}" for i in range(n_gpus)]
+        if mesh_shape is None and n_gpus > 1:
+            mesh_shape = f"all:{n_gpus}"
+            layout = "batch:all" if layout is None else layout
+    axes, rules, names, cluster = _described(mesh_shape, layout, devices, cluster)
+    gpus = [int(m[1]) for m in (re.fullmatch(r"/device:GPU:(\d+)", n) for n in names) if m]
+    if gpus and max(gpus) >= _gpu_count():
+        raise MeshError(f"devices: there is no gpu:{max(gpus)}; TensorFlow sees {_count(_gpu_count(), 'GPU')}")
+    return DeviceMesh(mtf.Shape([mtf.Dimension(*axis) for axis in axes.items()]), rules, names, cluster)
+
+
+def check_description(
+    mesh_shape: str | None, layout: str | None, devices: str | None, cluster: str | Cluster | None
+) -> None:
+    """Raises MeshError or ValueError for what `device_mesh` would refuse on any machine. TensorFlow is not needed."""
+    if devices != AUTO or cluster:
+        _described(mesh_shape, layout, devices, cluster)
+        return
+    axes = _parse_mesh_shape(mesh_shape)
+    if mesh_shape is not None:
+        _parse_layout(layout, axes)
+
+
+def _described(
+    mesh_shape: Any, layout: Any, devices: str | Sequence[str] | None, cluster: str | Cluster | None
+) -> tuple[dict[str, int], dict[str, str], tuple[str, ...], Cluster | None]:
+    """(axes and their sizes, layout, devices, cluster) of a DeviceMesh; whether a GPU is there is not looked at."""
     if isinstance(cluster, str):
         cluster = parse_cluster(cluster)
     elif not (cluster is None or isinstance(cluster, Cluster)):
         raise MeshError(f"cluster {cluster!r}; allowed: addresses such as host:2222,host:2223")
     if devices == AUTO:
-        if cluster:
-            raise MeshError("devices auto sees only this machine; in a cluster name each device, as in worker:1/gpu:0")
-        devices = tuple(f"/device:GPU:{i}" for i in range(_gpu_count()))
-        if not devices:
-            raise MeshError("devices auto: TensorFlow sees no GPU here; name CPUs, as in cpu:0,cpu:1")
-        if mesh_shape is None and len(devices) > 1:
-            mesh_shape = f"all:{len(devices)}"
-            layout = "batch:all" if layout is None else layout
-    elif devices is None:
-        devices = cluster.first_cpus() if cluster else ("",)
-        if cluster and mesh_shape is None and len(devices) > 1:
-            raise MeshError(f"a cluster of {len(devices)} machines needs a mesh shape, such as x:{len(devices)}")
+        raise MeshError("devices auto sees only this machine; in a cluster name each device, as in worker:1/gpu:0")
+    if devices is None:
+        names = cluster.first_cpus() if cluster else ("",)
+        if cluster and mesh_shape is None and len(names) > 1:
+            raise MeshError(f"a cluster of {len(names)} machines needs a mesh shape, such as x:{len(names)}")
     else:
-        devices = _parse_devices(devices, cluster)
-    shape = _parse_mesh_shape(mesh_shape)
-    layout = _parse_layout(layout, shape)
-    if devices == ("",) and shape.size != 1:
+        names = _parse_devices(devices, cluster)
+    axes = _parse_mesh_shape(mesh_shape)
+    rules = _parse_layout(layout, axes)
+    size = math.prod(axes.values())
+    written = ",".join(f"{axis}:{n}" for axis, n in axes.items()) or "(none)"
+    if names == ("",) and size != 1:
         raise MeshError(
-            f"mesh shape {_written(shape)} has {shape.size} processors, but no devices are named; "
-            f"name {shape.size}, such as cpu:0{',' if shape.size == 2 else ',…,'}cpu:{shape.size - 1}"
+            f"mesh shape {written} has {size} processors, but no devices are named; "
+            f"name {size}, such as cpu:0{',' if size == 2 else ',…,'}cpu:{size - 1}"
         )
-    if shape.size != len(devices):
+    if size != len(names):
         raise MeshError(
-            f"mesh shape {_written(shape)} has {_count(shape.size, 'processor')}, but {_count(len(devices), 'device')} "
-            f"{'is' if len(devices) == 1 else 'are'} named ({', '.join(map(short_name, devices))}); "
-            f"name {shape.size}, or give a mesh shape for {len(devices)}, such as x:{len(devices)}"
+            f"mesh shape {written} has {_count(size, 'processor')}, but {_count(len(names), 'device')} "
+            f"{'is' if len(names) == 1 else 'are'} named ({', '.join(map(short_name, names))}); "
+            f"name {size}, or give a mesh shape for {len(names)}, such as x:{len(names)}"
         )
-    return DeviceMesh(shape, layout, devices, cluster)
+    return axes, rules, names, cluster
 
 
-def _parse_mesh_shape(mesh_shape: Any) -> mtf.Shape:
-    dims: list[mtf.Dimension] = []
+def _parse_mesh_shape(mesh_shape: Any) -> dict[str, int]:
+    axes: dict[str, int] = {}
     for axis, size in _pairs(mesh_shape, "mesh shape", "an axis and its size; allowed: such as x:2,y:2", SIZE):
-        if axis in (d.name for d in dims):
+        if axis in axes:
             raise MeshError(f"mesh shape {mesh_shape!r} has the axis {axis} more than once")
-        dims.append(mtf.Dimension(axis, int(size)))
-    return mtf.Shape(dims)
+        axes[axis] = int(size)
+    return axes
 
 
-def _parse_layout(layout: Any, shape: mtf.Shape) -> dict[str, str]:
-    rules = {}
+def _parse_layout(layout: Any, axes: dict[str, int]) -> dict[str, str]:
+    rules: dict[str, str] = {}
     for dim, axis in _pairs(layout, "layout", "a dimension and its axis; allowed: such as batch:x,vocab:y", NAME):
-        if axis not in shape.dimension_names:
-            has = f"the axes of the mesh are {', '.join(shape.dimension_names)}" if shape.ndims else (
+        if axis not in axes:
+            has = f"the axes of the mesh are {', '.join(axes)}" if axes else (
                 "the mesh has no axes (give a mesh shape, such as x:2)")  # fmt: skip
             raise MeshError(f"layout {dim}:{axis} splits along {axis}, but {has}")
         if dim in rules:
@@ -296,9 +325,6 @@ def _parse_devices(devices: str | Sequence[str], cluster: Cluster | None) -> tup
     twice = [n for n, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise MeshError(f"devices: {short_name(twice[0])} is named more than once; each processor needs its own device")
-    gpus = [int(m[1]) for m in (re.fullmatch(r"/device:GPU:(\d+)", n) for n in names) if m]
-    if gpus and max(gpus) >= _gpu_count():
-        raise MeshError(f"devices: there is no gpu:{max(gpus)}; TensorFlow sees {_count(_gpu_count(), 'GPU')}")
     return names
 
 
@@ -321,10 +347,6 @@ def _parse_device(name: Any, cluster: Cluster | None) -> str:
     if f"{job}:{task}" not in cluster.addresses:
         raise MeshError(f"devices: {name!r} is on {job}:{task}; the cluster has {', '.join(cluster.addresses)}")
     return f"/job:{job}/replica:0/task:{task}{local}"
-
-
-def _written(shape: mtf.Shape) -> str:
-    return ",".join(f"{d.name}:{d.size}" for d in shape.dims) or "(none)"
 
 
 def _count(n: int, what: str) -> str:

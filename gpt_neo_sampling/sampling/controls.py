@@ -5,23 +5,29 @@ The fields of `Controls` are in the order in which they are applied. The keyword
 docs/sampling.md follow from them.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._compat import LazyModule, mtf, tf
 from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, RowValue, Tensor, is_int, is_real
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows
-from gpt_neo_sampling.sampling import masks, penalties
-from gpt_neo_sampling.sampling.entmax import DEFAULT_ALPHA
+from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA, ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
+
+if TYPE_CHECKING:
+    from gpt_neo_sampling.mesh import ops
+    from gpt_neo_sampling.sampling import masks, penalties
+else:  # they define operations of mesh-tensorflow; the list can be read without
+    ops = LazyModule("gpt_neo_sampling.mesh.ops")
+    masks = LazyModule("gpt_neo_sampling.sampling.masks")
+    penalties = LazyModule("gpt_neo_sampling.sampling.penalties")
 
 Class = TypeVar("Class")
 INT32_MAX = 2**31 - 1
 INF = float("inf")
-SOFTMAX_TEMPERATURE = 0.9  # the original's default,
-ENTMAX_TEMPERATURE = 1.0  # and what it sampled entmax at, whatever it was given
 
 
 def check_int(name: str, value: object, least: float, most: float | None = None) -> None:
@@ -49,8 +55,8 @@ class History:
     begin: mtf.Tensor
 
 
-TokenStep = Callable[[mtf.Tensor, mtf.Dimension, "SamplingOptions", History], mtf.Tensor]
-Mask = Callable[[mtf.Tensor, RowValue, mtf.Dimension], mtf.Tensor]
+TokenStep = Callable[["mtf.Tensor", "mtf.Dimension", "SamplingOptions", History], "mtf.Tensor"]
+Mask = Callable[["mtf.Tensor", RowValue, "mtf.Dimension"], "mtf.Tensor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +67,14 @@ class Control:
       help: what it does, in a sentence: the command's help and the guide's table.
       token_step: the function that applies it before the temperature, for greedy decoding too. Neighbouring fields with
         the same function are one step.
-      mask: the function that applies it after the temperature.
+      mask: a function without arguments to the function that applies it after the temperature.
       argmax_invariant: whether greedy decoding skips it: it keeps the likeliest token or, like typical_p, has a say in
         sampling only.
     """
 
     help: str
     token_step: TokenStep | None = None
-    mask: Mask | None = None
+    mask: Callable[[], Mask] | None = None
     argmax_invariant: bool = False
 
 
@@ -140,30 +146,30 @@ def controls_of(options: type[Any]) -> dict[str, Control]:
 # --- Steps that look at the row so far -----------------------------------------------------
 
 
-def _penalise_repetition(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", history: History) -> mtf.Tensor:
+def _penalise_repetition(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
     return penalties.repetition_penalty(
         x, penalties.token_counts(history.ids, dim, end=history.position), options.repetition_penalty, dim
     )
 
 
-def _penalise_new_tokens(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", history: History) -> mtf.Tensor:
+def _penalise_new_tokens(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
     counts = penalties.token_counts(history.ids, dim, begin=history.begin, end=history.position)
     presence, frequency = (0.0 if v is None else v for v in (options.presence_penalty, options.frequency_penalty))
     return penalties.presence_frequency_penalty(x, counts, presence, frequency, dim)
 
 
-def _mask_ngrams(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", history: History) -> mtf.Tensor:
+def _mask_ngrams(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
     size = cast(int, options.no_repeat_ngram_size)
     return penalties.no_repeat_ngram_mask(x, history.ids, history.position, size, dim)
 
 
-def _add_bias(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", history: History) -> mtf.Tensor:
+def _add_bias(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
     return penalties.logit_bias(x, options.logit_bias, dim)
 
 
-def _mask_early_stop(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOptions", history: History) -> mtf.Tensor:
-    least = import_rows(x.mesh, options.min_new_tokens, tf.int32, x.shape - dim, "min_new_tokens")
-    too_early = cwise_broadcast(
+def _mask_early_stop(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
+    least = ops.import_rows(x.mesh, options.min_new_tokens, tf.int32, x.shape - dim, "min_new_tokens")
+    too_early = ops.cwise_broadcast(
         lambda at, begin, n: tf.cast(at - begin < n, tf.float32),
         [history.position, history.begin, least],
         None,
@@ -177,7 +183,7 @@ def _mask_early_stop(x: mtf.Tensor, dim: mtf.Dimension, options: "SamplingOption
 Value = TypeVar("Value")  # of a number: what a caller may give
 
 
-def _mask(mask: Mask | None, help: str, neutral: float, **facts: Any) -> Any:
+def _mask(mask: Callable[[], Mask] | None, help: str, neutral: float, **facts: Any) -> Any:
     """A control that greedy decoding skips; by default a number from 0 to 1."""
     facts = {"least": 0, "most": 1, "neutral": neutral, **facts}
     return control(Number(help, mask=mask, argmax_invariant=True, **facts))
@@ -211,25 +217,27 @@ class Controls(Generic[Value]):
                f"{SOFTMAX_TEMPERATURE}; with entmax {ENTMAX_TEMPERATURE})", least=0))  # fmt: skip
     # what keeps the likelier tokens
     top_n_sigma: Value | None = _mask(
-        masks.top_n_sigma_mask, "keeps logits within this many standard deviations of the largest",
+        lambda: masks.top_n_sigma_mask, "keeps logits within this many standard deviations of the largest",
         neutral=0, most=INF)  # fmt: skip
     top_h: Value | None = _mask(
-        masks.top_h_mask, "keeps the likeliest of 100 tokens that together have this part of their entropy",
+        lambda: masks.top_h_mask, "keeps the likeliest of 100 tokens that together have this part of their entropy",
         neutral=0)  # fmt: skip
     top_k: Value | None = control(  # `next_token` applies it: it needs max_top_k too, and may draw from the k alone
         Number("keeps this many of the likeliest tokens",
                argmax_invariant=True, least=0, most=INT32_MAX, neutral=0, whole=True))  # fmt: skip
     top_p: Value | None = _mask(
-        masks.top_p_mask, "keeps the fewest tokens that together have this probability", neutral=1)  # fmt: skip
+        lambda: masks.top_p_mask, "keeps the fewest tokens that together have this probability", neutral=1)  # fmt: skip
     min_p: Value | None = _mask(
-        masks.min_p_mask, "keeps tokens at least this many times as likely as the likeliest", neutral=0)  # fmt: skip
+        lambda: masks.min_p_mask, "keeps tokens at least this many times as likely as the likeliest",
+        neutral=0)  # fmt: skip
     typical_p: Value | None = _mask(
-        masks.typical_p_mask, "keeps the fewest tokens that together have this probability, nearest the mean "
+        lambda: masks.typical_p_mask, "keeps the fewest tokens that together have this probability, nearest the mean "
         "information first", neutral=1, above_least=True)  # fmt: skip
     epsilon_cutoff: Value | None = _mask(
-        masks.epsilon_mask, "keeps tokens of at least this probability", neutral=0, below_most=True)  # fmt: skip
+        lambda: masks.epsilon_mask, "keeps tokens of at least this probability",
+        neutral=0, below_most=True)  # fmt: skip
     eta_cutoff: Value | None = _mask(
-        masks.eta_mask, "the same, with a lower bar where the distribution is flat",
+        lambda: masks.eta_mask, "the same, with a lower bar where the distribution is flat",
         neutral=0, below_most=True)  # fmt: skip
     entmax_alpha: Value | None = _mask(
         None, "entmax in place of softmax: the larger, the fewer tokens; 1 is softmax, 2 sparsemax",
@@ -317,7 +325,7 @@ class SamplingOptions(Controls[RowValue]):
         value, control = getattr(self, name), CONTROLS[name]
         return value is not None and not (isinstance(control, Number) and is_real(value) and value == control.neutral)
 
-    def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> "SamplingOptions":
+    def imported(self, mesh: mtf.Mesh, rows: mtf.Shape) -> SamplingOptions:
         """The same with its tensors imported into the mesh, once for all steps of a loop; numbers stay as they are.
 
         Args:
@@ -334,13 +342,13 @@ class SamplingOptions(Controls[RowValue]):
         def per_row(name: str, value: RowValue | None, whole: bool) -> RowValue | None:
             if value is None or is_real(value):
                 return value
-            return force_allreduce(import_rows(mesh, value, tf.int32 if whole else tf.float32, rows, name))
+            return ops.force_allreduce(ops.import_rows(mesh, value, tf.int32 if whole else tf.float32, rows, name))
 
         bias = self.logit_bias
         numbers: dict[str, Any] = {name: per_row(name, getattr(self, name), n.whole) for name, n in NUMBERS.items()}
         return dataclasses.replace(
             self,
             stop_tokens=tuple(cast(RowValue, per_row("stop_at_token", t, True)) for t in self.stop_tokens),
-            logit_bias=force_allreduce(bias) if isinstance(bias, mtf.Tensor) else bias,
+            logit_bias=ops.force_allreduce(bias) if isinstance(bias, mtf.Tensor) else bias,
             **numbers,
         )

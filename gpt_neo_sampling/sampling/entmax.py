@@ -16,10 +16,9 @@ from gpt_neo_sampling.mesh.ops import (
     take,
 )
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, fast_sum
+from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA
 from gpt_neo_sampling.sampling.entmax_solver import entmax_by_candidates, n_candidates_for
 from gpt_neo_sampling.sampling.top_k import has_invalid, scatter_rows
-
-DEFAULT_ALPHA = 1.3
 
 
 def entmax(

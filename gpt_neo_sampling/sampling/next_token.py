@@ -72,7 +72,7 @@ def mask_steps(options: SamplingOptions) -> list[tuple[str, Step]]:
         value, mask = getattr(options, name), masks[name]
         if mask is None:
             return lambda x, dim: top_k_mask(x, value, dim, max_top_k=options.max_top_k)
-        return lambda x, dim: mask(x, value, dim)
+        return lambda x, dim: mask()(x, value, dim)
 
     return [(name, step(name)) for name in masks if options.changes(name)]
 

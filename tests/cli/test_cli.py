@@ -1,20 +1,32 @@
 """The command line, in this process and a few times in its own, as a user runs it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
+import io
 import json
 import logging
+import os
 import pathlib
+import pty
+import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 
 import numpy as np
+import processes
 import pytest
 from conftest import DATA
 from helpers_checkpoint import spoiled
 
 from gpt_neo_sampling import TextGenerator
 from gpt_neo_sampling.cli import main as cli
+from gpt_neo_sampling.cli.echo import Echo
 
 GLOBAL = DATA / "gpt_neo_checkpoints" / "global"
 
@@ -230,3 +242,80 @@ def test_the_command_is_installed():
     command = pathlib.Path(sys.executable).parent / "gpt-neo-sampling"
     done = subprocess.run([command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "generate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        ("--version", 0),
+        ("generate --help", 0),
+        ("generate", 2),
+        ("generate --prompt x --top-p 2", 2),
+        ("generate --prompt x --greedy --top-k 5", 2),
+        ("generate --prompt x --min-new-tokens 5 --max-new-tokens 4", 2),
+        ("generate --prompt-ids 1.5", 2),
+        ("generate --prompt x --mesh-shape x:2", 2),
+        ("generate --prompt x --logprobs", 2),
+        ("inspect --prompt x --plot x.doc", 2),
+        ("score --text-ids x", 2),
+        ("serve --cluster nowhere", 2),
+    ],
+)
+def test_answers_that_take_no_tensorflow(line, status):
+    """Those that need no model; TensorFlow takes seconds to import."""
+    code = (
+        "import sys\n"
+        "from gpt_neo_sampling.cli.main import main\n"
+        f"assert main({line.split()!r}) == {status}\n"
+        "assert not {'tensorflow', 'mesh_tensorflow'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not status or done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_the_prompt_before_tensorflow_is_there():
+    """And what is being done, until the text takes its place; the seed follows."""
+    main_end, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli", *TERMINAL]
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=end) as process:
+        os.close(end)
+        shown = b""
+        with contextlib.suppress(OSError):  # at the end, on Linux
+            while piece := os.read(main_end, 1000):
+                shown += piece
+    os.close(main_end)
+    stages = [
+        f"\x1b[2m {stage} …\x1b[0m" for stage in ("importing TensorFlow", "loading the model", "building the graph")
+    ]
+    begin = "It was\r\nthe duty of" + "".join(f"\r\x1b[Kthe duty of{stage}" for stage in (*stages, ""))
+    assert process.returncode == 0 and shown.decode().startswith(begin)
+    text, seed = re.fullmatch(r"(.+\r\n)seed (\d+)\r\n", shown.decode().removeprefix(begin), re.DOTALL).groups()
+    assert text == processes.run(*TERMINAL, "--seed", seed).stdout.replace("\n", "\r\n")
+
+
+TERMINAL = ["generate", "--prompt", "It was\nthe duty of", "--max-new-tokens", "4"]
+
+
+def test_a_prompt_that_nothing_follows_ends_its_line(monkeypatch):
+    """Of a prompt that is wider than the terminal, the last part is printed again, and there is no room for more."""
+    monkeypatch.setenv("COLUMNS", "10")
+    shown = io.StringIO()
+    echo = Echo("Emma\n1234567890語語語語語6", shown)
+    echo.status("loading the model …")
+    echo.end()
+    echo.end()
+    assert shown.getvalue() == "Emma\n1234567890語語語語語6" + 2 * "\r\x1b[K6" + "\n"
+
+
+@pytest.mark.parametrize("seconds", [0.7, pytest.param(1.5, marks=pytest.mark.slow)])
+def test_ctrl_c_while_tensorflow_is_imported(seconds):
+    command = [sys.executable, "-m", "gpt_neo_sampling.cli", "generate", "--prompt", "Emma"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == ""
+    assert err.splitlines()[-1] == "gpt-neo-sampling: interrupted" and "Traceback" not in err
