@@ -112,15 +112,15 @@ def test_rise():
 
 
 @pytest.mark.slow
-def test_nothing_grows_in_200_calls():
-    """A seventh of them end with errors, in a graph and before it; then a file."""
+def test_nothing_grows_in_100_calls():
+    """A tenth of them end with errors, in a graph and before it; then a file."""
     generator = long_run.TextGenerator.from_pretrained()
-    samples = long_run.call_rounds(generator, 10, 20, [], fresh=0, lasting=3)
+    samples = long_run.call_rounds(generator, 10, 10, [], fresh=0, lasting=3)
     for what, allowed in long_run.ALLOWED.items():
         found = long_run.growth([s[what] for s in samples], (0.1, 0) if what == "memory" else allowed)
         assert not found["grows"], (what, found)
-    samples, written = long_run.file_job(4000, every=1)
-    assert (len(samples), written) == (2, 4032)
+    samples, written = long_run.file_job(1300, every=1)
+    assert (len(samples), written) == (1, 1344)
 
 
 def test_tail_draws():
