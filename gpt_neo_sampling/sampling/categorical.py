@@ -709,8 +709,11 @@ class _ScoreDrawOperation(_DrawOperation):
             else:
                 exact_x, ids = slicewise(_by_id, x, rows.ids)
                 exact_rows = CandidateRows(mesh_impl, self._whole_size, ids)
-            top = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), exact_x)
-            of_row = [rows.across_shards(top, "MAX"), *([] if factor is None else [factor])]
+            if rows.ids is None:
+                top_of_row = top
+            else:
+                top_of_row = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), exact_x)
+            of_row = [top_of_row, *([] if factor is None else [factor])]
             return _exact_draw_on_core(
                 exact_rows, exact_rows.in_groups(exact_x, -np.inf), _exact_softmax_weights, of_row, bits
             )
@@ -724,7 +727,7 @@ class _ScoreDrawOperation(_DrawOperation):
             )
         else:
             some = factor or slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
-            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, some, uniforms)
+            drawn, ambiguous, top = softmax_draw.softmax_draw(rows, x, some, uniforms)
         return laid_out_cond(mesh_impl, largest_of_cores(rows, ambiguous), draw_again, lambda: drawn)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:

@@ -104,7 +104,7 @@ def softmax_draw(
     top, total = (whole_axis(rows, x) for x in slicewise(sum_groups, scores, factor))
     first, local, near, top = slicewise(choose_group, top, total, factor, group_uniform, *rows.pcoords())
     found = slicewise(choose_entry, scores, factor, top, local, entry_uniform)
-    return slicewise(finish, first, near, rows.across_shards(found, "SUM"))
+    return *slicewise(finish, first, near, rows.across_shards(found, "SUM")), top
 
 
 def _add_relative(a: Values, b: Values) -> Values:
