@@ -211,13 +211,18 @@ def _scaled_group_sums(weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _choose_group(sums: tf.Tensor, u: tf.Tensor) -> tuple[tf.Tensor]:
+    totals, valid = _group_totals(sums)
+    group = _inverse_cdf(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
+    return (tf.where_v2(valid, group, -1),)
+
+
+def _group_totals(sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """(totals [rows, groups], relative to one power of two; whether a row is valid [rows, 1])."""
     exponent = tf.cast(sums[1], tf.int32)
     largest = tf.reduce_max(exponent, -1, keepdims=True)
     relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
     relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
-    totals = sums[0] * tf.bitcast(relative, tf.float32)
-    group = _inverse_cdf(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
-    return (tf.where_v2(largest < 255, group, -1),)
+    return sums[0] * tf.bitcast(relative, tf.float32), largest < 255
 
 
 def _inverse_cdf(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
@@ -705,13 +710,10 @@ class _ScoreDrawOperation(_DrawOperation):
             if epsilon is not None:
                 return _exact_draw_on_core(rows, rows.in_groups(exact_weights()), lambda w: w, [], bits)
             if rows.ids is None:
-                exact_rows, exact_x = rows, x
+                exact_rows, exact_x, top_of_row = rows, x, top
             else:
                 exact_x, ids = slicewise(_by_id, x, rows.ids)
                 exact_rows = CandidateRows(mesh_impl, self._whole_size, ids)
-            if rows.ids is None:
-                top_of_row = top
-            else:
                 top_of_row = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), exact_x)
             of_row = [top_of_row, *([] if factor is None else [factor])]
             return _exact_draw_on_core(
@@ -832,6 +834,10 @@ def _exact_draw_on_core(
 
         return at + n_at_once, slicewise(sum_some, sums, x, *of_row)
 
+    def choose_group(sums: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
+        totals, valid = _group_totals(sums)
+        return tf.where_v2(valid, _first_passed(totals, u[:, 0])[:, tf.newaxis], -1)
+
     def choose_entry(x: tf.Tensor, group: tf.Tensor, u: tf.Tensor, *of_row: tf.Tensor) -> tuple[tf.Tensor]:
         chosen = tf.gather(x, group[:, 0], batch_dims=1)  # [rows, places]: a row's 1 among the axes costs eight times
         weights, _ = _scaled_group_sums(weights_of(chosen, *of_row))
@@ -840,7 +846,7 @@ def _exact_draw_on_core(
     group_uniform, entry_uniform = uniforms
     start = tf.constant(0), slicewise(lambda x: tf.zeros([2, n_rows, n_groups]), x)
     _, sums = laid_out_while_loop(rows.mesh_impl, lambda at, _: at < n_groups, sum_groups, start)
-    (group,) = slicewise(_choose_group, rows.across_groups(sums), group_uniform)
+    group = slicewise(choose_group, rows.across_groups(sums), group_uniform)
     (drawn,) = rows.choose_within(group, choose_entry, x, entry_uniform, *of_row)
     return drawn
 

@@ -14,6 +14,7 @@ from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh import xla
 from gpt_neo_sampling.mesh.ops import laid_out_cond, laid_out_while_loop
+from gpt_neo_sampling.mesh.sharded_rows import largest_of_cores
 from gpt_neo_sampling.sampling import float_pairs
 from gpt_neo_sampling.sampling.core_exact_cutoffs import exact_mass_ends, exact_mean, exact_sums, index_of_last
 from gpt_neo_sampling.sampling.core_rows import (
@@ -136,9 +137,11 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
 
     sums = slicewise(third_sums, x, top, start, origin, scale, *mean)
     sums, pairs = core.summed(sums[:-4]), core.gathered(sums[-4:])
+    window_scale = scale
     total, *wanted, begin, end, scale = slicewise(third, mass, start, end, origin, scale, *sums, *pairs)
 
-    # Twice more into 16 equal parts.
+    # Twice more into 16 equal parts; once more where entries go by their distance from the mean and the border was not
+    # in the window, as may often be: there a single entry, far above the mean, has the mass of hundreds.
 
     def later_sums(
         x: tf.Tensor, top: tf.Tensor, start: tf.Tensor, begin: tf.Tensor, scale: tf.Tensor, *mean: tf.Tensor
@@ -153,9 +156,19 @@ def mass_ends(core: CoreRows, mass: LaidOut, *mean: LaidOut) -> tuple[LaidOut, L
         begin, end, *_ = _range_reached(borders, sums, tf.maximum(high + low, NOTHING), begin, end, zero, zero)
         return xla.kept_together(begin, end, scale_of(begin, end))
 
-    for _ in range(2):
+    def missed(begin: tf.Tensor, end: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+        return tf.where_v2((end - begin) * scale > 1.5, 1.0, 0.0)
+
+    def narrow(left: tf.Tensor, begin: LaidOut, end: LaidOut, scale: LaidOut) -> tuple[tf.Tensor | LaidOut, ...]:
         sums = core.summed(slicewise(later_sums, x, top, start, begin, scale, *mean))
-        begin, end, scale = slicewise(later, *wanted, begin, end, *sums)
+        return left - 1.0, *slicewise(later, *wanted, begin, end, *sums)
+
+    if mean:
+        rounds = 2.0 + largest_of_cores(core.rows, slicewise(missed, begin, end, window_scale))
+        loop = rounds, begin, end, scale
+        _, begin, end, _ = laid_out_while_loop(core.mesh_impl, lambda left, *_: left > 0.5, narrow, loop)
+    else:  # fewer cycles, more code
+        _, begin, end, _ = narrow(*narrow(tf.constant(2.0), begin, end, scale))
 
     # The few entries that are left.
 

@@ -18,7 +18,7 @@ from gpt_neo_sampling.mesh.sharded_rows import sum_across
 from gpt_neo_sampling.sampling.core_rows import FAR, NO_DEPTH, NOTHING, CoreRows, finished, sums_of, typical_key
 from gpt_neo_sampling.sampling.float_pairs import Pair
 
-_AT_ONCE = 2**12  # float64 weights that are computed at once
+_AT_ONCE = 2**11  # float64 weights that are computed at once
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 _WAYS = 16  # into which a range of indices is cut
 _REGISTER = 8  # lines
