@@ -83,7 +83,7 @@ def select_largest(
     def reached(*tops: tf.Tensor) -> xla.Values:
         """[rows, groups]: the largest of each group, a column of all shards, and how many groups' reach it."""
         top = functools.reduce(tf.maximum, tops)
-        return top, tf.reduce_sum(tf.where_v2(top[:, :, tf.newaxis] >= spread(top, _COLUMNS), 1.0, 0.0), 1)
+        return top, tf.reduce_sum(tf.where_v2(spread(top, _COLUMNS) >= top[:, :, tf.newaxis], 1.0, 0.0), -1)
 
     def threshold(top: tf.Tensor, reached: tf.Tensor) -> tf.Tensor:
         """[rows, columns]: the largest number that k groups or more reach."""
