@@ -752,7 +752,7 @@ class _ScoreDrawOperation(_DrawOperation):
 
 # --- For a TPU core's program: few kernels ---------------------------------------------
 
-_GROUPS_AT_ONCE = 16  # of all rows
+_GROUPS_AT_ONCE = 32  # of all rows
 
 
 def _core_entmax_draw(
