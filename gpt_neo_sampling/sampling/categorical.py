@@ -23,6 +23,7 @@ from gpt_neo_sampling.mesh.ops import (
     finite,
     import_rows,
     laid_out_cond,
+    laid_out_while_loop,
     pad_last,
     row_index,
     size_of,
@@ -36,7 +37,7 @@ from gpt_neo_sampling.mesh.sharded_rows import (
     spread_rows,
     whole_axis,
 )
-from gpt_neo_sampling.mesh.xla import kept_together
+from gpt_neo_sampling.mesh.xla import kept_together, update_slice
 from gpt_neo_sampling.sampling import candidate_draw, fixed_point, softmax_draw
 from gpt_neo_sampling.sampling.core_draw import draw_few_kernels
 from gpt_neo_sampling.sampling.entmax_solver import (
@@ -210,13 +211,18 @@ def _scaled_group_sums(weights: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _choose_group(sums: tf.Tensor, u: tf.Tensor) -> tuple[tf.Tensor]:
+    totals, valid = _group_totals(sums)
+    group = _inverse_cdf(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
+    return (tf.where_v2(valid, group, -1),)
+
+
+def _group_totals(sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """(totals [rows, groups], relative to one power of two; whether a row is valid [rows, 1])."""
     exponent = tf.cast(sums[1], tf.int32)
     largest = tf.reduce_max(exponent, -1, keepdims=True)
     relative = tf.minimum(exponent, 253) - tf.minimum(largest, 253) + 127
     relative = tf.bitwise.left_shift(tf.maximum(relative, 0), tf.constant(23))
-    totals = sums[0] * tf.bitcast(relative, tf.float32)
-    group = _inverse_cdf(totals[:, tf.newaxis], tf.zeros_like(u, tf.int32), u)
-    return (tf.where_v2(largest < 255, group, -1),)
+    return sums[0] * tf.bitcast(relative, tf.float32), largest < 255
 
 
 def _inverse_cdf(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
@@ -232,7 +238,12 @@ def _inverse_cdf(weights: tf.Tensor, which: tf.Tensor, u: tf.Tensor) -> tf.Tenso
     """
     if size_of(u, 1) > size_of(weights, 1):
         return _inverse_cdf_of_many(weights, which, u)
-    sums, last = _exact_cdf(tf.gather(weights, which, batch_dims=1))
+    return _first_passed(tf.gather(weights, which, batch_dims=1), u)
+
+
+def _first_passed(weights: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
+    """The first of weights [..., n] up to which the sum passes u [...] times the total; −1 where there is no mass."""
+    sums, last = _exact_cdf(weights)
     target = _as_float64(u)[..., tf.newaxis] * tf.reduce_max(sums, -1, keepdims=True)
     return _first_above(sums, target, last[..., tf.newaxis])
 
@@ -695,16 +706,19 @@ class _ScoreDrawOperation(_DrawOperation):
 
         # What an exact draw is made from is computed in its branch: no other step needs it.
         def draw_again() -> LaidOut:
-            exact_rows, exact_x = rows, x
-            if rows.ids is not None:
+            bits = in_columns(bits_again(lowering, self.inputs[1:3]))
+            if epsilon is not None:
+                return _exact_draw_on_core(rows, rows.in_groups(exact_weights()), lambda w: w, [], bits)
+            if rows.ids is None:
+                exact_rows, exact_x, top_of_row = rows, x, top
+            else:
                 exact_x, ids = slicewise(_by_id, x, rows.ids)
                 exact_rows = CandidateRows(mesh_impl, self._whole_size, ids)
-            bits = in_columns(bits_again(lowering, self.inputs[1:3]))
-            return self._draw_exactly(exact_rows, self._scores_of(exact_rows, exact_x, factor)(exact_x), bits)
-
-        def draw_again_by_entmax() -> LaidOut:
-            bits = in_columns(bits_again(lowering, self.inputs[1:3]))
-            return _exact_draw(rows, rows.in_groups(exact_weights()), bits)
+                top_of_row = slicewise(lambda x: finite(tf.reduce_max(x, -1, keepdims=True)), exact_x)
+            of_row = [top_of_row, *([] if factor is None else [factor])]
+            return _exact_draw_on_core(
+                exact_rows, exact_rows.in_groups(exact_x, -np.inf), _exact_softmax_weights, of_row, bits
+            )
 
         uniforms = in_columns([lowering.tensors[u] for u in self.inputs[1:3]])
         if epsilon is not None:
@@ -715,9 +729,8 @@ class _ScoreDrawOperation(_DrawOperation):
             )
         else:
             some = factor or slicewise(lambda u: tf.ones_like(u, tf.float32), uniforms[0])
-            drawn, ambiguous = softmax_draw.softmax_draw(rows, x, some, uniforms)
-        again = draw_again if epsilon is None else draw_again_by_entmax
-        return laid_out_cond(mesh_impl, largest_of_cores(rows, ambiguous), again, lambda: drawn)
+            drawn, ambiguous, top = softmax_draw.softmax_draw(rows, x, some, uniforms)
+        return laid_out_cond(mesh_impl, largest_of_cores(rows, ambiguous), draw_again, lambda: drawn)
 
     def _factor_and_epsilon(self, lowering: mtf.Lowering) -> tuple[LaidOut | None, LaidOut | None]:
         """(factor, ε), each None or laid-out [rows, 1]; NaN and 0 where α is invalid."""
@@ -738,6 +751,8 @@ class _ScoreDrawOperation(_DrawOperation):
 
 
 # --- For a TPU core's program: few kernels ---------------------------------------------
+
+_GROUPS_AT_ONCE = 32  # of all rows
 
 
 def _core_entmax_draw(
@@ -788,6 +803,60 @@ def _core_entmax_draw(
         return slicewise(lambda w, z: tf.where_v2(tf.is_nan(z), np.inf, w), weights, z)
 
     return drawn, ambiguous, exact_weights
+
+
+def _exact_draw_on_core(
+    rows: ShardedRows,
+    x: LaidOut,
+    weights_of: Callable[..., tf.Tensor],
+    of_row: Sequence[LaidOut],
+    uniforms: Sequence[LaidOut],
+) -> LaidOut:
+    """`_exact_draw` from weights that are computed a few groups at a time: a TPU's code grows with what a kernel takes.
+
+    Args:
+      rows, uniforms: as for `_exact_draw`.
+      x: laid-out, as `rows.in_groups` gives them.
+      weights_of: a function from some groups of slices of x, and of `of_row`, to weights, none below 0.
+      of_row: laid-out [rows, 1].
+
+    Returns:
+      laid-out int32 [rows, 1], as `_exact_draw`.
+    """
+    slicewise = rows.mesh_impl.slicewise
+    n_rows, n_groups, _ = x.slice_shape
+    n_at_once = next(n for n in range(max(_GROUPS_AT_ONCE // n_rows, 1), 0, -1) if n_groups % n == 0)
+
+    def sum_groups(at: tf.Tensor, sums: LaidOut) -> tuple[tf.Tensor, LaidOut]:
+        def sum_some(sums: tf.Tensor, x: tf.Tensor, *of_row: tf.Tensor) -> tf.Tensor:
+            some = tf.slice(x, tf.stack([0, at, 0]), [n_rows, n_at_once, size_of(x, 2)])
+            return update_slice(sums, _scaled_group_sums(weights_of(some, *of_row))[1], [0, 0, at])
+
+        return at + n_at_once, slicewise(sum_some, sums, x, *of_row)
+
+    def choose_group(sums: tf.Tensor, u: tf.Tensor) -> tf.Tensor:
+        totals, valid = _group_totals(sums)
+        return tf.where_v2(valid, _first_passed(totals, u[:, 0])[:, tf.newaxis], -1)
+
+    def choose_entry(x: tf.Tensor, group: tf.Tensor, u: tf.Tensor, *of_row: tf.Tensor) -> tuple[tf.Tensor]:
+        chosen = tf.gather(x, group[:, 0], batch_dims=1)  # [rows, places]: a row's 1 among the axes costs eight times
+        weights, _ = _scaled_group_sums(weights_of(chosen, *of_row))
+        return (_first_passed(weights, u[:, 0])[:, tf.newaxis],)
+
+    group_uniform, entry_uniform = uniforms
+    start = tf.constant(0), slicewise(lambda x: tf.zeros([2, n_rows, n_groups]), x)
+    _, sums = laid_out_while_loop(rows.mesh_impl, lambda at, _: at < n_groups, sum_groups, start)
+    group = slicewise(choose_group, rows.across_groups(sums), group_uniform)
+    (drawn,) = rows.choose_within(group, choose_entry, x, entry_uniform, *of_row)
+    return drawn
+
+
+def _exact_softmax_weights(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+    """Weights in integers of scores [rows, …], +inf for an invalid one."""
+    per_row = [-1] + [1] * (x.shape.rank - 1)
+    z = x - tf.reshape(top, per_row)
+    z = z * tf.reshape(factor[0], per_row) if factor else z
+    return tf.where_v2(z <= 0, fixed_point.softmax_weights(z), np.inf)
 
 
 def _by_id(x: tf.Tensor, ids: tf.Tensor, *others: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -17,6 +17,8 @@ from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_whi
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
 from gpt_neo_sampling.mesh.xla import is_core_program
 from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
+from gpt_neo_sampling.sampling.core_exact_cutoffs import ExactSums, exact_sums
+from gpt_neo_sampling.sampling.core_rows import CoreRows, typical_key
 from gpt_neo_sampling.sampling.float_pairs import Pair
 from gpt_neo_sampling.sampling.top_k import has_invalid, largest
 
@@ -167,8 +169,12 @@ class Softmax:
         self.top = rows.across_shards(top, "MAX")
 
     @functools.cached_property
-    def core(self) -> core_cutoffs.CoreRows:
-        return core_cutoffs.CoreRows(self.rows, self.x, self.top, self.lowest)
+    def core(self) -> CoreRows:
+        return CoreRows(self.rows, self.x, self.top, self.lowest)
+
+    @functools.cached_property
+    def _core_sums(self) -> ExactSums:
+        return exact_sums(self.core)
 
     @functools.cached_property
     def weights(self) -> LaidOut:
@@ -178,6 +184,8 @@ class Softmax:
     @functools.cached_property
     def total(self) -> LaidOut:
         """Σ weights [rows, 1]."""
+        if is_core_program(self.rows.mesh_impl):
+            return self._core_sums.total
         return sum_across(self.rows, self.rows.mesh_impl.slicewise(fast_sum, self.weights))
 
     @functools.cached_property
@@ -188,7 +196,10 @@ class Softmax:
             return fast_sum(weights * tf.cast(tf.minimum(top - x, _FARTHEST), tf.float64))
 
         slicewise = self.rows.mesh_impl.slicewise
-        depth = sum_across(self.rows, slicewise(part, self.weights, self.x, self.top))
+        if is_core_program(self.rows.mesh_impl):
+            depth = self._core_sums.depth
+        else:
+            depth = sum_across(self.rows, slicewise(part, self.weights, self.x, self.top))
         return slicewise(tf.math.divide_no_nan, depth, self.total)  # 0 in a row without mass
 
 
@@ -340,7 +351,7 @@ def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut | CoreCut:
     mesh_impl = softmax.rows.mesh_impl
     if is_core_program(mesh_impl):
         least, last, *mean = core_cutoffs.typical_ends(softmax.core, typical_p)
-        return CoreCut(least, last, core_cutoffs.typical_key, tuple(mean))
+        return CoreCut(least, last, typical_key, tuple(mean))
 
     def key(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)

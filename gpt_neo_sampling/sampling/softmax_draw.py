@@ -31,7 +31,7 @@ def can_draw(rows: ShardedRows) -> bool:
 
 def softmax_draw(
     rows: ShardedRows, scores: LaidOut, factor: LaidOut, uniforms: Sequence[LaidOut]
-) -> tuple[LaidOut, LaidOut]:
+) -> tuple[LaidOut, LaidOut, LaidOut]:
     """Draws one entry a row from softmax of scores times a factor.
 
     Args:
@@ -41,8 +41,8 @@ def softmax_draw(
       uniforms: a pair, for the group and for the entry, laid-out [rows, 1]: see `uniform`.
 
     Returns:
-      (drawn, ambiguous): laid-out [rows, 1], int32, −1 for an invalid row or one of nothing but −inf; and float32, 1.0
-      for a draw so near to a border that errors may have moved it across.
+      (drawn, ambiguous, top): laid-out [rows, 1], int32, −1 for an invalid row or one of nothing but −inf; float32, 1.0
+      for a draw so near to a border that errors may have moved it across; and a valid row's largest score, finite.
     """
     slicewise = rows.mesh_impl.slicewise
 
@@ -104,7 +104,7 @@ def softmax_draw(
     top, total = (whole_axis(rows, x) for x in slicewise(sum_groups, scores, factor))
     first, local, near, top = slicewise(choose_group, top, total, factor, group_uniform, *rows.pcoords())
     found = slicewise(choose_entry, scores, factor, top, local, entry_uniform)
-    return slicewise(finish, first, near, rows.across_shards(found, "SUM"))
+    return *slicewise(finish, first, near, rows.across_shards(found, "SUM")), top
 
 
 def _add_relative(a: Values, b: Values) -> Values:

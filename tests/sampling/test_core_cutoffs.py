@@ -100,12 +100,12 @@ def test_what_is_clear_and_what_is_not(mask, layout):
 @pytest.mark.slow
 @by_mask
 def test_few_rows_of_a_vocabulary_are_in_doubt(mask):
-    """Of Gaussian ones, σ = 2; of typical_p one in eight is."""
+    """Of Gaussian ones, σ = 2. (Of typical_p some more: an entry far above the mean may be next to one below it.)"""
     rows, size = 256, 50304
     got = program(mask, "batch:x", "fast", rows, size)(
         2 * np.random.default_rng(6).standard_normal((rows, size)), np.full(rows, MASKS[mask][1][1])
     )
-    assert np.isnan(got).all(1).sum() <= (48 if mask is typical_p_mask else 2)
+    assert np.isnan(got).all(1).sum() <= (3 if mask is typical_p_mask else 2)
 
 
 # --- Pairs ---------------------------------------------------------------------------
