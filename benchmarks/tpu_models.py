@@ -13,7 +13,10 @@ bfloat16. Cycles leave out what the compiler gives none: collectives, copies bet
 
 import argparse
 import collections
+import itertools
+import json
 import os
+import pathlib
 import re
 import time
 
@@ -41,6 +44,7 @@ LAYOUTS = (  # of GPT-Neo's configs
 MESHES = {"v5e:2x2": "x:2,y:2", "v5e:4x4": "x:4,y:4", "v4:2x2x1": "x:2,y:2", "v6e:2x2": "x:2,y:2",
           "v5e:16x16": "x:64,y:4"}  # fmt: skip
 POD = "v5e:16x16"  # for a batch of 64 alone
+CASE = "model", "batch", "topology", "layout"
 
 # Published: a chip's memory and its bandwidth in bytes. GHz is an assumption: the clock at which the published peak
 # of bfloat16 products (197, 275 and 918 TFLOP/s) is that of 4 units of 128 × 128, of 8, and of 4 of 256 × 256.
@@ -196,35 +200,38 @@ def main():
     parser.add_argument("--states-of-cpus", action="store_true", help="without use_tpu in the model's params")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest kernels of a step")
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--add-to", type=pathlib.Path, metavar="FILE", help="results whose cases are not run again")
     parser.add_argument("--controls", action="store_true", help="what a script with all controls takes to compile")
     args = parser.parse_args()
     if args.controls:
         compile_time("125M", 8, "v5e:2x2", LAYOUTS[0])
         return
     slice_dtype = tf.float32 if args.float32 else tf.bfloat16
-    rows = []
+    settings = {"weights": slice_dtype.name, "use_tpu": not args.states_of_cpus}
+    rows, path = [], args.add_to
+    if path:
+        earlier = json.loads(path.read_text())
+        rows = earlier["rows"]
+        assert settings.items() <= earlier.items(), f"{path} is of other settings than {settings}"
+    known = {tuple(row[key] for key in CASE) for row in rows}
     by_mesh = collections.defaultdict(list)
     for topology in args.topology or MESHES:
         by_mesh[MESHES[topology]].append(topology)
-    for model in args.model or MODELS:
-        for batch in args.batch or (8, 64):
-            for mesh_shape, topologies in by_mesh.items():
-                if POD in topologies and batch != 64:
-                    continue
-                for layout in args.layout or LAYOUTS:
-                    began = time.perf_counter()
-                    core_program = program(
-                        model, batch, mesh_shape, layout, slice_dtype, use_tpu=not args.states_of_cpus
-                    )
-                    seconds = time.perf_counter() - began
-                    for topology in topologies:
-                        found, compiled = measured(core_program, model, batch, topology, slice_dtype)
-                        report(f"{model} {batch:2} {topology:9} {layout:47}", found, compiled, args.top)
-                        row = dict(model=model, batch=batch, topology=topology, mesh=mesh_shape, layout=layout)
-                        rows.append({**row, "graph_seconds": seconds, **found})
-    if not args.no_save:
-        results = {"weights": slice_dtype.name, "use_tpu": not args.states_of_cpus, "rows": rows}
-        common.save(common.FOLDER / "results", "tpu-models", results)
+    every = itertools.product(args.layout or LAYOUTS, args.batch or (8, 64), args.model or MODELS, by_mesh.items())
+    for layout, batch, model, (mesh_shape, topologies) in every:
+        wanted = [t for t in topologies if (model, batch, t, layout) not in known and (t != POD or batch == 64)]
+        if not wanted:
+            continue
+        began = time.perf_counter()
+        core_program = program(model, batch, mesh_shape, layout, slice_dtype, use_tpu=not args.states_of_cpus)
+        seconds = time.perf_counter() - began
+        for topology in wanted:
+            found, compiled = measured(core_program, model, batch, topology, slice_dtype)
+            report(f"{model} {batch:2} {topology:9} {layout:47}", found, compiled, args.top)
+            row = dict(model=model, batch=batch, topology=topology, mesh=mesh_shape, layout=layout)
+            rows.append({**row, "graph_seconds": seconds, **found})
+            if not args.no_save:  # at once, as all of them take hours
+                path = common.save(common.FOLDER / "results", "tpu-models", {**settings, "rows": rows}, path)
 
 
 if __name__ == "__main__":
