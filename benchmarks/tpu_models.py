@@ -41,14 +41,15 @@ LAYOUTS = (  # of GPT-Neo's configs
     "batch:x,memory_length:y,embd:y",
     "embd:y,batch:x",
 )
-MESHES = {"v5e:2x2": "x:2,y:2", "v5e:4x4": "x:4,y:4", "v4:2x2x1": "x:2,y:2", "v6e:2x2": "x:2,y:2",
+MESHES = {"v5e:2x2": "x:2,y:2", "v5e:4x4": "x:4,y:4", "v4:2x2x1": "x:4,y:2", "v6e:2x2": "x:2,y:2",
           "v5e:16x16": "x:64,y:4"}  # fmt: skip
 POD = "v5e:16x16"  # for a batch of 64 alone
 CASE = "model", "batch", "topology", "layout"
 
-# Published: a chip's memory and its bandwidth in bytes. GHz is an assumption: the clock at which the published peak
-# of bfloat16 products (197, 275 and 918 TFLOP/s) is that of 4 units of 128 × 128, of 8, and of 4 of 256 × 256.
-CHIPS = {"v5e": (16 * 2**30, 819e9, 1.50), "v4": (32 * 2**30, 1228e9, 1.05), "v6e": (32 * 2**30, 1640e9, 1.75)}
+# Of a core, which is a chip, or of v4 half a chip: its memory and its bandwidth in bytes, as published. GHz is an
+# assumption: the clock at which a chip's published peak of bfloat16 products (197, 275 and 918 TFLOP/s) is that of 4
+# units of 128 × 128, of 8, and of 4 of 256 × 256.
+CORES = {"v5e": (16 * 2**30, 819e9, 1.50), "v4": (16 * 2**30, 614e9, 1.05), "v6e": (32 * 2**30, 1640e9, 1.75)}
 
 DIMS = {"wte": ("vocab", "embd"), "wpe": ("embed_sequence", "embd"), "q": ("embd", "heads"), "k": ("embd", "heads"),
         "v": ("embd", "heads"), "o": ("heads", "embd"), "c_fc": ("embd", "intermediate_expanded"),
@@ -137,7 +138,7 @@ def bytes_read(model, batch, impl, slice_dtype=tf.bfloat16):
 
 def measured(core_program, model, batch, topology, slice_dtype=tf.bfloat16):
     """The figures of one program on one slice, and the compiled program, None where the compiler refuses."""
-    chip, (memory, bandwidth, clock) = next((c, CHIPS[c]) for c in [topology.split(":")[0]])
+    memory, bandwidth, clock = CORES[topology.split(":")[0]]
     weights, caches = bytes_read(model, batch, core_program.impl, slice_dtype)
     found = {"limit_ms": 1e3 * (weights + caches) / bandwidth, "weights": weights, "caches": caches, "memory": memory}
     began = time.perf_counter()
@@ -150,7 +151,7 @@ def measured(core_program, model, batch, topology, slice_dtype=tf.bfloat16):
         return {**found, "fits": False, "used": refused[1], "of": refused[2], "over": refused[3],
                 "compile_seconds": time.perf_counter() - began}, None  # fmt: skip
     step = [k for k in compiled.kernels if k.loops and not k.branches and k.cycles]
-    rest = [k for k in step if "gpt2/" not in k.source]
+    rest = [k for k in step if k.source and "gpt2/" not in k.source]  # copies of weights have no source
     cycles = sum(k.cycles for k in step)
     sent = collections.Counter()
     for c in compiled.collectives:
@@ -188,6 +189,26 @@ def report(label, found, compiled, top):
               f"{kernel.source[-90:]}", flush=True)  # fmt: skip
 
 
+def table(rows):
+    """Prints rows of results as docs/meshes.md has them."""
+    columns = "model, batch", "slice, mesh", "a core's memory", "cycles of a step", "ms", "reading once", "sampling"
+    print("| " + " | ".join([*columns, "sent", "a token"]) + " |")
+    print("| --- " * 9 + "|")
+    order = {name: i for i, name in enumerate([*MODELS, *MESHES])}
+    for row in sorted(rows, key=lambda r: (order[r["model"]], r["batch"], order[r["topology"]])):
+        memory = CORES[row["topology"].split(":")[0]][0]
+        begin = f"| {row['model']}, {row['batch']} | {row['topology']}, `{row['mesh']}` |"
+        if not row["fits"]:
+            print(f"{begin} {row['over']} too much | | | | | | |")
+            continue
+        used = (row["argument_bytes"] + row["temporary_bytes"]) / 2**30
+        sent = sum(size for name, size in row["sent"].items() if name != "collectives")
+        token = 1e3 * max(row["ms"], row["limit_ms"]) / row["batch"]
+        print(f"{begin} {used:.1f} of {memory // 2**30} GiB | {row['cycles']:,} | {row['ms']:.2f} | "
+              f"{row['limit_ms']:.2f} ms | {row['not_the_models'] / row['cycles']:.0%} | "
+              f"{sent / 1e3:,.0f} KB in {row['sent']['collectives']} | {token:.0f} µs |")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=tuple(MODELS))
@@ -202,7 +223,14 @@ def main():
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--add-to", type=pathlib.Path, metavar="FILE", help="results whose cases are not run again")
     parser.add_argument("--controls", action="store_true", help="what a script with all controls takes to compile")
+    parser.add_argument("--table", type=pathlib.Path, metavar="FILE", help="print a file's results as docs/ has them")
     args = parser.parse_args()
+    if args.table:
+        rows = json.loads(args.table.read_text())["rows"]
+        for layout in args.layout or LAYOUTS:
+            print(f"\n{layout}\n")
+            table([row for row in rows if row["layout"] == layout])
+        return
     if args.controls:
         compile_time("125M", 8, "v5e:2x2", LAYOUTS[0])
         return
