@@ -15,8 +15,6 @@ from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_
 from gpt_neo_sampling._types import RowValue, ShapeLike
 from gpt_neo_sampling.mesh import xla
 
-MOST_UPDATES = 8  # of rows on a TPU's core, each an operation of its own; more are one scatter, in place too
-
 
 class MeshOperation(mtf.Operation):
     """An operation all of whose dims a layout may split, or all but some; one without a `gradient` has none."""
@@ -461,13 +459,7 @@ class _WriteOperation(MeshOperation):
                 tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest), [-1, 1, 1, *rest]
             )
             at = tf.reshape(align(position, self.inputs[2].shape, columns), [-1]) - pcoord * size
-            count = size_of(flat, 0)
-            if is_inside and count > MOST_UPDATES:
-                rows = tf.reshape(flat, [count * size, *rest])
-                index = at + np.arange(count, dtype=np.int32) * size
-                rows = tf.tensor_scatter_nd_update(rows, index[:, tf.newaxis], tf.reshape(new, [count, *rest]))
-                return tf.reshape(rows, slice_shape)
-            for row in range(count):
+            for row in range(size_of(flat, 0)):
                 if is_inside:
                     flat = xla.update_slice(flat, new[row], [row, at[row], *[0] * len(rest)])
                     continue

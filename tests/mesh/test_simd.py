@@ -193,27 +193,6 @@ def test_rows_are_written_in_place(layout):
     assert "dynamic-update-slice(" in program.hlo_text
 
 
-@pytest.mark.parametrize("layout", ["batch:x,inner:y", pytest.param("batch:x,length:y", marks=slow)])
-def test_many_rows_are_written_at_once(layout):
-    rng = np.random.default_rng(2)
-    x, value = rng.normal(size=(24, 16, 6)).astype(np.float32), rng.normal(size=(24, 6)).astype(np.float32)
-    x[1, 0, 0], position = np.nan, rng.integers(0, 16, 24).astype(np.int32)
-
-    def build(mesh, x, value, position):
-        batch, length, inner = dims(batch=24, length=16, inner=6)
-        x = mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, length, inner]))
-        value = mtf.import_tf_tensor(mesh, value, mtf.Shape([batch, inner]))
-        position = mtf.import_tf_tensor(mesh, position, mtf.Shape([batch]))
-        return write_at(x, value, position, length, is_inside=True)
-
-    want = x.copy()
-    want[np.arange(24), position] = value
-    program = simd.SimdProgram(
-        build, [(tf.as_dtype(a.dtype), a.shape) for a in (x, value, position)], "x:2,y:2", layout
-    )
-    np.testing.assert_array_equal(program(x, value, position), want)
-
-
 @pytest.mark.parametrize(
     "layout",
     [
