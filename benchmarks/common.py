@@ -96,8 +96,11 @@ def busy_seconds(pid=None):
     return (int(user) + int(system)) / ticks
 
 
-def save(folder, name, results):
-    """Writes a benchmark's results, with the machine and the commit, to DATE-name.json in a folder."""
+def save(folder, name, results, path=None):
+    """Writes a benchmark's results, with the machine and the commit, to `path`, by default DATE-name.json in a folder.
+
+    Returns the path, to write to it again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now()
     results = {
@@ -107,9 +110,10 @@ def save(folder, name, results):
         "versions": versions(["tensorflow", "mesh-tensorflow", "numpy"]),
         **results,
     }
-    path = folder / f"{now:%Y-%m-%d-%H%M%S}-{name}.json"
+    path = path or folder / f"{now:%Y-%m-%d-%H%M%S}-{name}.json"
     path.write_text(json.dumps(results) + "\n")
     print(path, file=sys.stderr)
+    return path
 
 
 def child_json(script, *arguments):

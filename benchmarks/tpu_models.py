@@ -13,7 +13,10 @@ bfloat16. Cycles leave out what the compiler gives none: collectives, copies bet
 
 import argparse
 import collections
+import itertools
+import json
 import os
+import pathlib
 import re
 import time
 
@@ -38,13 +41,15 @@ LAYOUTS = (  # of GPT-Neo's configs
     "batch:x,memory_length:y,embd:y",
     "embd:y,batch:x",
 )
-MESHES = {"v5e:2x2": "x:2,y:2", "v5e:4x4": "x:4,y:4", "v4:2x2x1": "x:2,y:2", "v6e:2x2": "x:2,y:2",
+MESHES = {"v5e:2x2": "x:2,y:2", "v5e:4x4": "x:4,y:4", "v4:2x2x1": "x:4,y:2", "v6e:2x2": "x:2,y:2",
           "v5e:16x16": "x:64,y:4"}  # fmt: skip
 POD = "v5e:16x16"  # for a batch of 64 alone
+CASE = "model", "batch", "topology", "layout"
 
-# Published: a chip's memory and its bandwidth in bytes. GHz is an assumption: the clock at which the published peak
-# of bfloat16 products (197, 275 and 918 TFLOP/s) is that of 4 units of 128 × 128, of 8, and of 4 of 256 × 256.
-CHIPS = {"v5e": (16 * 2**30, 819e9, 1.50), "v4": (32 * 2**30, 1228e9, 1.05), "v6e": (32 * 2**30, 1640e9, 1.75)}
+# Of a core, which is a chip, or of v4 half a chip: its memory and its bandwidth in bytes, as published. GHz is an
+# assumption: the clock at which a chip's published peak of bfloat16 products (197, 275 and 918 TFLOP/s) is that of 4
+# units of 128 × 128, of 8, and of 4 of 256 × 256.
+CORES = {"v5e": (16 * 2**30, 819e9, 1.50), "v4": (16 * 2**30, 614e9, 1.05), "v6e": (32 * 2**30, 1640e9, 1.75)}
 
 DIMS = {"wte": ("vocab", "embd"), "wpe": ("embed_sequence", "embd"), "q": ("embd", "heads"), "k": ("embd", "heads"),
         "v": ("embd", "heads"), "o": ("heads", "embd"), "c_fc": ("embd", "intermediate_expanded"),
@@ -111,8 +116,8 @@ def compile_time(model, batch, topology, layout):
     compiled = tpu_compiler.TpuProgram(core_program.hlo, core_program.cores, topology)
     print(f"{label} compile {compiled.seconds:.0f} s, "
           f"code {compiled.code_bytes / 1e6:.0f} MB, {len(compiled.kernels)} kernels", flush=True)  # fmt: skip
-    for (loops, branches), (cycles, kernels) in compiled.costs().items():
-        print(f"    loops {loops} branches {branches}: {cycles:10,} cycles in {kernels:4} kernels")
+    for (loops, branches), (cycles, kernels, more) in compiled.costs().items():
+        print(f"    loops {loops} branches {branches}: {cycles:10,} cycles in {kernels:4} kernels, {more} without")
     parts = collections.Counter()
     for line in compiled.text.splitlines():
         source = re.search(r'op_name="while_loop/while/([^"/]*)', line)
@@ -133,7 +138,7 @@ def bytes_read(model, batch, impl, slice_dtype=tf.bfloat16):
 
 def measured(core_program, model, batch, topology, slice_dtype=tf.bfloat16):
     """The figures of one program on one slice, and the compiled program, None where the compiler refuses."""
-    chip, (memory, bandwidth, clock) = next((c, CHIPS[c]) for c in [topology.split(":")[0]])
+    memory, bandwidth, clock = CORES[topology.split(":")[0]]
     weights, caches = bytes_read(model, batch, core_program.impl, slice_dtype)
     found = {"limit_ms": 1e3 * (weights + caches) / bandwidth, "weights": weights, "caches": caches, "memory": memory}
     began = time.perf_counter()
@@ -141,17 +146,15 @@ def measured(core_program, model, batch, topology, slice_dtype=tf.bfloat16):
         compiled = tpu_compiler.TpuProgram(core_program.hlo, core_program.cores, topology)
     except Exception as error:
         refused = re.search(r"Used (\S+) of (\S+) hbm\. Exceeded hbm capacity by (\S+?)\.?\s", str(error))
-        if "async-update" in str(error):  # jaxlib 0.10.2 does not read all programs of this libtpu
-            return {**found, "fits": True, "unread": True}, None
         if not refused:
             raise
         return {**found, "fits": False, "used": refused[1], "of": refused[2], "over": refused[3],
                 "compile_seconds": time.perf_counter() - began}, None  # fmt: skip
-    step = [k for k in compiled.kernels if k.loops and not k.branches]
-    rest = [k for k in step if "gpt2/" not in k.source]
+    step = [k for k in compiled.kernels if k.loops and not k.branches and k.cycles]
+    rest = [k for k in step if k.source and "gpt2/" not in k.source]  # copies of weights have no source
     cycles = sum(k.cycles for k in step)
     sent = collections.Counter()
-    for c in simd._collectives(compiled.text):
+    for c in compiled.collectives:
         if c.loops and not c.branches:
             sent[f"{c.opcode} {c.dtype}"] += c.bytes
             sent["collectives"] += 1
@@ -167,15 +170,12 @@ def measured(core_program, model, batch, topology, slice_dtype=tf.bfloat16):
         "kernels": len(step),
         "not_the_models": sum(k.cycles for k in rest),
         "ms": cycles / clock / 1e6,
-        "first_pass_cycles": compiled.cost(0)[0],
+        "first_pass_cycles": compiled.costs()[0, 0][0],
         "sent": dict(sent),
     }, compiled
 
 
 def report(label, found, compiled, top):
-    if found.get("unread"):
-        print(f"{label} fits; jaxlib cannot read the compiled program", flush=True)
-        return
     if not found["fits"]:
         print(f"{label} does not fit: {found['used']} of {found['of']}, {found['over']} too much", flush=True)
         return
@@ -184,9 +184,29 @@ def report(label, found, compiled, top):
           f"{found['limit_ms']:5.2f}; not the model's {found['not_the_models'] / found['cycles']:4.0%}; memory "
           f"{(found['argument_bytes'] + found['temporary_bytes']) / 2**30:5.2f} GiB, free "
           f"{found['free_bytes'] / 2**30:6.2f}; {found['compile_seconds']:.0f} s; {sent}", flush=True)  # fmt: skip
-    for kernel in sorted(compiled.kernels, key=lambda k: (-k.loops, k.branches, -k.cycles))[:top]:
-        print(f"      {kernel.cycles:10,} loops {kernel.loops} branches {kernel.branches} {kernel.opcode:14} "
+    for kernel in sorted(compiled.kernels, key=lambda k: (-k.loops, k.branches, -(k.cycles or 0)))[:top]:
+        print(f"      {kernel.cycles or 0:10,} loops {kernel.loops} branches {kernel.branches} {kernel.opcode:14} "
               f"{kernel.source[-90:]}", flush=True)  # fmt: skip
+
+
+def table(rows):
+    """Prints rows of results as docs/meshes.md has them."""
+    columns = "model, batch", "slice, mesh", "a core's memory", "cycles of a step", "ms", "reading once", "sampling"
+    print("| " + " | ".join([*columns, "sent", "a token"]) + " |")
+    print("| --- " * 9 + "|")
+    order = {name: i for i, name in enumerate([*MODELS, *MESHES])}
+    for row in sorted(rows, key=lambda r: (order[r["model"]], r["batch"], order[r["topology"]])):
+        memory = CORES[row["topology"].split(":")[0]][0]
+        begin = f"| {row['model']}, {row['batch']} | {row['topology']}, `{row['mesh']}` |"
+        if not row["fits"]:
+            print(f"{begin} {row['over']} too much | | | | | | |")
+            continue
+        used = (row["argument_bytes"] + row["temporary_bytes"]) / 2**30
+        sent = sum(size for name, size in row["sent"].items() if name != "collectives")
+        token = 1e3 * max(row["ms"], row["limit_ms"]) / row["batch"]
+        print(f"{begin} {used:.1f} of {memory // 2**30} GiB | {row['cycles']:,} | {row['ms']:.2f} | "
+              f"{row['limit_ms']:.2f} ms | {row['not_the_models'] / row['cycles']:.0%} | "
+              f"{sent / 1e3:,.0f} KB in {row['sent']['collectives']} | {token:.0f} µs |")  # fmt: skip
 
 
 def main():
@@ -201,35 +221,45 @@ def main():
     parser.add_argument("--states-of-cpus", action="store_true", help="without use_tpu in the model's params")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest kernels of a step")
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--add-to", type=pathlib.Path, metavar="FILE", help="results whose cases are not run again")
     parser.add_argument("--controls", action="store_true", help="what a script with all controls takes to compile")
+    parser.add_argument("--table", type=pathlib.Path, metavar="FILE", help="print a file's results as docs/ has them")
     args = parser.parse_args()
+    if args.table:
+        rows = json.loads(args.table.read_text())["rows"]
+        for layout in args.layout or LAYOUTS:
+            print(f"\n{layout}\n")
+            table([row for row in rows if row["layout"] == layout])
+        return
     if args.controls:
         compile_time("125M", 8, "v5e:2x2", LAYOUTS[0])
         return
     slice_dtype = tf.float32 if args.float32 else tf.bfloat16
-    rows = []
+    settings = {"weights": slice_dtype.name, "use_tpu": not args.states_of_cpus}
+    rows, path = [], args.add_to
+    if path:
+        earlier = json.loads(path.read_text())
+        rows = earlier["rows"]
+        assert settings.items() <= earlier.items(), f"{path} is of other settings than {settings}"
+    known = {tuple(row[key] for key in CASE) for row in rows}
     by_mesh = collections.defaultdict(list)
     for topology in args.topology or MESHES:
         by_mesh[MESHES[topology]].append(topology)
-    for model in args.model or MODELS:
-        for batch in args.batch or (8, 64):
-            for mesh_shape, topologies in by_mesh.items():
-                if POD in topologies and batch != 64:
-                    continue
-                for layout in args.layout or LAYOUTS:
-                    began = time.perf_counter()
-                    core_program = program(
-                        model, batch, mesh_shape, layout, slice_dtype, use_tpu=not args.states_of_cpus
-                    )
-                    seconds = time.perf_counter() - began
-                    for topology in topologies:
-                        found, compiled = measured(core_program, model, batch, topology, slice_dtype)
-                        report(f"{model} {batch:2} {topology:9} {layout:47}", found, compiled, args.top)
-                        row = dict(model=model, batch=batch, topology=topology, mesh=mesh_shape, layout=layout)
-                        rows.append({**row, "graph_seconds": seconds, **found})
-    if not args.no_save:
-        results = {"weights": slice_dtype.name, "use_tpu": not args.states_of_cpus, "rows": rows}
-        common.save(common.FOLDER / "results", "tpu-models", results)
+    every = itertools.product(args.layout or LAYOUTS, args.batch or (8, 64), args.model or MODELS, by_mesh.items())
+    for layout, batch, model, (mesh_shape, topologies) in every:
+        wanted = [t for t in topologies if (model, batch, t, layout) not in known and (t != POD or batch == 64)]
+        if not wanted:
+            continue
+        began = time.perf_counter()
+        core_program = program(model, batch, mesh_shape, layout, slice_dtype, use_tpu=not args.states_of_cpus)
+        seconds = time.perf_counter() - began
+        for topology in wanted:
+            found, compiled = measured(core_program, model, batch, topology, slice_dtype)
+            report(f"{model} {batch:2} {topology:9} {layout:47}", found, compiled, args.top)
+            row = dict(model=model, batch=batch, topology=topology, mesh=mesh_shape, layout=layout)
+            rows.append({**row, "graph_seconds": seconds, **found})
+            if not args.no_save:  # at once, as all of them take hours
+                path = common.save(common.FOLDER / "results", "tpu-models", {**settings, "rows": rows}, path)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def computations(text):
 def instructions(text, into_fusions=False):
     """Yields (opcode, its type, line, loops, branches) of all that the entry reaches.
 
-    What a fusion calls is one kernel, and left out but for `into_fusions`.
+    What a fusion or an asynchronous instruction calls is one kernel, and left out but for `into_fusions`.
     """
     found, entry = computations(text)
     depth, waiting = {entry: (0, 0)}, collections.deque([entry])
@@ -77,7 +77,7 @@ def instructions(text, into_fusions=False):
         name = waiting.popleft()
         loops, branches = depth[name]
         for line in found.get(name, []):
-            if " fusion(" in line and not into_fusions:
+            if re.search(r" (fusion|async-(start|update|done))\(", line) and not into_fusions:
                 continue
             for role, called in _CALLED.findall(line):
                 inner = loops + (role in ("body", "condition")), branches + ("_computation" in role)

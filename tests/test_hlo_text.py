@@ -18,12 +18,19 @@ HloModule m
   ROOT %scatter.1 = f32[64]{0} scatter(%p0, %p1, %p2), update_window_dims={}, to_apply=%compare
 }
 
+%beside (p: f32[64]) -> f32[32] {
+  %p.1 = f32[64]{0} parameter(0)
+  ROOT %slice.1 = f32[32]{0} slice(%p.1), slice={[0:32]}
+}
+
 %body (t: (f32[64])) -> (f32[64]) {
   %t = (f32[64]{0}) parameter(0)
   %x = f32[64]{0} get-tuple-element(%t), index=0
   %scatter_fusion = f32[64]{0} fusion(%x, %i, %u), kind=kCustom, calls=%fused
   %sort.1 = (f32[64]{0:T(128)}, s32[64]{0}) sort(%scatter_fusion, %iota), to_apply=%compare
   %gather.1 = f32[10,4]{1,0} gather(%x, %n), slice_sizes={1,4}, metadata={op_name="a/b"}
+  %ahead = ((f32[64]{0}), f32[32]{0}, u32[]) async-start(%x), calls=%beside
+  %ready = f32[32]{0} async-done(%ahead), calls=%beside
   %scalar = f32[]{:T(128)S(6)} add(%c, %c)
   %add = f32[64]{0} add(%x, %x), backend_config={"estimated_cycles":"1825"}
   %ar = (f32[8]{0}, s32[2,2]{1,0}) all-reduce(%x, %y), replica_groups={{0,1}}

@@ -15,7 +15,9 @@ import tpu_compiler
 import tpu_samplers
 from programs import ONE_DEVICE, Program
 
-from gpt_neo_sampling._compat import mtf
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling.mesh.ops import computed_once, force_allreduce, take
+from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sampling.categorical import draw_uniforms
 
 UNAVAILABLE = simd.UNAVAILABLE or tpu_compiler.UNAVAILABLE
@@ -172,6 +174,28 @@ def test_costs_are_the_tables(name, layout):
     for place, found in costs.items():
         for what, is_now, was in zip(("cycles", "kernels with cycles", "kernels without"), found, table[place]):
             assert abs(is_now - was) <= max(0.1 * was, 1), f"{place}: {is_now} {what}, {was} in the table"
+
+
+def test_a_mask_of_all_positions_is_not_computed_in_each_step():
+    size = 256
+
+    def build(mesh, x):
+        queries, keys, rows = (mtf.Dimension(name, size) for name in ("queries", "keys", "rows"))
+        x, steps = mtf.import_tf_tensor(mesh, x, mtf.Shape([rows, keys])), mtf.zeros(mesh, [rows], tf.int32)
+        mask = biasmask_attn_weights(mesh, queries, keys, mtf.VariableDType(tf.float32))
+
+        def loop(mask):
+            def body(step, x):
+                return step + 1, force_allreduce(x + take(mask, step, queries))
+
+            return mtf.while_loop(lambda step, _: mtf.reduce_all(mtf.less(step, size)), body, [steps, x])[1]
+
+        return [loop(force_allreduce(mask)), loop(computed_once(mask))]
+
+    program = simd.CoreProgram(build, [(tf.float32, (size, size))], "x:4", "rows:x")
+    compiled = tpu_compiler.TpuProgram(program.hlo, CORES)
+    in_loops = [k for k in compiled.kernels if k.loops and k.source.startswith("biasmask_attn_weights")]
+    assert len(in_loops) == 1, "of the first loop alone"
 
 
 # --- The tool itself -------------------------------------------------------------------------

@@ -52,15 +52,17 @@ class TpuProgram:
             module = ir.Module.parse(_jax.mlir.hlo_to_stablehlo(hlo))
         devices = _jax.DeviceList(tuple(described.devices[:cores]))
         with tempfile.TemporaryDirectory() as folder:
+            debug = options.executable_build_options.debug_options
+            debug.xla_dump_to, debug.xla_dump_hlo_as_text = folder, True
             if keep_own_types:
-                debug = options.executable_build_options.debug_options
-                debug.xla_dump_to, debug.xla_dump_hlo_as_proto = folder, True
-                debug.xla_dump_hlo_pass_re = "xprecision-rewriter|X64"
+                debug.xla_dump_hlo_as_proto, debug.xla_dump_hlo_pass_re = True, "xprecision-rewriter|X64"
             began = time.perf_counter()
             executable = described.devices[0].client.compile(module, devices, options)
             self.seconds = time.perf_counter() - began
             self.in_own_types = _in_own_types(pathlib.Path(folder)) if keep_own_types else None
-        self.text = executable.hlo_modules()[0].to_string()
+            # not executable.hlo_modules(): of v6e jaxlib 0.10.2 cannot read back what this libtpu has compiled
+            (path,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+            self.text = path.read_text()
         memory = executable.get_compiled_memory_stats()
         self.code_bytes, self.temporary_bytes = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
         self.argument_bytes = memory.argument_size_in_bytes

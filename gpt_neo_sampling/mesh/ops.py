@@ -159,6 +159,26 @@ def force_allreduce(x: mtf.Tensor) -> mtf.Tensor:
     return mtf.cwise(tf.identity, [x], name="force_allreduce")
 
 
+def computed_once(x: mtf.Tensor) -> mtf.Tensor:
+    """`force_allreduce` of a tensor that a loop reads: XLA does not compute it anew in each round.
+
+    It does so where a tensor comes of constants by arithmetic alone, as a causal mask of all positions does.
+    """
+    return _OnceOperation(x).outputs[0]
+
+
+class _OnceOperation(MeshOperation):
+    def __init__(self, x: mtf.Tensor) -> None:
+        super().__init__([x], [(x.shape, x.dtype)], "computed_once")
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        x = lowering.tensors[self.inputs[0]].to_laid_out_tensor()
+        if xla.is_core_program(mesh_impl):
+            x = mesh_impl.slicewise(lambda x: xla.kept_together(x)[0], x)
+        lowering.set_tensor_lowering(self.outputs[0], x)
+
+
 # --- Look-ups ---------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, repeat, resize, take
+from gpt_neo_sampling.mesh.ops import computed_once, cwise_broadcast, force_allreduce, repeat, resize, take
 
 Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `models.gpt2.model`
 
@@ -154,7 +154,7 @@ class Decoder:
         self._length_dim, self._initial_position = length_dim, initial_position
         self._slow = bool(params.get("slow_sampling"))
         self._other_features, self._shared_params, self._encoder = (
-            map_tensors(force_allreduce, x) for x in (other_features, shared_params, encoder)
+            map_tensors(computed_once, x) for x in (other_features, shared_params, encoder)
         )
         self._constant_states: list[mtf.Tensor] = []
         mesh, rows = initial_position.mesh, initial_position.shape

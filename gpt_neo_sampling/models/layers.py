@@ -17,6 +17,7 @@ import numpy as np
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, reshaped
+from gpt_neo_sampling.mesh.xla import is_core_program
 
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
@@ -57,12 +58,16 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 
         depth = mesh_impl.slice_shape(mtf.Shape([self._in_dim]))[0]
 
+        # For one row a TPU's compiler takes no matrix unit, and six times as long: a row of zeros goes with it.
+        is_alone = rows == 1 and is_core_program(mesh_impl)
+
         def product(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
             # the faster of TensorFlow's CPU kernels, as measured in docs/architecture.md
             batch = [] if rows == 1 else [1]
             x = reshaped(x, batch + [rows, depth])
             w = reshaped(w, batch + ([columns, depth] if self._in_last else [depth, columns]))
-            return reshaped(tf.matmul(x, w, transpose_b=self._in_last), out_shape)
+            y = tf.matmul(tf.pad(x, [[0, 1], [0, 0]]) if is_alone else x, w, transpose_b=self._in_last)
+            return reshaped(y[:1] if is_alone else y, out_shape)
 
         y = mesh_impl.slicewise(product, *(lowering.tensors[t] for t in self.inputs))
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._in_dim)
@@ -285,6 +290,9 @@ class _LayerNormOperation(MeshOperation):
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
 
         def mean(x: LaidOut) -> LaidOut:
+            if is_core_program(mesh_impl):  # of parts that are divided first: one kernel less on a TPU
+                x = slicewise(lambda x: tf.reduce_sum(x * (1.0 / dim.size), -1, keepdims=True), x)
+                return x if mesh_axis is None else mesh_impl.allreduce(x, [mesh_axis], "SUM")
             if mesh_axis is None:
                 return slicewise(lambda x: tf.reduce_mean(x, -1, keepdims=True), x)
             total = mesh_impl.allreduce(slicewise(lambda x: tf.reduce_sum(x, -1, keepdims=True), x), [mesh_axis], "SUM")

@@ -10,6 +10,7 @@ from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tensorflow, tf
 from gpt_neo_sampling.mesh.ops import (
+    computed_once,
     cwise_broadcast,
     force_allreduce,
     import_rows,
@@ -227,14 +228,15 @@ def test_write_at(runner):
         np.testing.assert_array_equal(g.astype(np.float64), w.astype(np.float64))
 
 
+@pytest.mark.parametrize("reduced", [force_allreduce, computed_once])
 @pytest.mark.parametrize("runner", [MeshRunner(), MeshRunner("x:2,y:2", "batch:x,vocab:y")], ids=str)
-def test_force_allreduce_in_a_loop(runner):
+def test_force_allreduce_in_a_loop(runner, reduced):
     """A sum that mtf has deferred, carried into, through and out of a loop."""
     x = np.random.default_rng(3).normal(size=(4, 16)).astype(np.float32)
 
     def build(mesh, x):
         x = imp(mesh, x, B, V)
-        total = force_allreduce(mtf.reduce_sum(x, reduced_dim=V))
+        total = reduced(mtf.reduce_sum(x, reduced_dim=V))
 
         def body(i, y):
             return i + 1, force_allreduce(mtf.einsum([x, x, y], output_shape=[B]) * 0.1 + total)
