@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = int(e.code or 0), None
     except BrokenPipeError:  # nobody reads the output any more
         status, message = 1, None
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+    except KeyboardInterrupt as e:
+        status, message = 130, ": ".join(["interrupted", *map(str, e.args)])
     with contextlib.suppress(OSError):  # if stderr cannot be written, the status has to do
         if message is not None:
             print(f"gpt-neo-sampling: {message}", file=sys.stderr)

@@ -157,9 +157,8 @@ def generate_file(
         try:
             if missing:
                 _run(generator, batches, seed, file, output, done)
-        except KeyboardInterrupt:
-            log.warning("stopped; %d of %d prompts are done; the same command continues %s",
-                        len(done), len(records), output)  # fmt: skip
+        except KeyboardInterrupt as e:
+            e.args = (f"{len(done)} of {len(records)} prompts are done; the same command continues {output}",)
             raise
         _put_in_order(file, output)
     return FileRun(len(records), missing, seed)
