@@ -22,8 +22,6 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
@@ -178,6 +176,7 @@ def _import_tensorflow_v1() -> types.ModuleType:
 
 if TYPE_CHECKING:
     import mesh_tensorflow as mtf
+    import numpy as np
     import tensorflow
     import tensorflow.compat.v1 as tf
 
@@ -225,6 +224,8 @@ def layout_pairs(layout: mtf.LayoutRules) -> list[tuple[str, str]]:
 
 def static_value(x: mtf.Tensor) -> np.ndarray | None:
     """The value of a tensor that is a constant or an imported constant, as an ndarray of its shape; else None."""
+    import numpy as np
+
     value = None
     if isinstance(x.operation, mtf.ops.Constant):
         value = x.operation._value
