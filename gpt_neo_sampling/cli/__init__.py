@@ -1,1 +1,3 @@
 """The command."""
+
+PROGRAM = "gpt-neo-sampling"

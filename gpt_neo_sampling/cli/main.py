@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gpt_neo_sampling.cli import PROGRAM
+
 if TYPE_CHECKING:
     import argparse
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = 130, ": ".join(["interrupted", *map(str, e.args)])
     with contextlib.suppress(OSError):  # if stderr cannot be written, the status has to do
         if message is not None:
-            print(f"gpt-neo-sampling: {message}", file=sys.stderr)
+            print(f"{PROGRAM}: {message}", file=sys.stderr)
     for file in filter(None, (sys.stdout, sys.stderr)):
         try:
             file.flush()

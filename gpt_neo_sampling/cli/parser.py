@@ -7,12 +7,11 @@ from typing import Any, NoReturn
 from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
-from gpt_neo_sampling.generation.options import DEFAULT_TOP_K, DTYPES, EXPORTABLE, OPTIONS
+from gpt_neo_sampling.cli import PROGRAM
+from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, DTYPES, EXPORTABLE, OPTIONS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
 from gpt_neo_sampling.sampling.controls import CONTROLS, Number
 from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA
-
-PROGRAM = "gpt-neo-sampling"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,7 +129,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, required=True, metavar="N", help="rows of a request")
     add("--length", type=int, required=True, metavar="N", help="longest row, prompt and new tokens")
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
-    add("--max-top-k", type=int, default=DEFAULT_TOP_K, metavar="K",
+    add("--max-top-k", type=int, default=DEFAULT_MAX_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
     add("--controls", nargs="+", choices=EXPORTABLE, default=(), metavar="NAME", help="what else may be asked for, of "
         f"{', '.join(EXPORTABLE)}; each costs time in every step")  # fmt: skip

@@ -30,7 +30,7 @@ from gpt_neo_sampling.generation.decode_graph import (
     stop_tokens_of,
     variable_dtype_of,
 )
-from gpt_neo_sampling.generation.options import DEFAULT_TOP_K, EXPORTABLE
+from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, EXPORTABLE
 from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.sample import INVALID
@@ -53,7 +53,7 @@ def export_saved_model(
     batch: int,
     length: int,
     prompt_length: int | None = None,
-    max_top_k: int = DEFAULT_TOP_K,
+    max_top_k: int = DEFAULT_MAX_TOP_K,
     controls: Sequence[str] = (),
     dtype: DType | None = None,
 ) -> None:

@@ -23,7 +23,7 @@ from gpt_neo_sampling.sampling.defaults import ENTMAX_TEMPERATURE, SOFTMAX_TEMPE
 
 DEFAULT_NEW_TOKENS = 64
 DTYPES = ("float32", "bfloat16")  # of weights and activations
-DEFAULT_TOP_K = 64  # of an exported model: the largest that a request may ask for
+DEFAULT_MAX_TOP_K = 64  # of an exported model: the largest that a request may ask for
 
 
 def check_bool(name: str, value: object) -> None:
@@ -160,9 +160,8 @@ def check_alone(options: GenerationOptions) -> None:
     """Raises ValueError for what is wrong with a request for one prompt, whatever the model is."""
     check_shared(dataclasses.replace(options, bad_words_ids=None), n_vocab=INT32_MAX)
     resolve(options, [{}])
-    for name in PER_PROMPT.keys() - set(SAMPLING):
-        per_prompt(name, getattr(options, name), 1)
-    least, most = (per_prompt(name, getattr(options, name), 1)[0] for name in ("min_new_tokens", "max_new_tokens"))
+    given = {name: per_prompt(name, getattr(options, name), 1)[0] for name in PER_PROMPT}
+    least, most = given["min_new_tokens"], given["max_new_tokens"]
     if least is not None and most is not None:
         check_least_and_most(least, most)
 

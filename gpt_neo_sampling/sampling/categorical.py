@@ -674,12 +674,7 @@ class _ScoreDrawOperation(_DrawOperation):
         if rows.split_axis is not None:
             top = rows.mesh_impl.allreduce(top, [rows.split_axis], "MAX")
 
-        def scale(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
-            per_row = [-1] + [1] * (x.shape.rank - 1)
-            z = x - tf.reshape(top, per_row)
-            return z * tf.reshape(factor[0], per_row) if factor else z
-
-        return lambda x: slicewise(scale, x, top, *([] if factor is None else [factor]))
+        return lambda x: slicewise(_scaled, x, top, *([] if factor is None else [factor]))
 
     def _draw_exactly(
         self, rows: ShardedRows, z: LaidOut, uniforms: Sequence[LaidOut], epsilon: LaidOut | None = None
@@ -777,8 +772,8 @@ def _core_entmax_draw(
     top, start = slicewise(top_and_start, of_groups)
 
     def scores_of(x: tf.Tensor, *factor_and_top: tf.Tensor) -> tf.Tensor:
-        *factor, top = (tf.reshape(row, [-1] + [1] * (x.shape.rank - 1)) for row in factor_and_top)
-        return (x - top) * factor[0] if factor else x - top
+        *factor, top = factor_and_top
+        return _scaled(x, top, *factor)
 
     of_row = [*([] if factor is None else [factor]), top]
     beta = solve_in_few_kernels(rows, scores_of, [grouped, *of_row], epsilon, start, 50)
@@ -851,11 +846,16 @@ def _exact_draw_on_core(
     return drawn
 
 
-def _exact_softmax_weights(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
-    """Weights in integers of scores [rows, …], +inf for an invalid one."""
+def _scaled(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+    """Scores of x [rows, …] less the largest of their row, times a factor if there is one, [rows, 1] both."""
     per_row = [-1] + [1] * (x.shape.rank - 1)
     z = x - tf.reshape(top, per_row)
-    z = z * tf.reshape(factor[0], per_row) if factor else z
+    return z * tf.reshape(factor[0], per_row) if factor else z
+
+
+def _exact_softmax_weights(x: tf.Tensor, top: tf.Tensor, *factor: tf.Tensor) -> tf.Tensor:
+    """Weights in integers of scores [rows, …], +inf for an invalid one."""
+    z = _scaled(x, top, *factor)
     return tf.where_v2(z <= 0, fixed_point.softmax_weights(z), np.inf)
 
 

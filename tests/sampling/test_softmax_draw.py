@@ -74,7 +74,7 @@ class _Draw(MeshOperation):
         rows = ShardedRows(impl, self.inputs[0].shape, self._dim)
         us = [impl.slicewise(lambda u: tf.reshape(u, [-1, 1]), u) for u in us]
         factor = impl.slicewise(lambda u: tf.ones_like(u, tf.float32), us[0])
-        for y, value in zip(self.outputs, softmax_draw(rows, x, factor, us)):
+        for y, value in zip(self.outputs, softmax_draw(rows, x, factor, us)[:2], strict=True):
             lowering.set_tensor_lowering(y, impl.slicewise(lambda x: tf.reshape(x, [-1]), value))
 
 
