@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
+from gpt_neo_sampling.mesh.compiled import compiled
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows, repeat, resize, row_index, take
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
@@ -92,6 +93,7 @@ class _DecodeLoop:
     stopping_criteria: StoppingCriteria | None
     return_logprobs: bool
     invalid_token: int
+    compiles_steps: bool  # each by itself; the whole loop may be compiled instead
 
     def __post_init__(self) -> None:
         self._length_dim = self.prompts.ids.shape[-1]
@@ -116,6 +118,16 @@ class _DecodeLoop:
 
     def step(self, *tensors: mtf.Tensor) -> list[mtf.Tensor]:
         """Draws a token for each row and writes it, unless the row is done."""
+        if self.compiles_steps:
+            token, *new = compiled(tensors[0].mesh, lambda: self._extended(tensors))
+        else:
+            token, *new = self._extended(tensors)
+        state = self.state(new)
+        state.done = mtf.logical_or(state.done, self._ends_row(token, state.ids, state.position))
+        return state.tensors()
+
+    def _extended(self, tensors: Sequence[mtf.Tensor]) -> list[mtf.Tensor]:
+        """The token drawn for each row, and the loop variables with it written; `done` as it was."""
         old = self.state(tensors)
         logits, states = self.decoder.step(old.ids, old.position, old.states)
         token, *logprobs = self._draw(logits, old)
@@ -126,8 +138,7 @@ class _DecodeLoop:
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [old.position, old.done]
         )
-        done = mtf.logical_or(old.done, self._ends_row(token, ids, position))
-        return _LoopState(position, ids, done, logprobs, states).tensors()
+        return [token, *_LoopState(position, ids, old.done, logprobs, states).tensors()]
 
     def state(self, tensors: Sequence[mtf.Tensor]) -> _LoopState:
         """The loop variables by name."""
@@ -216,6 +227,7 @@ def sample_autoregressive(
     num_return_sequences: int = 1,
     return_logprobs: bool = False,
     invalid_token: int = INVALID,
+    jit_compile: bool = False,
     **controls: Unpack[ControlKeywords],
 ) -> mtf.Tensor | tuple[mtf.Tensor, ...]:
     """Continues a batch of prompts, one token a row and step.
@@ -290,6 +302,7 @@ def sample_autoregressive(
       return_logprobs: whether to return log-probabilities too.
       invalid_token: an int: what is written where −1 is said below, for callers
         whose next function takes no −1 (a tokenizer). Such a row is done all the same.
+      jit_compile: whether XLA compiles the loop, or with stopping_criteria each of its steps. For a mesh of one device.
       **controls: the fields of `sampling.controls.Controls` but temperature and top_k, each number †; None for one that
         is left out. entmax_alpha is for sampling_use_entmax alone, and 1.3 by default; logit_bias a float32 tensor
         [vocab] or [batch…, vocab], −inf for a token that is never drawn; logits_processors functions of (logits, ids,
@@ -375,9 +388,14 @@ def sample_autoregressive(
 
     loop = _DecodeLoop(
         decoder, prompts, states, prompt_length, vocab_dim, options, seed, unfolded(force_allreduce(stream)), max_steps,
-        stopping_criteria, return_logprobs, invalid_token,
+        stopping_criteria, return_logprobs, invalid_token, jit_compile and stopping_criteria is not None,
     )  # fmt: skip
-    end = loop.state(mtf.while_loop(loop.unfinished, loop.step, loop.start()))
+    start = loop.start()
+
+    def run_loop() -> Sequence[mtf.Tensor]:
+        return mtf.while_loop(loop.unfinished, loop.step, start)
+
+    end = loop.state(compiled(mesh, run_loop) if jit_compile and not loop.compiles_steps else run_loop())
     results = [_whole(end.ids, prompts.whole_ids)]
     results += [resize(x, x.shape[-1], whole_length_dim.size) for x in end.logprobs]
     if remove_partial_sequences:

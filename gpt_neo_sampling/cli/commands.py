@@ -79,10 +79,11 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"wrote {args.plot}", file=sys.stderr)
 
 
-def _generator(args: argparse.Namespace) -> TextGenerator:
+def _generator(args: argparse.Namespace, jit_compile: bool = False) -> TextGenerator:
     return TextGenerator.from_pretrained(
         args.model,
         dtype=args.dtype,
+        jit_compile=jit_compile,
         mesh_shape=args.mesh_shape,
         layout=args.layout,
         devices=args.devices,
@@ -93,7 +94,7 @@ def _generator(args: argparse.Namespace) -> TextGenerator:
 def _generate(args: argparse.Namespace, echo: Echo | None) -> None:
     if echo:
         echo.status("loading the model …")
-    generator = _generator(args)
+    generator = _generator(args, args.jit_compile)
     options = generation_of(args)
     if args.output is not None:
         done = generate_file(generator, args.prompts_file, args.output, seed=args.seed, **options)

@@ -39,12 +39,14 @@ class Model:
       n_vocab: int, entries of the vocabulary's dimension, padding included.
       mesh_impl: what graphs are lowered on.
       variable_dtype: mtf.VariableDType.
+      jit_compile: whether XLA compiles the decode loop.
     """
 
     params: Params
     n_vocab: int
     mesh_impl: mtf.MeshImpl
     variable_dtype: mtf.VariableDType
+    jit_compile: bool = False
 
     def inputs(self, batch: int, length: int) -> tuple[mtf.Mesh, mtf.Shape, dict[str, Any]]:
         """A new mesh, the shape of the model's ids on it, and GPT-Neo's other_features."""
@@ -162,6 +164,7 @@ def build(
         stopping_criteria=None if on_tokens is None else functools.partial(watch, on_tokens),
         num_return_sequences=key.samples,
         return_logprobs=key.return_logprobs,
+        jit_compile=model.jit_compile,
         **options,
     )
     results = results if key.return_logprobs else [results]
@@ -227,7 +230,7 @@ def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:
 
 
 def load_weights(
-    checkpoint: Checkpoint, weights: dict[str, tuple[mtf.Shape, Any]], mesh_impl: mtf.MeshImpl, run: Callable[..., Any]
+    checkpoint: Checkpoint, weights: dict[str, tuple[mtf.Shape, Any]], model: Model, run: Callable[..., Any]
 ) -> None:
     """Fills the slices of the variables, a few megabytes at a time.
 
@@ -237,7 +240,7 @@ def load_weights(
     Args:
       checkpoint: a `Checkpoint`.
       weights: what `add_variables` returned.
-      mesh_impl: what it was given.
+      model: what it was given.
       run: a function of (operations, feeds): a session's.
 
     Raises:
@@ -259,10 +262,12 @@ def load_weights(
     with progress_bar("loading", map(checkpoint.shape, names)) as progress:
         for name in names:
             value = checkpoint.read(name)
+            if model.params.get("transposed_weights") and gpt2.is_matrix(name):
+                value = value.T
             progress.update(value.nbytes)
             shape, slices = weights[name]
             for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
-                begin, dtype = mesh_impl.slice_begin(shape, processor), variable.dtype.base_dtype.as_numpy_dtype
+                begin, dtype = model.mesh_impl.slice_begin(shape, processor), variable.dtype.base_dtype.as_numpy_dtype
                 part = _slice(value, begin, variable.shape.as_list(), dtype)
                 feed[variable.initializer] = part
                 size += part.nbytes

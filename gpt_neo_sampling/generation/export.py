@@ -145,7 +145,7 @@ def _write(
     with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
         weights = add_variables(model)
         with mesh.session(graph) as session:
-            load_weights(checkpoint, weights, model.mesh_impl, session.run)
+            load_weights(checkpoint, weights, model, session.run)
             signatures = {
                 name: _signature(ProgramKey(**sizes, steps=frozenset(["top_k", *more, *controls])), checkpoint, model)
                 for name, more in SIGNATURES.items()

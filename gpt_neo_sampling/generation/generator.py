@@ -114,13 +114,14 @@ class TextGenerator:
         tokenizer: Tokenizer | None = None,
         mesh: DeviceMesh | None = None,
         dtype: DType | None = None,
+        jit_compile: bool = False,
     ) -> None:
         """
         Args:
           checkpoint: a `Checkpoint`, open.
           tokenizer: the model's `tokenizers.Tokenizer`, or None.
           mesh: a `devices.DeviceMesh`; by default one CPU.
-          dtype: as for `from_pretrained`.
+          dtype, jit_compile: as for `from_pretrained`.
 
         Raises:
           MeshError, ValueError: as `from_pretrained`.
@@ -128,7 +129,8 @@ class TextGenerator:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.mesh = device_mesh() if mesh is None else mesh
-        self._graphs = Graphs(checkpoint, self.mesh, dtype)
+        check_bool("jit_compile", jit_compile)
+        self._graphs = Graphs(checkpoint, self.mesh, dtype, jit_compile)
         self.params, self.dtype = self._graphs.params, self._graphs.dtype
         if checkpoint.ignored_generation_options:
             options = (f"{key}={value!r}" for key, value in checkpoint.ignored_generation_options.items())
@@ -146,6 +148,7 @@ class TextGenerator:
         folder: StrPath | None = None,
         *,
         dtype: DType | None = None,
+        jit_compile: bool = False,
         mesh_shape: Any = None,
         layout: Any = None,
         devices: str | Sequence[str] | None = None,
@@ -162,6 +165,8 @@ class TextGenerator:
             activations. None means float32, whatever the folder stores. bfloat16
             halves the memory and gives logits of 8 significant bits; sampling is
             computed in float32 either way.
+          jit_compile: whether XLA compiles the decode loop, anew for each size of
+            request. For one device. docs/performance.md says when it pays.
           mesh_shape, layout, devices, cluster: see `devices.device_mesh`; by default
             one CPU. They decide where the work is done and do not change the result:
             a vocabulary that a layout does not divide is padded with entries that
@@ -179,7 +184,7 @@ class TextGenerator:
         """
         mesh = device_mesh(mesh_shape, layout, devices, cluster)
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
-        return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype)
+        return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype, jit_compile)
 
     def generate(self, prompts: Prompts, *, streamer: Streamer | None = None, **options: Any) -> list[Sample]:
         """Continues prompts. Argument names are those of Hugging Face's `generate`.

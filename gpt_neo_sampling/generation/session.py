@@ -32,7 +32,7 @@ from gpt_neo_sampling.generation.request import Request
 from gpt_neo_sampling.generation.scoring import ScoreKey
 from gpt_neo_sampling.generation.streaming import Watcher
 from gpt_neo_sampling.mesh.cluster import ClusterError
-from gpt_neo_sampling.mesh.devices import DeviceMesh, round_up
+from gpt_neo_sampling.mesh.devices import DeviceMesh, MeshError, round_up
 from gpt_neo_sampling.mesh.sharded_rows import padded_size
 from gpt_neo_sampling.models import config, gpt2
 
@@ -43,10 +43,17 @@ SHORTEST = 32  # positions of the smallest graph
 class Graphs:
     """A model's session on a mesh, and the graphs built so far, at most `MAX_PROGRAMS` of them."""
 
-    def __init__(self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None) -> None:
-        """Takes a `Checkpoint`, a `devices.DeviceMesh` and a dtype, and raises, as `TextGenerator` does."""
+    def __init__(
+        self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None, jit_compile: bool = False
+    ) -> None:
+        """Takes a `Checkpoint`, a `devices.DeviceMesh`, a dtype and jit_compile, and raises, as `TextGenerator` does."""
         gpt2.check_params(checkpoint.params)
-        self.params = dict(checkpoint.params, mode="predict", use_tpu=False)
+        if jit_compile and mesh.size > 1:
+            raise MeshError(f"jit_compile: the mesh has {mesh.size} processors; a program is compiled for one")
+        if jit_compile and not tf.test.is_built_with_xla():
+            raise ValueError("jit_compile: this TensorFlow is built without XLA")
+        # XLA's product of one row reads weights [out, in] faster than TensorFlow's kernels read either.
+        self.params = dict(checkpoint.params, mode="predict", use_tpu=False, transposed_weights=jit_compile)
         self.mesh = mesh
         # memory is as long as the request, rounded up, and at most n_ctx, after the learned keys of `num_mem_kv`
         memory_length = math.gcd(self.params["n_ctx"], config.n_learned_keys(self.params))
@@ -54,7 +61,7 @@ class Graphs:
         variable_dtype, n_vocab, vocab_parts = variable_dtype_of(dtype), self.params["n_vocab"], mesh.parts("vocab")
         self.dtype = variable_dtype.activation_dtype.name
         n_vocab = n_vocab if vocab_parts == 1 else padded_size(n_vocab, vocab_parts)
-        self._model = Model(self.params, n_vocab, mesh.impl(), variable_dtype)
+        self._model = Model(self.params, n_vocab, mesh.impl(), variable_dtype, jit_compile)
         self._checkpoint = checkpoint
         self._build_lock = threading.Lock()  # not held while a graph runs
         self._builder: int | None = None  # the thread that holds it
@@ -168,7 +175,7 @@ class Graphs:
                 extend_when_told(session)
                 self.mesh.extend(session)
                 run = functools.partial(self.mesh.run, session)
-                load_weights(self._checkpoint, weights, self._model.mesh_impl, run)
+                load_weights(self._checkpoint, weights, self._model, run)
             except BaseException:
                 session.close()
                 raise

@@ -200,6 +200,25 @@ def _variable(
     return mtf.get_variable(mesh, name, mtf.Shape(shape), dtype=variable_dtype, initializer=initializer)
 
 
+def _matrix(
+    mesh: mtf.Mesh,
+    name: str,
+    in_dim: mtf.Dimension,
+    out_dim: mtf.Dimension,
+    params: Params,
+    variable_dtype: mtf.VariableDType,
+    stddev: float,
+) -> mtf.Tensor:
+    """A layer's weights: [in, out], as checkpoints have them, or with `transposed_weights` [out, in]."""
+    shape = [out_dim, in_dim] if params.get("transposed_weights") else [in_dim, out_dim]
+    return _variable(mesh, name, shape, variable_dtype, stddev=stddev)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the variable of this name is one that `transposed_weights` transposes."""
+    return name.rsplit("/", 1)[-1] in ("q", "k", "v", "o", "kernel")
+
+
 def _dropout(x: mtf.Tensor, rate_option: str, params: Params) -> mtf.Tensor:
     rate = params.get(rate_option) or 0.0
     if params.get("mode") != "train" or rate == 0.0:
@@ -386,7 +405,7 @@ def _attention(
         stddev = params["n_embd"] ** -0.5
 
         def weights(name: str, stddev: float = stddev) -> mtf.Tensor:
-            return _variable(x.mesh, name, [embd_dim, joined_dim], variable_dtype, stddev=stddev)
+            return _matrix(x.mesh, name, embd_dim, joined_dim, params, variable_dtype, stddev)
 
         # Attention scores are not scaled; the initial query weights are instead.
         projections = [weights("q", stddev * kv_dim.size**-0.5), weights("k"), weights("v")]
@@ -397,9 +416,9 @@ def _attention(
             if context.mode == "incremental":
                 joined = context.get_constant_state()
             else:
-                joined = mtf.stack(projections, "projections", axis=1)
+                joined = mtf.stack(projections, "projections", axis=projections[0].shape.dims.index(joined_dim))
                 context.record_constant_state(joined)
-            q, k, v = mtf.unstack(matmul(x, joined), joined.shape[1])
+            q, k, v = mtf.unstack(matmul(x, joined), joined.shape.get_dim_by_name("projections"))
         q, k, v = (mtf.reshape(t, lead + [heads_dim, kv_dim]) for t in (q, k, v))
         q = _rotated(q, memory.q_table)
         if context is not None and context.mode == "incremental":
@@ -414,7 +433,7 @@ def _attention(
                 else _attention_of_prompts(q, k, v, memory, context)
             )
 
-        o = _variable(x.mesh, "o", [joined_dim, embd_dim], variable_dtype, stddev=stddev)
+        o = _matrix(x.mesh, "o", joined_dim, embd_dim, params, variable_dtype, stddev)
         a = matmul(mtf.reshape(a, lead + [joined_dim]), o)
         with tf.variable_scope("compute_output_bias"):
             a += _variable(x.mesh, "o_b", [embd_dim], variable_dtype)
@@ -553,7 +572,7 @@ def _linear(
     if params.get("scale_by_in"):
         stddev *= in_dim.size**-0.5
     with tf.variable_scope(f"conv1d_main/{scope}"):
-        kernel = _variable(x.mesh, "kernel", [in_dim, out_dim], variable_dtype, stddev=stddev)
+        kernel = _matrix(x.mesh, "kernel", in_dim, out_dim, params, variable_dtype, stddev)
         return matmul(x, kernel) + _variable(x.mesh, "bias", [out_dim], variable_dtype)
 
 

@@ -119,6 +119,33 @@ def test_dtype(dtype, bytes_a_weight):
         assert missed.max() < (1e-4 if bytes_a_weight == 4 else 0.05 * np.std(logits))
 
 
+@pytest.mark.parametrize(
+    "name, n_prompts, options",
+    [
+        ("local", 3, dict(top_p=0.9, repetition_penalty=1.2)),
+        pytest.param("rotary", 1, dict(top_k=5), marks=slow),
+        pytest.param("variants", 1, dict(entmax_alpha=1.3), marks=slow),
+    ],
+)
+def test_jit_compile(name, n_prompts, options):
+    """The same tokens, in one program and, with a streamer, step by step."""
+    plain, compiled = (TextGenerator.from_pretrained(MESH_TF / name, jit_compile=jit) for jit in (False, True))
+    request = dict(max_new_tokens=6, seed=3, return_logprobs=True, **options)
+    prompts = [[5, 7, 11], [7], [3, 1]][:n_prompts]
+    wanted = plain.generate(prompts, **request)
+    for streamer in (None, lambda *token: None):
+        samples = compiled.generate(prompts, **request, streamer=streamer)
+        assert [s.tokens for s in samples] == [s.tokens for s in wanted]
+        assert all(np.allclose(a.logprobs, b.logprobs, atol=1e-5) for a, b in zip(samples, wanted))
+
+
+def test_what_jit_compile_refuses():
+    with pytest.raises(ValueError, match="jit_compile=1; True or False is needed"):
+        TextGenerator.from_pretrained(jit_compile=1)
+    with pytest.raises(ValueError, match="jit_compile: the mesh has 2 processors; a program is compiled for one"):
+        TextGenerator.from_pretrained(jit_compile=True, mesh_shape="x:2", devices="cpu:0,cpu:1")
+
+
 def test_a_dtype_that_is_not_allowed():
     with pytest.raises(ValueError, match="dtype='float16'; allowed: float32, bfloat16"):
         TextGenerator.from_pretrained(MESH_TF / "local", dtype="float16")

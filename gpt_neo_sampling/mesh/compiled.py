@@ -1,0 +1,56 @@
+"""Parts of a graph that XLA compiles as one program, on a mesh of one device."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
+from gpt_neo_sampling.mesh.ops import MeshOperation
+
+
+def compiled(mesh: mtf.Mesh, build: Callable[[], Sequence[mtf.Tensor]], name: str = "compiled") -> list[mtf.Tensor]:
+    """What `build` makes, compiled by XLA as one program, the first time that TensorFlow runs it.
+
+    Args:
+      mesh: mtf.Mesh.
+      build: a function without arguments to a sequence of mtf.Tensors. XLA must be able to compile what it adds to the
+        graph: no call of a Python function.
+      name: str.
+
+    Returns:
+      a list of mtf.Tensors like those that `build` returned. No gradient flows through them.
+
+    Raises:
+      ValueError: when it is lowered, on a mesh of more than one device.
+    """
+    operations = mesh.graph.operations
+    before = len(operations)
+    made = build()
+    added = operations[before:]
+    del operations[before:]
+    operations.extend(op for op in added if isinstance(op, mtf.Variable))
+    return _CompiledOperation([op for op in added if not isinstance(op, mtf.Variable)], made, name).outputs
+
+
+class _CompiledOperation(MeshOperation):
+    def __init__(self, operations: list[mtf.Operation], made: Sequence[mtf.Tensor], name: str) -> None:
+        inside = {t for op in operations for t in op.outputs}
+        inputs = dict.fromkeys(t for op in operations for t in op.inputs if t not in inside)  # in order
+        super().__init__(list(inputs), [(t.shape, t.dtype) for t in made], name, operations[0].mesh)
+        self._operations, self._made = operations, made
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        if not isinstance(mesh_impl, PlacementMeshImpl) or mesh_impl.size > 1:
+            raise ValueError(f"{self.name}: {mesh_impl.size} devices; a program is compiled for one")
+
+        def program() -> list[tf.Tensor]:
+            inner = copy.copy(lowering)
+            inner.tensors = dict(lowering.tensors)  # what is outside becomes an input where it is used
+            for operation in self._operations:
+                with tf.name_scope(operation.name):
+                    operation.lower(inner)
+            return [inner.tensors[t].to_laid_out_tensor().tensor_list[0] for t in self._made]
+
+        made = tensorflow.function(program, jit_compile=True, autograph=False)()
+        for output, value in zip(self.outputs, made, strict=True):
+            lowering.set_tensor_lowering(output, mesh_impl.LaidOutTensor([value]))
