@@ -16,9 +16,9 @@
 #              tokens of the program in the TPU's own types against a CPU's
 # make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
 #              (docs/support.md); SUPPORT_ARGS="--python PATH --tensorflow 2.18" for some cells
-# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench and for rows that
-# want other packages .venv-bench-openvino and .venv-bench-onnx, bench-tpu and test-tpu in .venv-tpu, with python3 and pip
-# alone.
+# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench and, for rows
+# that want other packages, .venv-bench-openvino and .venv-bench-onnx, bench-tpu and test-tpu in .venv-tpu, with python3
+# and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
@@ -103,7 +103,7 @@ $(COMPAT_VENV)/bin/python: PYTHON = $(or $(firstword $(foreach p,python3.11 pyth
   2>/dev/null))),python3)
 
 # Where python3 comes without its venv module (Debian's does), virtualenv makes it.
-$(BIN)/python $(COMPAT_VENV)/bin/python $(BENCH_VENV)/bin/python $(PEER_VENVS:%=%/bin/python) $(TPU_VENV)/bin/python: %/bin/python:
+$(patsubst %,%/bin/python,$(VENV) $(COMPAT_VENV) $(BENCH_VENV) $(PEER_VENVS) $(TPU_VENV)): %/bin/python:
 	@echo "setting up $* with $$($(PYTHON) --version)" >&2
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, $(NEWEST)) and \
 	  f"Python {v[0]}.{v[1]}: 3.10 to 3.$(NEWEST) is needed; run make PYTHON=python3.11, say")'

@@ -129,9 +129,8 @@ def main():
         print(decode_table(json.loads(args.table.read_text())["rows"]))
         return 0
     names = [n for given in args.names for n in given.replace(",", " ").split()] or known
-    if "decode" in names:
-        names += [row.name for row in ROWS if row.law is None]
-        names.remove("decode")
+    decodes = [row.name for row in ROWS if row.law is None]
+    names = [n for given in names for n in (decodes if given == "decode" else [given])]
     unknown = sorted(set(names) - set(known))
     if unknown:
         parser.error(f"no row or section {', '.join(unknown)}; there are: {', '.join(known)}")
