@@ -27,13 +27,21 @@ def compiled_rows(
     Returns:
       a list of mtf.Tensors like those that `build` returned. No gradient flows through them.
     """
-    made, operations = mesh.graph.capture_operations(build)
-    del mesh.graph.operations[-len(operations) :]
-    # a value that may be drawn, or differ between processors, is one of the inputs
-    ahead = [op for op in operations if not op.inputs and not isinstance(op, mtf.ops.Constant)]
-    mesh.graph.operations.extend(ahead)
-    inside = [op for op in operations if op not in ahead]
-    return _CompiledRowsOperation(rows, inside, made, name).outputs
+    operations = mesh.graph.operations
+    before = len(operations)
+    made = build()
+    added = operations[before:]
+    del operations[before:]
+    ahead = [op for op in added if not op.inputs and not _is_same_everywhere(op, rows)]  # which make inputs
+    operations.extend(ahead)
+    return _CompiledRowsOperation(rows, [op for op in added if op not in ahead], made, name).outputs
+
+
+def _is_same_everywhere(operation: mtf.Operation, rows: mtf.Shape) -> bool:
+    """Whether an operation without inputs gives the same whole tensor on every processor in every run."""
+    if isinstance(operation, mtf.ops.RangeOperation):
+        return operation.outputs[0].shape[0] not in rows.dims
+    return isinstance(operation, mtf.ops.Constant)
 
 
 class _CompiledRowsOperation(MeshOperation):

@@ -160,8 +160,10 @@ def force_allreduce(x: mtf.Tensor) -> mtf.Tensor:
 
 
 def to_loop(x: mtf.Tensor) -> mtf.Tensor:
-    """`force_allreduce` of an int32 tensor that a loop carries or reads, through `from_loop`: as TensorFlow would move it
-    to the host's memory, a GPU's is carried as float32 of the same bits."""
+    """`force_allreduce` of an int32 tensor that a loop carries, or reads, and takes back by `from_loop`.
+
+    TensorFlow would keep it in the host's memory; a GPU carries its bits as float32.
+    """
     return _ToLoopOperation([x], [(x.shape, x.dtype)], "to_loop").outputs[0]
 
 

@@ -177,13 +177,12 @@ def next_token(
         array([ 1,  0, -1], dtype=int32)
     """
     rows = logits.shape - vocab_dim
-    ahead = lambda: _before_temperature(logits, vocab_dim, options, history)  # noqa: E731
-    if options.logits_processors:  # XLA may be unable to compile what they do
-        steps = ahead()
-        ahead = lambda: steps  # noqa: E731
+    # outside, as a user's functions may do what XLA cannot compile
+    ahead = _before_temperature(logits, vocab_dim, options, history) if options.logits_processors else None
 
     def draw() -> list[mtf.Tensor]:
-        return _drawn(ahead(), vocab_dim, options, seed, stream, step, return_logprobs)
+        steps = ahead or _before_temperature(logits, vocab_dim, options, history)
+        return _drawn(steps, vocab_dim, options, seed, stream, step, return_logprobs)
 
     drawn = compiled_rows(logits.mesh, rows, draw, name="next_token")
     return tuple(drawn) if return_logprobs else drawn[0]
