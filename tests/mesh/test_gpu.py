@@ -3,7 +3,6 @@
 import contextlib
 
 import gpu_registry
-import hlo_text
 import numpy as np
 import programs
 import pytest
@@ -177,21 +176,3 @@ def test_compiled_rows_draw_the_same(monkeypatch, sampler, mesh_shape, layout):
     functions = program.graph.as_graph_def().library.function
     assert any(node.attr[gpu_registry.COMPILED].b for f in functions for node in f.node_def)
     np.testing.assert_array_equal(program(*arrays), plain)
-
-
-# Instructions of XLA:CPU's program for a step, outside of fusions, branches left out: a stand-in for a GPU's kernels.
-KERNELS = {"softmax": 0, "top-k": 0, "top-p": 0, "min-p": 0, "epsilon": 0, "typical": 0, "eta": 0, "entmax": 0,
-           "greedy": 0, "penalties": 0}  # fmt: skip
-
-
-def kernels_of(sampler):
-    """How many kernels stand in every step's path, as `hlo_text.kernels` counts them."""
-    specs = [tf.TensorSpec(shape, dtype) for dtype, shape in INPUTS]
-    function = programs.compiled(lambda *tensors: programs.lowered(step_of(sampler), *tensors))
-    text = function.experimental_get_compiler_ir(*specs)(stage="optimized_hlo")
-    return sum(kernel.branches == 0 for kernel in hlo_text.kernels(text))
-
-
-if __name__ == "__main__":
-    for name in KERNELS:
-        print(name, kernels_of(name), flush=True)
