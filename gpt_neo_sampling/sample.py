@@ -14,7 +14,17 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows, repeat, resize, row_index, take
+from gpt_neo_sampling.mesh.ops import (
+    cwise_broadcast,
+    force_allreduce,
+    from_loop,
+    import_rows,
+    repeat,
+    resize,
+    row_index,
+    take,
+    to_loop,
+)
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.sampling.controls import (
@@ -68,7 +78,8 @@ class _LoopState:
 
     def tensors(self) -> list[mtf.Tensor]:
         # mtf's while_loop would carry a sum that is not reduced yet as it is, so each is reduced here
-        return [force_allreduce(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
+        rest = (self.done, *self.logprobs, *self.states)
+        return [force_allreduce(self.position), to_loop(self.ids), *map(force_allreduce, rest)]
 
 
 @dataclasses.dataclass
@@ -132,7 +143,7 @@ class _DecodeLoop:
     def state(self, tensors: Sequence[mtf.Tensor]) -> _LoopState:
         """The loop variables by name."""
         position, ids, done, *rest = tensors
-        return _LoopState(position, ids, done, rest[: self._n_logprobs], rest[self._n_logprobs :])
+        return _LoopState(position, from_loop(ids), done, rest[: self._n_logprobs], rest[self._n_logprobs :])
 
     def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Sequence[mtf.Tensor]:
         """A token for each row, int32 [rows], and with return_logprobs its two log-probabilities, float32 [rows]."""
