@@ -10,20 +10,22 @@
 # make check   looks the code over: ruff (rules and format), mypy (types), and that the documentation builds
 # make docs    builds the documentation site in site/; a dead link or a docstring that does not parse is an error
 # make coverage  runs all tests and lists the lines and branches of the package that they do not reach
-# make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode-1" for some rows
+# make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode" for some rows
 # make bench-tpu  what the sampling step costs on a TPU, by the estimate of the TPU's compiler, which needs no TPU
 # make test-tpu  compiles each sampler for a TPU, without one: holds its cost against tests/data/tpu_costs.json, and the
 #              tokens of the program in the TPU's own types against a CPU's
 # make support  installs the package with each Python, TensorFlow and mesh-tensorflow and tests it, for hours
 #              (docs/support.md); SUPPORT_ARGS="--python PATH --tensorflow 2.18" for some cells
-# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench, bench-tpu and
-# test-tpu in .venv-tpu, with python3 and pip alone.
+# Each sets up what it needs in .venv, test-compat and test-gpt-neo in .venv-compat, bench in .venv-bench and, for rows
+# that want other packages, .venv-bench-openvino and .venv-bench-onnx, bench-tpu and test-tpu in .venv-tpu, with python3
+# and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT_VENV := $(VENV)-compat
 BENCH_VENV := $(VENV)-bench
+PEER_VENVS := $(BENCH_VENV)-openvino $(BENCH_VENV)-onnx
 TPU_VENV := $(VENV)-tpu
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
@@ -74,6 +76,14 @@ coverage: $(VENV)/test.installed
 bench: $(BENCH_VENV)/bench.installed
 	@$(BENCH_VENV)/bin/python benchmarks/run.py $(ROWS) $(BENCH_ARGS)
 
+# The environments of rows that want other packages: run.py makes those that it needs. torchvision, which optimum-intel
+# asks for, fails beside PyTorch's CPU build, and text needs none.
+$(PEER_VENVS:%=%/peer.installed): $(BENCH_VENV)-%/peer.installed: benchmarks/requirements-%.txt | $$(@D)/bin/python
+	@echo "installing $<" >&2
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $< >&2
+	@$(@D)/bin/python -m pip uninstall -q -y torchvision >&2
+	@touch $@
+
 bench-tpu: $(TPU_VENV)/tpu.installed
 	@$(TPU_VENV)/bin/python benchmarks/tpu.py $(BENCH_ARGS)
 
@@ -85,7 +95,7 @@ support: $(VENV)/test.installed
 	@$(BIN)/python benchmarks/support_table.py $(SUPPORT_ARGS)
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) $(TPU_VENV) build site *.egg-info
+	rm -rf $(VENV) $(COMPAT_VENV) $(BENCH_VENV) $(PEER_VENVS) $(TPU_VENV) build site *.egg-info
 
 NEWEST := 13
 $(COMPAT_VENV)/bin/python: NEWEST := 11
@@ -93,7 +103,7 @@ $(COMPAT_VENV)/bin/python: PYTHON = $(or $(firstword $(foreach p,python3.11 pyth
   2>/dev/null))),python3)
 
 # Where python3 comes without its venv module (Debian's does), virtualenv makes it.
-$(BIN)/python $(COMPAT_VENV)/bin/python $(BENCH_VENV)/bin/python $(TPU_VENV)/bin/python: %/bin/python:
+$(patsubst %,%/bin/python,$(VENV) $(COMPAT_VENV) $(BENCH_VENV) $(PEER_VENVS) $(TPU_VENV)): %/bin/python:
 	@echo "setting up $* with $$($(PYTHON) --version)" >&2
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, $(NEWEST)) and \
 	  f"Python {v[0]}.{v[1]}: 3.10 to 3.$(NEWEST) is needed; run make PYTHON=python3.11, say")'

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import struct
 import subprocess
 import sys
 
@@ -53,13 +54,22 @@ def anonymous_bytes():
     return 1024 * sum(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) for key in ("RssAnon", "VmSwap"))
 
 
+EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that decide how fast a CPU multiplies matrices
+
+
 def machine():
-    """{"cpu": …, "cores": …, "memory_gib": …}"""
+    """{"cpu": …, "extensions": those of `EXTENSIONS` that it has, "cores": …, "memory_gib": …}"""
     text = pathlib.Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", text)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpu = model.group(1) if model else "unknown"
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+    fields = dict(re.findall(r"^([^\t\n]+)\t*: (.*)$", text, re.M))
+    cpu = fields.get("model name", "unknown")
+    if "cpu family" in fields:  # a virtual machine's name says little
+        cpu += f" (family {fields['cpu family']}, model {fields['model']})"
+    return {
+        "cpu": cpu,
+        "extensions": [name for name in EXTENSIONS if name in fields.get("flags", "").split()],
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
 
 
 def versions(packages):
@@ -187,6 +197,8 @@ def chi_square(counts, probabilities, least=50):
 
 # --- The model that is timed ------------------------------------------------------------
 
+PROMPT, NEW_TOKENS = 32, 64  # of a row of a decode
+
 
 def model_folder(n_ctx=2048):
     """A Hugging Face GPT-Neo of 125M's shape with random weights, made once, outside the repository."""
@@ -218,7 +230,22 @@ made.save_pretrained(folder)
     return folder
 
 
-def prompts(batch, length=32, seed=0):
+def tensor_bytes(folder):
+    """{tensor: bytes} of a folder's safetensors file, by its header."""
+    with open(folder / "model.safetensors", "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(length))
+    offsets = {name: tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"}
+    return {name: end - begin for name, (begin, end) in offsets.items()}
+
+
+def step_bytes(n_ctx=2048, dtype="float32"):
+    """What a decode step has to read of the weights: all but the table of positions, of which it takes a row."""
+    held = tensor_bytes(model_folder(n_ctx))
+    return sum(size for name, size in held.items() if "wpe" not in name) * {"float32": 4, "bfloat16": 2}[dtype] // 4
+
+
+def prompts(batch, length=PROMPT, seed=0):
     """`batch` prompts of `length` random ids."""
     ids = np.random.default_rng(seed).integers(0, GPT2_VOCAB - 1, (batch, length))
     return [[int(i) for i in row] for row in ids]

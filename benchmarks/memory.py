@@ -8,31 +8,21 @@ TensorFlow's import and a trivial session, its idle footprint.
 
 import argparse
 import json
-import struct
 
 import common
 
 BATCHES = (1, 8)
-PROMPT, NEW_TOKENS = 32, 64
 LARGEST_RATIO = 1.3  # of weights, caches and TensorFlow's idle footprint
 
 
-def weights_bytes(folder):
-    """Of a safetensors file, by its header."""
-    with open(folder / "model.safetensors", "rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8))
-        header = json.loads(f.read(length))
-    return sum(end - begin for begin, end in (t["data_offsets"] for n, t in header.items() if n != "__metadata__"))
-
-
-def cache_bytes(batch, length=PROMPT + NEW_TOKENS):
+def cache_bytes(batch, length=common.PROMPT + common.NEW_TOKENS):
     """Keys and values of every layer, float32."""
     return 2 * common.GPT_NEO_125M["num_layers"] * batch * length * common.GPT_NEO_125M["hidden_size"] * 4
 
 
 def section(stem):
     idle = common.child_json("memory.py", "--batch", "0")["peak"]
-    weights = weights_bytes(common.model_folder())
+    weights = sum(common.tensor_bytes(common.model_folder()).values())
     results = {"idle": idle, "weights": weights}
     mega = 2**20
     print(f"{'MiB':10}{'peak':>8}{'weights':>9}{'caches':>8}{'idle':>6}{'ratio':>7}   at most {LARGEST_RATIO}")
@@ -56,7 +46,7 @@ def run(batch):
     from gpt_neo_sampling import TextGenerator
 
     generator = TextGenerator.from_pretrained(common.model_folder())
-    generator.generate(common.prompts(batch, PROMPT), max_new_tokens=NEW_TOKENS, top_k=40, seed=1, eos_token_id=-1)
+    generator.generate(common.prompts(batch), max_new_tokens=common.NEW_TOKENS, top_k=40, seed=1, eos_token_id=-1)
 
 
 def main():

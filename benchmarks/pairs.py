@@ -23,16 +23,27 @@ class WorkerError(RuntimeError):
     """A worker could not do what it was asked; the message is its traceback."""
 
 
-class Worker:
-    """A process of `worker.py`, a context manager."""
+def python_of(environment):
+    """The Python of `.venv-bench-ENVIRONMENT`, which `make` brings about where it is missing; "": this one."""
+    if not environment:
+        return sys.executable
+    folder = f".venv-bench-{environment}"
+    made = subprocess.run(["make", "-s", f"{folder}/peer.installed"], cwd=common.REPOSITORY, stdout=sys.stderr)
+    if made.returncode:
+        raise WorkerError(f"{folder} could not be made")
+    return str(common.REPOSITORY / folder / "bin" / "python")
 
-    def __init__(self, module):
+
+class Worker:
+    """A process of `worker.py`, a context manager; `environment` as `python_of` takes it."""
+
+    def __init__(self, module, environment=""):
         threads = {name: str(common.CORES) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         path = os.pathsep.join(filter(None, [str(common.REPOSITORY), os.environ.get("PYTHONPATH")]))
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, str(common.FOLDER / "worker.py"), module],
+            [python_of(environment), str(common.FOLDER / "worker.py"), module],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env={**os.environ, **threads, **quiet, "PYTHONPATH": path},
         )  # fmt: skip
@@ -96,26 +107,35 @@ def in_turn(workers, blocks=BLOCKS, **warm_up):
 
     Returns:
       {side: list}, and "calls": {side: calls of a block}, and "others": the share
-      of the cores that was taken by processes that are none of the workers.
+      of the cores that processes other than the one being timed took, idle sides
+      whose threads spin among them.
     """
     calls = {side: worker.warm_up(**warm_up) for side, worker in workers.items()}
     times = {side: [] for side in workers}
-    began, others = time.time(), _others(workers)
+    began, others = time.time(), 0.0
     for _ in range(blocks):
         for side, worker in workers.items():
+            others -= _others(worker)
             times[side].append(worker.time(calls[side]))
-    others = (_others(workers) - others) / (time.time() - began) / os.cpu_count()
+            others += _others(worker)
+    others /= (time.time() - began) * os.cpu_count()
     return {**times, "calls": calls, "others": max(0.0, others)}
 
 
-def _others(workers):
-    """CPU seconds of all other processes so far."""
-    return common.busy_seconds() - sum(common.busy_seconds(worker.pid) for worker in workers.values())
+def _others(worker):
+    """CPU seconds of all processes but this one so far."""
+    return common.busy_seconds() - common.busy_seconds(worker.pid)
 
 
 def disturbance(others):
     """A remark where other processes used enough of the cores to spoil the times."""
     return f" (others took {others:.0%} of the CPU)" if others > DISTURBING else ""
+
+
+def against_reading(times):
+    """What reading all weights once for each token takes, of each side's time; times has a side "reading" too."""
+    reading = common.NEW_TOKENS * np.array(times["reading"])
+    return {side: common.summary(reading / np.array(times[side])) for side in ("ours", "peer")}
 
 
 def compared(times):
@@ -131,7 +151,8 @@ def compared(times):
 # --- Checks before timing ---------------------------------------------------------------
 
 
-LARGEST_LOGIT_ERROR = 1e-4  # of a decode row: of logits of spread 0.5
+# Of a decode row, of logits of spread 0.5: between two sides in float32, and between a side's bfloat16 and its float32.
+LARGEST_LOGIT_ERROR, LARGEST_ROUNDING = 1e-4, 0.1
 
 
 def faults(row, ours, peer):
@@ -153,12 +174,17 @@ def faults(row, ours, peer):
 
     sides = (("ours", ours), ("peer", peer))
     if row.law is None:
-        error = np.abs(ours["logits"] - peer["logits"]).max()
+        error = np.abs(ours["float32_logits"] - peer["float32_logits"]).max()
         expect(error <= LARGEST_LOGIT_ERROR, "logits: largest difference", error, "the logits differ")
+        rounds = any((check["logits"] != check["float32_logits"]).any() for _, check in sides)
         differing = (ours["greedy"] != peer["greedy"]).sum()
-        expect(differing == 0, "greedy: differing tokens", differing, "the greedy tokens differ")
-        p = laws.law(peer["logits"], **row.drawn)
+        expect(rounds or differing == 0, "greedy: differing tokens", differing, "the greedy tokens differ")
         for side, check in sides:
+            if rounds:
+                error = np.abs(check["logits"] - check["float32_logits"]).max()
+                name = f"{side}, logits: largest difference from its float32"
+                expect(error <= LARGEST_ROUNDING, name, error, f"{side}'s logits are not its float32's")
+            p = laws.law(check["logits"], **{**row.drawn, "top_k": int(check["kept"])})
             expect_draws(side, "first tokens", check["draws"], p)
         return wrong, found
     small, large = (laws.law(laws.base_logits(n), **row.law) for n in (laws.SMALL_VOCAB, row.vocab))

@@ -8,7 +8,7 @@ BATCH = 8
 SEED_VOCAB = 16384  # the largest whose V × V matrix, the five lines' sum, fits into a small machine
 NOISE = 0.05  # of a ratio that is to be 1 or more, "no slower"
 
-TENSORFLOW, TORCH = "tensorflow_candidates", "torch_candidates"
+TENSORFLOW, TORCH, OPTIMUM = "tensorflow_candidates", "torch_candidates", "optimum_candidates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Row:
     batch: int = BATCH
     law: dict = None  # arguments of `laws.law`; None for decoding, which has no law in closed form
     peer_module: str = TENSORFLOW
+    peer_environment: str = ""  # of those that `pairs.python_of` makes; "": that of this process
     noise: float = 0.0
     drawn: dict = None  # of a decode row: what it does to its logits
 
@@ -56,9 +57,34 @@ BISECT, BISECT_DRAW = "torch: entmax_bisect", "torch: entmax_bisect, multinomial
 MTF_BISECT, MTF_BISECT_DRAW = "mtf: 50 bisections", "mtf: 50 bisections, sample_with_temperature"
 
 
-def decoder(name, what, target, batch, peer="transformers: generate", **more):
-    module = TORCH if peer.startswith("transformers") else TENSORFLOW
-    return Row(name, what, "ours: generate", peer, target, batch=batch, peer_module=module, drawn=TOP_K, **more)
+DECODERS = {  # peer: (its module, its environment)
+    "ours": (TENSORFLOW, ""),
+    "transformers": (TORCH, ""),
+    "OpenVINO": (OPTIMUM, "openvino"),
+    "ONNX Runtime": (OPTIMUM, "onnx"),
+}
+
+
+def decoder(name, what, peer, target, batch, dtype="float32", ours_arguments=None, peer_arguments=None, **more):
+    module, environment = DECODERS[peer]
+    return Row(
+        name, what, "ours: generate", f"{peer}: generate", target, batch=batch, drawn=TOP_K,
+        ours_arguments={"dtype": dtype, **(ours_arguments or {})},
+        peer_arguments={"dtype": dtype, **(peer_arguments or {})},
+        peer_module=module, peer_environment=environment, **more,
+    )  # fmt: skip
+
+
+def decoders():
+    """Our decode beside each peer's, in one type of numbers at a time."""
+    peers = {"float32": ("transformers", "OpenVINO", "ONNX Runtime"), "bfloat16": ("transformers", "OpenVINO")}
+    names = {"transformers": "", "OpenVINO": "-openvino", "ONNX Runtime": "-onnx"}
+    for dtype, suffix in (("float32", ""), ("bfloat16", "-bf16")):
+        for batch in (1, 8):
+            for peer in peers[dtype]:
+                target, noise = (1.8, 0) if (dtype, peer) == ("float32", "transformers") else (1.0, NOISE)
+                what = f"generate, 125M shape, {dtype}, batch {batch} / {peer}"
+                yield decoder(f"decode-{batch}{suffix}{names[peer]}", what, peer, target, batch, dtype, noise=noise)
 
 
 ROWS = [
@@ -82,9 +108,8 @@ ROWS = [
             peer_arguments={}),
     sampler("entmax13-draw-mtf", "entmax 1.3 + draw / 50 bisections in mtf + draw", NEXT, MTF_BISECT_DRAW, 10, E13),
     sampler("entmax13-draw-torch", "entmax 1.3 + draw / entmax_bisect + multinomial", NEXT, BISECT_DRAW, 10, E13),
-    decoder("decode-1", "generate, 125M shape, batch 1 / transformers", 1.8, 1),
-    decoder("decode-8", "generate, 125M shape, batch 8 / transformers", 1.8, 8),
-    decoder("decode-context", "generate, n_ctx 2,048 / n_ctx 96, both ours", 1.0, 1, peer="ours: generate",
+    *decoders(),
+    decoder("decode-context", "generate, n_ctx 2,048 / n_ctx 96, both ours", "ours", 1.0, 1,
             ours_arguments={"n_ctx": 2048}, peer_arguments={"n_ctx": 96}, noise=NOISE),
 ]  # fmt: skip
 

@@ -174,14 +174,14 @@ class Program:
 class Decoder:
     """`TextGenerator.generate` on the model of 125M's shape."""
 
-    def __init__(self, batch, n_ctx=2048, prompt=32, new_tokens=64, temperature=0.9, top_k=40):
+    def __init__(self, batch, n_ctx=2048, dtype="float32", temperature=0.9, top_k=40):
         from gpt_neo_sampling import TextGenerator
 
-        self._n_ctx = n_ctx
-        self._prompts = common.prompts(batch, prompt)
-        self._generator = TextGenerator.from_pretrained(common.model_folder(n_ctx))
+        self._n_ctx, self._dtype = n_ctx, dtype
+        self._prompts = common.prompts(batch)
+        self._generator = TextGenerator.from_pretrained(common.model_folder(n_ctx), dtype=dtype)
         self._sampling = dict(temperature=temperature, top_k=top_k)
-        self._new_tokens, self._seed = new_tokens, SEED
+        self._seed = SEED
 
     def _generate(self, prompts, new_tokens, **options):
         self._seed += 1
@@ -193,36 +193,48 @@ class Decoder:
         ]
 
     def run(self):
-        return self._generate(self._prompts, self._new_tokens, **self._sampling)
+        return self._generate(self._prompts, common.NEW_TOKENS, **self._sampling)
 
     def check(self):
-        """{"greedy": tokens, "logits": of the first new token of the first prompt, "draws": of that token}"""
+        """What a decode row's two sides are compared by.
+
+        {"greedy": tokens [batch, NEW_TOKENS]; of the first new token of the first prompt: "logits" and
+        "float32_logits" [vocab], "draws", and "kept", how many entries top-k leaves}
+        """
         first = self._prompts[:1]
+        logits = float32_logits = prompt_logits(self._n_ctx, first, self._dtype)
+        if self._dtype != "float32":
+            float32_logits = prompt_logits(self._n_ctx, first, "float32")
         return {
-            "greedy": np.array(self._generate(self._prompts, self._new_tokens, do_sample=False)),
+            "greedy": np.array(self._generate(self._prompts, common.NEW_TOKENS, do_sample=False)),
             "draws": laws.count_first_tokens(
                 lambda rows: self._generate(first, 1, num_return_sequences=rows, **self._sampling)
             ),
-            "logits": prompt_logits(self._n_ctx, first),
+            "logits": logits,
+            "float32_logits": float32_logits,
+            "kept": self._sampling["top_k"],
         }
 
 
-def prompt_logits(n_ctx, prompts):
-    """[vocab]: the library's logits behind the first prompt, by its model function in a graph of its own."""
+def prompt_logits(n_ctx, prompts, dtype):
+    """float32 [vocab]: the library's logits behind the first prompt, by its model function in a graph of its own."""
     common.use_tests()
     from helpers_model import call_model, features
     from programs import Program as ModelProgram
 
     from gpt_neo_sampling import open_checkpoint
+    from gpt_neo_sampling.generation.decode_graph import variable_dtype_of
 
+    variable_dtype = variable_dtype_of(dtype)
     with open_checkpoint(common.model_folder(n_ctx)) as checkpoint:
         params = {**checkpoint.params, "mode": "predict"}
         weights = {name: checkpoint.read(name) for name in checkpoint.names()}
     ids = np.array(prompts, np.int32)
 
     def build(mesh, ids):
-        shape, other = features(mesh, params, *ids.shape.as_list())
-        return call_model(mtf.import_tf_tensor(mesh, ids, shape), other, params)[0]
+        shape, other = features(mesh, params, *ids.shape.as_list(), variable_dtype=variable_dtype)
+        ids = mtf.import_tf_tensor(mesh, ids, shape)
+        return mtf.cast(call_model(ids, other, params, variable_dtype=variable_dtype)[0], tf.float32)
 
     return ModelProgram(build, [(tf.int32, ids.shape)], weights)(ids)[0, -1]
 

@@ -80,14 +80,18 @@ class Program:
 class Decoder:
     """transformers' `generate` on the model of 125M's shape."""
 
-    def __init__(self, batch, n_ctx=2048, prompt=32, new_tokens=64, temperature=0.9, top_k=40):
+    def __init__(self, batch, n_ctx=2048, dtype="float32", temperature=0.9, top_k=40):
+        self._n_ctx, self._dtype = n_ctx, dtype
+        self._model = self.load(n_ctx, dtype)
+        self._model.generation_config.eos_token_id = None  # as the library is told: no row stops early
+        self._prompts = common.prompts(batch)
+        self._sampling = dict(do_sample=True, temperature=temperature, top_k=top_k)
+
+    def load(self, n_ctx, dtype):
+        """A model with transformers' `generate`."""
         from transformers import GPTNeoForCausalLM
 
-        self._model = GPTNeoForCausalLM.from_pretrained(common.model_folder(n_ctx)).eval()
-        self._model.generation_config.eos_token_id = None  # as the library is told: no row stops early
-        self._prompts = common.prompts(batch, prompt)
-        self._sampling = dict(do_sample=True, temperature=temperature, top_k=top_k)
-        self._new_tokens = new_tokens
+        return GPTNeoForCausalLM.from_pretrained(common.model_folder(n_ctx), dtype=getattr(torch, dtype)).eval()
 
     def _generate(self, prompts, new_tokens, **options):
         ids = torch.tensor(prompts)
@@ -98,18 +102,30 @@ class Decoder:
         return out[:, ids.shape[1] :].tolist()
 
     def run(self):
-        return self._generate(self._prompts, self._new_tokens, **self._sampling)
+        return self._generate(self._prompts, common.NEW_TOKENS, **self._sampling)
 
     def check(self):
         """As `tensorflow_candidates.Decoder.check`."""
         first = self._prompts[:1]
-        with torch.inference_mode():
-            logits = self._model(torch.tensor(first)).logits[0, -1].numpy()
+        logits = float32_logits = first_logits(self._model, first)
+        if self._dtype != "float32":
+            float32_logits = first_logits(self.load(self._n_ctx, "float32"), first)
         return {
-            "greedy": np.array(self._generate(self._prompts, self._new_tokens, do_sample=False)),
+            "greedy": np.array(self._generate(self._prompts, common.NEW_TOKENS, do_sample=False)),
             "draws": laws.count_first_tokens(lambda rows: self._generate(first * rows, 1, **self._sampling)),
             "logits": logits,
+            "float32_logits": float32_logits,
+            # transformers keeps all entries that equal the last one
+            "kept": (logits >= np.sort(logits)[-self._sampling["top_k"]]).sum(),
         }
+
+
+def first_logits(model, prompts):
+    """float32 [vocab]: the logits behind the first prompt."""
+    ids = torch.tensor(prompts)
+    with torch.inference_mode():
+        output = model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None])
+    return output.logits[0, -1].float().numpy()
 
 
 def make(spec):

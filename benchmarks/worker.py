@@ -7,6 +7,7 @@ Requests and answers are JSON objects, a line each, on stdin and stdout:
     {"do": "build", "spec": {...}}     makes it, by MODULE's `make(spec)`, in place of the one before
     {"do": "check", "file": PATH}      writes the arrays of its `check()` to PATH, as .npz
     {"do": "time", "calls": N}         one block of N calls: {"milliseconds": of one call}
+    {"do": "versions", "of": [...]}    {distribution: its version in this process's environment, or None}
 
 The answer to what failed is {"error": its traceback}. The process ends with stdin.
 """
@@ -50,6 +51,9 @@ class Server:
         for _ in range(calls):
             run()
         return {"milliseconds": 1000 * (time.perf_counter() - began) / calls}
+
+    def _versions(self, request):
+        return common.versions(request["of"])
 
 
 def main(module):

@@ -247,6 +247,14 @@ def is_in_function() -> bool:
     return False
 
 
+def current_device() -> str:
+    """TensorFlow's name of the device that an operation made here is given; "" if it is TensorFlow's choice."""
+    operation = types.SimpleNamespace(device="")
+    operation._set_device_from_string = lambda name: setattr(operation, "device", name)
+    tf.get_default_graph()._apply_device_functions(operation)
+    return operation.device
+
+
 @contextlib.contextmanager
 def quiet_logging() -> Iterator[None]:
     """Silences TensorFlow's Python warnings (deprecations that mtf causes). Any number of threads may be inside."""

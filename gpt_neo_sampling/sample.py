@@ -15,7 +15,17 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
 from gpt_neo_sampling.mesh.compiled import compiled
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, force_allreduce, import_rows, repeat, resize, row_index, take
+from gpt_neo_sampling.mesh.ops import (
+    cwise_broadcast,
+    force_allreduce,
+    from_loop,
+    import_rows,
+    repeat,
+    resize,
+    row_index,
+    take,
+    to_loop,
+)
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
 from gpt_neo_sampling.sampling.controls import (
@@ -69,7 +79,8 @@ class _LoopState:
 
     def tensors(self) -> list[mtf.Tensor]:
         # mtf's while_loop would carry a sum that is not reduced yet as it is, so each is reduced here
-        return [force_allreduce(t) for t in (self.position, self.ids, self.done, *self.logprobs, *self.states)]
+        rest = (self.done, *self.logprobs, *self.states)
+        return [force_allreduce(self.position), to_loop(self.ids), *map(force_allreduce, rest)]
 
 
 @dataclasses.dataclass
@@ -93,7 +104,7 @@ class _DecodeLoop:
     stopping_criteria: StoppingCriteria | None
     return_logprobs: bool
     invalid_token: int
-    compiles_steps: bool  # each by itself; the whole loop may be compiled instead
+    compiles_steps: bool  # each step by itself
 
     def __post_init__(self) -> None:
         self._length_dim = self.prompts.ids.shape[-1]
@@ -118,17 +129,21 @@ class _DecodeLoop:
 
     def step(self, *tensors: mtf.Tensor) -> list[mtf.Tensor]:
         """Draws a token for each row and writes it, unless the row is done."""
-        if self.compiles_steps:
-            token, *new = compiled(tensors[0].mesh, lambda: self._extended(tensors))
-        else:
-            token, *new = self._extended(tensors)
-        state = self.state(new)
-        state.done = mtf.logical_or(state.done, self._ends_row(token, state.ids, state.position))
-        return state.tensors()
-
-    def _extended(self, tensors: Sequence[mtf.Tensor]) -> list[mtf.Tensor]:
-        """The token drawn for each row, and the loop variables with it written; `done` as it was."""
         old = self.state(tensors)
+        if self.compiles_steps:
+            token, *new_tensors = compiled(tensors[0].mesh, lambda: self._compilable(old))
+            new = self.state(new_tensors)
+        else:
+            token, new = self._extended(old)
+        new.done = mtf.logical_or(new.done, self._ends_row(token, new.ids, new.position))
+        return new.tensors()
+
+    def _compilable(self, old: _LoopState) -> list[mtf.Tensor]:
+        token, new = self._extended(old)
+        return [token, *new.tensors()]
+
+    def _extended(self, old: _LoopState) -> tuple[mtf.Tensor, _LoopState]:
+        """The token drawn for each row, int32 [rows], and the state with it written; `done` as it was."""
         logits, states = self.decoder.step(old.ids, old.position, old.states)
         token, *logprobs = self._draw(logits, old)
         written = token
@@ -138,12 +153,12 @@ class _DecodeLoop:
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [old.position, old.done]
         )
-        return [token, *_LoopState(position, ids, old.done, logprobs, states).tensors()]
+        return token, _LoopState(position, ids, old.done, logprobs, states)
 
     def state(self, tensors: Sequence[mtf.Tensor]) -> _LoopState:
         """The loop variables by name."""
         position, ids, done, *rest = tensors
-        return _LoopState(position, ids, done, rest[: self._n_logprobs], rest[self._n_logprobs :])
+        return _LoopState(position, from_loop(ids), done, rest[: self._n_logprobs], rest[self._n_logprobs :])
 
     def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Sequence[mtf.Tensor]:
         """A token for each row, int32 [rows], and with return_logprobs its two log-probabilities, float32 [rows]."""

@@ -10,6 +10,7 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import common
+import laws
 import long_run
 import pairs
 import support_table
@@ -60,6 +61,24 @@ def test_a_wrong_peer_is_found_before_it_is_timed(module, peer, is_right):
         wrong, found = pairs.faults(row, ours.check(), theirs.check())
     assert (wrong == []) == is_right
     assert len(found) == 8 and all("peer" in sentence for sentence in wrong)
+
+
+def test_a_decode_that_rounds_is_compared_with_its_own_float32():
+    row = next(row for row in ROWS if row.name == "decode-1")
+    rng = np.random.default_rng(0)
+    logits = laws.base_logits(common.GPT2_VOCAB) / 5
+
+    def is_right(error=0.0, token=0, float32_error=0.0):
+        sides = []
+        for own, first in ((logits, 0), (logits + np.float32(error) * np.sign(rng.normal(size=logits.shape)), token)):
+            draws = rng.multinomial(512, laws.law(own, **row.drawn))
+            side = {"logits": own, "float32_logits": logits, "draws": draws, "kept": 40, "greedy": np.array([[first]])}
+            sides.append(side)
+        sides[1]["float32_logits"] = sides[1]["float32_logits"] + np.float32(float32_error)
+        return pairs.faults(row, *sides)[0] == []
+
+    assert is_right() and is_right(error=0.05, token=1)
+    assert not is_right(token=1) and not is_right(error=0.2) and not is_right(error=0.05, float32_error=1e-3)
 
 
 def test_ratio_of_two_that_sleep(module):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 pytest.importorskip("matplotlib", reason="examples/train_entmax.py draws with matplotlib, which [test] installs")
 
+import gpu_check
 import plot_settings
 import train_entmax
 import training
@@ -122,3 +123,29 @@ def test_plot_settings(tmp_path, monkeypatch):
         assert picture.format == "PNG"
         assert picture.size == size
         assert len(picture.convert("RGB").getcolors()) > 20
+
+
+def test_gpu_check(capsys, monkeypatch):
+    """Without a GPU it says so; on a CPU, what it would report, where all tokens are equal."""
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr() == ("", "gpu_check: devices: there is no gpu:0; TensorFlow sees 0 GPUs\n")
+    monkeypatch.setattr(gpu_check, "BATCHES", (1,))
+    monkeypatch.setattr(gpu_check, "WAYS", {"greedy": {"temperature": 0}, "softmax": {}})
+    assert gpu_check.main(["--device", "cpu:0", "--tokens", "3"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("gpt_neo_sampling ") and head.endswith("cpu:0")
+    equal = [line for line in lines if line.endswith("8 of 8 rows equal to the CPU's")]
+    assert [line[:12].rstrip() for line in equal] == list(gpu_check.WAYS)
+    assert [line.split(":")[0] for line in lines if "tokens/s" in line] == ["batch  1"]
+
+
+def test_gpu_check_names_the_first_token_that_differs(capsys):
+    class Fixed:
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def generate(self, prompts, **_):
+            return [type("Sample", (), {"tokens": self.tokens}) for _ in prompts[:1]]
+
+    assert gpu_check.compare(Fixed([1, 2, 3]), Fixed([1, 2, 4]), 3) == len(gpu_check.WAYS)
+    assert capsys.readouterr().out.splitlines()[0].endswith("rows equal to the CPU's; row 0 from token 2 on")

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace, echo: Echo | None = None) -> tuple[int, object
         return 2, e
     except BrokenPipeError:
         raise
+    except tf.errors.ResourceExhaustedError as e:
+        found = re.search(r"(OOM when|Out of memory)[^\n]*", e.message)
+        return 1, f"a device has not enough memory. {found[0] if found else e.message}"
     except (OSError, tf.errors.OpError) as e:
         return 1, e
     except MemoryError as e:

@@ -32,6 +32,7 @@ from gpt_neo_sampling.generation.decode_graph import (
 )
 from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, EXPORTABLE
 from gpt_neo_sampling.mesh.devices import device_mesh
+from gpt_neo_sampling.mesh.gpu import portable
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.sampling.controls import NUMBERS, check_int
@@ -142,7 +143,7 @@ def _write(
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict", use_tpu=False)
     model = Model(params, params["n_vocab"], mesh.impl(), variable_dtype)
-    with graph.as_default(), quiet_logging(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
+    with graph.as_default(), quiet_logging(), portable(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
         weights = add_variables(model)
         with mesh.session(graph) as session:
             load_weights(checkpoint, weights, model, session.run)

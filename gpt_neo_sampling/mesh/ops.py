@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import RowValue, ShapeLike
-from gpt_neo_sampling.mesh import xla
+from gpt_neo_sampling.mesh import gpu, xla
 
 
 class MeshOperation(mtf.Operation):
@@ -159,6 +159,34 @@ def force_allreduce(x: mtf.Tensor) -> mtf.Tensor:
     return mtf.cwise(tf.identity, [x], name="force_allreduce")
 
 
+def to_loop(x: mtf.Tensor) -> mtf.Tensor:
+    """`force_allreduce` of an int32 tensor that a loop carries, or reads, and takes back by `from_loop`.
+
+    TensorFlow would keep it in the host's memory; a GPU carries its bits as float32.
+    """
+    return _ToLoopOperation([x], [(x.shape, x.dtype)], "to_loop").outputs[0]
+
+
+def from_loop(x: mtf.Tensor) -> mtf.Tensor:
+    """What `to_loop` was given, where the loop reads it, or behind the loop."""
+    return _FromLoopOperation([x], [(x.shape, x.dtype)], "from_loop").outputs[0]
+
+
+class _ToLoopOperation(MeshOperation):
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl, x = lowering.mesh_impl(self), lowering.tensors[self.inputs[0]]
+        as_carried = (lambda x: tf.bitcast(x, tf.float32)) if gpu.on_gpu(mesh_impl) else tf.identity
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(as_carried, x))
+
+
+class _FromLoopOperation(MeshOperation):
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl, x = lowering.mesh_impl(self), lowering.tensors[self.inputs[0]]
+        if gpu.on_gpu(mesh_impl):
+            x = mesh_impl.slicewise(lambda x: tf.bitcast(x, tf.int32), x)
+        lowering.set_tensor_lowering(self.outputs[0], x)
+
+
 def computed_once(x: mtf.Tensor) -> mtf.Tensor:
     """`force_allreduce` of a tensor that a loop reads: XLA does not compute it anew in each round.
 
@@ -268,11 +296,11 @@ class _Lookup:
                     )
         return axis
 
-    def local_indices(self, indices: tf.Tensor, size: int, pcoord: tf.Tensor | None) -> tf.Tensor:
-        """Indices within the shard, [shared, others]; -1 for those outside it."""
-        indices = _transpose(tf.cast(indices, tf.int32), self.indices_shape, self.shared + self.others)
+    def local_indices(self, indices: tf.Tensor, size: int, pcoord: tf.Tensor | None, dtype: tf.DType) -> tf.Tensor:
+        """Indices within the shard, [shared, others], of a dtype; -1 for those outside it."""
+        indices = _transpose(tf.cast(indices, dtype), self.indices_shape, self.shared + self.others)
         if pcoord is not None:
-            indices -= pcoord * size
+            indices -= tf.cast(pcoord, dtype) * size
         inside = tf.logical_and(indices >= 0, indices < size)
         return tf.where_v2(inside, indices, -1)
 
@@ -295,7 +323,7 @@ class _TakeOperation(MeshOperation):
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
-        lookup = self._lookup
+        lookup, dtype = self._lookup, gpu.index_dtype(mesh_impl)
         axis = lookup.mesh_axis(mesh_impl)
 
         def tf_fn(x: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
@@ -306,7 +334,7 @@ class _TakeOperation(MeshOperation):
                 x = _transpose(x, lookup.x_shape, lookup.table.dims)
             else:  # a single index leaves the other dims in place
                 at = lookup.x_shape.dims.index(lookup.dim)
-            local = lookup.local_indices(indices, size_of(x, at), pcoord)
+            local = lookup.local_indices(indices, size_of(x, at), pcoord, dtype)
             found = tf.gather(x, tf.maximum(local, 0), axis=at, batch_dims=batch_dims)
             held = tf.reshape(local >= 0, local.shape.as_list() + [1] * len(lookup.rest))
             return tf.where_v2(held, found, tf.zeros_like(found))
@@ -334,22 +362,22 @@ class _ScatterAddOperation(MeshOperation):
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
-        lookup = self._lookup
+        lookup, dtype = self._lookup, gpu.index_dtype(mesh_impl)
         axis = lookup.mesh_axis(mesh_impl)
         table_shape = mesh_impl.slice_shape(lookup.table)
         n_shared = len(lookup.shared)
         rows, size = int(np.prod(table_shape[:n_shared])), table_shape[n_shared]
 
         def tf_fn(dy: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
-            local = tf.reshape(lookup.local_indices(indices, size, pcoord), [rows, -1])
-            first = tf.expand_dims(tf.range(rows) * size, 1)
+            local = tf.reshape(lookup.local_indices(indices, size, pcoord, dtype), [rows, -1])
+            first = tf.expand_dims(tf.range(rows, dtype=dtype) * size, 1)
             segments = tf.where_v2(local >= 0, local + first, -1)  # -1 is dropped
             dy = tf.reshape(_transpose(dy, dy_shape, lookup.output.dims), [segments.shape.num_elements(), -1])
             dx = tf.math.unsorted_segment_sum(dy, tf.reshape(segments, [-1]), rows * size)
             return _transpose(tf.reshape(dx, table_shape), lookup.table, lookup.x_shape.dims)
 
         def by_products(dy: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
-            local = tf.reshape(lookup.local_indices(indices, size, pcoord), [rows, -1])
+            local = tf.reshape(lookup.local_indices(indices, size, pcoord, tf.int32), [rows, -1])
             dy = tf.reshape(_transpose(dy, dy_shape, lookup.output.dims), local.shape)
             sums = tf.reshape(xla.one_hot_sums(dy, local, size), table_shape)
             return _transpose(sums, lookup.table, lookup.x_shape.dims)
@@ -517,11 +545,12 @@ class _ResizeOperation(MeshOperation):
             begin = [pcoord * part if i == axis else 0 for i in range(x.shape.rank)]
             return tf.slice(x, begin, [part if i == axis else n for i, n in enumerate(x.shape.as_list())])
 
+        move = gpu.moving(mesh_impl, cut_or_fill)
         if mesh_axis is None:
-            y = mesh_impl.slicewise(cut_or_fill, x)
+            y = mesh_impl.slicewise(move, x)
         else:
             whole = mesh_impl.allconcat(x, mesh_axis, axis)
-            y = mesh_impl.slicewise(cut_or_fill, whole, mesh_impl.laid_out_pcoord(mesh_axis))
+            y = mesh_impl.slicewise(move, whole, mesh_impl.laid_out_pcoord(mesh_axis))
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
@@ -547,7 +576,8 @@ class _RepeatOperation(MeshOperation):
     def lower(self, lowering: mtf.Lowering) -> None:
         repeat = functools.partial(tf.repeat, repeats=self._times, axis=self._axis)
         # a processor that holds some of the entries holds what becomes of them
-        y = lowering.mesh_impl(self).slicewise(repeat, lowering.tensors[self.inputs[0]].to_laid_out_tensor())
+        mesh_impl, x = lowering.mesh_impl(self), lowering.tensors[self.inputs[0]].to_laid_out_tensor()
+        y = mesh_impl.slicewise(gpu.moving(mesh_impl, repeat), x)
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
-from gpt_neo_sampling.mesh.ops import computed_once, cwise_broadcast, force_allreduce, repeat, resize, take
+from gpt_neo_sampling.mesh.ops import (
+    computed_once,
+    cwise_broadcast,
+    force_allreduce,
+    from_loop,
+    repeat,
+    resize,
+    take,
+    to_loop,
+)
 
 Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `models.gpt2.model`
 
@@ -159,10 +168,12 @@ class Decoder:
         self._constant_states: list[mtf.Tensor] = []
         mesh, rows = initial_position.mesh, initial_position.shape
         # as in GPT-Neo: a new token may be read from its own position on
-        self._priority = cwise_broadcast(
-            lambda at, n: tf.where_v2(at > n, at, 0),
-            [mtf.range(mesh, length_dim, tf.int32), initial_position],
-            rows + length_dim,
+        self._priority = to_loop(
+            cwise_broadcast(
+                lambda at, n: tf.where_v2(at > n, at, 0),
+                [mtf.range(mesh, length_dim, tf.int32), initial_position],
+                rows + length_dim,
+            )
         )
 
     def _call(self, ids: mtf.Tensor, context: DecodeContext | None = None) -> mtf.Tensor:
@@ -194,7 +205,7 @@ class Decoder:
         if self._slow:
             return []
         prompt_dim = mtf.Dimension(self._length_dim.name, prompt_length)
-        prompts, priority = (resize(x, self._length_dim, prompt_length) for x in (ids, self._priority))
+        prompts, priority = (resize(x, self._length_dim, prompt_length) for x in (ids, from_loop(self._priority)))
         context = self._context(
             "first_part",
             mtf.range(ids.mesh, prompt_dim, tf.int32),
@@ -233,13 +244,14 @@ class Decoder:
         """
         if self._slow:
             return take(self._call(ids), position - 1, self._length_dim), []
+        priority = from_loop(self._priority)
         context = self._context(
             "incremental",
             position,
             ids,
             length_dim=self._length_dim,
-            write_priority=self._priority,
-            read_priority=take(self._priority, position, self._length_dim),
+            write_priority=priority,
+            read_priority=take(priority, position, self._length_dim),
             states=states,
             may_overwrite_states=True,
         )

@@ -373,12 +373,11 @@ def _local_bias(
     radius = _local_radius(params)
 
     def window(query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-        distance = query - key
         if is_ring:  # the newest position up to the query's that has this remainder
-            distance = tf.math.floormod(distance, memory_dim.size)
+            distance = tf.math.floormod(query - key, memory_dim.size)
             seen = tf.logical_and(distance <= query, distance < radius)
         else:
-            seen = tf.logical_and(distance >= 0, distance < radius)
+            seen = tf.logical_and(key <= query, key > query - radius)
         return tf.where_v2(seen, tf.zeros((), h.dtype), tf.constant(max(MASK, float(h.dtype.min)), h.dtype))
 
     return cwise_broadcast(window, [read_position, mtf.range(h.mesh, memory_dim, tf.int32)], output_dtype=h.dtype)

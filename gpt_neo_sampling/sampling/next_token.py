@@ -11,6 +11,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_int, is_real
+from gpt_neo_sampling.mesh.compiled_rows import compiled_rows
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
 from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
@@ -175,9 +176,30 @@ def next_token(
         >>> run(lambda x: next_token(x, x.shape[-1], options, seed=1, stream=None, step=0), logits)
         array([ 1,  0, -1], dtype=int32)
     """
-    rows, mesh = logits.shape - vocab_dim, logits.mesh
-    steps = _before_temperature(logits, vocab_dim, options, history)
+    rows = logits.shape - vocab_dim
+    # outside, as a user's functions may do what XLA cannot compile
+    ahead = _before_temperature(logits, vocab_dim, options, history) if options.logits_processors else None
+
+    def draw() -> list[mtf.Tensor]:
+        steps = ahead or _before_temperature(logits, vocab_dim, options, history)
+        return _drawn(steps, vocab_dim, options, seed, stream, step, return_logprobs)
+
+    drawn = compiled_rows(logits.mesh, rows, draw, name="next_token")
+    return tuple(drawn) if return_logprobs else drawn[0]
+
+
+def _drawn(
+    steps: list[tuple[str, mtf.Tensor]],
+    vocab_dim: mtf.Dimension,
+    options: SamplingOptions,
+    seed: RowValue | None,
+    stream: RowValue | None,
+    step: RowValue,
+    return_logprobs: bool,
+) -> list[mtf.Tensor]:
+    """What `next_token` returns, as a list; `steps` is what `_before_temperature` returned."""
     raw, logits = steps[0][1], steps[-1][1]
+    rows, mesh = logits.shape - vocab_dim, logits.mesh
     fixed = is_real(options.temperature)
     if fixed and options.temperature == 0:
         drawn = [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)]
@@ -189,9 +211,9 @@ def next_token(
             is_greedy = mtf.broadcast(mtf.cast(mtf.equal(temperature, 0.0), tf.float32), rows)
             drawn = _select(is_greedy, [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)], drawn)
     if not return_logprobs:
-        return drawn[0]
+        return drawn[:1]
     token, draw_logprob = drawn
-    return token, _log_probability(raw, token, vocab_dim), _nan_without(token, draw_logprob)
+    return [token, _log_probability(raw, token, vocab_dim), _nan_without(token, draw_logprob)]
 
 
 def _draw(

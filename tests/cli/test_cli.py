@@ -23,6 +23,7 @@ from conftest import DATA
 from helpers_checkpoint import spoiled
 
 from gpt_neo_sampling import TextGenerator
+from gpt_neo_sampling._compat import tf
 from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.cli.echo import Echo
 
@@ -324,3 +325,22 @@ def test_ctrl_c_while_a_module_is_imported(module):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gpt-neo-sampling: interrupted\n")
+
+
+def test_a_full_device_is_one_line(capfd, monkeypatch):
+    """TensorFlow's message has the place in the graph ahead of it, and hints behind."""
+    message = (
+        "Graph execution error:\n\nDetected at node 'MatMul' defined at (most recent call last):\n  File \"a.py\"\n"
+        "OOM when allocating tensor with shape[64,50257] and type float on /job:localhost/replica:0/task:0/device:GPU:0"
+        " by allocator GPU_0_bfc\n\t [[{{node MatMul}}]]\nHint: If you want to see a list of allocated tensors …"
+    )
+
+    def full(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, message)
+
+    monkeypatch.setattr(TextGenerator, "from_pretrained", full)
+    assert main(capfd, "generate", "--prompt", "Emma") == (
+        1, "",
+        "gpt-neo-sampling: error: a device has not enough memory. OOM when allocating tensor with shape[64,50257] and "
+        "type float on /job:localhost/replica:0/task:0/device:GPU:0 by allocator GPU_0_bfc\n",
+    )  # fmt: skip
