@@ -45,6 +45,7 @@ class _CompiledOperation(MeshOperation):
 
         def program() -> list[tf.Tensor]:
             inner = copy.copy(lowering)
+            inner.is_compiled = True
             inner.tensors = dict(lowering.tensors)  # what is outside becomes an input where it is used
             for operation in self._operations:
                 with tf.name_scope(operation.name):

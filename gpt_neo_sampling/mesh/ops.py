@@ -455,6 +455,8 @@ class _WriteOperation(MeshOperation):
         slice_shape = mesh_impl.slice_shape(shape)
         size, lead, rest = slice_shape[axis], slice_shape[:axis], slice_shape[axis + 1 :]
         columns = mtf.Shape(shape.dims[:axis])  # position may have no dim behind `dim`, to write whole rows
+        n_leading = len(self.inputs[2].shape.dims)
+        leading = mtf.Shape(columns.dims[:n_leading])
 
         def select(old: tf.Tensor, new: tf.Tensor, position: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             at = tf.reshape(tf.range(size) + pcoord * size, [size] + [1] * len(rest))
@@ -482,18 +484,20 @@ class _WriteOperation(MeshOperation):
 
         def update_rows(old: tf.Tensor, new: tf.Tensor, position: tf.Tensor, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
             """Row by row, which XLA does in place; `select` passes over all of x."""
-            flat = tf.reshape(old, [-1, size, *rest])
+            within = lead[n_leading:]
+            flat = tf.reshape(old, [-1, *within, size, *rest])
             new = tf.reshape(
-                tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest), [-1, 1, 1, *rest]
+                tf.broadcast_to(align(new, value.shape, shape - self._dim), lead + rest), [-1, 1, *within, 1, *rest]
             )
-            at = tf.reshape(align(position, self.inputs[2].shape, columns), [-1]) - pcoord * size
+            at = tf.reshape(align(position, self.inputs[2].shape, leading), [-1]) - pcoord * size
+            zeros = [[0] * len(within), [0] * len(rest)]
             for row in range(size_of(flat, 0)):
                 if is_inside:
-                    flat = xla.update_slice(flat, new[row], [row, at[row], *[0] * len(rest)])
+                    flat = xla.update_slice(flat, new[row], [row, *zeros[0], at[row], *zeros[1]])
                     continue
                 held = tf.logical_and(at[row] >= 0, at[row] < size)
-                begin = [row, tf.clip_by_value(at[row], 0, size - 1), *[0] * len(rest)]
-                kept = tf.slice(flat, begin, [1, 1, *rest])
+                begin = [row, *zeros[0], tf.clip_by_value(at[row], 0, size - 1), *zeros[1]]
+                kept = tf.slice(flat, begin, [1, *within, 1, *rest])
                 flat = xla.update_slice(flat, tf.where_v2(held, new[row], kept), begin)
             return tf.reshape(flat, slice_shape)
 
@@ -504,7 +508,8 @@ class _WriteOperation(MeshOperation):
         is_inside = self._is_inside and mesh_axis is None
         parts = [] if mesh_axis is None else [mesh_impl.laid_out_pcoord(mesh_axis)]
         write = overwrite if in_place else select
-        if xla.is_core_program(mesh_impl) and set(position.shape.dims) == set(columns.dims):
+        by_rows = xla.is_compiled(lowering) or (xla.is_core_program(mesh_impl) and leading == columns)
+        if by_rows and set(position.shape.dims) == set(leading.dims):
             write = update_rows
         y = mesh_impl.slicewise(write, *(lowering.tensors[t] for t in self.inputs), *parts)
         lowering.set_tensor_lowering(self.outputs[0], y)

@@ -21,6 +21,11 @@ def is_core_program(mesh_impl: mtf.MeshImpl) -> bool:
     return not isinstance(mesh_impl, PlacementMeshImpl)
 
 
+def is_compiled(lowering: mtf.Lowering) -> bool:
+    """Whether what is lowered here is part of a `compiled.compiled`."""
+    return getattr(lowering, "is_compiled", False)
+
+
 def reduce_together(
     operands: Sequence[tf.Tensor],
     starts: Sequence[float | int],

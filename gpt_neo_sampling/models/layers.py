@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpt_neo_sampling._compat import LazyAllreduceSum, is_in_function, mtf, tf
+from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
 from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, reshaped
-from gpt_neo_sampling.mesh.xla import is_core_program, kept_together
+from gpt_neo_sampling.mesh.xla import is_compiled, is_core_program, kept_together
 
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
@@ -61,13 +61,14 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
         # For one row a TPU's compiler takes no matrix unit, and six times as long: a row of zeros goes with it.
         is_alone = rows == 1 and is_core_program(mesh_impl)
 
-        keeps = is_in_function()
+        def near(x: tf.Tensor, w: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            # XLA would make float32 of all weights ahead of the loop, and read twice as much in each step.
+            return kept_together(x, w) if is_compiled(lowering) and w.dtype != tf.float32 else (x, w)
 
         def product(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
             # the faster of TensorFlow's CPU kernels, as measured in docs/architecture.md
             batch = [] if rows == 1 else [1]
-            if keeps and w.dtype != tf.float32:
-                x, w = kept_together(x, w)
+            x, w = near(x, w)
             x = reshaped(x, batch + [rows, depth])
             w = reshaped(w, batch + ([columns, depth] if self._in_last else [depth, columns]))
             y = tf.matmul(tf.pad(x, [[0, 1], [0, 0]]) if is_alone else x, w, transpose_b=self._in_last)
