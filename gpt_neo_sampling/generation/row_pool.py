@@ -34,7 +34,7 @@ MEMORY_AXIS = 2  # of a state, [rows, heads, memory_length, features_per_head]
 class Drawn(NamedTuple):
     """A sample whose last token was drawn, or that has no distribution for the next."""
 
-    index: int  # of the sample in the request
+    sample: int  # its index in the request
     tokens: np.ndarray  # int32 [new tokens]
     logprobs: list[np.ndarray]  # float32 [new tokens]: two, or none
 

@@ -288,13 +288,14 @@ class WatchedProgram(DecodeProgram):
 
     def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
         """watcher: of this run; the caller keeps it alive until the run ends."""
+        return {**super().feeds(*args), self._number: self._number_of(watcher)}
+
+    def _number_of(self, watcher: Watcher | None) -> int:
+        """The number by which the graph's calls find the watcher."""
         assert watcher is not None
         number = next(_numbers) % 2**31
         self._watchers[number] = watcher
-        return {**self._other_feeds(*args), self._number: number}
-
-    def _other_feeds(self, *args: Any) -> dict[tf.Tensor, Any]:
-        return super().feeds(*args)
+        return number
 
 
 _numbers = itertools.count()
@@ -314,21 +315,20 @@ class SegmentProgram(WatchedProgram):
         # not fetched, which copies them: what is fed was overwritten where it lies, as a rule
         return results, tf.numpy_function(self._keep, [self._number, *new_states], tf.float32)
 
-    def _keep(self, number: np.ndarray, *states: np.ndarray) -> np.ndarray:
+    def _keep(self, number: np.ndarray, *states: np.ndarray) -> np.float32:
         for own, new in zip(self._runs[int(number)].states, states):
             if not np.may_share_memory(own, new):
                 own[:] = new
         return np.float32(0)
 
-    def feeds(self, key: ProgramKey, request: Request, rows: RowArrays, watcher: Watcher) -> dict[tf.Tensor, Any]:
-        """rows: those of a `Request`; the caller keeps them alive until the run ends."""
-        feeds = super().feeds(key, request, rows, watcher=watcher)
-        self._runs[feeds[self._number]] = rows
-        return feeds
-
-    def _other_feeds(self, key: ProgramKey, request: Request, rows: RowArrays) -> dict[tf.Tensor, Any]:
-        inputs = self._inputs
+    def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
+        """args: the key, a `Request`, and the `RowArrays` of its rows. The caller keeps these and the watcher alive
+        until the run ends."""
+        key, request, rows = args
+        inputs, number = self._inputs, self._number_of(watcher)
+        self._runs[number] = rows
         return {
+            self._number: number,
             inputs.ids: rows.ids,
             inputs.prompt_lengths: rows.prompt_lengths,
             inputs.max_steps: rows.limits,

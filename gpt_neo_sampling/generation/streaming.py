@@ -74,20 +74,20 @@ class Watcher:
         self,
         rows: Sequence[tuple[IncrementalDetokenizer | None, int, Sequence[int]]],
         on_token: Streamer | None = None,
-        drawn: Sequence[int] | None = None,
+        drawn: np.ndarray | None = None,
         pause_at: int | None = None,
     ) -> None:
         """
         Args:
           rows: list of (IncrementalDetokenizer or None, the most new tokens, stop tokens).
           on_token: a function of (row, token, text, is_last), with None for text if the row has no detokenizer.
-          drawn: list of how many new tokens each row has before the run; None for none.
+          drawn: int ndarray [rows], how many new tokens each row has before the run; None for none.
           pause_at: the number of rows that are done at which the run ends, though others are not.
         """
         self._rows = rows
         self._on_token = on_token
         self._pause_at = pause_at
-        self.drawn = np.zeros(len(rows), int) if drawn is None else np.array(drawn)  # new tokens of each row
+        self.drawn = np.zeros(len(rows), int) if drawn is None else drawn.copy()  # new tokens of each row
         self._events: queue.SimpleQueue[tuple[int, int, str | None, bool] | None] = queue.SimpleQueue()
         self._cancelled = False
         self._error: BaseException | None = None  # raised while watching
