@@ -418,6 +418,53 @@ def sample_autoregressive(
     return tuple(results) if return_logprobs else results[0]
 
 
+def continue_rows(
+    ids: mtf.Tensor,
+    prompt_lengths: mtf.Tensor,
+    position: mtf.Tensor,
+    done: mtf.Tensor,
+    states: list[mtf.Tensor],
+    decoder: Decoder,
+    vocab_dim: mtf.Dimension,
+    options: SamplingOptions,
+    *,
+    seed: RowValue,
+    stream: RowValue,
+    max_steps: RowValue,
+    stopping_criteria: StoppingCriteria | None = None,
+    return_logprobs: bool = False,
+) -> tuple[list[mtf.Tensor], list[mtf.Tensor]]:
+    """Further steps of rows that are at different steps: the loop of `sample_autoregressive`, from any step on.
+
+    Args:
+      ids: int32 mtf.Tensor [rows, length]; prompts, the new tokens so far, anything.
+      prompt_lengths: int32 mtf.Tensor [rows], at least 1.
+      position: int32 mtf.Tensor [rows], where each row's next token goes.
+      done: bool mtf.Tensor [rows]; a row that gets no token.
+      states: list of mtf.Tensor, the model's after the token before `position`; they are overwritten.
+      decoder: a `Decoder` that has made its first pass.
+      vocab_dim: mtf.Dimension.
+      options: SamplingOptions.
+      seed, stream, max_steps, stopping_criteria, return_logprobs: as for `sample_autoregressive`; max_steps counts from
+        the prompt.
+
+    Returns:
+      (results, states): what `sample_autoregressive` returns, as a list, with log-probabilities of the tokens that this
+      call draws and 0 elsewhere; and the states after the last of them.
+    """
+    mesh, rows = ids.mesh, prompt_lengths.shape
+    loop = _DecodeLoop(
+        decoder, _Prompts(ids, ids, prompt_lengths, None), states, ids.shape[-1].size, vocab_dim,
+        options.imported(mesh, rows), unfolded(import_seed(mesh, seed, rows)),
+        unfolded(import_rows(mesh, stream, tf.int32, rows, "stream")),
+        import_rows(mesh, max_steps, tf.int32, rows, "max_steps"), stopping_criteria, return_logprobs, INVALID,
+    )  # fmt: skip
+    logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(2 * return_logprobs)]
+    start = _LoopState(position, ids, done, logprobs, states)
+    end = loop.state(mtf.while_loop(loop.unfinished, loop.step, start.tensors()))
+    return [end.ids, *end.logprobs], end.states
+
+
 def _check_arguments(
     max_steps: RowValue | None, invalid_token: int, has_partial_sequences: bool, prompt_lengths: Tensor | None
 ) -> None:

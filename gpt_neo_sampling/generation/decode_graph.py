@@ -1,7 +1,6 @@
 """One decode graph of fixed sizes, and the weights in it: what `generate` runs and `export` writes."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +15,9 @@ from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_ba
 from gpt_neo_sampling.generation.options import DTYPES
 from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import config, gpt2
+from gpt_neo_sampling.models.decoding_context import Decoder
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
-from gpt_neo_sampling.sample import sample_autoregressive
+from gpt_neo_sampling.sample import StoppingCriteria, continue_rows, sample_autoregressive
 from gpt_neo_sampling.sampling.controls import INT32_MAX, History, SamplingOptions, check_int
 from gpt_neo_sampling.sampling.next_token import chain_distributions
 
@@ -133,13 +133,11 @@ def build(
       float32 ones: see `sample_autoregressive`.
     """
     mesh, shape, other_features = model.inputs(key.batch, key.length)
-    prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
-
-    def watch(on_tokens: OnTokens, ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
-        begin = mtf.import_tf_tensor(mesh, prompt_lengths, position.shape)
-        number = mtf.import_tf_tensor(mesh, run_number, mtf.Shape([]))
-        return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - begin, number])
-
+    watch = None
+    if on_tokens is not None:
+        rows = mtf.Shape([mtf.Dimension(shape[0].name, key.rows)])
+        prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
+        watch = _stopping_criteria(on_tokens, mtf.import_tf_tensor(mesh, prompt_lengths, rows), run_number)
     options = dict(inputs.options)
     top_k, alpha = options.pop("top_k", None), options.pop("entmax_alpha", None)
     results = sample_autoregressive(
@@ -161,7 +159,7 @@ def build(
         max_prompt_length=key.prompt_length,
         no_repeat_ngram_size=key.no_repeat_ngram_size,
         logits_processors=key.logits_processors,
-        stopping_criteria=None if on_tokens is None else functools.partial(watch, on_tokens),
+        stopping_criteria=watch,
         num_return_sequences=key.samples,
         return_logprobs=key.return_logprobs,
         jit_compile=model.jit_compile,
@@ -186,25 +184,115 @@ def build_chain(key: ProgramKey, inputs: ProgramInputs, model: Model) -> list[tu
     mesh, shape, other_features = model.inputs(key.batch, key.length)
     ids = mtf.import_tf_tensor(mesh, inputs.ids, shape)
     position = mtf.import_tf_tensor(mesh, inputs.prompt_lengths, shape[:1])
-    rest = {name: value for name, value in inputs.options.items() if name != LOGIT_BIAS}
-    rest = {name: mtf.import_tf_tensor(mesh, value, shape[:1]) for name, value in rest.items()}
-    options = SamplingOptions(
-        logits_processors=key.logits_processors,
-        no_repeat_ngram_size=key.no_repeat_ngram_size,
-        logit_bias=inputs.options.get(LOGIT_BIAS),
-        stop_tokens=tuple(mtf.import_tf_tensor(mesh, t, mtf.Shape([])) for t in inputs.stop_tokens),
-        temperature=0 if key.greedy else mtf.import_tf_tensor(mesh, inputs.temperature, shape[:1]),
-        max_top_k=key.max_top_k,
-        use_entmax="entmax_alpha" in key.steps,
-        vocab_size=model.params["n_vocab"] if model.n_vocab > model.params["n_vocab"] else None,
-        **rest,
-    )
+    options = _sampling_options(key, inputs, model, mesh, shape[:1])
     vocab_dim = other_features["vocab_dim"]
     logits = take(model.logits(ids, other_features), position - 1, shape[1])
     n_new = mtf.import_tf_tensor(mesh, inputs.max_steps, shape[:1])
     found = chain_distributions(logits, vocab_dim, options, History(ids, position, position - n_new))
     lowering = model.lowered(mesh)
     return [(name, lowering.export_to_tf_tensor(p)) for name, p in found]
+
+
+def _sampling_options(
+    key: ProgramKey, inputs: ProgramInputs, model: Model, mesh: mtf.Mesh, rows: mtf.Shape
+) -> SamplingOptions:
+    rest = {name: value for name, value in inputs.options.items() if name != LOGIT_BIAS}
+    rest = {name: mtf.import_tf_tensor(mesh, value, rows) for name, value in rest.items()}
+    return SamplingOptions(
+        logits_processors=key.logits_processors,
+        no_repeat_ngram_size=key.no_repeat_ngram_size,
+        logit_bias=inputs.options.get(LOGIT_BIAS),
+        stop_tokens=tuple(mtf.import_tf_tensor(mesh, t, mtf.Shape([])) for t in inputs.stop_tokens),
+        temperature=0 if key.greedy else mtf.import_tf_tensor(mesh, inputs.temperature, rows),
+        max_top_k=key.max_top_k,
+        use_entmax="entmax_alpha" in key.steps,
+        vocab_size=model.params["n_vocab"] if model.n_vocab > model.params["n_vocab"] else None,
+        **rest,
+    )
+
+
+def _decoder(lengths: mtf.Tensor, length_dim: mtf.Dimension, other_features: dict[str, Any], model: Model) -> Decoder:
+    """lengths: int32 [rows], the prompts'."""
+    return Decoder(gpt2.model, model.params, other_features, model.variable_dtype, length_dim, lengths, None, {})
+
+
+def build_first_pass(ids: tf.Tensor, lengths: tf.Tensor, model: Model) -> list[tf.Tensor]:
+    """Adds a graph that reads prompts to the graph that is open.
+
+    Args:
+      ids: int32 tf.Tensor [batch, length]; prompts, and anything after them.
+      lengths: int32 tf.Tensor [batch], the prompts', at least 1.
+      model: Model.
+
+    Returns:
+      a list of tf.Tensors [batch, heads, memory_length, features_per_head], the model's states; the memory has
+      `length` positions after its learned keys.
+    """
+    mesh, shape, other_features = model.inputs(*ids.shape.as_list())
+    decoder = _decoder(mtf.import_tf_tensor(mesh, lengths, shape[:1]), shape[-1], other_features, model)
+    states = decoder.first_pass(mtf.import_tf_tensor(mesh, ids, shape), shape[-1].size)
+    return list(map(model.lowered(mesh).export_to_tf_tensor, states))
+
+
+def build_segment(
+    key: ProgramKey,
+    inputs: ProgramInputs,
+    position: tf.Tensor,
+    done: tf.Tensor,
+    model: Model,
+    on_tokens: OnTokens,
+    run_number: tf.Tensor,
+) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+    """Adds a graph of some steps of rows that are under way to the graph that is open.
+
+    Args:
+      key: ProgramKey, of one sample a prompt.
+      inputs: ProgramInputs; behind a prompt its ids have the new tokens so far.
+      position: int32 tf.Tensor [rows], where each row's next token goes.
+      done: bool tf.Tensor [rows].
+      model: Model.
+      on_tokens, run_number: as for `build`.
+
+    Returns:
+      (results, states, new_states): lists of tf.Tensors. The results are those of `build`, see `continue_rows`; the
+      states are placeholders like what `build_first_pass` returns, with `key.length` positions, and may be overwritten
+      where they lie.
+    """
+    mesh, shape, other_features = model.inputs(key.batch, key.length)
+    rows = shape[:1]
+    ids = mtf.import_tf_tensor(mesh, inputs.ids, shape)
+    lengths = mtf.import_tf_tensor(mesh, inputs.prompt_lengths, rows)
+    decoder = _decoder(lengths, shape[-1], other_features, model)
+    # for what it keeps besides the states, of which only the shapes are used: TensorFlow does not compute them
+    shapes = decoder.first_pass(ids, 1)
+    states = [tf.placeholder(s.dtype, s.shape.to_integer_list) for s in shapes]
+    results, new_states = continue_rows(
+        ids,
+        lengths,
+        mtf.import_tf_tensor(mesh, position, rows),
+        mtf.import_tf_tensor(mesh, done, rows),
+        [mtf.import_tf_tensor(mesh, fed, s.shape) for fed, s in zip(states, shapes)],
+        decoder,
+        other_features["vocab_dim"],
+        _sampling_options(key, inputs, model, mesh, rows),
+        seed=inputs.seed,
+        stream=inputs.stream,
+        max_steps=inputs.max_steps,
+        stopping_criteria=_stopping_criteria(on_tokens, lengths, run_number),
+        return_logprobs=key.return_logprobs,
+    )
+    export = model.lowered(mesh).export_to_tf_tensor
+    return list(map(export, results)), states, list(map(export, new_states))
+
+
+def _stopping_criteria(on_tokens: OnTokens, prompt_lengths: mtf.Tensor, run_number: tf.Tensor) -> StoppingCriteria:
+    """What calls on_tokens after each step, see `build`; prompt_lengths: int32 mtf.Tensor [rows]."""
+    number = mtf.import_tf_tensor(prompt_lengths.mesh, run_number, mtf.Shape([]))
+
+    def watch(ids: mtf.Tensor, position: mtf.Tensor) -> mtf.Tensor:
+        return host_call(on_tokens, [take(ids, position - 1, ids.shape[-1]), position - prompt_lengths, number])
+
+    return watch
 
 
 def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from gpt_neo_sampling.checkpoint.tokenizer import encoded
 from gpt_neo_sampling.generation.decode_graph import DEMO_FOLDER, first_token_of
 from gpt_neo_sampling.generation.options import TOKEN_OPTIONS, GenerationOptions, check_bool
 from gpt_neo_sampling.generation.request import Request, checked_request, models_stop_strings
+from gpt_neo_sampling.generation.row_pool import RowPool
 from gpt_neo_sampling.generation.scoring import ScoreProgram, TextScore, score_texts
 from gpt_neo_sampling.generation.session import (
     ChainProgram,
@@ -252,6 +253,40 @@ class TextGenerator:
             errors[0].samples = samples
             raise errors[0]
         return cast(list[Sample], samples)
+
+    @functools.cached_property
+    def replaces_rows(self) -> bool:
+        """Whether `generate_each` works: on one CPU, whose memory is this process's own."""
+        return self.mesh.is_one_cpu()
+
+    def generate_each(
+        self, prompts: Prompts, wanted: Iterable[int], *, streamer: Streamer | None = None, **options: Any
+    ) -> Iterator[list[tuple[int, Sample | InvalidDistributionError]]]:
+        """Continues many prompts through a graph of MAX_BATCH rows; a sample that ends makes room for the next one.
+
+        Args:
+          prompts, streamer, **options: as for `generate`. The graph's sizes follow from all prompts.
+          wanted: indices of the prompts that are continued, in the order in which they begin.
+
+        Yields:
+          lists of pairs, as samples end: the sample's index, as for the streamer, and the `Sample`, or an
+          InvalidDistributionError where drawing failed.
+
+        Raises:
+          TypeError, ValueError, RuntimeError: as `generate`.
+          KeyboardInterrupt: at Ctrl-C, after yielding what has ended.
+        """
+        request = self.check(prompts, **options)
+        pool = RowPool(self._graphs, request, functools.partial(self._detokenizer, request), streamer, MAX_BATCH)
+        for ended in pool.run(wanted):
+            found: list[tuple[int, Sample | InvalidDistributionError]] = []
+            for index, tokens, logprobs in ended:
+                prompt = request.prompts[index // request.num_return_sequences]
+                try:
+                    found.append((index, self._sample(request, index, prompt, tokens, logprobs)))
+                except InvalidDistributionError as e:
+                    found.append((index, e))
+            yield found
 
     def check(self, prompts: Prompts, **options: Any) -> Request:
         """Checks arguments as `generate` does, without running the model.

@@ -1,12 +1,15 @@
-"""Prompts from a file, samples to a file, in batches; a run may be killed at any moment and started again.
+"""Prompts from a file, samples to a file; a run may be killed at any moment and started again.
 
-Only the prompts and the options decide in which order the records run, and a batch is written as soon as it is
-finished. A restarted run looks which whole lines the output has. A batch of which some lines are missing runs again
-as a whole: the same graph and the same random streams give the same tokens. At the end the lines are put in the order
-of the prompts, so the file does not depend on where runs were interrupted.
+On one CPU records run in pools, where each sample that ends makes room for the next (`row_pool`), and elsewhere in
+batches. Only the prompts and the options decide the pools or batches and their order, and lines are written as soon as
+their samples, or their batch, are finished. A restarted run looks which whole lines the output has. Records that are
+missing run again, and a batch of which some are missing runs as a whole: the same graphs and the same random streams
+give the same tokens. At the end the lines are put in the order of the prompts, so the file does not depend on where
+runs were interrupted.
 """
 
 import codecs
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -16,10 +19,9 @@ import logging
 import os
 import secrets
 import stat
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -43,12 +45,13 @@ from gpt_neo_sampling.sampling.controls import INT32_MAX
 OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
 SIDECAR = ".run"  # suffix of the file beside the output that stores the run's settings
 HASHED = ("prompts_file", "model")  # settings stored as a hash
+SHORT = 256  # positions of rows that need not be told apart by length
 PROMPT_KEYS = ("prompt", "prompt_ids")
 
 log = logging.getLogger(__name__)
 
 
-class FileRun(typing.NamedTuple):
+class FileRun(NamedTuple):
     """A finished run.
 
     Attributes:
@@ -93,9 +96,10 @@ def generate_file(
       "id", "prompt", "prompt_ids": copied, if given
       "samples": a list of num_return_sequences objects, each a `Sample`
 
-    in the order of the prompts once all are there, before that in the order of the
-    batches (longest first, so that a batch too large for the memory fails at once).
-    Lines are on disk as soon as their batch is finished.
+    in the order of the prompts once all are there, before that in the order in
+    which they were finished. Where the model runs on one CPU, a line is on disk a few
+    steps after its last token; elsewhere as soon as its batch is finished, longest
+    first.
 
     Started again with the same arguments, however it ended, it continues where it
     stopped: no line is lost, duplicated or half written, and the file becomes the
@@ -137,7 +141,6 @@ def generate_file(
     if os.path.exists(output) and output.samefile(prompts_file):
         raise ValueError(f"{output} is the prompts file; give another output")
     records = _records(generator, data, prompts_file, options)
-    batches = _batches(records)
     settings = {
         "prompts_file": hashlib.sha256(data).hexdigest(),
         "model": generator.checkpoint.fingerprint(),
@@ -156,7 +159,8 @@ def generate_file(
         missing = len(records) - len(done)
         try:
             if missing:
-                _run(generator, batches, seed, file, output, done)
+                parts = _pools(records) if generator.replaces_rows else _batches(records)
+                _run(generator, parts, seed, file, output, done)
         except KeyboardInterrupt as e:
             e.args = (f"{len(done)} of {len(records)} prompts are done; the same command continues {output}",)
             raise
@@ -272,22 +276,62 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _batches(records: list[_Record]) -> list[list[_Record]]:
-    """The batches in the order they run, each for one call of generate. They depend on the records alone.
-
-    A batch runs as many steps, in a graph of as many positions, as its longest row needs, so records of similar
-    length go together.
-    """
+def _groups(records: list[_Record]) -> list[list[_Record]]:
+    """The records by what the prompts of one call must share."""
     groups: dict[str, list[_Record]] = {}
     for record in records:
         shared = {name: value for name, value in record.options.items() if name not in PER_PROMPT}
         # grouped by sampling steps too, so that few graphs are built, one after another
         groups.setdefault(_json.dumps([record.steps, shared], sort_keys=True), []).append(record)
+    return list(groups.values())
+
+
+class _Part(NamedTuple):
+    """Records that run together. They, and their order, depend on the records of the file alone."""
+
+    records: list[_Record]
+    is_pool: bool
+
+    def missing(self, done: set[int]) -> list[_Record]:
+        """Those that run, with `done` the indices of what has run; of a batch all, so that its graph is the same."""
+        missing = [record for record in self.records if record.index not in done]
+        return missing if self.is_pool or not missing else self.records
+
+
+def _pools(records: list[_Record]) -> list[_Part]:
+    """The records by the graph that they run in, in the order in which they begin. Where none would wait for a row, a
+    batch does the same with one graph less.
+
+    A graph has as many positions as its longest row, so rows of less than half of that have one of their own, unless
+    all are so short that building it takes longer than it saves. Prompts of similar length are read together.
+    """
+
+    def length(record: _Record) -> int:
+        return len(record.prompt) + record.options["max_new_tokens"]
+
+    parts = []
+    for group in _groups(records):
+        group.sort(key=length, reverse=True)
+        while group:
+            longest = length(group[0])
+            n = sum(2 * length(record) > longest or longest <= SHORT for record in group)
+            pool, group = group[:n], group[n:]
+            pool.sort(key=lambda r: (len(r.prompt).bit_length(), r.options["max_new_tokens"]), reverse=True)
+            parts.append(_Part(pool, is_pool=n * pool[0].n_samples > MAX_BATCH))
+    return parts
+
+
+def _batches(records: list[_Record]) -> list[_Part]:
+    """The batches in the order they run, each for one call of generate.
+
+    A batch runs as many steps, in a graph of as many positions, as its longest row needs, so records of similar
+    length go together.
+    """
     batches = []
-    for group in groups.values():
+    for group in _groups(records):
         group.sort(key=lambda r: (r.options["max_new_tokens"], len(r.prompt)), reverse=True)
         size = max(1, MAX_BATCH // group[0].n_samples)
-        batches += [group[begin : begin + size] for begin in range(0, len(group), size)]
+        batches += [_Part(group[begin : begin + size], is_pool=False) for begin in range(0, len(group), size)]
     return batches
 
 
@@ -295,43 +339,98 @@ def _batches(records: list[_Record]) -> list[list[_Record]]:
 
 
 def _run(
-    generator: TextGenerator, batches: list[list[_Record]], seed: int, file: io.FileIO, output: Path, done: set[int]
+    generator: TextGenerator, parts: list[_Part], seed: int, file: io.FileIO, output: Path, done: set[int]
 ) -> None:
     """Appends the lines of the records whose index is not in `done`, and adds it."""
-    total = sum(map(len, batches))
-    batches = [batch for batch in batches if any(record.index not in done for record in batch)]
-    max_tokens = [sum(r.n_samples * r.options["max_new_tokens"] for r in batch) for batch in batches]
-    error = None
-    with tqdm(desc=output.name, total=sum(max_tokens), unit=" tokens", disable=None) as progress:
+    total = sum(len(part.records) for part in parts)
+    missing = [part.missing(done) for part in parts]
+    with tqdm(desc=output.name, total=sum(map(_max_tokens, missing)), unit=" tokens", disable=None) as progress:
+        run = _Run(generator, seed, file, done, total, progress)
+        run.show_done()
+        for part, records in zip(parts, missing):
+            if records and part.is_pool:
+                run.pool(part.records, {record.index for record in records})
+            elif records:
+                run.batch(records)
+    if run.error:
+        raise run.error
 
-        def show_done() -> None:
-            progress.set_postfix_str(f"{len(done)} of {total} prompts")
 
-        show_done()
-        for batch, max_tokens_of_batch in zip(batches, max_tokens):
-            begin = progress.n
-            options = _columns([{"seed": seed, **record.options, "stream": record.stream} for record in batch])
-            # on a cluster neither tokens nor Ctrl-C are seen before the batch ends
-            streamer = None if generator.mesh.cluster else lambda *_: progress.update()
-            try:
-                samples: Sequence[Sample | None] = generator.generate(
-                    [record.prompt for record in batch], streamer=streamer, **options
-                )
-            except Interrupted as e:
-                _write(file, batch, e.samples, done)
-                raise
-            except InvalidDistributionError as e:  # the other records continue
-                row, sample = divmod(e.sample or 0, batch[0].n_samples)
-                where = f"the prompt of line {batch[row].index + 1}: sample {sample}, step {e.step}"
-                error = error or InvalidDistributionError(f"{where}: {e.reason}")
-                samples = e.samples
-            _write(file, batch, samples, done)
-            tokens = sum(len(sample.tokens) for sample in samples if sample)
-            progress.total += tokens - max_tokens_of_batch
-            progress.update(begin + tokens - progress.n)
-            show_done()
-    if error:
-        raise error
+def _max_tokens(records: Iterable[_Record]) -> int:
+    return sum(record.n_samples * record.options["max_new_tokens"] for record in records)
+
+
+@dataclasses.dataclass
+class _Run:
+    """Where the lines go, and the bar."""
+
+    generator: TextGenerator
+    seed: int
+    file: io.FileIO
+    done: set[int]
+    total: int  # records
+    progress: Any
+    error: InvalidDistributionError | None = None  # the first; the other records continue
+
+    def show_done(self) -> None:
+        self.progress.set_postfix_str(f"{len(self.done)} of {self.total} prompts")
+
+    def options(self, records: list[_Record]) -> dict[str, Any]:
+        """Of one call of the generator."""
+        return _columns([{"seed": self.seed, **record.options, "stream": record.stream} for record in records])
+
+    def batch(self, batch: list[_Record]) -> None:
+        """Runs records in one call, and writes the lines of all."""
+        begin = self.progress.n
+        # on a cluster neither tokens nor Ctrl-C are seen before the batch ends
+        streamer = None if self.generator.mesh.cluster else lambda *_: self.progress.update()
+        try:
+            samples: Sequence[Sample | None] = self.generator.generate(
+                [record.prompt for record in batch], streamer=streamer, **self.options(batch)
+            )
+        except Interrupted as e:
+            _write(self.file, batch, e.samples, self.done)
+            raise
+        except InvalidDistributionError as e:
+            self.note(e, batch, e.sample or 0)
+            samples = e.samples
+        _write(self.file, batch, samples, self.done)
+        tokens = sum(len(sample.tokens) for sample in samples if sample)
+        self.progress.total += tokens - _max_tokens(batch)
+        self.progress.update(begin + tokens - self.progress.n)
+        self.show_done()
+
+    def pool(self, pool: list[_Record], missing: set[int]) -> None:
+        """Runs those records of a pool whose index is in `missing`, and writes each one's line as it ends."""
+        wanted = [i for i, record in enumerate(pool) if record.index in missing]
+        samples: dict[int, dict[int, Sample]] = collections.defaultdict(dict)  # of records that lack some yet
+        errors = {}
+        for ended in self.generator.generate_each(
+            [record.prompt for record in pool], wanted, streamer=lambda *_: self.progress.update(), **self.options(pool)
+        ):
+            whole = []
+            for index, sample in ended:
+                i, number = divmod(index, pool[0].n_samples)
+                if isinstance(sample, InvalidDistributionError):
+                    errors[index] = sample
+                    continue
+                samples[i][number] = sample
+                if len(samples[i]) == pool[i].n_samples:
+                    whole.append(i)
+            records = [pool[i] for i in whole]
+            found = [sample for i in whole for _, sample in sorted(samples.pop(i).items())]
+            _write(self.file, records, found, self.done)
+            self.progress.total += sum(len(sample.tokens) for sample in found) - _max_tokens(records)
+            self.show_done()
+        if errors:
+            index, error = min(errors.items())
+            self.note(error, pool, index)
+
+    def note(self, error: InvalidDistributionError, records: list[_Record], index: int) -> None:
+        """Keeps the run's first error; index: of the sample among those of the records."""
+        row, sample = divmod(index, records[0].n_samples)
+        where = f"the prompt of line {records[row].index + 1}: sample {sample}, step {error.step}"
+        self.error = self.error or InvalidDistributionError(f"{where}: {error.reason}")
 
 
 def _write(file: io.FileIO, batch: list[_Record], samples: Sequence[Sample | None], done: set[int]) -> None:

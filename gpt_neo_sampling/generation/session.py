@@ -24,6 +24,8 @@ from gpt_neo_sampling.generation.decode_graph import (
     add_variables,
     build,
     build_chain,
+    build_first_pass,
+    build_segment,
     load_weights,
     variable_dtype_of,
 )
@@ -195,6 +197,21 @@ class _Loaded:
         return self
 
 
+@dataclasses.dataclass
+class RowArrays:
+    """The rows of a `SegmentProgram` and where each stands."""
+
+    prompts: np.ndarray  # int64 [rows], the index of its prompt in the request
+    streams: np.ndarray  # int32 [rows]
+    prompt_lengths: np.ndarray  # int32 [rows], at least 1
+    limits: np.ndarray  # int32 [rows], the most new tokens
+    drawn: np.ndarray  # int32 [rows], new tokens so far
+    done: np.ndarray  # bool [rows]
+    ids: np.ndarray  # int32 [rows, length]; prompt and new tokens
+    logprobs: list[np.ndarray]  # float32 [rows, length]: two, or none
+    states: list[np.ndarray]  # the model's, [rows, heads, memory_length, features_per_head]
+
+
 class DecodeProgram:
     """A decode graph. Its results are tokens, and log-probabilities if the key asks for them."""
 
@@ -236,12 +253,21 @@ class DecodeProgram:
             values = request.values[name][prompt_range.start : prompt_range.stop]
             return np.repeat(np.pad(values, (0, n_padding), mode="edge"), key.samples)
 
-        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
-        feeds = {
+        return {
             inputs.ids: ids,
             inputs.prompt_lengths: [len(p) for p in prompts] + [1] * n_padding,
             inputs.max_steps: np.repeat(limits + [0] * n_padding, key.samples),
             inputs.stream: for_rows("stream") + np.tile(np.array(sample_range, np.int32), key.batch),
+            **self._feeds_of_request(key, request, for_rows),
+        }
+
+    def _feeds_of_request(
+        self, key: ProgramKey, request: Request, for_rows: Callable[[str], np.ndarray]
+    ) -> dict[tf.Tensor, Any]:
+        """What does not depend on the step; for_rows: a function of an option's name to its value for each row."""
+        inputs = self._inputs
+        stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
+        feeds = {
             inputs.seed: for_rows("seed"),
             inputs.temperature: for_rows("temperature"),
             **dict(zip(inputs.stop_tokens, stop_tokens)),
@@ -259,6 +285,9 @@ class WatchedProgram(DecodeProgram):
     def _build(self, key: ProgramKey, model: Model) -> Any:
         self._number = tf.placeholder(tf.int32, [])  # which watcher belongs to the run
         self._watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
+        return self._build_watched(key, model)
+
+    def _build_watched(self, key: ProgramKey, model: Model) -> Any:
         return build(key, self._inputs, model, on_tokens=self._watch, run_number=self._number)
 
     def _watch(self, tokens: np.ndarray, n_drawn: np.ndarray, number: np.ndarray) -> np.ndarray:
@@ -266,13 +295,78 @@ class WatchedProgram(DecodeProgram):
 
     def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
         """watcher: of this run; the caller keeps it alive until the run ends."""
+        return {**super().feeds(*args), self._number: self._number_of(watcher)}
+
+    def _number_of(self, watcher: Watcher | None) -> int:
+        """The number by which the graph's calls find the watcher."""
         assert watcher is not None
         number = next(_numbers) % 2**31
         self._watchers[number] = watcher
-        return {**super().feeds(*args), self._number: number}
+        return number
 
 
 _numbers = itertools.count()
+
+
+class SegmentProgram(WatchedProgram):
+    """Some steps of rows that are under way, with a `Watcher`. Its results are a pair: those of a DecodeProgram, and 0.
+    The model's states are where `RowArrays` has them."""
+
+    def _build_watched(self, key: ProgramKey, model: Model) -> Any:
+        self._position = tf.placeholder(tf.int32, [key.rows])
+        self._done = tf.placeholder(tf.bool, [key.rows])
+        results, self._states, new_states = build_segment(
+            key, self._inputs, self._position, self._done, model, self._watch, self._number
+        )
+        self._runs: weakref.WeakValueDictionary[int, RowArrays] = weakref.WeakValueDictionary()
+        # not fetched, which copies them: what is fed was overwritten where it lies, as a rule
+        return results, tf.numpy_function(self._keep, [self._number, *new_states], tf.float32)
+
+    def _keep(self, number: np.ndarray, *states: np.ndarray) -> np.float32:
+        for own, new in zip(self._runs[int(number)].states, states):
+            if not np.may_share_memory(own, new):
+                own[:] = new
+        return np.float32(0)
+
+    def feeds(self, *args: Any, watcher: Watcher | None = None) -> dict[tf.Tensor, Any]:
+        """args: the key, a `Request`, and the `RowArrays` of its rows. The caller keeps these and the watcher alive
+        until the run ends."""
+        key, request, rows = args
+        inputs, number = self._inputs, self._number_of(watcher)
+        self._runs[number] = rows
+        return {
+            self._number: number,
+            inputs.ids: rows.ids,
+            inputs.prompt_lengths: rows.prompt_lengths,
+            inputs.max_steps: rows.limits,
+            self._position: rows.prompt_lengths + rows.drawn,
+            self._done: rows.done,
+            inputs.stream: rows.streams,
+            **self._feeds_of_request(key, request, lambda name: request.values[name][rows.prompts]),
+            **dict(zip(self._states, rows.states)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstPassKey:
+    batch: int  # prompts
+    length: int
+
+
+class FirstPassProgram:
+    """A pass over prompts. Its results are the model's states."""
+
+    def __init__(self, key: FirstPassKey, model: Model) -> None:
+        self._ids = tf.placeholder(tf.int32, [key.batch, key.length])
+        self._lengths = tf.placeholder(tf.int32, [key.batch])
+        self.results = build_first_pass(self._ids, self._lengths, model)
+
+    def feeds(self, key: FirstPassKey, prompts: list[list[int]]) -> dict[tf.Tensor, Any]:
+        """prompts: lists of ids, at most as many as the batch."""
+        ids = np.zeros([key.batch, key.length], np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        return {self._ids: ids, self._lengths: [len(p) for p in prompts] + [1] * (key.batch - len(prompts))}
 
 
 class ChainProgram(DecodeProgram):
@@ -304,6 +398,11 @@ def program_key(
         logits_processors=tuple(request.options.logits_processors),
         return_logprobs=request.options.return_logprobs,
     )
+
+
+def prompt_length_of(prompt: list[int], n_ctx: int) -> int:
+    """The length of a `FirstPassProgram` for a prompt: a power of two from SHORTEST on, at most n_ctx."""
+    return min(max(SHORTEST, _round_up_power(len(prompt))), n_ctx)
 
 
 def score_key(rows: list[list[int]], n_ctx: int, mesh: DeviceMesh) -> ScoreKey:

@@ -71,38 +71,52 @@ class Watcher:
     """
 
     def __init__(
-        self, rows: Sequence[tuple[IncrementalDetokenizer | None, int, Sequence[int]]], on_token: Streamer | None = None
+        self,
+        rows: Sequence[tuple[IncrementalDetokenizer | None, int, Sequence[int]]],
+        on_token: Streamer | None = None,
+        drawn: np.ndarray | None = None,
+        pause_at: int | None = None,
     ) -> None:
-        """rows: list of (IncrementalDetokenizer or None, the most new tokens, stop tokens); on_token: a function of
-        (row, token, text, is_last), with None for text if the row has no detokenizer."""
+        """
+        Args:
+          rows: list of (IncrementalDetokenizer or None, the most new tokens, stop tokens).
+          on_token: a function of (row, token, text, is_last), with None for text if the row has no detokenizer.
+          drawn: int ndarray [rows], how many new tokens each row has before the run; None for none.
+          pause_at: the number of rows that are done at which the run ends, though others are not.
+        """
         self._rows = rows
         self._on_token = on_token
-        self._drawn = np.zeros(len(rows), int)
+        self._pause_at = pause_at
+        self.drawn = np.zeros(len(rows), int) if drawn is None else drawn.copy()  # new tokens of each row
         self._events: queue.SimpleQueue[tuple[int, int, str | None, bool] | None] = queue.SimpleQueue()
         self._cancelled = False
         self._error: BaseException | None = None  # raised while watching
         self.finished = np.zeros(len(rows), bool)  # rows whose last token was drawn
+        self.invalid = np.zeros(len(rows), bool)  # rows that had no distribution to draw from
         self.interrupted = False  # by Ctrl-C
 
     def __call__(self, tokens: np.ndarray, n_drawn: np.ndarray) -> np.ndarray:
-        """Takes a step's tokens [batch] and how many each row has drawn; returns float32 [batch], 1.0 for a row that is
-        done. Rows beyond those of the request only fill the batch."""
+        """Takes a step's tokens [batch] and how many each row has drawn; returns float32 [batch], 1.0 for a row that
+        gets no more in this run. Rows beyond those of the request only fill the batch."""
         done = np.zeros(len(tokens), np.float32)
         if not self._cancelled:
             try:
-                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self._drawn).tolist():
+                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self.drawn).tolist():
                     done[row] = self._push(row, int(tokens[row]))
             except BaseException as e:  # TensorFlow would turn it into an error of its own
                 self._error = e
                 self._cancelled = True
-        return np.ones_like(done) if self._cancelled else done
+        n_done = np.count_nonzero(self.finished | self.invalid)
+        is_paused = self._pause_at is not None and n_done >= self._pause_at
+        return np.ones_like(done) if self._cancelled or is_paused else done
 
     def _push(self, row: int, token: int) -> bool:
         detokenizer, limit, stop_tokens = self._rows[row]
-        self._drawn[row] += 1
-        if token < 0:  # no distribution to draw from
+        self.drawn[row] += 1
+        if token < 0:
+            self.invalid[row] = True
             return True
-        text, is_last = None, bool(self._drawn[row] == limit or token in stop_tokens)
+        text, is_last = None, bool(self.drawn[row] == limit or token in stop_tokens)
         if detokenizer is not None:
             text = detokenizer.push(token, is_last)
             is_last = is_last or detokenizer.stopped

@@ -74,6 +74,13 @@ class DeviceMesh:
         """int: the number of processors."""
         return self.shape.size
 
+    def is_one_cpu(self) -> bool:
+        """Whether all is computed in this process's own memory. Makes TensorFlow look for its devices."""
+        if self.size > 1 or self.cluster is not None:
+            return False
+        (device,) = self.devices
+        return "CPU" in device or not (device or _gpu_count())
+
     def parts(self, dim: str) -> int:
         """int: the number of parts that the dimension named `dim` is split into."""
         axis = self.layout.get(dim)

@@ -35,6 +35,7 @@ class Stub:
     dtype = "float32"
     mesh = types.SimpleNamespace(cluster=None)
     params = {"n_ctx": 100}
+    replaces_rows = False
 
     def __init__(self, dies_at=None, interrupted_at=None):
         self.checkpoint = types.SimpleNamespace(fingerprint=lambda: "stub")
