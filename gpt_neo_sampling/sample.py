@@ -457,7 +457,7 @@ def continue_rows(
         decoder, _Prompts(ids, ids, prompt_lengths, None), states, ids.shape[-1].size, vocab_dim,
         options.imported(mesh, rows), unfolded(import_seed(mesh, seed, rows)),
         unfolded(import_rows(mesh, stream, tf.int32, rows, "stream")),
-        import_rows(mesh, max_steps, tf.int32, rows, "max_steps"), stopping_criteria, return_logprobs, INVALID,
+        import_rows(mesh, max_steps, tf.int32, rows, "max_steps"), stopping_criteria, return_logprobs, INVALID, False,
     )  # fmt: skip
     logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(2 * return_logprobs)]
     start = _LoopState(position, ids, done, logprobs, states)

@@ -107,6 +107,7 @@ class TextGenerator:
       mesh: the `DeviceMesh`.
       params: dict, the model's config by GPT-Neo's keys: n_vocab, n_ctx and so on.
       dtype: str, the dtype of activations.
+      jit_compile: bool, whether XLA compiles decode loops.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.mesh = device_mesh() if mesh is None else mesh
         check_bool("jit_compile", jit_compile)
+        self.jit_compile = jit_compile
         self._graphs = Graphs(checkpoint, self.mesh, dtype, jit_compile)
         self.params, self.dtype = self._graphs.params, self._graphs.dtype
         if checkpoint.ignored_generation_options:
@@ -256,8 +258,8 @@ class TextGenerator:
 
     @functools.cached_property
     def replaces_rows(self) -> bool:
-        """Whether `generate_each` works: on one CPU, whose memory is this process's own."""
-        return self.mesh.is_one_cpu()
+        """Whether `generate_each` works: on one CPU, whose memory is this process's own, and not compiled."""
+        return self.mesh.is_one_cpu() and not self.jit_compile
 
     def generate_each(
         self, prompts: Prompts, wanted: Iterable[int], *, streamer: Streamer | None = None, **options: Any

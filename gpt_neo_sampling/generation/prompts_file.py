@@ -145,6 +145,7 @@ def generate_file(
         "prompts_file": hashlib.sha256(data).hexdigest(),
         "model": generator.checkpoint.fingerprint(),
         "dtype": generator.dtype,
+        "jit_compile": generator.jit_compile,
         "version": VERSION,
         **options,
     }

@@ -33,6 +33,7 @@ class Stub:
     """A generator whose tokens encode the request, and that dies or is interrupted in a given call."""
 
     dtype = "float32"
+    jit_compile = False
     mesh = types.SimpleNamespace(cluster=None)
     params = {"n_ctx": 100}
     replaces_rows = False
