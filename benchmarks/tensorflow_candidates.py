@@ -174,12 +174,14 @@ class Program:
 class Decoder:
     """`TextGenerator.generate` on the model of 125M's shape."""
 
-    def __init__(self, batch, n_ctx=2048, dtype="float32", temperature=0.9, top_k=40):
+    def __init__(self, batch, n_ctx=2048, dtype="float32", jit_compile=False, temperature=0.9, top_k=40):
         from gpt_neo_sampling import TextGenerator
 
         self._n_ctx, self._dtype = n_ctx, dtype
         self._prompts = common.prompts(batch)
-        self._generator = TextGenerator.from_pretrained(common.model_folder(n_ctx), dtype=dtype)
+        self._generator = TextGenerator.from_pretrained(
+            common.model_folder(n_ctx), dtype=dtype, jit_compile=jit_compile
+        )
         self._sampling = dict(temperature=temperature, top_k=top_k)
         self._seed = SEED
 

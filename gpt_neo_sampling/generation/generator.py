@@ -169,7 +169,7 @@ class TextGenerator:
             halves the memory and gives logits of 8 significant bits; sampling is
             computed in float32 either way.
           jit_compile: whether XLA compiles the decode loop, anew for each size of
-            request. For one device. docs/performance.md says when it pays.
+            request: for one device, and on a CPU for one row (a prompt and a sample).
           mesh_shape, layout, devices, cluster: see `devices.device_mesh`; by default
             one CPU. They decide where the work is done and do not change the result:
             a vocabulary that a layout does not divide is padded with entries that

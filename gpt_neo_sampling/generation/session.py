@@ -48,7 +48,7 @@ class Graphs:
     def __init__(
         self, checkpoint: Checkpoint, mesh: DeviceMesh, dtype: DType | None = None, jit_compile: bool = False
     ) -> None:
-        """Takes a `Checkpoint`, a `devices.DeviceMesh`, a dtype and jit_compile, and raises, as `TextGenerator` does."""
+        """Takes a `Checkpoint`, a `devices.DeviceMesh` and the rest as `TextGenerator` does, and raises as it does."""
         gpt2.check_params(checkpoint.params)
         if jit_compile and mesh.size > 1:
             raise MeshError(f"jit_compile: the mesh has {mesh.size} processors; a program is compiled for one")
