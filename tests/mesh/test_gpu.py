@@ -3,10 +3,12 @@
 import contextlib
 
 import gpu_registry
+import hlo_text
 import numpy as np
 import programs
 import pytest
 import tpu_samplers
+from simd import UNAVAILABLE
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, tensorflow, tf
 from gpt_neo_sampling.checkpoint import open_checkpoint
@@ -176,3 +178,20 @@ def test_compiled_rows_draw_the_same(monkeypatch, sampler, mesh_shape, layout):
     functions = program.graph.as_graph_def().library.function
     assert any(node.attr[gpu_registry.COMPILED].b for f in functions for node in f.node_def)
     np.testing.assert_array_equal(program(*arrays), plain)
+
+
+# Kernels on the path of every step in XLA:CPU's program with TensorFlow 2.21, rare branches left out: a stand-in for a
+# GPU's, which XLA fuses by other rules.
+KERNELS = {"softmax": 35, "top-k": 49, "top-p": 98, "min-p": 48, "epsilon": 49, "typical": 106, "eta": 55, "entmax": 42,
+           "greedy": 5, "penalties": 43}  # fmt: skip
+
+
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
+@pytest.mark.parametrize(
+    "sampler", ["softmax", *(pytest.param(s, marks=pytest.mark.slow) for s in KERNELS if s != "softmax")]
+)
+def test_a_compiled_step_has_few_kernels(sampler):
+    specs = [tf.TensorSpec(shape, dtype) for dtype, shape in INPUTS]
+    function = programs.compiled(lambda *tensors: programs.lowered(step_of(sampler), *tensors))
+    text = function.experimental_get_compiler_ir(*specs)(stage="optimized_hlo")
+    assert sum(kernel.branches == 0 for kernel in hlo_text.kernels(text)) <= 1.1 * KERNELS[sampler]
