@@ -27,6 +27,7 @@ WAYS = {
     "top-p 0.9": {"top_p": 0.9},
     "entmax 1.3": {"entmax_alpha": 1.3},
 }
+MOST_TOKENS = 200  # fit in the bundled model's context behind a prompt
 BATCHES = 1, 8, 64
 RUNS = 3
 
@@ -36,13 +37,15 @@ def main(argv=None):
     parser.add_argument("--device", default="gpu:0", help="cpu:0 tries the script itself (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="new ones in each row (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not 1 <= args.tokens <= MOST_TOKENS:
+        parser.error(f"--tokens {args.tokens}; 1 to {MOST_TOKENS} are allowed")
     try:
         device = TextGenerator.from_pretrained(devices=args.device)
     except ValueError as e:
         print(f"gpu_check: {e}", file=sys.stderr)
         return 2
     tensorflow.config.experimental.enable_tensor_float_32_execution(False)
-    print(f"gpt_neo_sampling {gpt_neo_sampling.__version__}, {machine(args.device)}")
+    print(f"gpt_neo_sampling {gpt_neo_sampling.__version__}, {machine(device.mesh.devices[0])}")
     differing = compare(device, TextGenerator.from_pretrained(devices="cpu:0"), args.tokens)
     speeds(device, args.tokens)
     return 1 if differing else 0
@@ -52,11 +55,11 @@ def machine(device):
     """Versions, and what is known of the device, in a line."""
     built = tensorflow.sysconfig.get_build_info()
     facts = [f"TensorFlow {tensorflow.__version__}", f"CUDA {built['cuda_version']}" if "cuda_version" in built else ""]
-    number = int(device.split(":")[1])
+    kind, number = device.removeprefix("/device:").split(":")
     gpus = tensorflow.config.list_physical_devices("GPU")
-    if device.startswith("gpu"):
-        facts.append(tensorflow.config.experimental.get_device_details(gpus[number]).get("device_name", ""))
-    if device.startswith("gpu") and shutil.which("nvidia-smi"):
+    if kind == "GPU":
+        facts.append(tensorflow.config.experimental.get_device_details(gpus[int(number)]).get("device_name", ""))
+    if kind == "GPU" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", f"--id={number}", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
         facts.append("driver " + subprocess.run(query, capture_output=True, text=True).stdout.strip())
     return ", ".join([*filter(None, facts), device])
@@ -73,7 +76,7 @@ def compare(device, cpu, n_tokens):
         first = ""
         if unequal:
             pairs = enumerate(zip(drawn[unequal[0]], expected[unequal[0]]))
-            first = f"; row {unequal[0]} from token {next((i for i, (a, b) in pairs if a != b), 'of the shorter')} on"
+            first = f"; row {unequal[0]} from token {next((i for i, (a, b) in pairs if a != b), 'where one ends')} on"
         print(f"{way:12} {len(PROMPTS) - len(unequal)} of {len(PROMPTS)} rows equal to the CPU's{first}", flush=True)
         differing += len(unequal)
     return differing

@@ -317,7 +317,8 @@ def sample_autoregressive(
       return_logprobs: whether to return log-probabilities too.
       invalid_token: an int: what is written where −1 is said below, for callers
         whose next function takes no −1 (a tokenizer). Such a row is done all the same.
-      jit_compile: whether XLA compiles the loop, or with stopping_criteria each of its steps. For a mesh of one device.
+      jit_compile: whether XLA compiles the loop, or with stopping_criteria each of its steps. On a mesh of one CPU or
+        GPU, for a model and logits_processors that do not call Python while they run.
       **controls: the fields of `sampling.controls.Controls` but temperature and top_k, each number †; None for one that
         is left out. entmax_alpha is for sampling_use_entmax alone, and 1.3 by default; logit_bias a float32 tensor
         [vocab] or [batch…, vocab], −inf for a token that is never drawn; logits_processors functions of (logits, ids,
@@ -357,6 +358,8 @@ def sample_autoregressive(
     if temperature is None:
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
     stop_tokens = _stop_tokens(stop_at_token, never_end)
+    if not isinstance(jit_compile, bool):
+        raise ValueError(f"jit_compile={jit_compile!r}; True or False is needed")
     _check_arguments(max_steps, invalid_token, has_partial_sequences, prompt_lengths)
 
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)

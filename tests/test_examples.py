@@ -133,7 +133,7 @@ def test_gpu_check(capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "WAYS", {"greedy": {"temperature": 0}, "softmax": {}})
     assert gpu_check.main(["--device", "cpu:0", "--tokens", "3"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("gpt_neo_sampling ") and head.endswith("cpu:0")
+    assert head.startswith("gpt_neo_sampling ") and head.endswith("/device:CPU:0")
     equal = [line for line in lines if line.endswith("8 of 8 rows equal to the CPU's")]
     assert [line[:12].rstrip() for line in equal] == list(gpu_check.WAYS)
     assert [line.split(":")[0] for line in lines if "tokens/s" in line] == ["batch  1"]

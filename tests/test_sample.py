@@ -1188,3 +1188,25 @@ def test_options_at_the_end_of_their_range():
     assert np.array_equal(out["hot"], out["hot above"])
     assert np.array_equal(out["cold"], out["greedy"])
     check(out["hot"], PROMPTS, bigram, seed=-(2**31), temperature=1e30, bos=BOS)
+
+
+def test_jit_compile():
+    """On one device the tokens are as without; a mesh of two is refused."""
+    vocab_dim = mtf.Dimension("vocab", VOCAB)
+
+    def model(features, other_features, params, mesh, variable_dtype, context=None):
+        return mtf.one_hot(features["inputs"] * 5, vocab_dim, on_value=2.0), None, None
+
+    def build(mesh, ids):
+        ids = mtf.import_tf_tensor(mesh, ids, dims(batch=2, length=12))
+        options = {"model": model, "stop_at_token": STOP, "temperature": 0.5, "bos_id": BOS, "seed": 3}
+        features, params = {"vocab_dim": vocab_dim}, {"slow_sampling": True}
+        jit, plain = (sample_autoregressive(ids, features, params, jit_compile=c, **options) for c in (True, False))
+        return jit, plain
+
+    ids = np.array([[5, 3] + [PAD] * 10, [7] + [PAD] * 11], np.int32)
+    jit, plain = MeshRunner()(build, ids)
+    assert (plain[:, 2:] != PAD).any()
+    np.testing.assert_array_equal(jit, plain)
+    with pytest.raises(ValueError, match="compiled: the mesh has 2 processors; a program is compiled for one"):
+        MeshRunner("x:2", "batch:x")(build, ids)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, echo: Echo | None = None) -> tuple[int, object
         raise
     except tf.errors.ResourceExhaustedError as e:
         found = re.search(r"(OOM when|Out of memory)[^\n]*", e.message)
-        return 1, f"a device has not enough memory. {found[0] if found else e.message}"
+        return 1, f"a device does not have enough memory. {found[0] if found else e.message}"
     except (OSError, tf.errors.OpError) as e:
         return 1, e
     except MemoryError as e:

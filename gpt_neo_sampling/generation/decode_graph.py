@@ -13,7 +13,6 @@ from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
 from gpt_neo_sampling.generation.options import DTYPES
-from gpt_neo_sampling.mesh.gpu import on_gpu
 from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import config, gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder
@@ -40,7 +39,7 @@ class Model:
       n_vocab: int, entries of the vocabulary's dimension, padding included.
       mesh_impl: what graphs are lowered on.
       variable_dtype: mtf.VariableDType.
-      jit_compile: whether XLA compiles decode loops, on CPUs those of one row.
+      jit_compile: whether XLA compiles decode loops of one row.
     """
 
     params: Params
@@ -163,8 +162,7 @@ def build(
         stopping_criteria=watch,
         num_return_sequences=key.samples,
         return_logprobs=key.return_logprobs,
-        # of more rows TensorFlow's own products are the faster on a CPU
-        jit_compile=model.jit_compile and (key.rows == 1 or on_gpu(model.mesh_impl)),
+        jit_compile=model.jit_compile and key.rows == 1,  # of more, TensorFlow's own products are faster on CPUs
         **options,
     )
     results = results if key.return_logprobs else [results]

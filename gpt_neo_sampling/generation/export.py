@@ -141,7 +141,7 @@ def _write(
 ) -> None:
     probe_devices()
     graph, mesh = tf.Graph(), device_mesh()
-    params = dict(checkpoint.params, mode="predict", use_tpu=False)
+    params = dict(checkpoint.params, mode="predict", use_tpu=False, transposed_weights=False)
     model = Model(params, params["n_vocab"], mesh.impl(), variable_dtype)
     with graph.as_default(), quiet_logging(), portable(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
         weights = add_variables(model)

@@ -97,9 +97,9 @@ def generate_file(
       "samples": a list of num_return_sequences objects, each a `Sample`
 
     in the order of the prompts once all are there, before that in the order in
-    which they were finished. Where the model runs on one CPU, a line is on disk a few
-    steps after its last token; elsewhere as soon as its batch is finished, longest
-    first.
+    which they were finished. Where the model runs on one CPU, a line is on disk once
+    a quarter of the rows have ended since the last ones were written; elsewhere, and
+    for at most 32 samples, as soon as its batch is finished, longest first.
 
     Started again with the same arguments, however it ended, it continues where it
     stopped: no line is lost, duplicated or half written, and the file becomes the

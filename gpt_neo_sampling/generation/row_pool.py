@@ -120,6 +120,7 @@ class RowPool:
             rows.prompts[row], rows.streams[row] = p, request.values["stream"][p] + number
             rows.prompt_lengths[row], rows.limits[row] = len(prompt), self._limits[p]
             rows.drawn[row], rows.done[row] = 0, False
+            rows.ids[row] = 0
             rows.ids[row, : len(prompt)] = prompt
             for logprobs in rows.logprobs:
                 logprobs[row] = 0

@@ -52,6 +52,8 @@ class Graphs:
         gpt2.check_params(checkpoint.params)
         if jit_compile and mesh.size > 1:
             raise MeshError(f"jit_compile: the mesh has {mesh.size} processors; a program is compiled for one")
+        if jit_compile and mesh.cluster:
+            raise MeshError("jit_compile: a device of this process is needed, not of a cluster's")
         if jit_compile and not tf.test.is_built_with_xla():
             raise ValueError("jit_compile: this TensorFlow is built without XLA")
         # XLA's product of one row reads weights [out, in] faster than TensorFlow's kernels read either.
@@ -132,9 +134,13 @@ class Graphs:
             self._loaded = loaded
         with self._in_use(loaded):
             if (program_class, key) not in loaded.programs:
-                with self._open(loaded.session.graph):
-                    program = program_class(key, self._model)
-                self.mesh.extend(loaded.session)
+                try:
+                    with self._open(loaded.session.graph):
+                        program = program_class(key, self._model)
+                    self.mesh.extend(loaded.session)
+                except KeyboardInterrupt:
+                    self._drop(loaded)  # what is built in its graph next might be placed by a scope left open
+                    raise
                 loaded.programs[program_class, key] = program
 
     @contextlib.contextmanager
@@ -165,8 +171,16 @@ class Graphs:
 
     @contextlib.contextmanager
     def _open(self, graph: tf.Graph) -> Iterator[None]:
-        with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-            yield
+        try:
+            with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
+                yield
+        except Exception as e:
+            behind: BaseException | None = e
+            while behind is not None:  # TensorFlow's scopes fail to close where Ctrl-C came within one, and hide it
+                if isinstance(behind, KeyboardInterrupt):
+                    raise behind from None
+                behind = behind.__context__
+            raise
 
     def _session_with_weights(self) -> tf.Session:
         graph = tf.Graph()

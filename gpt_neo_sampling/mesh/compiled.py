@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Callable, Sequence
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
+from gpt_neo_sampling._compat import PlacementMeshImpl, current_device, mtf, tensorflow, tf
 from gpt_neo_sampling.mesh.ops import MeshOperation
 
 
 def compiled(mesh: mtf.Mesh, build: Callable[[], Sequence[mtf.Tensor]], name: str = "compiled") -> list[mtf.Tensor]:
-    """What `build` makes, compiled by XLA as one program, the first time that TensorFlow runs it.
+    """What `build` makes, as one program, which XLA compiles when it first runs.
 
     Args:
       mesh: mtf.Mesh.
@@ -20,7 +20,7 @@ def compiled(mesh: mtf.Mesh, build: Callable[[], Sequence[mtf.Tensor]], name: st
       a list of mtf.Tensors like those that `build` returned. No gradient flows through them.
 
     Raises:
-      ValueError: when it is lowered, on a mesh of more than one device.
+      ValueError: when it is lowered, unless the mesh is of one CPU or GPU.
     """
     operations = mesh.graph.operations
     before = len(operations)
@@ -28,30 +28,38 @@ def compiled(mesh: mtf.Mesh, build: Callable[[], Sequence[mtf.Tensor]], name: st
     added = operations[before:]
     del operations[before:]
     operations.extend(op for op in added if isinstance(op, mtf.Variable))
-    return _CompiledOperation([op for op in added if not isinstance(op, mtf.Variable)], made, name).outputs
+    return _CompiledOperation([op for op in added if not isinstance(op, mtf.Variable)], made, name, mesh).outputs
 
 
 class _CompiledOperation(MeshOperation):
-    def __init__(self, operations: list[mtf.Operation], made: Sequence[mtf.Tensor], name: str) -> None:
+    def __init__(self, operations: list[mtf.Operation], made: Sequence[mtf.Tensor], name: str, mesh: mtf.Mesh) -> None:
         inside = {t for op in operations for t in op.outputs}
         inputs = dict.fromkeys(t for op in operations for t in op.inputs if t not in inside)  # in order
-        super().__init__(list(inputs), [(t.shape, t.dtype) for t in made], name, operations[0].mesh)
+        super().__init__(list(inputs), [(t.shape, t.dtype) for t in made], name, mesh)
         self._operations, self._made = operations, made
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
-        if not isinstance(mesh_impl, PlacementMeshImpl) or mesh_impl.size > 1:
-            raise ValueError(f"{self.name}: {mesh_impl.size} devices; a program is compiled for one")
+        if not isinstance(mesh_impl, PlacementMeshImpl):
+            raise ValueError(f"{self.name}: a mesh of one CPU or GPU is needed, not a {type(mesh_impl).__name__}")
+        if mesh_impl.size > 1:
+            raise ValueError(f"{self.name}: the mesh has {mesh_impl.size} processors; a program is compiled for one")
+        with tf.device(mesh_impl.devices[0]):
+            made = self._call(lowering, current_device())
+        for output, value in zip(self.outputs, made, strict=True):
+            lowering.set_tensor_lowering(output, mesh_impl.LaidOutTensor([value]))
+
+    def _call(self, lowering: mtf.Lowering, device: str) -> list[tf.Tensor]:
+        """device: TensorFlow's name of the one that the program is called on."""
 
         def program() -> list[tf.Tensor]:
             inner = copy.copy(lowering)
             inner.is_compiled = True
             inner.tensors = dict(lowering.tensors)  # what is outside becomes an input where it is used
-            for operation in self._operations:
-                with tf.name_scope(operation.name):
-                    operation.lower(inner)
+            with tf.device(device or None):  # a function does not take it from where it is called
+                for operation in self._operations:
+                    with tf.name_scope(operation.name):
+                        operation.lower(inner)
             return [inner.tensors[t].to_laid_out_tensor().tensor_list[0] for t in self._made]
 
-        made = tensorflow.function(program, jit_compile=True, autograph=False)()
-        for output, value in zip(self.outputs, made, strict=True):
-            lowering.set_tensor_lowering(output, mesh_impl.LaidOutTensor([value]))
+        return tensorflow.function(program, jit_compile=True, autograph=False)()

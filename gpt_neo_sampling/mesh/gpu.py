@@ -1,4 +1,4 @@
-"""Where a mesh is GPUs, and what is then done otherwise.
+"""Whether a mesh is made of GPUs, and what changes there.
 
 TensorFlow launches a graph's operations one by one, and on a GPU computes with int32 in the host's memory, but for
 selections and look-ups: it waits for the GPU and copies. A draw is hundreds of operations, many of these. So XLA
@@ -33,6 +33,11 @@ def on_gpu(mesh_impl: mtf.MeshImpl) -> bool:
     return all(map(_is_gpu, mesh_impl.devices))
 
 
+def may_be_gpu(mesh_impl: mtf.MeshImpl) -> bool:
+    """Whether any operation of a mesh may be placed on a GPU."""
+    return isinstance(mesh_impl, PlacementMeshImpl) and not _portable.get() and any(map(_is_gpu, mesh_impl.devices))
+
+
 def _is_gpu(device: str) -> bool:
     with tf.device(device):
         kind = tf.DeviceSpec.from_string(current_device()).device_type
@@ -45,13 +50,15 @@ def compiles_rows(mesh_impl: mtf.MeshImpl) -> bool:
     """Whether XLA is to compile what `compiled_rows` holds, if it is lowered here.
 
     Raises:
-      ValueError: for a value of the environment variable that is neither 0 nor 1.
+      ValueError: for a value of the environment variable that is neither 0 nor 1, or 1 where there is no XLA.
     """
     if not isinstance(mesh_impl, PlacementMeshImpl) or _portable.get():
         return False
     wanted = os.environ.get(COMPILE) or None
     if wanted not in (None, "0", "1"):
         raise ValueError(f"{COMPILE}={wanted}; allowed: 0 (compile no draw) or 1 (all, on CPUs too)")
+    if wanted == "1" and not tf.test.is_built_with_xla():
+        raise ValueError(f"{COMPILE}=1, but this TensorFlow is built without XLA")
     if wanted is None and not on_gpu(mesh_impl):
         return False
     return wanted != "0" and tf.test.is_built_with_xla()

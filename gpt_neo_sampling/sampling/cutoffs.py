@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, is_in_function, mtf, tf
 from gpt_neo_sampling._types import LaidOut, TensorFunction
-from gpt_neo_sampling.mesh.gpu import on_gpu
+from gpt_neo_sampling.mesh.gpu import may_be_gpu
 from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_while_loop, pad_last, size_of
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
 from gpt_neo_sampling.mesh.xla import is_core_program
@@ -459,7 +459,7 @@ def _bucket_sums(softmax: Softmax, buckets: LaidOut, n: int) -> LaidOut:
 
     width = n + _BLOCK
     # DenseBincount is three times as fast, but only CPUs have it, and XLA does not.
-    on_cpu = isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function() and not on_gpu(mesh_impl)
+    on_cpu = isinstance(mesh_impl, PlacementMeshImpl) and not is_in_function() and not may_be_gpu(mesh_impl)
     return sum_across(softmax.rows, mesh_impl.slicewise(sums, buckets, softmax.weights))
 
 

@@ -106,6 +106,19 @@ def test_a_gpu_has_the_decode_loops_kernels(program, mesh_shape, layout, options
     assert report.compiled > 0
 
 
+@pytest.mark.parametrize("program", [DecodeProgram, WatchedProgram])
+def test_jit_compile_on_a_cpu_beside_a_gpu(monkeypatch, program):
+    """What is compiled is for the CPU too, and carries integers as such."""
+    monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind=None: ["a GPU"])
+    with open_checkpoint(DEMO_FOLDER) as checkpoint:
+        params = dict(checkpoint.params, mode="predict", use_tpu=False)
+    impl = PlacementMeshImpl("", "", [""])
+    model = Model(params, params["n_vocab"], impl, variable_dtype_of(None), jit_compile=True)
+    with graph_on("cpu:0"):
+        ids = program(ProgramKey(batch=1, prompt_length=32, length=48), model).results[0]
+    assert ids.dtype == tf.int32
+
+
 @pytest.mark.parametrize(
     "scope, devices, gpus, expected",
     [
