@@ -341,6 +341,6 @@ def test_a_full_device_is_one_line(capfd, monkeypatch):
     monkeypatch.setattr(TextGenerator, "from_pretrained", full)
     assert main(capfd, "generate", "--prompt", "Emma") == (
         1, "",
-        "gpt-neo-sampling: error: a device does not have enough memory. OOM when allocating tensor with shape[64,50257] "
-        "and type float on /job:localhost/replica:0/task:0/device:GPU:0 by allocator GPU_0_bfc\n",
+        "gpt-neo-sampling: error: a device does not have enough memory. OOM when allocating tensor with "
+        "shape[64,50257] and type float on /job:localhost/replica:0/task:0/device:GPU:0 by allocator GPU_0_bfc\n",
     )  # fmt: skip
