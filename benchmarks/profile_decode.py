@@ -1,6 +1,7 @@
 """Where a decode step's time goes, for a model of GPT-Neo 125M's shape.
 
-    python benchmarks/profile_decode.py [--batch 1] [--new-tokens 64] [--top 15] [--json]
+    python benchmarks/profile_decode.py [--batch 1] [--new-tokens 64] [--dtype bfloat16] [--jit-compile] [--top 15]
+        [--json]
 
 TensorFlow's full trace of one request: each operation's time, summed by type.
 Two threads work at once, so the sum may pass the time that went by; tracing
@@ -60,11 +61,13 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--jit-compile", action="store_true", help="XLA's program then counts as one operation")
     parser.add_argument("--top", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=3, help="requests without a trace, of which the median is given")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    generator = TextGenerator.from_pretrained(common.model_folder())
+    generator = TextGenerator.from_pretrained(common.model_folder(), dtype=args.dtype, jit_compile=args.jit_compile)
     prompts = common.prompts(args.batch, args.prompt)
 
     def request(new_tokens=args.new_tokens):

@@ -89,7 +89,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add("--jit-compile", action="store_true", help="XLA compiles the decode loop of one prompt, which takes "
-        "seconds and then makes it faster: for some hundred tokens and more")  # fmt: skip
+        "seconds and then makes it faster: for a thousand tokens and more")  # fmt: skip
     _add_sampling_options(parser)
     _add_mesh_options(parser)
 
