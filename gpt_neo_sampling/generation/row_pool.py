@@ -25,6 +25,7 @@ from gpt_neo_sampling.generation.session import (
     SegmentProgram,
     program_key,
     prompt_length_of,
+    round_up_power,
 )
 from gpt_neo_sampling.generation.streaming import IncrementalDetokenizer, Watcher
 
@@ -63,7 +64,7 @@ class RowPool:
         wanted = request.values["max_new_tokens"].tolist()
         self._limits = [min(n, request.n_ctx - len(p)) for p, n in zip(request.prompts, wanted)]
         key = program_key(request, request.prompts, self._limits, 1, graphs.mesh)
-        batch = min(most_rows, 1 << (len(request.prompts) * n_samples - 1).bit_length())
+        batch = min(most_rows, round_up_power(len(request.prompts) * n_samples))
         self._key = dataclasses.replace(key, batch=batch, prompt_length=1)
         self._pause_at = max(1, batch // 4)  # rows that are done
         self._first_pass_batch = max(1, most_rows // 4)  # one graph for requests of any number of rows

@@ -259,9 +259,7 @@ class DecodeProgram:
         prompt."""
         inputs, prompts = self._inputs, request.prompts[prompt_range.start : prompt_range.stop]
         n_padding = key.batch - len(prompts)  # rows of one token, and no step, that fill the batch
-        ids = np.zeros([key.batch, key.length], np.int32)  # what follows a prompt does not matter
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
+        ids = _padded(prompts, [key.batch, key.length])
 
         def for_rows(name: str) -> np.ndarray:
             values = request.values[name][prompt_range.start : prompt_range.stop]
@@ -377,10 +375,16 @@ class FirstPassProgram:
 
     def feeds(self, key: FirstPassKey, prompts: list[list[int]]) -> dict[tf.Tensor, Any]:
         """prompts: lists of ids, at most as many as the batch."""
-        ids = np.zeros([key.batch, key.length], np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
+        ids = _padded(prompts, [key.batch, key.length])
         return {self._ids: ids, self._lengths: [len(p) for p in prompts] + [1] * (key.batch - len(prompts))}
+
+
+def _padded(prompts: list[list[int]], shape: list[int]) -> np.ndarray:
+    """int32 ids of this shape, a prompt a row; what follows a prompt does not matter."""
+    ids = np.zeros(shape, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return ids
 
 
 class ChainProgram(DecodeProgram):
@@ -407,7 +411,7 @@ def program_key(
         greedy=request.greedy,
         steps=steps,
         max_top_k=_round_up_top_k(request.values["top_k"].max(), n_vocab) if "top_k" in steps else None,
-        n_stop_tokens=_round_up_power(max(1, len(request.stop_tokens))),
+        n_stop_tokens=round_up_power(max(1, len(request.stop_tokens))),
         no_repeat_ngram_size=request.options.no_repeat_ngram_size,
         logits_processors=tuple(request.options.logits_processors),
         return_logprobs=request.options.return_logprobs,
@@ -416,7 +420,7 @@ def program_key(
 
 def prompt_length_of(prompt: list[int], n_ctx: int) -> int:
     """The length of a `FirstPassProgram` for a prompt: a power of two from SHORTEST on, at most n_ctx."""
-    return min(max(SHORTEST, _round_up_power(len(prompt))), n_ctx)
+    return min(max(SHORTEST, round_up_power(len(prompt))), n_ctx)
 
 
 def score_key(rows: list[list[int]], n_ctx: int, mesh: DeviceMesh) -> ScoreKey:
@@ -425,14 +429,14 @@ def score_key(rows: list[list[int]], n_ctx: int, mesh: DeviceMesh) -> ScoreKey:
 
 
 def _batch(rows: int, mesh: DeviceMesh) -> int:
-    return round_up(_round_up_power(rows), mesh.parts("batch"))
+    return round_up(round_up_power(rows), mesh.parts("batch"))
 
 
 def _length(length: int, n_ctx: int, mesh: DeviceMesh) -> int:
     return round_up(_round_up_length(length, n_ctx), mesh.parts("memory_length"))
 
 
-def _round_up_power(size: int) -> int:
+def round_up_power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 

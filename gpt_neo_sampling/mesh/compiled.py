@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, current_device, mtf, tensorflow, tf
+from gpt_neo_sampling._types import LaidOut
 from gpt_neo_sampling.mesh.ops import MeshOperation
 
 
@@ -22,22 +23,40 @@ def compiled(mesh: mtf.Mesh, build: Callable[[], Sequence[mtf.Tensor]], name: st
     Raises:
       ValueError: when it is lowered, unless the mesh is of one CPU or GPU.
     """
+    operations, made = taken_out(mesh, build, lambda op: isinstance(op, mtf.Variable))
+    return _CompiledOperation(operations, made, name, mesh).outputs
+
+
+def taken_out(
+    mesh: mtf.Mesh, build: Callable[[], Sequence[mtf.Tensor]], stays: Callable[[mtf.Operation], bool]
+) -> tuple[list[mtf.Operation], Sequence[mtf.Tensor]]:
+    """(the operations that `build` adds to the mesh's graph, without those that stay there; what it returns)."""
     operations = mesh.graph.operations
     before = len(operations)
     made = build()
     added = operations[before:]
-    del operations[before:]
-    operations.extend(op for op in added if isinstance(op, mtf.Variable))
-    return _CompiledOperation([op for op in added if not isinstance(op, mtf.Variable)], made, name, mesh).outputs
+    operations[before:] = [op for op in added if stays(op)]
+    return [op for op in added if not stays(op)], made
 
 
-class _CompiledOperation(MeshOperation):
+class HoldingOperation(MeshOperation):
+    """One operation in place of those that make its outputs; its inputs are what these take from outside."""
+
     def __init__(self, operations: list[mtf.Operation], made: Sequence[mtf.Tensor], name: str, mesh: mtf.Mesh) -> None:
         inside = {t for op in operations for t in op.outputs}
         inputs = dict.fromkeys(t for op in operations for t in op.inputs if t not in inside)  # in order
         super().__init__(list(inputs), [(t.shape, t.dtype) for t in made], name, mesh)
         self._operations, self._made = operations, made
 
+    def _lowered(self, lowering: mtf.Lowering) -> list[LaidOut]:
+        """What they make, lowered as they are."""
+        for operation in self._operations:
+            with tf.name_scope(operation.name):
+                operation.lower(lowering)
+        return [lowering.tensors[t] for t in self._made]
+
+
+class _CompiledOperation(HoldingOperation):
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         if not isinstance(mesh_impl, PlacementMeshImpl):
@@ -57,9 +76,6 @@ class _CompiledOperation(MeshOperation):
             inner.is_compiled = True
             inner.tensors = dict(lowering.tensors)  # what is outside becomes an input where it is used
             with tf.device(device or None):  # a function does not take it from where it is called
-                for operation in self._operations:
-                    with tf.name_scope(operation.name):
-                        operation.lower(inner)
-            return [inner.tensors[t].to_laid_out_tensor().tensor_list[0] for t in self._made]
+                return [x.to_laid_out_tensor().tensor_list[0] for x in self._lowered(inner)]
 
         return tensorflow.function(program, jit_compile=True, autograph=False)()

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tensorflow, tf
 from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.mesh.compiled import HoldingOperation, taken_out
 from gpt_neo_sampling.mesh.gpu import compiles_rows
-from gpt_neo_sampling.mesh.ops import MeshOperation
 
 
 def compiled_rows(
@@ -27,14 +27,12 @@ def compiled_rows(
     Returns:
       a list of mtf.Tensors like those that `build` returned. No gradient flows through them.
     """
-    operations = mesh.graph.operations
-    before = len(operations)
-    made = build()
-    added = operations[before:]
-    del operations[before:]
-    ahead = [op for op in added if not op.inputs and not _is_same_everywhere(op, rows)]  # which make inputs
-    operations.extend(ahead)
-    return _CompiledRowsOperation(rows, [op for op in added if op not in ahead], made, name).outputs
+
+    def makes_input(operation: mtf.Operation) -> bool:
+        return not operation.inputs and not _is_same_everywhere(operation, rows)
+
+    operations, made = taken_out(mesh, build, makes_input)
+    return _CompiledRowsOperation(rows, operations, made, name, mesh).outputs
 
 
 def _is_same_everywhere(operation: mtf.Operation, rows: mtf.Shape) -> bool:
@@ -44,24 +42,18 @@ def _is_same_everywhere(operation: mtf.Operation, rows: mtf.Shape) -> bool:
     return isinstance(operation, mtf.ops.Constant)
 
 
-class _CompiledRowsOperation(MeshOperation):
-    def __init__(self, rows: mtf.Shape, operations: list[mtf.Operation], made: Sequence[mtf.Tensor], name: str) -> None:
-        of_inside = {t for op in operations for t in op.outputs}
-        inputs = dict.fromkeys(t for op in operations for t in op.inputs if t not in of_inside)  # in order
-        super().__init__(list(inputs), [(t.shape, t.dtype) for t in made], name)
-        self._rows, self._operations, self._made = rows, operations, made
+class _CompiledRowsOperation(HoldingOperation):
+    def __init__(
+        self, rows: mtf.Shape, operations: list[mtf.Operation], made: Sequence[mtf.Tensor], name: str, mesh: mtf.Mesh
+    ) -> None:
+        super().__init__(operations, made, name, mesh)
+        self._rows = rows
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         made = self._compiled(lowering) if compiles_rows(mesh_impl) else self._lowered(lowering)
         for output, value in zip(self.outputs, made, strict=True):
             lowering.set_tensor_lowering(output, value)
-
-    def _lowered(self, lowering: mtf.Lowering) -> list[LaidOut]:
-        for operation in self._operations:
-            with tf.name_scope(operation.name):
-                operation.lower(lowering)
-        return [lowering.tensors[t] for t in self._made]
 
     def _compiled(self, lowering: mtf.Lowering) -> Sequence[LaidOut]:
         mesh_impl = lowering.mesh_impl(self)
