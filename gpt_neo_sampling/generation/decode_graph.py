@@ -1,14 +1,15 @@
 """One decode graph of fixed sizes, and the weights in it: what `generate` runs and `export` writes."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
 from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
@@ -28,6 +29,29 @@ MOST_STOP_TOKENS = 256  # a graph is built for their number
 LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
 
 OnTokens = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # see `build`
+
+
+@contextlib.contextmanager
+def opened(graph: tf.Graph, place: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """A context to build in a graph that holds a model's variables once; `place` is entered too."""
+    try:
+        with graph.as_default(), quiet_logging(), place, tf.variable_scope("", reuse=tf.AUTO_REUSE):
+            yield
+    except Exception as e:
+        behind: BaseException | None = e
+        while behind is not None:  # TensorFlow's scopes fail to close where Ctrl-C came within one, and hide it
+            if isinstance(behind, KeyboardInterrupt):
+                raise behind from None
+            behind = behind.__context__
+        raise
+
+
+def padded(rows: Sequence[Sequence[int]], shape: Sequence[int]) -> np.ndarray:
+    """int32 ids of this shape, each of the rows followed by zeros."""
+    ids = np.zeros(shape, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    return ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling import _json
-from gpt_neo_sampling._compat import mtf, probe_devices, quiet_logging, tensorflow, tf
+from gpt_neo_sampling._compat import mtf, probe_devices, tensorflow, tf
 from gpt_neo_sampling._types import DType, StrPath
 from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
@@ -27,6 +27,7 @@ from gpt_neo_sampling.generation.decode_graph import (
     build,
     first_token_of,
     load_weights,
+    opened,
     stop_tokens_of,
     variable_dtype_of,
 )
@@ -143,7 +144,7 @@ def _write(
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict", use_tpu=False, transposed_weights=False)
     model = Model(params, params["n_vocab"], mesh.impl(), variable_dtype)
-    with graph.as_default(), quiet_logging(), portable(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
+    with opened(graph, portable()):
         weights = add_variables(model)
         with mesh.session(graph) as session:
             load_weights(checkpoint, weights, model, session.run)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.generation.decode_graph import Model
+from gpt_neo_sampling.generation.decode_graph import Model, padded
 from gpt_neo_sampling.sampling.controls import check_int
 from gpt_neo_sampling.sampling.entmax import log_softmax_at
 from gpt_neo_sampling.sampling.masks import padding_mask
@@ -56,9 +56,7 @@ class ScoreProgram:
 
     def feeds(self, key: ScoreKey, rows: list[list[int]]) -> dict[tf.Tensor, np.ndarray]:
         """The feeds for rows of ids; the target of an id is the one after it."""
-        ids = np.zeros([key.batch, key.length + 1], np.int32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
+        ids = padded(rows, [key.batch, key.length + 1])
         return {self._ids: ids[:, :-1], self._targets: ids[:, 1:]}
 
 

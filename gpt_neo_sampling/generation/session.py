@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._compat import check_not_forked, extend_when_told, probe_devices, quiet_logging, tf
+from gpt_neo_sampling._compat import check_not_forked, extend_when_told, probe_devices, tf
 from gpt_neo_sampling._types import DType
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import (
@@ -27,6 +27,8 @@ from gpt_neo_sampling.generation.decode_graph import (
     build_first_pass,
     build_segment,
     load_weights,
+    opened,
+    padded,
     variable_dtype_of,
 )
 from gpt_neo_sampling.generation.options import PER_PROMPT
@@ -169,18 +171,8 @@ class Graphs:
         if unused:
             loaded.session.close()
 
-    @contextlib.contextmanager
-    def _open(self, graph: tf.Graph) -> Iterator[None]:
-        try:
-            with graph.as_default(), quiet_logging(), self.mesh.place(), tf.variable_scope("", reuse=tf.AUTO_REUSE):
-                yield
-        except Exception as e:
-            behind: BaseException | None = e
-            while behind is not None:  # TensorFlow's scopes fail to close where Ctrl-C came within one, and hide it
-                if isinstance(behind, KeyboardInterrupt):
-                    raise behind from None
-                behind = behind.__context__
-            raise
+    def _open(self, graph: tf.Graph) -> contextlib.AbstractContextManager[None]:
+        return opened(graph, self.mesh.place())
 
     def _session_with_weights(self) -> tf.Session:
         graph = tf.Graph()
@@ -259,7 +251,7 @@ class DecodeProgram:
         prompt."""
         inputs, prompts = self._inputs, request.prompts[prompt_range.start : prompt_range.stop]
         n_padding = key.batch - len(prompts)  # rows of one token, and no step, that fill the batch
-        ids = _padded(prompts, [key.batch, key.length])
+        ids = padded(prompts, [key.batch, key.length])
 
         def for_rows(name: str) -> np.ndarray:
             values = request.values[name][prompt_range.start : prompt_range.stop]
@@ -375,16 +367,8 @@ class FirstPassProgram:
 
     def feeds(self, key: FirstPassKey, prompts: list[list[int]]) -> dict[tf.Tensor, Any]:
         """prompts: lists of ids, at most as many as the batch."""
-        ids = _padded(prompts, [key.batch, key.length])
+        ids = padded(prompts, [key.batch, key.length])
         return {self._ids: ids, self._lengths: [len(p) for p in prompts] + [1] * (key.batch - len(prompts))}
-
-
-def _padded(prompts: list[list[int]], shape: list[int]) -> np.ndarray:
-    """int32 ids of this shape, a prompt a row; what follows a prompt does not matter."""
-    ids = np.zeros(shape, np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    return ids
 
 
 class ChainProgram(DecodeProgram):
