@@ -204,6 +204,53 @@ def test_picture(matplotlib, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["chain.png"]
 
 
+def drawn(monkeypatch, tmp_path, steps, **options):
+    """The figure of a picture, after it was drawn, and its pixels."""
+    from matplotlib import figure, image
+
+    figures = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    plot(steps, name, tmp_path / "chain.png", **options)
+    return figures[0], image.imread(tmp_path / "chain.png")[..., :3]
+
+
+def test_lines_that_lie_on_each_other(matplotlib, tmp_path, monkeypatch):
+    """Each step gives the probabilities to other tokens, so that by rank all are one curve; each colour shows."""
+    p = chain()[0].probabilities
+    steps = [ChainStep("model", "", p), *(ChainStep("logit_bias", str(n), np.roll(p, n)) for n in range(1, 5))]
+    figure, pixels = drawn(monkeypatch, tmp_path, steps)
+    (plane,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("Probability by rank"))
+    left, low, right, high = plane.get_window_extent().extents.astype(int)
+    curve = pixels[pixels.shape[0] - high : pixels.shape[0] - low, left:right].reshape(-1, 3)
+    for colour in ("4d4d4d", "0072b2", "009e73", "56b4e9", "d55e00"):
+        rgb = np.frombuffer(bytes.fromhex(colour), np.uint8) / 255
+        assert (np.abs(curve - rgb).max(1) < 2e-3).sum() > 300, colour
+
+
+NAMES = ("presence_penalty, frequency_penalty", "no_repeat_ngram_size", "repetition_penalty", "epsilon_cutoff")
+
+
+@pytest.mark.parametrize("n_steps", [1, 4, 12])
+def test_nothing_is_cut_or_covered(matplotlib, tmp_path, monkeypatch, n_steps):
+    """Texts lie within the picture, and in nobody's way; lines and bars of each step have a name in the key."""
+    p = chain()[0].probabilities
+    steps = [
+        ChainStep(NAMES[n % 4], "-1.234567, 0.987654", np.roll(p, n)) if n else ChainStep("model", "", p)
+        for n in range(n_steps)
+    ]
+    figure, _ = drawn(monkeypatch, tmp_path, steps, title="Next token after “" + "words and words " * 12 + "”")
+    (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
+    drawn_on, (width, height) = figure.get_tightbbox(), figure.get_size_inches()  # of all texts, lines and bars
+    assert 0 <= drawn_on.x0 < drawn_on.x1 <= width and 0 <= drawn_on.y0 < drawn_on.y1 <= height
+    planes = [axes for axes in figure.axes if axes is not legend.axes]
+    assert len(planes) == 4
+    assert not any(legend.get_window_extent().overlaps(axes.get_tightbbox()) for axes in planes)
+    assert not any(a.get_tightbbox().overlaps(b.get_tightbbox()) for a in planes for b in planes if a is not b)
+    key = [text.get_text() for text in legend.get_texts()]
+    assert key[0] == "model" and len(key) == max(n_steps, 2) and key[-1].startswith("drawn from: ")
+
+
 @pytest.mark.parametrize("suffix", ["svg", "PDF"])
 def test_other_formats(matplotlib, tmp_path, suffix):
     path = tmp_path / f"chain.{suffix}"
