@@ -1,6 +1,6 @@
 """The package's public names."""
 
-from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, open_checkpoint
+from gpt_neo_sampling.checkpoint import CheckpointError, convert_checkpoint, load_weights, open_checkpoint
 from gpt_neo_sampling.generation.export import export_saved_model
 from gpt_neo_sampling.generation.generator import Interrupted, InvalidDistributionError, Sample, TextGenerator
 from gpt_neo_sampling.generation.options import GenerationOptions
@@ -30,6 +30,7 @@ __all__ = [
     "device_mesh",
     "export_saved_model",
     "generate_file",
+    "load_weights",
     "open_checkpoint",
     "sample_autoregressive",
 ]

@@ -15,12 +15,14 @@ from gpt_neo_sampling.checkpoint.convert import convert_checkpoint
 from gpt_neo_sampling.checkpoint.mesh_tf import write_mesh_tf_checkpoint
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
 from gpt_neo_sampling.checkpoint.tokenizer import load_tokenizer
+from gpt_neo_sampling.checkpoint.variables import load_weights
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "convert_checkpoint",
     "load_tokenizer",
+    "load_weights",
     "open_checkpoint",
     "variable_shapes",
     "write_mesh_tf_checkpoint",

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gpt_neo_sampling._compat import mtf, quiet_logging, tf
 from gpt_neo_sampling._types import DType, LogitsProcessor, Params
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError
-from gpt_neo_sampling.checkpoint.base import aligned, aligned_empty, progress_bar
+from gpt_neo_sampling.checkpoint.variables import fill_slices
 from gpt_neo_sampling.generation.options import DTYPES
 from gpt_neo_sampling.mesh.ops import host_call, take
 from gpt_neo_sampling.models import config, gpt2
@@ -23,7 +22,6 @@ from gpt_neo_sampling.sampling.controls import INT32_MAX, History, SamplingOptio
 from gpt_neo_sampling.sampling.next_token import chain_distributions
 
 DEMO_FOLDER = pathlib.Path(__file__).parents[1] / "demo"
-LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
 MOST_STOP_TOKENS = 256  # a graph is built for their number
 LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
@@ -344,10 +342,7 @@ def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:
 def load_weights(
     checkpoint: Checkpoint, weights: dict[str, tuple[mtf.Shape, Any]], model: Model, run: Callable[..., Any]
 ) -> None:
-    """Fills the slices of the variables, a few megabytes at a time.
-
-    mtf's own way, from master variables that are filled first, would hold all
-    weights twice.
+    """Fills the slices of the variables from a checkpoint.
 
     Args:
       checkpoint: a `Checkpoint`.
@@ -361,47 +356,12 @@ def load_weights(
     missing = sorted(set(weights) ^ set(checkpoint.names()))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: model and checkpoint differ in {', '.join(missing[:5])}")
-    feed: dict[tf.Operation, np.ndarray] = {}
-    size = 0  # each run of another set of variables costs some 50 ms
 
-    def fill() -> None:
-        # the initial values are fed, so none are computed
-        run(list(feed), {initializer.inputs[1]: value for initializer, value in feed.items()})
-        feed.clear()
+    def read(name: str) -> np.ndarray:
+        value = checkpoint.read(name)
+        return value.T if model.params.get("transposed_weights") and gpt2.is_matrix(name) else value
 
-    # The largest first, while the least memory is in use: a weight is held twice while it is read.
-    names = sorted(weights, key=lambda name: -weights[name][0].size)
-    with progress_bar("loading", map(checkpoint.shape, names)) as progress:
-        for name in names:
-            value = checkpoint.read(name)
-            if model.params.get("transposed_weights") and gpt2.is_matrix(name):
-                value = value.T
-            progress.update(value.nbytes)
-            shape, slices = weights[name]
-            for processor, variable in enumerate(slices.laid_out_tensor.tensor_list):
-                begin, dtype = model.mesh_impl.slice_begin(shape, processor), variable.dtype.base_dtype.as_numpy_dtype
-                part = _slice(value, begin, variable.shape.as_list(), dtype)
-                feed[variable.initializer] = part
-                size += part.nbytes
-                if size >= LOAD_BYTES:
-                    fill()
-                    size = 0
-        if feed:
-            fill()
-
-
-def _slice(value: np.ndarray, begin: Sequence[int], shape: list[int], dtype: npt.DTypeLike) -> np.ndarray:
-    """A slice of an array, with zeros past its end (the entries of a padded vocabulary).
-
-    TensorFlow keeps what it is fed, so a slice is no view, which would keep the whole.
-    """
-    if list(value.shape) == shape:
-        return aligned(value, dtype)
-    part = value[tuple(slice(b, b + n) for b, n in zip(begin, shape))]
-    copy = aligned_empty(shape, dtype)
-    copy.fill(0)
-    copy[tuple(map(slice, part.shape))] = part
-    return copy
+    fill_slices(weights, read, model.mesh_impl, run)
 
 
 def first_token_of(checkpoint: Checkpoint) -> int:

@@ -67,6 +67,7 @@ class DeviceMesh:
 
     def place(self) -> contextlib.AbstractContextManager[Any]:
         """A context to build the graph in; it places operations if the mesh has only one device."""
+        probe_devices()  # in silence; some operations would make TensorFlow do it while they are built
         return tf.device(self.devices[0]) if self.size == 1 else contextlib.nullcontext()
 
     @property
