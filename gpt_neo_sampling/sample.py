@@ -7,7 +7,8 @@ hands it a context, and draws from the logits that come back.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from gpt_neo_sampling._compat import mtf, static_value, tf
 from gpt_neo_sampling._types import Params, RowValue, Tensor, Unpack, is_int, is_real
 from gpt_neo_sampling.mesh.compiled import compiled
 from gpt_neo_sampling.mesh.ops import (
+    check_tensor,
     cwise_broadcast,
     force_allreduce,
     from_loop,
@@ -28,18 +30,28 @@ from gpt_neo_sampling.mesh.ops import (
 )
 from gpt_neo_sampling.models import gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory, map_tensors
+from gpt_neo_sampling.models.utils import feature_dim
 from gpt_neo_sampling.sampling.controls import (
     ENTMAX_TEMPERATURE,
     SOFTMAX_TEMPERATURE,
     ControlKeywords,
     History,
     SamplingOptions,
-    check_keywords,
 )
 from gpt_neo_sampling.sampling.next_token import next_token
+from gpt_neo_sampling.sampling.other_names import explained
 from gpt_neo_sampling.sampling.random import import_seed, unfolded
 
 INVALID = -1  # the token of a row whose distribution is not one
+
+# What some options of `TextGenerator.generate` are called here.
+_GENERATE_NAMES = {
+    "max_new_tokens": "max_steps",
+    "eos_token_id": "stop_at_token",
+    "top_k": "sampling_keep_top_k",
+    "greedy": "temperature=0",
+    "dtype": "variable_dtype",
+}
 
 StoppingCriteria = Callable[[mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (ids, position) to 1.0 for rows that are done
 
@@ -334,8 +346,8 @@ def sample_autoregressive(
       distribution and under the one that it was drawn from; 0 elsewhere.
 
     Raises:
-      ValueError: for a number that is out of range, or a wrong shape.
-      TypeError: for a keyword that is no control.
+      ValueError: for a number that is out of range, a wrong shape, or a feature that is missing.
+      TypeError: for a keyword that is no control, an argument of another type, or a model that returns something else.
 
     Example, with a model by which t + 1 follows t (`run` is defined in the docstring
     of `models.utils`):
@@ -349,7 +361,8 @@ def sample_autoregressive(
         array([[5, 3, 4, 5, 6, 7],
                [7, 8, 9, 0, 0, 0]], dtype=int32)
     """
-    check_keywords(controls)
+    _check_keywords(controls)
+    _check_ids(partial_sequences)
     mesh = partial_sequences.mesh
     *batch_dims, whole_length_dim = partial_sequences.shape.dims
     length = _length("max_length", max_length, whole_length_dim.size)
@@ -361,10 +374,12 @@ def sample_autoregressive(
     if not isinstance(jit_compile, bool):
         raise ValueError(f"jit_compile={jit_compile!r}; True or False is needed")
     _check_arguments(max_steps, invalid_token, has_partial_sequences, prompt_lengths)
+    model = model or gpt2.model
+    _check_model(model, other_features, params)
 
     params = params if isinstance(params, collections.defaultdict) else collections.defaultdict(lambda: None, params)
     padding_id = params.get("padding_id") or 0
-    vocab_dim = other_features["vocab_dim"]
+    vocab_dim = feature_dim(other_features, "vocab_dim")
     vocab_size = _vocab_size(params, vocab_dim)
     options = SamplingOptions(
         **controls,
@@ -395,9 +410,8 @@ def sample_autoregressive(
     }
     other_features = cut_memory(other_features, whole_length_dim, length)
     decoder = Decoder(
-        model or gpt2.model, params, other_features, variable_dtype, prompts.ids.shape[-1], prompts.lengths,
-        shared_params, encoder,
-    )  # fmt: skip
+        model, params, other_features, variable_dtype, prompts.ids.shape[-1], prompts.lengths, shared_params, encoder
+    )
     states = decoder.first_pass(prompts.ids, prompt_length)
     if num_return_sequences > 1:
         decoder.repeat(batch_dims[-1], num_return_sequences)
@@ -477,6 +491,39 @@ def _check_arguments(
         raise ValueError(f"invalid_token={invalid_token!r}; a whole number of 32 bits is needed")
     if prompt_lengths is not None and not has_partial_sequences:
         raise ValueError("prompt_lengths are given with has_partial_sequences=False, which says that all are 0")
+
+
+def _check_keywords(given: ControlKeywords) -> None:
+    """Raises TypeError for a keyword that is not a control."""
+    for name in sorted(given.keys() - ControlKeywords.__annotations__.keys()):
+        if name in _GENERATE_NAMES:
+            raise TypeError(f"unknown keyword {name}; here it is {_GENERATE_NAMES[name]}")
+        own = inspect.signature(sample_autoregressive).parameters.keys() - {"controls"}
+        allowed = [*ControlKeywords.__annotations__, *sorted(own)]
+        raise TypeError(f"unknown keyword {name}; {explained(name, allowed, lambda n: _GENERATE_NAMES.get(n, n))}")
+
+
+def _check_ids(ids: mtf.Tensor) -> None:
+    check_tensor(ids, "partial_sequences")
+    if ids.dtype != tf.int32:
+        raise ValueError(f"partial_sequences of dtype {ids.dtype.name}; int32 is needed (mtf.to_int32)")
+    if not ids.shape.dims:
+        raise ValueError("partial_sequences have no dims; [batch…, length] is needed")
+
+
+def _check_model(model: Model, other_features: dict[str, Any], params: Params) -> None:
+    """Raises TypeError for a model, or what it is called with, of another type than GPT-Neo's."""
+    for name, value in (("other_features", other_features), ("params", params)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: {type(value).__name__}; GPT-Neo's dict of that name is needed")
+    try:
+        inspect.signature(model).bind({}, other_features, params, None, None, context=None)
+    except TypeError as e:
+        named = getattr(model, "__name__", repr(model))
+        takes = "(mtf_features, other_features, params, mesh, variable_dtype, context=None)"
+        raise TypeError(f"model={named}: {e}; a function of {takes} is needed") from None
+    except ValueError:  # one that does not tell its arguments
+        pass
 
 
 def _stop_tokens(stop_at_token: RowValue | Sequence[RowValue] | None, never_end: bool) -> tuple[RowValue, ...]:
@@ -597,8 +644,8 @@ def _vocab_size(params: Params, vocab_dim: mtf.Dimension) -> int | None:
     size = params.get("n_vocab")
     if size is None or size == vocab_dim.size:
         return None
-    if not 1 <= size < vocab_dim.size:
-        raise ValueError(f"n_vocab={size}, but the vocabulary's dimension has {vocab_dim.size} entries")
+    if not is_int(size) or not 1 <= size < vocab_dim.size:
+        raise ValueError(f"n_vocab={size!r}, but the vocabulary's dimension has {vocab_dim.size} entries")
     return size
 
 

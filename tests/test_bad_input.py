@@ -55,7 +55,9 @@ from gpt_neo_sampling.checkpoint import tensorflow_index
 from gpt_neo_sampling.cli import main as cli
 from gpt_neo_sampling.generation.generator import DEMO_FOLDER
 from gpt_neo_sampling.mesh import ops
-from gpt_neo_sampling.models import layers
+from gpt_neo_sampling.models import gpt2, layers
+from gpt_neo_sampling.sampling.controls import SamplingOptions
+from gpt_neo_sampling.sampling.next_token import next_token
 
 GLOBAL = str(DATA / "gpt_neo_checkpoints" / "global")
 DEVICES = "cpu:0,cpu:1"
@@ -935,13 +937,32 @@ def ids_of(x, **sizes):
 NO_SUCH_DIM = "is not among the dims Shape[batch=2, vocab=5]"
 ARRAY = np.zeros((2, 5), np.float32)
 OPERATIONS = {
-    "entmax of an array": (lambda x: g.entmax(ARRAY), "an ndarray of shape (2, 5); an mtf.Tensor is needed"),
-    "top_k_mask of an array": (lambda x: g.top_k_mask(ARRAY, 2), "an ndarray of shape (2, 5); an mtf.Tensor is needed"),
+    "entmax of an array": (lambda x: g.entmax(ARRAY), "x: ndarray of shape (2, 5); an mtf.Tensor is needed"),
+    "top_k_mask of an array": (lambda x: g.top_k_mask(ARRAY, 2), "x: ndarray of shape (2, 5); an mtf.Tensor is needed"),
     "entmax of integers": (lambda x: g.entmax(mtf.cast(x, tf.int32)), "int32; a floating dtype is needed"),
     "draws of integers": (lambda x: g.sample_categorical(mtf.cast(x, tf.int32)), "int32; a floating dtype is needed"),
     "another dim": (lambda x: g.entmax(x, 1.5, mtf.Dimension("vocabulary", 5)), NO_SUCH_DIM),
     "a dim of another size": (lambda x: g.top_p_mask(x, 0.5, mtf.Dimension("vocab", 6)), NO_SUCH_DIM),
     "a missing dim": (lambda x: g.entmax(mtf.reduce_sum(x)), "a tensor without dims has none to work along"),
+    "a dim by name": (lambda x: g.entmax(x, 1.5, "vocab"), "dim is 'vocab'; an mtf.Dimension is needed, such as"),
+    "a vocab_dim by name": (
+        lambda x: next_token(x, "vocab", SamplingOptions(), 1, None, 0),
+        "dim is 'vocab'; an mtf.Dimension is needed",
+    ),
+    "a samples_dim by name": (
+        lambda x: g.sample_categorical(x, samples_dim="samples"),
+        "samples_dim is 'samples'; an mtf.Dimension is needed",
+    ),
+    "counts by name": (
+        lambda x: g.token_counts(ids_of(x, batch=2, length=4), "vocab"),
+        "dim is 'vocab'; an mtf.Dimension is needed",
+    ),
+    "counts of an array": (lambda x: g.token_counts(ARRAY, x.shape[-1]), "ids: ndarray of shape (2, 5); an mtf.Tensor"),
+    "a mask's dims by name": (
+        lambda x: g.biasmask_attn_weights(x.mesh, "sequence", "memory", mtf.VariableDType(tf.float32)),
+        "nd is 'sequence'; an mtf.Dimension is needed",
+    ),
+    "a look-up by name": (lambda x: ops.take(x, ids_of(x, batch=2), "vocab"), "take: dim is 'vocab'; an mtf.Dimension"),
     "alpha in words": (lambda x: g.entmax(x, "1.5"), "alpha holds '1.5'; numbers are needed"),
     "a bool for alpha": (lambda x: g.entmax(x, True), "alpha holds True; numbers are needed"),
     "a bool for steps": (lambda x: g.entmax(x, n_iter=True), "n_iter=True: a whole number of at least 1 is needed"),
@@ -1003,6 +1024,182 @@ OPERATIONS = {
 }
 
 
+# ------------------------------------------ Python: a loop, and a model of one's own
+
+
+VOCAB = mtf.Dimension("vocab", 10)
+SLOW = {"slow_sampling": True}
+
+
+def counting(features, other_features, params, mesh, variable_dtype, context=None):
+    """The model by which t + 1 follows t. It keeps no states."""
+    return mtf.one_hot(features["inputs"] + 1, VOCAB), None, None
+
+
+def returning(change):
+    """A model that returns what `change` makes of the logits of `counting`."""
+    return lambda *args, **kwargs: change(counting(*args, **kwargs)[0])
+
+
+def giving(change):
+    """A model that gives what `change` makes of the logits of `counting`."""
+    return returning(lambda logits: (change(logits), None, None))
+
+
+def keeping(first, then=None, n_read=0):
+    """A model with states: `first` and `then`, of a context, make those of the first call and of the others."""
+
+    def model(features, other_features, params, mesh, variable_dtype, context=None):
+        if n_read:
+            context.get_states(n_read)
+        context.record_new_states((first if then is None or context.mode == "first_part" else then)(context))
+        return mtf.zeros(mesh, [*context.batch_dims, VOCAB]), None, None
+
+    return model
+
+
+def states(*sizes):
+    return lambda context: [mtf.zeros(context.mesh, mtf.Shape(dims(batch=2, state=n))) for n in sizes]
+
+
+def gpt_neo(without, **features):
+    """GPT-Neo's own model with a feature less, or another."""
+
+    def call(ids):
+        sizes = dims(embd=8, vocab=11, embed_sequence=6, memory_length=4)
+        names = ("embd_dim", "vocab_dim", "embed_sequence_dim", "memory_length_dim")
+        given = {**dict(zip(names, sizes)), "attn_bias": None, **features}
+        given.pop(without, None)
+        gpt2.model({"inputs": ids}, given, {**TINY, "mode": "train"}, ids.mesh, mtf.VariableDType(tf.float32))
+
+    return call
+
+
+def loop(model=counting, params=SLOW, features={"vocab_dim": VOCAB}, change=lambda ids: ids, **given):  # noqa: B006
+    return lambda ids: g.sample_autoregressive(
+        change(ids), features, params, stop_at_token=None, bos_id=0, model=model, **given
+    )
+
+
+LOOPS = {
+    # -- what is given
+    "ids are an array": (
+        loop(change=lambda ids: np.zeros((2, 4), int)),
+        "partial_sequences: ndarray of shape (2, 4); an",
+    ),
+    "ids are a list": (
+        loop(change=lambda ids: [[1]]),
+        "partial_sequences: list; an mtf.Tensor is needed (mtf.import_tf",
+    ),
+    "ids are floats": (loop(change=mtf.to_float), "partial_sequences of dtype float32; int32 is needed (mtf.to_int32)"),
+    "ids of 64 bits": (loop(change=lambda ids: mtf.cast(ids, tf.int64)), "of dtype int64; int32 is needed"),
+    "one id": (loop(change=mtf.reduce_sum), "partial_sequences have no dims; [batch…, length] is needed"),
+    "no vocab_dim": (
+        loop(features={"embd_dim": 1, "vocab": 2}),
+        "other_features have no 'vocab_dim'; there is 'embd_dim', 'vocab'",
+    ),
+    "vocab_dim by name": (
+        loop(features={"vocab_dim": "vocab"}),
+        "other_features['vocab_dim'] is 'vocab'; an mtf.Dimension is needed, such as mtf.Dimension('vocab', 50257)",
+    ),
+    "vocab_dim by size": (loop(features={"vocab_dim": 10}), "other_features['vocab_dim'] is 10; an mtf.Dimension is"),
+    "memory by name": (
+        loop(features={"vocab_dim": VOCAB, "memory_length_dim": "memory"}),
+        "other_features['memory_length_dim'] is 'memory'; an mtf.Dimension is needed",
+    ),
+    "features are a dim": (loop(features=VOCAB), "other_features: Dimension; GPT-Neo's dict of that name is needed"),
+    "no params": (loop(params=None), "params: NoneType; GPT-Neo's dict of that name is needed"),
+    "n_vocab in words": (
+        loop(params={**SLOW, "n_vocab": "ten"}),
+        "n_vocab='ten', but the vocabulary's dimension has 10",
+    ),
+    "a model by name": (loop("gpt2"), "model='gpt2': 'gpt2' is not a callable object; a function of (mtf_features, "),
+    "a model without a context": (
+        loop(lambda features, other_features, params, mesh, variable_dtype: None),
+        "model=<lambda>: got an unexpected keyword argument 'context'; a function of (mtf_features, ",
+    ),
+    "generate's name": (loop(max_new_tokens=3), "unknown keyword max_new_tokens; here it is max_steps"),
+    "a name mistyped": (loop(max_step=3), "unknown keyword max_step; did you mean max_steps?"),
+    "Hugging Face's beams": (loop(num_beams=4), "unknown keyword num_beams; beam search is not built"),
+    # -- what the model returns
+    "no states and no slow_sampling": (
+        loop(params={}),
+        "the model gave logits of all positions, [batch=2, length=4, vocab=10], in a step that asks for one token a "
+        "row: a model that keeps no states needs params['slow_sampling'] = True, and one that keeps them looks at",
+    ),
+    "logits alone": (
+        loop(returning(lambda logits: logits)),
+        "the model returned logits alone; (logits, loss, loss_batc",
+    ),
+    "logits and a loss": (
+        loop(returning(lambda logits: (logits, None))),
+        "the model returned 2 values; (logits, loss,",
+    ),
+    "nothing": (loop(returning(lambda logits: None)), "the model returned a NoneType; (logits, loss, loss_batch) is"),
+    "logits are an array": (
+        loop(giving(lambda logits: ARRAY)),
+        "the model's logits: ndarray of shape (2, 5); an mtf.T",
+    ),
+    "a vocabulary of another size": (
+        loop(features={"vocab_dim": mtf.Dimension("vocab", 12)}),
+        "the model's logits, [batch=2, length=4, vocab=10], lack other_features['vocab_dim'], [vocab=12]",
+    ),
+    "a vocabulary of another name": (
+        loop(features={"vocab_dim": mtf.Dimension("tokens", 10)}),
+        "the model's logits, [batch=2, length=4, vocab=10], lack other_features['vocab_dim'], [tokens=10]",
+    ),
+    "a vocabulary of another size, with states": (
+        loop(keeping(states(3)), {}, {"vocab_dim": mtf.Dimension("vocab", 12)}),
+        "the model's logits, [batch=2, vocab=10], lack other_features['vocab_dim'], [vocab=12]",
+    ),
+    "no batch": (
+        loop(giving(lambda logits: mtf.reduce_sum(logits, reduced_dim=logits.shape[0]))),
+        "the model's logits are [length=4, vocab=10]; [batch=2, length=4, vocab=10] is needed",
+    ),
+    "no positions": (
+        loop(giving(lambda logits: mtf.reduce_sum(logits, reduced_dim=logits.shape[1]))),
+        "the model's logits are [batch=2, vocab=10]; [batch=2, length=4, vocab=10] is needed",
+    ),
+    # -- what the model keeps
+    "no states in a step": (
+        loop(keeping(states(3), states()), {}),
+        "the model recorded no states in a step, and 1 states (float32 [batch=2, state=3]) in the pass over the",
+    ),
+    "states of another shape": (
+        loop(keeping(states(3), states(5)), {}),
+        "recorded 1 states (float32 [batch=2, state=5]) in a step, and 1 states (float32 [batch=2, state=3]) in the",
+    ),
+    "states of the first call": (
+        loop(keeping(states(3), n_read=1), {}),
+        "get_states(1) with mode='first_part': there are states with mode='incremental' alone",
+    ),
+    "one state": (
+        loop(keeping(lambda context: states(3)(context)[0]), {}),
+        "record_new_states: one mtf.Tensor; a list of them is needed",
+    ),
+    "a number as state": (
+        loop(keeping(lambda context: [1.0]), {}),
+        "record_new_states: float; an mtf.Tensor is needed",
+    ),
+    # -- GPT-Neo's model
+    "no embd_dim": (
+        gpt_neo("embd_dim"),
+        "other_features have no 'embd_dim'; there is 'vocab_dim', 'embed_sequence_dim', 'memory_length_dim',",
+    ),
+    "embd_dim by name": (
+        gpt_neo("", embd_dim="embd"),
+        "other_features['embd_dim'] is 'embd'; an mtf.Dimension is needed",
+    ),
+    "no memory": (gpt_neo("memory_length_dim"), "other_features have no 'memory_length_dim'; there is "),
+    "no mask": (gpt_neo("attn_bias"), "other_features have no 'attn_bias'; there is "),
+    "a dtype": (
+        lambda ids: gpt2.model({"inputs": ids}, {}, TINY, ids.mesh, tf.float32),
+        "variable_dtype=tf.float32; an mtf.VariableDType is needed, such as mtf.VariableDType(tf.float32)",
+    ),
+    "no labels": (gpt_neo(""), "the features have no 'labels'; there is 'inputs'"),
+}
+
+
 # ----------------------------------------------------------------- Python
 
 
@@ -1041,7 +1238,56 @@ CALLS = {
         "token id='5'; a whole number from 0 to 126 is needed",
     ),
     "stop_strings of numbers": (options(stop_strings=[5]), ValueError, "stop_strings=[5]; a text or a list of texts"),
-    "an option that is none": (options(temprature=1), TypeError, "unexpected keyword argument 'temprature'"),
+    "an option that is none": (
+        options(temprature=1),
+        TypeError,
+        "generate has no argument temprature; did you mean temper",
+    ),
+    "an option of nobody": (
+        options(warmth=1),
+        TypeError,
+        "generate has no argument warmth; allowed: prompts, streamer,",
+    ),
+    "Hugging Face's beams": (
+        options(num_beams=4),
+        TypeError,
+        "TextGenerator.generate has no argument num_beams; beam ",
+    ),
+    "Hugging Face's inputs": (
+        lambda tiny: tiny.generate(input_ids=[5], attention_mask=[1]),
+        TypeError,
+        "generate has no argument input_ids; prompts are the first argument: texts, or lists of token ids",
+    ),
+    "Hugging Face's devices": (
+        lambda tiny: TextGenerator.from_pretrained(GLOBAL, device_map="auto"),
+        TypeError,
+        "TextGenerator.from_pretrained has no argument device_map; devices says where the work is done",
+    ),
+    "Hugging Face's options": (
+        lambda tiny: g.GenerationOptions(top_k=5, max_length=20),
+        TypeError,
+        "GenerationOptions has no argument max_length; max_new_tokens counts the new tokens alone",
+    ),
+    "a generator of a folder": (
+        lambda tiny: TextGenerator(GLOBAL),
+        TypeError,
+        f"a folder is opened by TextGenerator.from_pretrained({GLOBAL!r})",
+    ),
+    "a generator of a model": (
+        lambda tiny: TextGenerator(options),
+        TypeError,
+        "checkpoint: function; a Checkpoint is needed, see open_checkpoint; a model of your own runs in sample_autoreg",
+    ),
+    "a generator's tokenizer": (
+        lambda tiny: TextGenerator(tiny.checkpoint, GLOBAL),
+        TypeError,
+        "tokenizer: str; a tokenizers.Tokenizer is needed, see load_tokenizer",
+    ),
+    "a generator's mesh": (
+        lambda tiny: TextGenerator(tiny.checkpoint, mesh="x:2"),
+        TypeError,
+        "mesh: str; a DeviceMesh is needed, see device_mesh",
+    ),
     "n-grams": (options(no_repeat_ngram_size=2**31), ValueError, "; a whole number from 0 to 2147483647 is needed"),
     "a processor of nothing": (
         options(logits_processors=[lambda logits, ids, position: None]),
@@ -1074,6 +1320,11 @@ CALLS = {
         lambda tiny: tiny.inspect([5], num_return_sequences=7, seed=3),
         TypeError,
         "not an option for drawing a token: num_return_sequences, seed; allowed: logits_processors, ",
+    ),
+    "inspect's beams": (
+        lambda tiny: tiny.inspect([5], num_beams=4),
+        TypeError,
+        "not an option for drawing a token: num_beams; beam search is not built",
     ),
     "streamer is a number": (options(streamer=5), TypeError, "streamer=5; a function of (index, token, text, is_last)"),
     "stop tokens in a table": (
@@ -1132,6 +1383,11 @@ CALLS = {
         TypeError,
         "not an option for a file: streams; allowed: repetition_penalty",
     ),
+    "a file's beams": (
+        lambda tiny: generate_file(tiny, "in", "out", num_beams=4),
+        TypeError,
+        "not an option for a file: num_beams; beam search is not built",
+    ),
     "a file's seed": (
         lambda tiny: generate_file(tiny, "in", "out", seed=float("nan")),
         ValueError,
@@ -1147,6 +1403,14 @@ def test_operations(case):
         mesh = mtf.Mesh(mtf.Graph(), "mesh")
         call(mtf.import_tf_tensor(mesh, tf.zeros([2, 5]), mtf.Shape(dims(batch=2, vocab=5))))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_loops(case):
+    call, message = LOOPS[case]
+    with tf.Graph().as_default(), pytest.raises((TypeError, ValueError)) as error:
+        call(mtf.import_tf_tensor(mtf.Mesh(mtf.Graph(), "mesh"), np.ones([2, 4], np.int32), dims(batch=2, length=4)))
+    assert message in str(error.value) and is_one_line(str(error.value))
 
 
 @pytest.mark.parametrize("case", CALLS)

@@ -736,6 +736,45 @@ def test_what_a_step_is_told():
             assert row.tolist() == expected, name
 
 
+def test_logits_in_any_order():
+    """Their dims may stand in any order, and a step's have others of size 1 beside them."""
+
+    def counting(arranged):
+        def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+            ids, vocab_dim = mtf_features["inputs"], other_features["vocab_dim"]
+            if context is not None and context.mode == "incremental":
+                ids = mtf.reshape(token_at(ids, context.position - 1), [ids.shape[0], mtf.Dimension("sequence", 1)])
+            return arranged(mtf.one_hot(ids + 1, vocab_dim)), None, None
+
+        return model
+
+    def turned(x):
+        return mtf.transpose(x, mtf.Shape(x.shape.dims[::-1]))
+
+    cases = {
+        "plain": (lambda x: x, {}),
+        "turned": (turned, {}),
+        "one more": (lambda x: mtf.reshape(x, [mtf.Dimension("one", 1), *x.shape.dims]), {}),
+        "slow, turned": (turned, {"slow_sampling": True}),
+    }
+
+    def build(mesh, prompts):
+        ids = mtf.import_tf_tensor(mesh, prompts, dims(batch=BATCH, sequence=LENGTH))
+        other, options = {"vocab_dim": mtf.Dimension("vocab", VOCAB)}, {"temperature": 0, "bos_id": BOS}
+        return {
+            name: sample_autoregressive(ids, other, params, model=counting(arranged), **options)
+            for name, (arranged, params) in cases.items()
+        }
+
+    out = Program(build, [(tf.int32, PROMPTS.shape)])(PROMPTS)
+    ends = (PROMPTS != PAD).sum(1)
+    (row,) = np.flatnonzero(ends == 1)[:1]
+    first = PROMPTS[row, 0]
+    assert out["plain"][row].tolist() == list(range(first, first + LENGTH))
+    for name in cases:
+        np.testing.assert_array_equal(out[name], out["plain"], name)
+
+
 def encoder_offset(mesh, shape):
     """[batch]: 3 · row, as a sum over a dim of its own that a layout may split."""
     inner = mtf.Dimension("inner", 2)

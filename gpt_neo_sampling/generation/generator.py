@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -31,8 +32,10 @@ from gpt_neo_sampling.mesh.cluster import Cluster
 from gpt_neo_sampling.mesh.devices import DeviceMesh, device_mesh
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.sampling.controls import INT32_MAX
+from gpt_neo_sampling.sampling.other_names import explained, explains_names
 
 MAX_BATCH = 32  # rows of one graph; a larger request takes several runs
+OPTION_NAMES = [f.name for f in dataclasses.fields(GenerationOptions)]
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +130,9 @@ class TextGenerator:
 
         Raises:
           MeshError, ValueError: as `from_pretrained`.
+          TypeError: for an argument of another type, such as a folder, which `from_pretrained` opens.
         """
+        _check_types(checkpoint, tokenizer, mesh)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.mesh = device_mesh() if mesh is None else mesh
@@ -146,6 +151,7 @@ class TextGenerator:
                         why, one_line(", ".join(map(repr, unusable))))  # fmt: skip
 
     @classmethod
+    @explains_names()
     def from_pretrained(
         cls,
         folder: StrPath | None = None,
@@ -191,6 +197,7 @@ class TextGenerator:
         checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
         return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype, jit_compile)
 
+    @explains_names(OPTION_NAMES)
     def generate(self, prompts: Prompts, *, streamer: Streamer | None = None, **options: Any) -> list[Sample]:
         """Continues prompts. Argument names are those of Hugging Face's `generate`.
 
@@ -337,10 +344,10 @@ class TextGenerator:
             top_k 40          40 tokens 2.63 bits
             softmax           40 tokens 2.63 bits
         """
-        unknown = options.keys() - set(TOKEN_OPTIONS)
+        unknown = sorted(options.keys() - set(TOKEN_OPTIONS))
         if unknown:
-            names = ", ".join(sorted(unknown))
-            raise TypeError(f"not an option for drawing a token: {names}; allowed: {', '.join(TOKEN_OPTIONS)}")
+            names = ", ".join(unknown)
+            raise TypeError(f"not an option for drawing a token: {names}; {explained(unknown[0], TOKEN_OPTIONS)}")
         new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation, is_begin=False)
         options["max_new_tokens"] = INT32_MAX  # how many more may follow does not matter here
         ids, given = self.encode(prompt) + new, GenerationOptions(**options)
@@ -516,6 +523,21 @@ class TextGenerator:
         """For each row of ids, the log-probabilities of all but the first."""
         out = self._graphs.run(ScoreProgram, score_key(rows, self.params["n_ctx"], self.mesh), rows)
         return [logprobs[: len(row) - 1] for logprobs, row in zip(out, rows)]
+
+
+def _check_types(checkpoint: object, tokenizer: object, mesh: object) -> None:
+    """Raises TypeError for what `TextGenerator` is not made of."""
+    if isinstance(checkpoint, (str, os.PathLike)):
+        folder = os.fspath(checkpoint)
+        raise TypeError(f"TextGenerator({folder!r}): a folder is opened by TextGenerator.from_pretrained({folder!r})")
+    if not isinstance(checkpoint, Checkpoint):
+        own = "; a model of your own runs in sample_autoregressive(model=…)" if callable(checkpoint) else ""
+        raise TypeError(f"checkpoint: {type(checkpoint).__name__}; a Checkpoint is needed, see open_checkpoint{own}")
+    if not (tokenizer is None or hasattr(tokenizer, "id_to_token")):  # tokenizers may not be installed
+        allowed = "a tokenizers.Tokenizer is needed, see load_tokenizer (transformers' is its backend_tokenizer)"
+        raise TypeError(f"tokenizer: {type(tokenizer).__name__}; {allowed}")
+    if not (mesh is None or isinstance(mesh, DeviceMesh)):
+        raise TypeError(f"mesh: {type(mesh).__name__}; a DeviceMesh is needed, see device_mesh")
 
 
 def _listed(texts: Prompts) -> list[Prompt]:

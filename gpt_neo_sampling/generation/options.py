@@ -20,6 +20,7 @@ from gpt_neo_sampling.sampling.controls import (
     with_sentences,
 )
 from gpt_neo_sampling.sampling.defaults import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
+from gpt_neo_sampling.sampling.other_names import check_names
 
 DEFAULT_NEW_TOKENS = 64
 DTYPES = ("float32", "bfloat16")  # of weights and activations
@@ -83,6 +84,10 @@ class GenerationOptions(Controls[PerPrompt]):
         Control("accepted for scripts that pass it; changes nothing, as what is returned has no padding")
     )
     return_logprobs: bool = False
+
+    def __new__(cls, *args: Any, **options: Any) -> "GenerationOptions":
+        check_names(cls.__name__, options, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
 
 OPTIONS = controls_of(GenerationOptions)

@@ -40,6 +40,7 @@ from gpt_neo_sampling.generation.generator import (
 )
 from gpt_neo_sampling.generation.options import PER_PROMPT, GenerationOptions
 from gpt_neo_sampling.sampling.controls import INT32_MAX
+from gpt_neo_sampling.sampling.other_names import explained
 
 # the options of a record, and of a run: functions cannot be stored, and random streams are assigned here
 OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
@@ -130,9 +131,9 @@ def generate_file(
         finished batches are on disk.
     """
     seed, options = _plain(seed), _plain(options)
-    unknown = options.keys() - set(OPTIONS)
+    unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
-        raise TypeError(f"not an option for a file: {', '.join(sorted(unknown))}; allowed: {', '.join(OPTIONS)}")
+        raise TypeError(f"not an option for a file: {', '.join(unknown)}; {explained(unknown[0], OPTIONS)}")
     options = {name: value for name, value in options.items() if value is not None}
     # checked before the file is read; how many new tokens fit depends on each prompt
     generator.check([[0]], **_columns([{"max_new_tokens": INT32_MAX, **options, "seed": seed}]))
@@ -240,9 +241,10 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"not JSON: {e}") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}; an object is needed")
-    unknown = set(record) - {*PROMPT_KEYS, "id", *OPTIONS}
+    keys = (*PROMPT_KEYS, "id", *OPTIONS)
+    unknown = set(record) - set(keys)
     if unknown:
-        raise ValueError(f"unknown key {min(unknown)!r}; allowed: {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
+        raise ValueError(f"unknown key {min(unknown)!r}; {explained(min(unknown), keys)}")
     if len(record.keys() & set(PROMPT_KEYS)) != 1:
         raise ValueError("either prompt or prompt_ids is needed")
     for key, kind in (("prompt", str), ("prompt_ids", list)):

@@ -95,15 +95,30 @@ def check_floating(x: mtf.Tensor, what: str) -> None:
         raise ValueError(f"{what} of dtype {x.dtype.name}; a floating dtype is needed")
 
 
-def dim_of(x: mtf.Tensor, dim: mtf.Dimension | str | None = None) -> mtf.Dimension:
-    """A dimension of x as an mtf.Dimension: the last if `dim` is None; a ValueError if x lacks it."""
+def check_tensor(x: object, what: str) -> None:
+    """Raises TypeError unless x is an mtf.Tensor."""
     if not isinstance(x, mtf.Tensor):
-        raise TypeError(f"an {type(x).__name__} of shape {x.shape}; an mtf.Tensor is needed (mtf.import_tf_tensor)")
+        shape = f" of shape {x.shape}" if hasattr(x, "shape") else ""
+        raise TypeError(f"{what}: {type(x).__name__}{shape}; an mtf.Tensor is needed (mtf.import_tf_tensor)")
+
+
+def as_dim(dim: Any, what: str) -> mtf.Dimension:
+    """An mtf.Dimension, or a pair of its name and its size, as an mtf.Dimension; a TypeError for anything else."""
+    try:
+        return mtf.Dimension(*mtf.ops.convert_to_dimension(dim))
+    except (TypeError, ValueError):
+        allowed = "an mtf.Dimension is needed, such as mtf.Dimension('vocab', 50257)"
+        raise TypeError(f"{what} is {dim!r}; {allowed}") from None
+
+
+def dim_of(x: mtf.Tensor, dim: mtf.Dimension | None = None) -> mtf.Dimension:
+    """A dimension of x as an mtf.Dimension: the last if `dim` is None; a ValueError if x lacks it."""
+    check_tensor(x, "x")
     if dim is None:
         if not x.shape.dims:
             raise ValueError("a tensor without dims has none to work along")
         return x.shape.dims[-1]
-    dim = mtf.ops.convert_to_dimension(dim)
+    dim = as_dim(dim, "dim")
     if dim not in x.shape.dims:
         raise ValueError(f"dim {dim} is not among the dims {x.shape}")
     return dim
@@ -233,7 +248,7 @@ def take(x: mtf.Tensor, indices: mtf.Tensor, dim: mtf.Dimension, name: str = "ta
       ValueError: if `dim` is not in `x`, or is in `indices`; and, when it is
         lowered, for a layout that splits `dim` and a dim of `indices` alike.
     """
-    dim = mtf.ops.convert_to_dimension(dim)
+    dim = as_dim(dim, "take: dim")
     if dim not in x.shape.dims:
         raise ValueError(f"take: dim {dim} is not among the dims of x, {x.shape}")
     if dim in indices.shape.dims:

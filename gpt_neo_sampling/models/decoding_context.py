@@ -8,6 +8,7 @@ from typing import Any
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import Params
 from gpt_neo_sampling.mesh.ops import (
+    check_tensor,
     computed_once,
     cwise_broadcast,
     force_allreduce,
@@ -17,6 +18,7 @@ from gpt_neo_sampling.mesh.ops import (
     take,
     to_loop,
 )
+from gpt_neo_sampling.models.utils import feature_dim
 
 Model = Callable[..., tuple[mtf.Tensor, Any, Any]]  # with the arguments of `models.gpt2.model`
 
@@ -117,12 +119,32 @@ class DecodeContext:
         return self.position
 
     def get_states(self, n: int) -> list[mtf.Tensor]:
-        """The next n of the states that the previous step recorded, a list of mtf.Tensor."""
-        begin = len(self.new_states)
-        return self.states[begin : begin + n]
+        """The next n of the states that the previous step recorded, a list of mtf.Tensor.
+
+        Raises:
+          ValueError: if there are fewer, or in mode "first_part".
+        """
+        begin, recorded = len(self.new_states), self.states
+        if recorded is None:
+            raise ValueError(f"get_states({n}) with mode={self.mode!r}: there are states with mode='incremental' alone")
+        if begin + n > len(recorded):
+            raise ValueError(
+                f"get_states({n}): the pass over the prompts recorded {len(recorded)} states, and {begin} of them have "
+                "been read"
+            )
+        return recorded[begin : begin + n]
 
     def record_new_states(self, new_states: Iterable[mtf.Tensor]) -> None:
-        """Records `new_states`, mtf.Tensors for the next step; their shapes must be the same in every step."""
+        """Records `new_states`, mtf.Tensors for the next step; their shapes must be the same in every step.
+
+        Raises:
+          TypeError: for anything but a list of mtf.Tensor.
+        """
+        if isinstance(new_states, mtf.Tensor):
+            raise TypeError("record_new_states: one mtf.Tensor; a list of them is needed")
+        new_states = list(new_states)
+        for state in new_states:
+            check_tensor(state, "record_new_states")
         self.new_states.extend(new_states)
 
     def record_constant_state(self, s: mtf.Tensor) -> None:
@@ -179,10 +201,18 @@ class Decoder:
     def _call(self, ids: mtf.Tensor, context: DecodeContext | None = None) -> mtf.Tensor:
         """The logits, [rows, length, vocab]."""
         with tf.variable_scope("gpt2", reuse=tf.AUTO_REUSE):
-            logits, _, _ = self._model(
+            returned = self._model(
                 {"inputs": ids}, self._other_features, self._params, ids.mesh, self._variable_dtype, context=context
             )
-        return logits
+        if not isinstance(returned, (tuple, list)) or len(returned) != 3:
+            is_alone = not isinstance(returned, (tuple, list))
+            kind = "logits alone" if isinstance(returned, mtf.Tensor) else f"a {type(returned).__name__}"
+            what = kind if is_alone else f"{len(returned)} values"
+            raise TypeError(
+                f"the model returned {what}; (logits, loss, loss_batch) is needed, with None for losses that it does "
+                "not compute"
+            )
+        return returned[0]
 
     def _context(self, mode: str, position: mtf.Tensor, inputs: mtf.Tensor, **kwargs: Any) -> DecodeContext:
         return DecodeContext(
@@ -241,9 +271,14 @@ class Decoder:
 
         Returns:
           (logits, states): mtf.Tensor [rows, vocab], and a list of mtf.Tensors.
+
+        Raises:
+          TypeError, ValueError: for what the model returned or recorded, if that is not what a step needs.
         """
+        rows, vocab_dim = position.shape, feature_dim(self._other_features, "vocab_dim")
         if self._slow:
-            return take(self._call(ids), position - 1, self._length_dim), []
+            logits = self._fitting(self._call(ids), rows + self._length_dim + vocab_dim)
+            return take(logits, position - 1, self._length_dim), []
         priority = from_loop(self._priority)
         context = self._context(
             "incremental",
@@ -255,9 +290,48 @@ class Decoder:
             states=states,
             may_overwrite_states=True,
         )
-        logits = self._call(ids, context)
-        vocab_dim = self._other_features["vocab_dim"]
-        return mtf.reshape(logits, position.shape + vocab_dim), context.new_states  # drops the sequence dim of 1
+        logits = self._fitting(self._call(ids, context), rows + vocab_dim)  # drops the sequence dim of 1
+        _check_states(context.new_states, states)
+        return logits, context.new_states
+
+    def _fitting(self, logits: mtf.Tensor, shape: mtf.Shape) -> mtf.Tensor:
+        """The model's logits in this shape: its dims in any order, and any of size 1 beside them."""
+        check_tensor(logits, "the model's logits")
+        given = logits.shape.dims
+        if any(d.size > 1 for d in set(given) ^ set(shape.dims)):
+            raise ValueError(self._misfit(logits.shape, shape))
+        known = [d for d in shape.dims if d in given]
+        if known != [d for d in given if d in known]:
+            logits = mtf.transpose(logits, mtf.Shape([*(d for d in given if d not in known), *known]))
+        return logits if logits.shape == shape else mtf.reshape(logits, shape)
+
+    def _misfit(self, given: mtf.Shape, wanted: mtf.Shape) -> str:
+        """What is wrong with logits of another shape than is wanted."""
+        vocab_dim = wanted.dims[-1]
+        if vocab_dim not in given.dims:
+            return f"the model's logits, {_shown(given)}, lack other_features['vocab_dim'], {_shown([vocab_dim])}"
+        if self._length_dim in given.dims and self._length_dim not in wanted.dims:
+            return (
+                f"the model gave logits of all positions, {_shown(given)}, in a step that asks for one token a row: a "
+                "model that keeps no states needs params['slow_sampling'] = True, and one that keeps them looks at "
+                "context.mode (see DecodeContext)"
+            )
+        return f"the model's logits are {_shown(given)}; {_shown(wanted)} is needed"
+
+
+def _shown(dims: Iterable[mtf.Dimension]) -> str:
+    return f"[{', '.join(f'{d.name}={d.size}' for d in dims)}]"
+
+
+def _check_states(new: list[mtf.Tensor], old: list[mtf.Tensor]) -> None:
+    """Raises ValueError unless a step recorded states like those before it."""
+    kinds = [[f"{s.dtype.name} {_shown(s.shape)}" for s in states] for states in (new, old)]
+    if kinds[0] != kinds[1]:
+        recorded, before = (f"{len(k)} states ({', '.join(k)})" if k else "no states" for k in kinds)
+        raise ValueError(
+            f"the model recorded {recorded} in a step, and {before} in the pass over the prompts; each call has to "
+            "record as many, of the same shapes and dtypes"
+        )
 
 
 def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length: int) -> dict[str, Any]:
@@ -266,9 +340,10 @@ def cut_memory(other_features: dict[str, Any], length_dim: mtf.Dimension, length
     The memory may be longer than the ids, by the `num_mem_kv` learned keys before theirs, and stays longer by as much;
     attn_bias aligns the ends of both.
     """
-    memory_dim, bias = other_features.get("memory_length_dim"), other_features.get("attn_bias")
-    if memory_dim is None:
+    bias = other_features.get("attn_bias")
+    if other_features.get("memory_length_dim") is None:
         return other_features
+    memory_dim = feature_dim(other_features, "memory_length_dim")
     memory_length = length + max(memory_dim.size - length_dim.size, 0)
     if memory_dim.size <= memory_length:
         return other_features

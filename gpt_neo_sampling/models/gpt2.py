@@ -43,7 +43,7 @@ from gpt_neo_sampling.models.layers import (
     rotary_table,
     rotate,
 )
-from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, parse_inputs
+from gpt_neo_sampling.models.utils import MASK, entmax_cross_entropy_with_logits, feature, feature_dim, parse_inputs
 
 RING_MULTIPLE = 128  # so that a layout that splits memory_length can split a ring too
 
@@ -110,9 +110,13 @@ def model(
       sequence]; None and None unless training or evaluating.
 
     Raises:
-      ValueError: for an unsupported config option, or dimensions that do not fit.
+      ValueError: for an unsupported config option, a feature that is missing, or dimensions that do not fit.
+      TypeError: for inputs, a dim or a variable_dtype of another type.
     """
     check_params(params)
+    if not isinstance(variable_dtype, mtf.VariableDType):
+        allowed = "an mtf.VariableDType is needed, such as mtf.VariableDType(tf.float32)"
+        raise TypeError(f"variable_dtype={variable_dtype!r}; {allowed}")
     x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim = parse_inputs(mtf_features, other_features)
     if sequence_dim.size > embed_sequence_dim.size:
         raise ValueError(f"inputs of {sequence_dim.size} positions; the model has {embed_sequence_dim.size} (n_ctx)")
@@ -167,7 +171,7 @@ def model(
 
     loss = loss_batch = None
     if params.get("mode") in ("train", "eval"):
-        loss, loss_batch = _loss(logits, mtf_features["labels"], params, variable_dtype)
+        loss, loss_batch = _loss(logits, feature(mtf_features, "labels", "the features"), params, variable_dtype)
     return mtf.cast(logits, variable_dtype.master_dtype), loss, loss_batch
 
 
@@ -314,7 +318,7 @@ def _memories(
 ) -> dict[str, _Memory]:
     """The memory of each attention type."""
     incremental = context is not None and context.mode == "incremental"
-    whole_dim, n_learned = other_features["memory_length_dim"], n_learned_keys(params)
+    whole_dim, n_learned = feature_dim(other_features, "memory_length_dim"), n_learned_keys(params)
     n_positions = whole_dim.size - n_learned
     if n_learned and n_positions < sequence_dim.size:
         raise ValueError(
@@ -353,12 +357,12 @@ def _memories(
 def _global_bias(
     memory_dim: mtf.Dimension, other_features: dict[str, Any], read_position: mtf.Tensor, incremental: bool
 ) -> mtf.Tensor | None:
-    bias = other_features["attn_bias"]
+    bias = feature(other_features, "attn_bias")
     if bias is None:
         if incremental:
             raise ValueError("attn_bias is None; decoding needs a causal one (see biasmask_attn_weights)")
         return None
-    bias = resize(bias, other_features["memory_length_dim"], memory_dim.size)
+    bias = resize(bias, feature_dim(other_features, "memory_length_dim"), memory_dim.size)
     queries = bias.shape[0]
     return take(bias, read_position, queries) if incremental else resize(bias, queries, read_position.shape[0].size)
 

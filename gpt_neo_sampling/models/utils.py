@@ -28,7 +28,7 @@ A whole script; the examples of these functions use its `run`:
 from typing import Any
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mesh.ops import cwise_broadcast
+from gpt_neo_sampling.mesh.ops import as_dim, check_tensor, cwise_broadcast
 from gpt_neo_sampling.sampling.categorical import sample_categorical
 from gpt_neo_sampling.sampling.entmax import (
     entmax,
@@ -99,6 +99,7 @@ def biasmask_attn_weights(
       mtf.Tensor [nd, ns] in the activation dtype: −1e10 (in float16 the lowest
       number) where the key comes after the query, else 0.
     """
+    nd, ns = as_dim(nd, "nd"), as_dim(ns, "ns")
     dtype = variable_dtype.activation_dtype
     masked = max(MASK, float(dtype.min))
 
@@ -122,14 +123,27 @@ def parse_inputs(
     Returns:
       (x, batch_dim, sequence_dim, embd_dim, vocab_dim, embed_sequence_dim): the
       inputs, int32 [batch, sequence], and the mtf.Dimensions.
+
+    Raises:
+      TypeError: for inputs that are no mtf.Tensor, or a dim that is no mtf.Dimension.
+      ValueError: for a feature that is missing, or inputs of other dims.
     """
-    x = mtf_features["inputs"]
-    batch_dim, sequence_dim = x.shape.dims
-    return (
-        x,
-        batch_dim,
-        sequence_dim,
-        other_features["embd_dim"],
-        other_features["vocab_dim"],
-        other_features["embed_sequence_dim"],
-    )
+    x = feature(mtf_features, "inputs", "the features")
+    check_tensor(x, "the inputs")
+    if len(x.shape.dims) != 2:
+        raise ValueError(f"the inputs have the dims {x.shape}; [batch, sequence] is needed")
+    names = ("embd_dim", "vocab_dim", "embed_sequence_dim")
+    embd_dim, vocab_dim, embed_sequence_dim = (feature_dim(other_features, name) for name in names)
+    return (x, *x.shape.dims, embd_dim, vocab_dim, embed_sequence_dim)
+
+
+def feature(features: dict[str, Any], name: str, what: str = "other_features") -> Any:
+    """One of GPT-Neo's features; a ValueError if there is none of that name."""
+    if name not in features:
+        raise ValueError(f"{what} have no {name!r}; there is {', '.join(map(repr, features)) or 'nothing'}")
+    return features[name]
+
+
+def feature_dim(other_features: dict[str, Any], name: str) -> mtf.Dimension:
+    """One of the dims in GPT-Neo's other_features; a ValueError or TypeError if it is none."""
+    return as_dim(feature(other_features, name), f"other_features[{name!r}]")

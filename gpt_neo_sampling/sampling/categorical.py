@@ -18,6 +18,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LaidOut, RowValue
 from gpt_neo_sampling.mesh.ops import (
     MeshOperation,
+    as_dim,
     check_floating,
     dim_of,
     finite,
@@ -101,7 +102,8 @@ def sample_categorical(
     dim = dim_of(x, dim)
     rows = x.shape - dim
     check_floating(x, "sample_categorical: weights")
-    if samples_dim is not None and samples_dim in x.shape.dims:
+    samples_dim = None if samples_dim is None else as_dim(samples_dim, "samples_dim")
+    if samples_dim in x.shape.dims:
         raise ValueError(f"samples_dim {samples_dim} is a dim of the weights, {x.shape}; it must be a new one")
     uniforms = draw_uniforms(x.mesh, rows, seed, stream, step, samples_dim)
     return grouped_draw(x, *uniforms, dim, samples_dim, size)

@@ -271,13 +271,6 @@ class ControlKeywords(TypedDict, total=False):
     entmax_alpha: RowValue | None
 
 
-def check_keywords(given: ControlKeywords) -> None:
-    """Raises TypeError for a keyword that is not a control."""
-    unknown = sorted(given.keys() - ControlKeywords.__annotations__.keys())
-    if unknown:
-        raise TypeError(f"unknown keyword {unknown[0]}; allowed: {', '.join(ControlKeywords.__annotations__)}")
-
-
 @with_sentences
 @dataclasses.dataclass
 class SamplingOptions(Controls[RowValue]):

@@ -12,7 +12,7 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.compiled_rows import compiled_rows
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, finite, import_rows, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, finite, import_rows, take
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
 from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
 from gpt_neo_sampling.sampling.cutoffs import with_top_zero
@@ -120,6 +120,7 @@ def chain_distributions(
     Raises:
       ValueError: as `next_token`.
     """
+    vocab_dim = dim_of(logits, vocab_dim)
     rows = logits.shape - vocab_dim
     found = _before_temperature(logits, vocab_dim, options, history)
     if is_real(options.temperature) and options.temperature == 0:
@@ -176,6 +177,7 @@ def next_token(
         >>> run(lambda x: next_token(x, x.shape[-1], options, seed=1, stream=None, step=0), logits)
         array([ 1,  0, -1], dtype=int32)
     """
+    vocab_dim = dim_of(logits, vocab_dim)
     rows = logits.shape - vocab_dim
     # outside, as a user's functions may do what XLA cannot compile
     ahead = _before_temperature(logits, vocab_dim, options, history) if options.logits_processors else None

@@ -6,6 +6,7 @@ Knows names only, and no TensorFlow.
 import difflib
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
@@ -24,12 +25,13 @@ _OWN_PROCESSORS = "in Python, logits_processors takes functions of (logits, ids,
 _BIAS = "{logit_bias} adds to the logits of single tokens, and {bad_words_ids} rules them out"
 _DEVICES = "{devices} says where the work is done, {mesh_shape} and {layout} how it is split"
 _DTYPE = "{dtype} takes float32 or bfloat16"
+_ONE_KERNEL = "there is one implementation; leave it out"
 _NO_CODE = "a folder's code is never run; leave it out"
 _STREAMS = "generate takes a streamer, a function that is called for each token"
 
-# Names of Hugging Face's `generate`, its text-generation pipeline and its `from_pretrained` → what there is here. {…} is
-# an option of this library, which is spelled in one way in Python and in another on a command line. Names that some of
-# our functions have and others lack are here too: they are looked up only where they are unknown.
+# Names of Hugging Face's `generate`, its text-generation pipeline and its `from_pretrained` → what there is here. {…}
+# is an option of this library, which is spelled in one way in Python and in another on a command line. Names that some
+# of our functions have and others lack are here too: they are looked up only where they are unknown.
 HUGGING_FACE_NAMES: dict[str, str] = {
     # what is continued
     "inputs": _IDS,
@@ -68,7 +70,7 @@ HUGGING_FACE_NAMES: dict[str, str] = {
     "diversity_penalty": _NO_BEAMS,
     "constraints": _NO_BEAMS,
     "force_words_ids": _NO_BEAMS,
-    "penalty_alpha": "contrastive search is not built; {repetition_penalty} and {no_repeat_ngram_size} avoid repetition",
+    "penalty_alpha": "contrastive search is not built; {repetition_penalty} or {no_repeat_ngram_size} avoids repeats",
     "dola_layers": "decoding by contrasting layers is not built",
     "guidance_scale": "classifier-free guidance is not built",
     "negative_prompt_ids": "classifier-free guidance is not built",
@@ -135,6 +137,8 @@ HUGGING_FACE_NAMES: dict[str, str] = {
     "max_memory": _DEVICES,
     "offload_folder": _DEVICES,
     "offload_state_dict": _DEVICES,
+    "offload_buffers": _DEVICES,
+    "distributed_config": _DEVICES,
     # what is opened
     "pretrained_model_name_or_path": "the model is the first argument",
     "torch_dtype": _DTYPE,
@@ -153,7 +157,13 @@ HUGGING_FACE_NAMES: dict[str, str] = {
     "weights_only": "no pickle is run in any case; leave it out",
     "variant": "the files of the usual names are read: model.safetensors, pytorch_model.bin, or their shards",
     "subfolder": "name the folder itself",
-    "attn_implementation": "there is one implementation of attention; leave it out",
+    "adapter_name": "adapters are not built; merge them into the weights first",
+    "adapter_kwargs": "adapters are not built; merge them into the weights first",
+    "key_mapping": "weights are found by the usual names, with a prefix or without; leave it out",
+    "attn_implementation": _ONE_KERNEL,
+    "experts_implementation": _ONE_KERNEL,
+    "kernel_config": _ONE_KERNEL,
+    "use_kernels": _ONE_KERNEL,
     "low_cpu_mem_usage": "weights are always read one by one; leave it out",
     "ignore_mismatched_sizes": "weights that do not match the config are an error",
     "output_loading_info": "weights that do not match the config are an error that names them",
@@ -175,10 +185,9 @@ _OPENAI_NAMES = {
     "best_of": "{num_return_sequences} draws several samples, and score says how likely each is",
     "stop": "{stop_strings} end a continuation",
     "stop_token_ids": "{eos_token_id} takes the tokens that end a continuation",
-    "ignore_eos": "{eos_token_id} -1 has no token end a continuation",
+    "ignore_eos": "-1 as {eos_token_id} is no stop token",
     "logprobs": "{return_logprobs} gives the log-probability of each new token",
     "prompt_logprobs": "score gives the log-probability of each token of a text",
-    "stream": _STREAMS,
     "tensor_parallel_size": _DEVICES,
 }
 
@@ -210,6 +219,14 @@ def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] =
     return advice(name, spelled) or (f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}")
 
 
+def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raises TypeError for the first of the names that is not allowed; `what` is whose arguments they are."""
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            raise TypeError(f"{what} has no argument {name}; {explained(name, allowed)}")
+
+
 def explains_names(*more: Iterable[str]) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """A decorator: a keyword that the function does not take is a TypeError that says what there is instead.
 
@@ -220,14 +237,12 @@ def explains_names(*more: Iterable[str]) -> Callable[[Callable[Arguments, Result
     def decorated(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         takes_any = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         parameters = inspect.signature(function).parameters.values()
-        allowed = [p.name for p in parameters if p.kind not in takes_any and p.name not in ("self", "cls")]
-        allowed += [name for names in more for name in names]
+        own = [p.name for p in parameters if p.kind not in takes_any and p.name not in ("self", "cls")]
+        allowed = [*own, *itertools.chain(*more)]
 
         @functools.wraps(function)
         def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            for name in kwargs:
-                if name not in allowed:
-                    raise TypeError(f"{function.__name__} has no argument {name}; {explained(name, allowed)}")
+            check_names(function.__qualname__, kwargs, allowed)
             return function(*args, **kwargs)
 
         return wrapper

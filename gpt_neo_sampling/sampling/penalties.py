@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_int, is_real
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_add, size_of
+from gpt_neo_sampling.mesh.ops import as_dim, check_tensor, cwise_broadcast, dim_of, import_rows, scatter_add, size_of
 from gpt_neo_sampling.sampling.masks import mask_out, mask_value
 
 # --- Tokens that a row holds ---------------------------------------------------
@@ -38,6 +38,8 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
         >>> run(lambda ids: token_counts(ids, mtf.Dimension("vocab", 4), end=3), [[1, 3, 1, 1]], "length")
         array([[0., 2., 0., 1.]], dtype=float32)
     """
+    check_tensor(ids, "ids")
+    dim = as_dim(dim, "dim")
     ids = _whole_rows(ids)
     length_dim = ids.shape[-1]
     rows = ids.shape - length_dim
