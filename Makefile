@@ -10,6 +10,7 @@
 # make check   looks the code over: ruff (rules and format), mypy (types), and that the documentation builds
 # make docs    builds the documentation site in site/; a dead link or a docstring that does not parse is an error
 # make coverage  runs all tests and lists the lines and branches of the package that they do not reach
+# make notebook  makes examples/tour.ipynb of examples/tour.py, and runs it
 # make bench   times the library beside its peers (benchmarks/README.md); ROWS="next-tf decode" for some rows
 # make bench-tpu  what the sampling step costs on a TPU, by the estimate of the TPU's compiler, which needs no TPU
 # make test-tpu  compiles each sampler for a TPU, without one: holds its cost against tests/data/tpu_costs.json, and the
@@ -30,7 +31,7 @@ TPU_VENV := $(VENV)-tpu
 FUZZ_EXAMPLES ?= 500
 PROMPT ?= The family of Dashwood
 
-.PHONY: demo check docs test test-slow test-all test-compat test-gpt-neo test-tpu fuzz coverage bench bench-tpu support clean
+.PHONY: demo check docs notebook test test-slow test-all test-compat test-gpt-neo test-tpu fuzz coverage bench bench-tpu support clean
 .SECONDEXPANSION:
 .DELETE_ON_ERROR:
 
@@ -49,6 +50,9 @@ MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 docs: $(VENV)/check.installed
 	$(MKDOCS)
 	@echo "site/index.html; for its search: $(BIN)/python -m http.server --directory site"
+
+notebook: $(VENV)/test.installed
+	@$(BIN)/python examples/make_tour.py
 
 # A file's tests go to one process, which makes the file's fixtures once.
 PYTEST := bin/python -m pytest -q -n 2 --dist loadfile -rs

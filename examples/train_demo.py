@@ -1,10 +1,11 @@
 """Trains the model that the package carries, on the text of Austen's novels.
 
+    python examples/austen.py austen.txt
     python examples/train_demo.py --text austen.txt --work-dir /tmp/demo --minutes 44
     python examples/train_demo.py --text austen.txt --work-dir /tmp/demo --export gpt_neo_sampling/demo
 
-The first line makes the tokenizer, trains and saves as it goes (run again, it
-goes on where it stopped); the second rounds the weights to bfloat16, measures
+The first line fetches the text. The second makes the tokenizer, trains and saves as it goes (run again, it
+goes on where it stopped); the third rounds the weights to bfloat16, measures
 the held-out loss of what it has rounded, and writes the checkpoint and its
 figures. The last 5% of the text is held out: neither the tokenizer nor the
 training sees it.

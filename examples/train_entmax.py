@@ -1,6 +1,7 @@
 """Trains two small GPT-Neos on one text: one with softmax, one with entmax and its loss.
 
-    pip install -e .[examples]
+    pip install -e '.[examples]'
+    python examples/austen.py austen.txt
     python examples/train_entmax.py austen.txt --output entmax.png --save models
 
 Both start from the same weights and see the same batches at the same learning
@@ -84,7 +85,7 @@ def train(name, trainer, train_ids, held_ids, n_ctx, args):
     """The figures of one run: what goes into the JSON under the model's name."""
     rng = np.random.default_rng(args.seed)
     marks = {round(m) for m in np.linspace(0, args.steps, EVALUATIONS)}
-    losses, curve, seconds = [], [], 0.0
+    losses, curve, seconds, begin = [], [], 0.0, time.perf_counter()
     for step in tqdm(range(args.steps + 1), desc=name, unit="step"):
         if step in marks:
             curve.append({"step": step, **held_out(trainer, held_ids[: EVALUATION_TOKENS + 1])})
@@ -98,6 +99,7 @@ def train(name, trainer, train_ids, held_ids, n_ctx, args):
         "held_out": curve,
         "all_held_out": held_out(trainer, held_ids),
         "milliseconds_a_step": 1000 * seconds / args.steps,
+        "minutes": (time.perf_counter() - begin) / 60,
     }
 
 
@@ -142,10 +144,11 @@ def smoothed(losses):
 
 
 def table(figures):
-    line = "{:32} {:>9} {:>9}".format
+    line = "{:36} {:>9} {:>9}".format
     rows = [(f"training loss, last {SMOOTHED} steps", lambda f: smoothed(f["train_loss"])[-1])]
     rows += [(label, lambda f, name=name: f["all_held_out"][name]) for name, label in MEASURES]
     rows.append(("milliseconds a training step", lambda f: f["milliseconds_a_step"]))
+    rows.append(("minutes, with looks at held-out text", lambda f: f["minutes"]))
     header = line(f"{figures['softmax']['all_held_out']['tokens']:,} held-out tokens", *MODELS)
     return "\n".join([header] + [line(label, *(f"{of(figures[m]):.4g}" for m in MODELS)) for label, of in rows])
 
@@ -161,8 +164,8 @@ def at_least(least):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=pathlib.Path, help="a text file in UTF-8; that of docs/entmax.md is Jane Austen's "
-                        "novels as the R package janeaustenr holds them, which Project Gutenberg has too")  # fmt: skip
+    parser.add_argument("text", type=pathlib.Path, help="a text file in UTF-8; examples/austen.py fetches "
+                        "that of docs/entmax.md")  # fmt: skip
     parser.add_argument("--steps", type=at_least(1), default=800)
     parser.add_argument("--batch", type=at_least(1), default=8, help=f"windows of {CONFIG['n_ctx']} tokens a step")
     parser.add_argument("--seed", type=at_least(0), default=1, help="of the initial weights and of the batches")
@@ -171,7 +174,7 @@ def arguments(argv=None):
                         help="writes softmax/ and entmax/ there, for gpt-neo-sampling generate --model")  # fmt: skip
     args = parser.parse_args(argv)
     if not args.text.is_file():
-        parser.error(f"text {args.text}: no such file")
+        parser.error(f"text {args.text}: no such file (examples/austen.py fetches Jane Austen's novels)")
     if args.output.suffix != ".png" or not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: a .png in a folder that exists is needed")
     if args.save and args.save.exists() and not args.save.is_dir():

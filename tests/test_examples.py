@@ -1,8 +1,12 @@
-"""examples/: a few steps of the training scripts, and the script that draws the docs' pictures."""
+"""examples/: a few steps of the training scripts and of the others, the text that they fetch, and the notebook."""
 
+import bz2
+import hashlib
+import http.server
 import json
 import pathlib
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,8 +18,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 pytest.importorskip("matplotlib", reason="examples/train_entmax.py draws with matplotlib, which [test] installs")
 
+import austen
 import gpu_check
 import plot_settings
+import sample_on_mesh
 import train_entmax
 import training
 from PIL import Image
@@ -54,7 +60,7 @@ def test_train_entmax(text, tmp_path, monkeypatch, capsys):
         assert set(found["all_held_out"]) == {name for name, _ in train_entmax.MEASURES} | {"tokens"}
 
     assert output.read_bytes()[:4] == b"\x89PNG"
-    assert len(table) == 1 + len(train_entmax.MEASURES) + 2
+    assert len(table) == 1 + len(train_entmax.MEASURES) + 3
     assert table[0].split()[-2:] == ["softmax", "entmax"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["models", "out.json", "out.png", "text.txt"]
     for name in ("softmax", "entmax"):
@@ -149,3 +155,126 @@ def test_gpu_check_names_the_first_token_that_differs(capsys):
 
     assert gpu_check.compare(Fixed([1, 2, 3]), Fixed([1, 2, 4]), 3) == len(gpu_check.WAYS)
     assert capsys.readouterr().out.splitlines()[0].endswith("rows equal to the CPU's; row 0 from token 2 on")
+
+
+# --- The text --------------------------------------------------------------------------------------------
+
+
+def as_r_saves(lines):
+    """A file of janeaustenr's form, written by R's description of its format ("R Internals", 1.8)."""
+
+    def text(line):
+        return (0x00040009).to_bytes(4, "big") + len(line).to_bytes(4, "big") + line
+
+    head = b"RDX2\nX\n" + bytes.fromhex("00000002 00030202 00020300 00000402 00000001")
+    vector = bytes.fromhex("00000010") + len(lines).to_bytes(4, "big") + b"".join(map(text, lines))
+    return bz2.compress(head + text(b"emma") + vector + bytes.fromhex("000000fe"))
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """(a server's URL, its folder): two books, and their checksums in place of the six."""
+    books = {"emma": [b"EMMA", b"", "Zoë".encode()], "persuasion": [b"PERSUASION"]}
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for name, lines in books.items():
+        (folder / f"{name}.rda").write_bytes(as_r_saves(lines))
+    checksums = {name: hashlib.sha256((folder / f"{name}.rda").read_bytes()).hexdigest() for name in books}
+    monkeypatch.setattr(austen, "BOOKS", checksums)
+    monkeypatch.setattr(austen, "WHOLE", hashlib.sha256("EMMA\n\nZoë\n\nPERSUASION\n".encode()).hexdigest())
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+
+
+def test_austen(library, tmp_path, capsys):
+    url, _ = library
+    austen.main([str(tmp_path / "austen.txt"), "--source", url])
+    assert (tmp_path / "austen.txt").read_text(encoding="utf-8") == "EMMA\n\nZoë\n\nPERSUASION\n"
+    assert capsys.readouterr().err.splitlines()[:2] == ["fetching emma", "fetching persuasion"]
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda folder: (folder / "persuasion.rda").unlink(), "persuasion.rda: HTTP Error 404: File not found"),
+        (lambda folder: (folder / "emma.rda").write_bytes(b"other"), "emma.rda: 5 bytes with the SHA-256 "),
+    ],
+)
+def test_a_text_that_cannot_be_had(library, tmp_path, capsys, harm, message):
+    url, folder = library
+    harm(folder)
+    with pytest.raises(SystemExit) as exit:
+        austen.main([str(tmp_path / "austen.txt"), "--source", url])
+    assert exit.value.code == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["library"]
+
+
+def test_a_text_that_is_there_stays(library, tmp_path, capsys):
+    (tmp_path / "austen.txt").write_text("mine")
+    with pytest.raises(SystemExit) as exit:
+        austen.main([str(tmp_path / "austen.txt"), "--source", library[0]])
+    assert exit.value.code == 2 and "austen.txt is there already" in capsys.readouterr().err
+    assert (tmp_path / "austen.txt").read_text() == "mine"
+
+
+# --- A mesh, and the notebook ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sample_on_mesh(capfd):
+    """The text is TextGenerator's; what is being done is said in time, on stderr."""
+    prompts, length = ["The family of Dashwood", "Emma"], 12
+    sample_on_mesh.main(["--length", str(length), "--prompt", *prompts])
+    out, err = capfd.readouterr()
+    generator = TextGenerator.from_pretrained()
+    options = dict(
+        temperature=0.9, top_k=40, seed=1, max_new_tokens=[length - len(generator.encode(p)) for p in prompts]
+    )
+    texts = [prompt + sample.text for prompt, sample in zip(prompts, generator.generate(prompts, **options))]
+    assert out == "".join(f"{text}\n\n" for text in texts)
+    said = [line.split("s  ")[1] for line in err.splitlines()]
+    assert said[0] == "building the loop for 4 devices, x:2,y:2 with batch:x,vocab:y,heads:y"
+    assert [line.split()[0] for line in said] == ["building", "loading", "sampling", "done"]
+
+
+def test_sample_on_mesh_refuses_a_length(capsys):
+    with pytest.raises(SystemExit):
+        sample_on_mesh.main(["--length", "3"])
+    assert "--length 3: from 5 to 256 is needed" in capsys.readouterr().err
+
+
+def test_the_notebook_is_that_of_its_source():
+    make_tour = pytest.importorskip("make_tour", reason="jupytext, nbclient and ipykernel, which [test] installs")
+    import nbformat
+
+    notebook, source = nbformat.read(make_tour.NOTEBOOK, as_version=4), make_tour.read()
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in source.cells]
+    assert make_tour.NOTEBOOK.stat().st_size < 300_000
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for cell in code for output in cell.outputs}
+    assert kinds == {"stream", "display_data"} and not any(o.get("name") == "stderr" for c in code for o in c.outputs)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    """And prints what is in it; the pictures are not compared."""
+    make_tour = pytest.importorskip("make_tour", reason="jupytext, nbclient and ipykernel, which [test] installs")
+    import nbformat
+
+    def printed(notebook):
+        return ["".join(o.text for o in c.outputs if o.output_type == "stream")
+                for c in notebook.cells if c.cell_type == "code"]  # fmt: skip
+
+    assert printed(make_tour.run(make_tour.read())) == printed(nbformat.read(make_tour.NOTEBOOK, as_version=4))
