@@ -13,7 +13,7 @@ from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokeni
 from gpt_neo_sampling.checkpoint.base import one_line
 from gpt_neo_sampling.checkpoint.tokenizer import encoded
 from gpt_neo_sampling.generation.decode_graph import DEMO_FOLDER, first_token_of
-from gpt_neo_sampling.generation.options import TOKEN_OPTIONS, GenerationOptions, check_bool
+from gpt_neo_sampling.generation.options import TOKEN_OPTIONS, GenerationOptions
 from gpt_neo_sampling.generation.request import Request, checked_request, models_stop_strings
 from gpt_neo_sampling.generation.row_pool import RowPool
 from gpt_neo_sampling.generation.scoring import ScoreProgram, TextScore, score_texts
@@ -30,7 +30,7 @@ from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh.cluster import Cluster
 from gpt_neo_sampling.mesh.devices import DeviceMesh, device_mesh
 from gpt_neo_sampling.sample import INVALID
-from gpt_neo_sampling.sampling.controls import INT32_MAX
+from gpt_neo_sampling.sampling.controls import INT32_MAX, check_bool
 
 MAX_BATCH = 32  # rows of one graph; a larger request takes several runs
 

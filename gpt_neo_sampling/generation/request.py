@@ -16,7 +16,6 @@ from gpt_neo_sampling.generation.options import (
     SAMPLING,
     SHARED,
     GenerationOptions,
-    check_bool,
     check_default,
     check_least_and_most,
     check_shared,
@@ -24,7 +23,7 @@ from gpt_neo_sampling.generation.options import (
     per_prompt,
     resolve,
 )
-from gpt_neo_sampling.sampling.controls import INT32_MAX, check_int
+from gpt_neo_sampling.sampling.controls import INT32_MAX, check_bool, check_int
 
 
 @dataclasses.dataclass
