@@ -88,7 +88,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
         "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
-    add("--jit-compile", action="store_true", help="XLA compiles the decode loop of one prompt, which takes "
+    add("--jit-compile", action="store_true", help="XLA compiles the decode loop, which takes "
         "seconds and then makes it faster: for a thousand tokens and more")  # fmt: skip
     _add_sampling_options(parser)
     _add_mesh_options(parser)

@@ -169,9 +169,10 @@ class TextGenerator:
             halves the memory and gives logits of 8 significant bits; sampling is
             computed in float32 either way.
           jit_compile: whether XLA compiles the decode loop, anew for each size of
-            request: of requests with one row (one prompt, one sample), on one device.
-            With a 125M it pays from 500 (bfloat16) or 900 tokens of a size on. More
-            rows are not compiled, and run a few per cent slower than without. Logits may differ in their last bits.
+            request, on one device. With a 125M it pays from some 500 steps of a size
+            on. In bfloat16 requests of several rows (prompts, samples) are not
+            compiled, and run a few per cent slower than without. Logits may differ in
+            their last bits.
           mesh_shape, layout, devices, cluster: see `devices.device_mesh`; by default
             one CPU. They decide where the work is done and do not change the result:
             a vocabulary that a layout does not divide is padded with entries that
