@@ -106,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, content=b"", **headers):
         self.send_response(status)
+        file = self.path.rsplit("/", 1)[-1]  # a bar's label
+        self.send_header("Content-Disposition", f"inline; filename*=UTF-8''{file}; filename=\"{file}\";")
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         if "Content_Length" not in headers:
