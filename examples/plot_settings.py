@@ -1,6 +1,6 @@
 """Draws what each sampling option does to a model's next-token distributions: the pictures of docs/sampling.md.
 
-    pip install -e .[examples]
+    pip install -e '.[examples]'
     python examples/plot_settings.py docs/images
 
 Writes into the folder

@@ -1,6 +1,6 @@
 """Trains two small GPT-Neos on one text: one with softmax, one with entmax and its loss.
 
-    pip install -e .[examples]
+    pip install -e '.[examples]'
     python examples/train_entmax.py austen.txt --output entmax.png --save models
 
 Both start from the same weights and see the same batches at the same learning

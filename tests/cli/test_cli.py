@@ -265,6 +265,7 @@ def test_the_command_is_installed():
         ("generate --prompt x --logprobs", 2),
         ("inspect --prompt x --plot x.doc", 2),
         ("score --text-ids x", 2),
+        ("score --text x --revision main", 2),
         ("serve --cluster nowhere", 2),
     ],
 )
