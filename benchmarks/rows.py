@@ -46,9 +46,15 @@ def sampler(name, what, ours, peer, target, law=None, **more):
     return Row(name, what, ours, peer, target, law=law, **more)
 
 
+def compiled_sampler(name, what, peer, target, law):
+    """`next_token` compiled by XLA, as in a decode loop with jit_compile."""
+    arguments = {"ours_arguments": {**law, "jit_compile": True}, "peer_arguments": law}
+    return sampler(name, f"{what}, jit_compile", NEXT, peer, target, law, **arguments)
+
+
 NEXT, SOFTMAX = "ours: next_token", "ours: softmax, sample_categorical"
 ENTMAX, ENTMAX_DRAW = "ours: entmax", "ours: entmax, sample_categorical"
-TOP_K = {"temperature": 0.9, "top_k": 40}
+TOP_K, TOP_P = {"temperature": 0.9, "top_k": 40}, {"top_p": 0.9}
 E13, E15 = {"alpha": 1.3}, {"alpha": 1.5}
 TF_DRAW, MTF_DRAW, TORCH_DRAW = (
     "tf.random.categorical", "mtf: sample_with_temperature", "torch: softmax, multinomial")  # fmt: skip
@@ -85,10 +91,11 @@ def decoders():
                 target, noise = (1.8, 0) if (dtype, peer) == ("float32", "transformers") else (1.0, NOISE)
                 what = f"generate, 125M shape, {dtype}, batch {batch} / {peer}"
                 yield decoder(f"decode-{batch}{suffix}{names[peer]}", what, peer, target, batch, dtype, noise=noise)
-        for peer, target in (("ours", 1.0), ("OpenVINO", 1.15)):
-            what = f"generate, 125M shape, {dtype}, batch 1, jit_compile / {peer}"
-            name = f"decode-1{suffix}-jit{names.get(peer, '')}"
-            yield decoder(name, what, peer, target, 1, dtype, {"jit_compile": True}, noise=NOISE)
+        for batch in (1, 8) if dtype == "float32" else (1,):  # more rows are not compiled in bfloat16
+            for peer, target in (("ours", 1.0), ("OpenVINO", 1.15)):
+                what = f"generate, 125M shape, {dtype}, batch {batch}, jit_compile / {peer}"
+                name = f"decode-{batch}{suffix}-jit{names.get(peer, '')}"
+                yield decoder(name, what, peer, target, batch, dtype, {"jit_compile": True}, noise=NOISE)
 
 
 ROWS = [
@@ -105,7 +112,14 @@ ROWS = [
     sampler("topk-warpers", "temperature, top-k 40, draw / transformers' warpers + multinomial", NEXT, WARPERS, 7,
             TOP_K),
     sampler("top-p", "top_p_mask 0.9 / transformers' TopPLogitsWarper", "ours: top_p_mask",
-            "transformers: TopPLogitsWarper", 8, {"top_p": 0.9}),
+            "transformers: TopPLogitsWarper", 8, TOP_P),
+    sampler("top-p-draw", "top-p 0.9, draw / transformers' warper, softmax, multinomial", NEXT, WARPERS, 8, TOP_P),
+    *(compiled_sampler(f"{name}-jit", what, peer, target, law) for name, what, peer, target, law in (
+        ("next-tf", "next_token / tf.random.categorical", TF_DRAW, 1.2, {}),
+        ("next-mtf", "next_token / mtf's sample_with_temperature", MTF_DRAW, 3.5, {}),
+        ("next-torch", "next_token / PyTorch softmax + multinomial", TORCH_DRAW, 10, {}),
+        ("top-p-draw", "top-p 0.9, draw / transformers' warper, softmax, multinomial", WARPERS, 8, TOP_P),
+    )),
     sampler("entmax13-mtf", "entmax 1.3 / 50 bisections in mtf", ENTMAX, MTF_BISECT, 10, E13),
     sampler("entmax13-torch", "entmax 1.3 / entmax_bisect", ENTMAX, BISECT, 10, E13),
     sampler("entmax15-torch", "entmax 1.5 / entmax15(k=512)", ENTMAX, "torch: entmax15(k=512)", 1.2, E15,

@@ -31,7 +31,16 @@ TENSORFLOWS = ("2.12", "2.15", "2.18", "2.21")
 LEAST = "least"  # in the place of a TensorFlow
 MESH_TENSORFLOWS = ("0.1.18", "0.1.21")
 EXTRAS = "cli,plot"
-PACKAGES = ("tensorflow", "mesh-tensorflow", "numpy", "tqdm", "tokenizers", "safetensors", "matplotlib")
+PACKAGES = (
+    "tensorflow",
+    "mesh-tensorflow",
+    "numpy",
+    "tqdm",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "huggingface-hub",
+)
 TEST_NEEDS = ("pytest>=7", "scipy", "hypothesis")
 SECONDS = 3600  # for the tests of one cell, with what they wait for
 
@@ -65,6 +74,7 @@ tests/checkpoint/test_checkpoint.py
 tests/checkpoint/test_mesh_tf_checkpoint.py
 tests/checkpoint/test_hugging_face_checkpoint.py
 tests/checkpoint/test_pytorch_files.py::test_files_that_pytorch_wrote
+tests/checkpoint/test_hub.py
 tests/checkpoint/test_tokenizer.py
 tests/checkpoint/test_convert.py::test_there_and_back_keeps_every_bit
 tests/generation/test_generate.py::test_golden_greedy_tokens_of_mesh_tf_checkpoints

@@ -4,12 +4,15 @@ Each draws from logits that a tf.Variable holds, or gives their distribution; al
 take the number of the step, which the stateful ones do not look at.
 """
 
+import os
+
 import common
 import laws
 import numpy as np
 
 from gpt_neo_sampling import entmax, sample_categorical
 from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, probe_devices, quiet_logging, quiet_stderr, tf
+from gpt_neo_sampling.mesh.gpu import COMPILE
 from gpt_neo_sampling.models import utils
 from gpt_neo_sampling.sampling.controls import History
 from gpt_neo_sampling.sampling.masks import top_p_mask
@@ -135,6 +138,9 @@ class Program:
     """A candidate's graph and session."""
 
     def __init__(self, name, batch, vocab, arguments):
+        arguments = dict(arguments)
+        if arguments.pop("jit_compile", False):
+            os.environ[COMPILE] = "1"
         values = laws.logits(batch, vocab)
         if name in FROM_WEIGHTS:
             values = laws.law(values)

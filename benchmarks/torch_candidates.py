@@ -18,10 +18,12 @@ def softmax_draw(logits):
     return draw(torch.softmax(logits, -1))
 
 
-def warpers_draw(temperature, top_k):
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+def warpers_draw(**options):
+    import transformers
 
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k)])
+    warper_of = {"temperature": "Temperature", "top_k": "TopK", "top_p": "TopP"}
+    made = [getattr(transformers, f"{warper_of[name]}LogitsWarper")(value) for name, value in options.items()]
+    warpers = transformers.LogitsProcessorList(made)
     return lambda logits: softmax_draw(warpers(None, logits))
 
 

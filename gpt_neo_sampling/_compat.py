@@ -22,6 +22,8 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpt_neo_sampling._install import install_line
+
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
@@ -142,7 +144,7 @@ def _import_mesh_tensorflow() -> types.ModuleType:
     except ModuleNotFoundError as e:
         if e.name != "mesh_tensorflow":
             raise
-        raise ImportError("gpt_neo_sampling needs mesh-tensorflow: pip install mesh-tensorflow") from None
+        raise ImportError(f"gpt_neo_sampling needs mesh-tensorflow: {install_line('mesh-tensorflow')}") from None
     return mesh_tensorflow
 
 

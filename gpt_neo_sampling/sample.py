@@ -37,6 +37,7 @@ from gpt_neo_sampling.sampling.controls import (
     ControlKeywords,
     History,
     SamplingOptions,
+    check_bool,
 )
 from gpt_neo_sampling.sampling.next_token import next_token
 from gpt_neo_sampling.sampling.other_names import explained
@@ -371,8 +372,7 @@ def sample_autoregressive(
     if temperature is None:
         temperature = ENTMAX_TEMPERATURE if sampling_use_entmax else SOFTMAX_TEMPERATURE
     stop_tokens = _stop_tokens(stop_at_token, never_end)
-    if not isinstance(jit_compile, bool):
-        raise ValueError(f"jit_compile={jit_compile!r}; True or False is needed")
+    check_bool("jit_compile", jit_compile)
     _check_arguments(max_steps, invalid_token, has_partial_sequences, prompt_lengths)
     model = model or gpt2.model
     _check_model(model, other_features, params)

@@ -11,7 +11,7 @@ import gpt_neo_sampling
 PACKAGE = Path(gpt_neo_sampling.__file__).parent
 # From the ground up: a module imports from its own floor, if it is in the same room, and from floors below.
 FLOORS = [
-    {"_types", "_json", "_version", "_compat", "_atomic_files", "_threads"},
+    {"_types", "_json", "_version", "_compat", "_install", "_atomic_files", "_threads"},
     {"mesh"},
     {"sampling"},
     {"models"},

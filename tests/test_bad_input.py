@@ -1271,7 +1271,7 @@ CALLS = {
     "a generator of a folder": (
         lambda tiny: TextGenerator(GLOBAL),
         TypeError,
-        f"a folder is opened by TextGenerator.from_pretrained({GLOBAL!r})",
+        f"a model is opened by TextGenerator.from_pretrained({GLOBAL!r})",
     ),
     "a generator of a model": (
         lambda tiny: TextGenerator(options),

@@ -1,8 +1,10 @@
 """What importing the package changes, each in a fresh process; and the package as shipped."""
 
+import email
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,10 @@ import zlib
 
 import pytest
 from conftest import DATA
+from test_cli import main
 
 import gpt_neo_sampling
+from gpt_neo_sampling._install import install_line
 
 
 def run(code):
@@ -101,9 +105,50 @@ def test_public_names_are_there():
         assert getattr(gpt_neo_sampling, name).__doc__
 
 
+ROOT = pathlib.Path(__file__).parents[1]
+OPTIONAL = ("tokenizers", "safetensors", "huggingface_hub", "matplotlib")  # what comes with an extra
+
+
+def test_the_base_install_samples_the_bundled_model(monkeypatch, capfd, caplog):
+    """By token ids; what is missing is said once, and a text gets the line that installs it."""
+    for package in OPTIONAL:
+        monkeypatch.setitem(sys.modules, package, None)
+    ids = ("generate", "--prompt-ids", "5 17", "--greedy", "--max-new-tokens", 3)
+    status, out, _ = main(capfd, *ids, "--json")
+    (sample,) = json.loads(out)["samples"]
+    assert status == 0 and len(sample["tokens"]) == 3 and sample["text"] is None
+    (note,) = caplog.messages
+    assert re.search(r"tokenizer\.json needs the package tokenizers \(.*pip install .*\); samples are token ids", note)
+    assert main(capfd, *ids)[1].split() == [str(token) for token in sample["tokens"]]
+    for text in (("--prompt", "Emma"), ("--prompt-ids", "5", "--stop-strings", "x")):
+        status, out, err = main(capfd, "generate", *text)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "needs the package tokenizers (" in err and "); give " in err
+
+
+def test_install_lines_are_for_this_python(monkeypatch):
+    """With the least version that pyproject.toml gives."""
+    ours, by_name = pathlib.Path(sys.executable).with_name("pip"), f"{sys.executable} -m pip"
+    for found, pip in ((ours, "pip"), ("/elsewhere/pip", by_name), (None, by_name)):
+        monkeypatch.setattr(shutil, "which", lambda name, found=found: found and str(found))
+        assert re.fullmatch(rf"{re.escape(pip)} install 'matplotlib>=[\d.]+'", install_line("matplotlib"))
+    assert install_line("nothing").endswith(" install nothing")
+
+
+TEXTS = [ROOT / "README.md", *(p for f in ("docs", "examples", "gpt_neo_sampling") for p in (ROOT / f).rglob("*"))]
+
+
+def test_install_lines_of_the_docs_work_in_a_clone():
+    """An extra is quoted, for shells that match [], and of the folder: the package may be on no index."""
+    texts = {path: path.read_text(encoding="utf-8") for path in TEXTS if path.suffix in (".md", ".py")}
+    lines = [(path.name, line) for path, text in texts.items() for line in re.findall(r"pip install ([^\n`]*)", text)]
+    assert len(lines) > 8
+    wrong = re.compile(r"gpt_neo_sampling|(?<!['\w])[\w.]+\[")
+    assert [(name, line) for name, line in lines if wrong.search(line)] == []
+
+
 # --- Wheel and sdist --------------------------------------------------------------------------
 
-ROOT = pathlib.Path(__file__).parents[1]
 NOT_SHIPPED = (".*", "__pycache__", "build", "dist", "site", "*.egg-info", "*.logs")
 
 
@@ -139,6 +184,29 @@ def wheel_entries(folder):
         return {entry.filename: entry.CRC for entry in wheel.infolist()}
 
 
+def test_the_page_on_an_index(tmp_path):
+    """The README, which has no files beside it there: words and paths in place of pictures and links."""
+    pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for setuptools 77")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    parts = shutil.ignore_patterns("demo", "__pycache__")
+    shutil.copytree(ROOT / "gpt_neo_sampling", tmp_path / "gpt_neo_sampling", ignore=parts)
+    code = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('.')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metadata = email.message_from_string(next(tmp_path.glob("*.dist-info/METADATA")).read_text(encoding="utf-8"))
+    assert (metadata["Name"], metadata["Description-Content-Type"]) == ("gpt_neo_sampling", "text/markdown")
+    assert metadata["Version"] == gpt_neo_sampling.__version__
+    page, readme = metadata.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https:)[^)]*\)", page) == [] and "![" not in page
+    links = re.findall(r"\[([^\]]*)\]\((?!https:)([^)#]*)", readme)
+    assert len(links) > 10 and all((ROOT / path).exists() for _, path in links)
+    assert [
+        link for link in links if f"{link[0]} [`{link[1]}`]" not in page and f"`{link[1]}`: {link[0]}" not in page
+    ] == []
+    assert "`pip install 'gpt_neo_sampling[cli]'`" in page  # where there is no clone
+
+
 @pytest.mark.slow
 def test_wheel_and_sdist_are_whole(built):
     wheel = wheel_entries(built / "wheel")
@@ -148,6 +216,15 @@ def test_wheel_and_sdist_are_whole(built):
     assert "gpt_neo_sampling/py.typed" in wheel
     (unpacked,) = (built / "unpacked").iterdir()
     assert files(unpacked) - {"PKG-INFO", "setup.cfg"} == files(built / "source")
+
+
+@pytest.mark.slow
+def test_an_index_takes_both(built):
+    pytest.importorskip("twine", reason="needs the package twine")
+    distributions = [*(built / "sdist").iterdir(), *(built / "wheel").iterdir()]
+    check = [sys.executable, "-m", "twine", "check", "--strict", *distributions]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert len(distributions) == 2 and done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

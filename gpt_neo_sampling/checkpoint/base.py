@@ -30,6 +30,7 @@ from gpt_neo_sampling.models.config import (
 
 log = logging.getLogger(__name__)
 
+EXAMPLE = "EleutherAI/gpt-neo-125m"  # a name on the Hugging Face hub
 ALLOWED = (
     "allowed: a GPT-Neo mesh-TF checkpoint (a JSON config, model.ckpt-N.index, model.ckpt-N.data-*) or a Hugging Face "
     "GPT-Neo model (config.json with model_type gpt_neo, model.safetensors or pytorch_model.bin)"
@@ -367,7 +368,10 @@ def list_folder(folder: Path) -> list[str]:
     try:
         files = sorted(os.listdir(folder))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} does not exist; allowed: a folder on this machine") from None
+        raise CheckpointError(
+            f"{folder} does not exist; allowed: a folder on this machine, or a model's name on the "
+            f"Hugging Face hub, such as {EXAMPLE}"
+        ) from None
     except NotADirectoryError:
         raise CheckpointError(
             f"{folder} is a file; allowed: the model's folder, or its GPT-Neo config (*.json)"

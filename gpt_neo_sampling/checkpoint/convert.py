@@ -10,7 +10,7 @@ from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, check_
 from gpt_neo_sampling.checkpoint.hugging_face import save_hugging_face
 from gpt_neo_sampling.checkpoint.mesh_tf import save_mesh_tf
 from gpt_neo_sampling.checkpoint.opening import open_checkpoint
-from gpt_neo_sampling.checkpoint.tokenizer import TOKENIZER_FILES
+from gpt_neo_sampling.checkpoint.tokenizer import TOKENIZER_FILES, tokenizer_source
 
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -20,6 +20,7 @@ def convert_checkpoint(
     source: StrPath,
     destination: StrPath,
     *,
+    revision: str | None = None,
     to: str | None = None,
     dtype: str = "float32",
     max_shard_size: int | str | None = None,
@@ -34,6 +35,7 @@ def convert_checkpoint(
     Args:
       source: as for `open_checkpoint`.
       destination: path of a new or empty folder.
+      revision: as for `open_checkpoint`.
       to: "mesh-tf" or "huggingface"; by default the one that the source is not.
       dtype: of the written weights, "float32" or "bfloat16", or for Hugging Face
         also "float16".
@@ -47,6 +49,7 @@ def convert_checkpoint(
         GPT-Neo's has one layer_norm_epsilon, an intermediate_size of 4·n_embd, no
         `lm_head` and only some of Hugging Face's activation functions; Hugging
         Face's has none of `models.config.VARIANTS`.
+      ConnectionError, OSError: as `open_checkpoint`, and if the destination cannot be written.
 
     Example, with the model that comes with the package:
 
@@ -61,7 +64,7 @@ def convert_checkpoint(
     if to not in (None, "mesh-tf", "huggingface"):
         raise CheckpointError(f"to {to!r}; allowed: 'mesh-tf', 'huggingface'")
     max_shard_bytes = _bytes(MAX_SHARD_SIZE if max_shard_size is None else max_shard_size)
-    with open_checkpoint(source) as checkpoint, staging_folder(destination) as staging:
+    with open_checkpoint(source, revision) as checkpoint, staging_folder(destination) as staging:
         if to is None:
             to = "mesh-tf" if checkpoint.kind == "huggingface" else "huggingface"
         if to == "mesh-tf":
@@ -77,7 +80,7 @@ def convert_checkpoint(
 
 def files_beside(checkpoint: Checkpoint) -> list[tuple[Path, str]]:
     """(path, name) of the files that are copied with a model: the tokenizer's and generation_config.json."""
-    tokenizer = checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
+    tokenizer = tokenizer_source(checkpoint)
     files = {checkpoint.folder / "generation_config.json": "generation_config.json"}
     if tokenizer is not None:
         files.update({tokenizer.parent / name: name for name in TOKENIZER_FILES})

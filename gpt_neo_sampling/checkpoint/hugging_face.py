@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,9 +128,9 @@ _ACTIVATIONS = {
 _ACTIVATIONS_OUT = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())} | {"swish": "swish"}
 
 
-def holds_hugging_face(files: list[str]) -> bool:
-    """Whether a folder with these files holds weights in this format."""
-    return any(name in files or f"{name}.index.json" in files for name in FILES)
+def weights_file(files: Collection[str]) -> str | None:
+    """Which of a folder's files has the weights in this format, or for shards is their index; None without any."""
+    return next((file for kind in FILES for file in (kind, f"{kind}.index.json") if file in files), None)
 
 
 def open_hugging_face(folder: Path, files: list[str]) -> Checkpoint:
@@ -250,11 +250,17 @@ def _is_kernel(name: str, shape: Shape) -> bool:
 # ----------------------------------------------------------------- configs
 
 
-def _read_config(config_file: Path) -> dict[str, Any]:
-    """A GPT-Neo's config.json, with transformers' defaults for missing keys."""
+def check_model_type(config_file: Path) -> dict[str, Any]:
+    """A config.json as it is; raises CheckpointError unless it is a GPT-Neo's."""
     config = read_json(config_file)
     if config.get("model_type") != "gpt_neo":
         raise CheckpointError(f"{config_file}: model_type is {config.get('model_type')!r}; allowed: 'gpt_neo'")
+    return config
+
+
+def _read_config(config_file: Path) -> dict[str, Any]:
+    """A GPT-Neo's config.json, with transformers' defaults for missing keys."""
+    config = check_model_type(config_file)
     config.update({key: config[other] for other, key in _OTHER_KEYS.items() if other in config})
     absent = {key: value for key, value in _DEFAULTS.items() if key not in config}
     if config.get("attention_layers"):
@@ -363,16 +369,18 @@ def _unwrapped(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, Stor
 
 def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:
     """All tensors of a folder: name -> StoredTensor."""
-    single = next(f for f in FILES if f in files or f"{f}.index.json" in files)
+    weights = weights_file(files)
+    assert weights is not None, "as the folder was opened in this format"
+    kind = weights.removesuffix(".index.json")
 
     def list_tensors(path: Path) -> dict[str, StoredTensor]:
         check_file(path)
-        return FILES[single](path)
+        return FILES[kind](path)
 
-    if single in files:
-        return list_tensors(folder / single)
-    index_file = folder / f"{single}.index.json"
-    weight_map = _weight_map(index_file, files)
+    if weights == kind:
+        return list_tensors(folder / weights)
+    index_file = folder / weights
+    weight_map = read_weight_map(index_file, files)
     tensors = {}
     for file in sorted(set(weight_map.values())):
         tensors.update({n: t for n, t in list_tensors(folder / file).items() if weight_map.get(n, file) == file})
@@ -384,7 +392,7 @@ def _tensors(folder: Path, files: list[str]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _weight_map(index_file: Path, files: list[str]) -> dict[str, str]:
+def read_weight_map(index_file: Path, files: Collection[str]) -> dict[str, str]:
     """The index file's map from tensor to file, checked: name -> file name."""
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import ALLOWED, Checkpoint, CheckpointError, list_folder, some
-from gpt_neo_sampling.checkpoint.hugging_face import holds_hugging_face, open_hugging_face
+from gpt_neo_sampling.checkpoint.hub import check_revision, fetched, is_name, snapshot_of
+from gpt_neo_sampling.checkpoint.hugging_face import open_hugging_face, weights_file
 from gpt_neo_sampling.checkpoint.mesh_tf import lists_checkpoints, open_mesh_tf, open_mesh_tf_config
 
 
-def open_checkpoint(path: StrPath) -> Checkpoint:
-    """Opens the model in a folder, whatever its format, and checks it.
+def open_checkpoint(path: StrPath, revision: str | None = None) -> Checkpoint:
+    """Opens the model in a folder, or of a name on the Hugging Face hub, whatever its format, and checks it.
 
     A GPT-Neo mesh-TF folder holds TensorFlow checkpoints `model.ckpt-N.*` and a
     config. The checkpoint is the one that the file `checkpoint` names (by its base
@@ -33,17 +34,25 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
     Args:
       path: of a folder, or of a mesh-TF model's JSON config; the folder is then
         the config's `model_path` (relative to the config or to the working
-        directory), or without one the folder that the config is in.
+        directory), or without one the folder that the config is in. A str
+        "owner/name" that is no path on this machine is a model of the hub: the files
+        that are read, config, tokenizer and one format of weights, are fetched into
+        the hub's cache, unless they are there. The cache's own folder of a model,
+        `models--owner--name`, stands for the snapshot of its main branch.
+      revision: a branch, a tag or a commit of a model by name; None for its main
+        branch.
 
     Returns:
       a `Checkpoint`.
 
     Raises:
-      CheckpointError: (a ValueError) if there is no such folder, it holds no model
+      CheckpointError: (a ValueError) if there is no such folder or name, it holds no model
         or both formats, a file is damaged, the config asks for something that
         GPT-Neo does not have, the variables do not match the config, or a pickle
-        asks for more than tensors; and for safetensors if that package is not
-        installed.
+        asks for more than tensors; and if the package safetensors or
+        huggingface_hub is needed and not installed.
+      ConnectionError, OSError: if the hub cannot be reached and its cache does not have
+        the model, or the cache cannot be written.
 
     Example, with the model that comes with the package:
 
@@ -54,8 +63,11 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
         mesh-tf 5 (2048, 192)
         ['h0/attn/compute_output_bias/o_b', 'h0/attn/k', 'h0/attn/o'] float32
     """
+    check_revision(path, revision)
+    if is_name(path):
+        path = fetched(path, revision)
     try:
-        return _opened(Path(path))
+        return _opened(snapshot_of(Path(path)))
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
 
@@ -65,7 +77,7 @@ def _opened(path: Path) -> Checkpoint:
         return open_mesh_tf_config(path)
     files = list_folder(path)
     mesh_tf = lists_checkpoints(path, files) or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
-    hugging_face = holds_hugging_face(files)
+    hugging_face = weights_file(files) is not None
     if mesh_tf and hugging_face:
         raise CheckpointError(
             f"{path} holds both a TensorFlow checkpoint and Hugging Face weights; allowed: one of them"

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from gpt_neo_sampling._install import install_line
 from gpt_neo_sampling._types import Shape
 from gpt_neo_sampling.checkpoint.base import CheckpointError, aligned_empty, one_line, some
 from gpt_neo_sampling.checkpoint.pickles import Tensor, read_pickle, span
@@ -90,7 +91,7 @@ def list_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise CheckpointError(f"{path} needs the package safetensors: pip install gpt_neo_sampling[hf]") from None
+        raise CheckpointError(f"{path} needs the package safetensors: {install_line('safetensors')}") from None
     try:
         with safe_open(str(path), framework="np"):  # checks the header and all positions
             pass

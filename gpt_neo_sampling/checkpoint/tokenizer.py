@@ -1,6 +1,7 @@
 """A model's tokenizer: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import types
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt_neo_sampling._install import install_line
 from gpt_neo_sampling._types import Tokenizer
 from gpt_neo_sampling.checkpoint.base import LONGEST_TEXT, Checkpoint, CheckpointError, check_file, one_line, read_json
 
@@ -39,13 +41,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         installed.
     """
     single, pair = checkpoint.tokenizer_file, checkpoint.tokenizer_files
-    file = single or (pair and pair[0])
-    if file is None:
+    if (file := tokenizer_source(checkpoint)) is None:
         return None
     try:
         import tokenizers
     except ImportError:
-        raise CheckpointError(f"{file} needs the package tokenizers: pip install 'gpt_neo_sampling[cli]'") from None
+        raise CheckpointError(_missing_package(file)) from None
     try:
         if single is None and pair is not None:
             tokenizer = _byte_level_bpe(tokenizers, *pair)
@@ -62,6 +63,29 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_source(checkpoint: Checkpoint) -> Path | None:
+    """The file that a model's tokenizer is read from, or the first of two; None for a model without one."""
+    return checkpoint.tokenizer_file or (checkpoint.tokenizer_files and checkpoint.tokenizer_files[0])
+
+
+def can_load_tokenizer() -> bool:
+    """Whether the package that reads tokenizers is installed."""
+    return importlib.util.find_spec("tokenizers") is not None
+
+
+def why_no_tokenizer(checkpoint: Checkpoint) -> str:
+    """What is missing for a model's text, where there is no tokenizer for it."""
+    if (file := tokenizer_source(checkpoint)) is not None:
+        return f"{file} was not loaded" if can_load_tokenizer() else _missing_package(file)
+    name = checkpoint.tokenizer_name
+    wanted = f" (its dataset config names {name}, which is not downloaded)" if name else ""
+    return f"{checkpoint.folder} has no tokenizer.json, nor vocab.json and merges.txt{wanted}"
+
+
+def _missing_package(file: Path) -> str:
+    return f"{file} needs the package tokenizers ({install_line('tokenizers')})"
 
 
 def _note_beside(tokenizer: Tokenizer, file: Path) -> None:

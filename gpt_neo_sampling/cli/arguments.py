@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gpt_neo_sampling.checkpoint.hub import check_revision
 from gpt_neo_sampling.generation.options import SAMPLING, GenerationOptions, check_alone
 from gpt_neo_sampling.inspection import plot_format
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster
@@ -15,6 +16,8 @@ from gpt_neo_sampling.sampling.controls import check_int
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what is wrong whatever the model is."""
+    if "revision" in args:
+        check_revision(args.source if args.command == "convert" else args.model, args.revision)
     if "mesh_shape" in args:
         check_description(args.mesh_shape, args.layout, args.devices, cluster_of(args))
     if args.command in _CHECKS:

@@ -61,7 +61,14 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    convert_checkpoint(args.source, args.destination, to=args.to, dtype=args.dtype, max_shard_size=args.max_shard_size)
+    convert_checkpoint(
+        args.source,
+        args.destination,
+        revision=args.revision,
+        to=args.to,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+    )
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -86,6 +93,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _generator(args: argparse.Namespace, jit_compile: bool = False) -> TextGenerator:
     return TextGenerator.from_pretrained(
         args.model,
+        revision=args.revision,
         dtype=args.dtype,
         jit_compile=jit_compile,
         mesh_shape=args.mesh_shape,
@@ -215,6 +223,7 @@ def _export(args: argparse.Namespace) -> None:
     export_saved_model(
         args.output,
         args.model,
+        revision=args.revision,
         batch=args.batch,
         length=args.length,
         prompt_length=args.prompt_length,

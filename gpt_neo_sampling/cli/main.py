@@ -59,6 +59,7 @@ def _run(argv: Sequence[str] | None) -> tuple[int, str | None]:
     if sys.stdout is None and args.command in ("generate", "score", "inspect") and not getattr(args, "output", None):
         return 1, "error: stdout is closed, but the result goes there"
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
+    logging.getLogger("huggingface_hub").propagate = False  # it writes to stderr by itself
     echo = None
     try:
         arguments.check(args)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from gpt_neo_sampling._version import VERSION
-from gpt_neo_sampling.checkpoint.base import one_line
+from gpt_neo_sampling.checkpoint.base import EXAMPLE, one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.cli import PROGRAM
 from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, DTYPES, EXPORTABLE, OPTIONS
@@ -20,10 +20,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{PROGRAM}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
+def _add_revision(parser: argparse.ArgumentParser, model: str) -> None:
+    parser.add_argument("--revision", metavar="REV", help=f"branch, tag or commit, where {model} is a name on the hub "
+                        "(default: its main branch)")  # fmt: skip
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", metavar="PATH", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo, or "
-        "GPT-Neo's JSON config (default: the small model that comes with the package)")  # fmt: skip
+    add("--model", metavar="MODEL", help="folder of a GPT-Neo mesh-TF checkpoint or of a Hugging Face GPT-Neo, "
+        f"GPT-Neo's JSON config, or a name on the Hugging Face hub such as {EXAMPLE}, which is fetched once "
+        "(default: the small model that comes with the package)")  # fmt: skip
+    _add_revision(parser, "--model")
     add("--dtype", choices=DTYPES, default=DTYPES[0], help="what weights are held in and activations computed in; "
         "bfloat16 takes half the memory and rounds more (default: %(default)s)")  # fmt: skip
 
@@ -88,7 +95,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
         "the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
-    add("--jit-compile", action="store_true", help="XLA compiles the decode loop of one prompt, which takes "
+    add("--jit-compile", action="store_true", help="XLA compiles the decode loop, which takes "
         "seconds and then makes it faster: for a thousand tokens and more")  # fmt: skip
     _add_sampling_options(parser)
     _add_mesh_options(parser)
@@ -140,6 +147,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="what generate --model takes")
     parser.add_argument("destination", metavar="DEST", help="a folder that is new or empty")
+    _add_revision(parser, "SOURCE")
     parser.add_argument("--to", choices=("mesh-tf", "huggingface"), help="default: the one that SOURCE is not")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="of the weights (default: %(default)s; float16 for huggingface only)")  # fmt: skip

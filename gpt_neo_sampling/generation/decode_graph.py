@@ -61,7 +61,7 @@ class Model:
       n_vocab: int, entries of the vocabulary's dimension, padding included.
       mesh_impl: what graphs are lowered on.
       variable_dtype: mtf.VariableDType.
-      jit_compile: whether XLA compiles decode loops of one row.
+      jit_compile: whether XLA compiles decode loops.
     """
 
     params: Params
@@ -184,7 +184,8 @@ def build(
         stopping_criteria=watch,
         num_return_sequences=key.samples,
         return_logprobs=key.return_logprobs,
-        jit_compile=model.jit_compile and key.rows == 1,  # of more, TensorFlow's own products are faster on CPUs
+        # bfloat16 products of more rows than one are slower in XLA than TensorFlow's own on CPUs
+        jit_compile=model.jit_compile and (key.rows == 1 or model.variable_dtype.activation_dtype == tf.float32),
         **options,
     )
     results = results if key.return_logprobs else [results]

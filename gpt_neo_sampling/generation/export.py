@@ -52,6 +52,7 @@ def export_saved_model(
     folder: StrPath,
     model: StrPath | None = None,
     *,
+    revision: str | None = None,
     batch: int,
     length: int,
     prompt_length: int | None = None,
@@ -94,6 +95,7 @@ def export_saved_model(
         which says what was exported.
       model: what `open_checkpoint` takes; None for the model that comes
         with the package.
+      revision: as for `open_checkpoint`.
       batch: int, rows of a request; at most 65,536.
       length: int, the longest row, prompt and new tokens; at most the model's n_ctx.
       prompt_length: int, the longest prompt; `length` by default. The pass over the
@@ -105,12 +107,13 @@ def export_saved_model(
 
     Raises:
       CheckpointError: (a ValueError) if `model` cannot be read as a model.
+      ConnectionError, OSError: as `open_checkpoint`, and if `folder` cannot be written.
       ValueError: for a size out of range, a model with options that are not
         supported, or a `folder` that holds something.
     """
     folder = check_new_folder(folder)
     variable_dtype = variable_dtype_of(dtype)
-    with open_checkpoint(DEMO_FOLDER if model is None else model) as checkpoint:
+    with open_checkpoint(DEMO_FOLDER if model is None else model, revision) as checkpoint:
         gpt2.check_params(checkpoint.params)
         check_int("batch", batch, 1, MAX_BATCH)
         check_int("length", length, 2, checkpoint.params["n_ctx"])

@@ -12,9 +12,9 @@ import numpy as np
 from gpt_neo_sampling._types import DType, Prompt, Prompts, Streamer, StrPath, Tokenizer, is_int
 from gpt_neo_sampling.checkpoint import Checkpoint, CheckpointError, load_tokenizer, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import one_line
-from gpt_neo_sampling.checkpoint.tokenizer import encoded
+from gpt_neo_sampling.checkpoint.tokenizer import can_load_tokenizer, encoded, tokenizer_source, why_no_tokenizer
 from gpt_neo_sampling.generation.decode_graph import DEMO_FOLDER, first_token_of
-from gpt_neo_sampling.generation.options import TOKEN_OPTIONS, GenerationOptions, check_bool
+from gpt_neo_sampling.generation.options import TOKEN_OPTIONS, GenerationOptions
 from gpt_neo_sampling.generation.request import Request, checked_request, models_stop_strings
 from gpt_neo_sampling.generation.row_pool import RowPool
 from gpt_neo_sampling.generation.scoring import ScoreProgram, TextScore, score_texts
@@ -31,7 +31,7 @@ from gpt_neo_sampling.inspection import ChainStep
 from gpt_neo_sampling.mesh.cluster import Cluster
 from gpt_neo_sampling.mesh.devices import DeviceMesh, device_mesh
 from gpt_neo_sampling.sample import INVALID
-from gpt_neo_sampling.sampling.controls import INT32_MAX
+from gpt_neo_sampling.sampling.controls import INT32_MAX, check_bool
 from gpt_neo_sampling.sampling.other_names import explained, explains_names
 
 MAX_BATCH = 32  # rows of one graph; a larger request takes several runs
@@ -135,6 +135,7 @@ class TextGenerator:
         _check_types(checkpoint, tokenizer, mesh)
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
+        self._lacks_package = tokenizer is None and tokenizer_source(checkpoint) and not can_load_tokenizer()
         self.mesh = device_mesh() if mesh is None else mesh
         check_bool("jit_compile", jit_compile)
         self.jit_compile = jit_compile
@@ -156,6 +157,7 @@ class TextGenerator:
         cls,
         folder: StrPath | None = None,
         *,
+        revision: str | None = None,
         dtype: DType | None = None,
         jit_compile: bool = False,
         mesh_shape: Any = None,
@@ -163,21 +165,26 @@ class TextGenerator:
         devices: str | Sequence[str] | None = None,
         cluster: str | Cluster | None = None,
     ) -> "TextGenerator":
-        """Opens the model in a folder.
+        """Opens the model in a folder, or of a name on the Hugging Face hub.
 
         Args:
           folder: path of a folder with a GPT-Neo mesh-TF checkpoint and its JSON
-            config, of a folder with a Hugging Face GPT-Neo, or of a JSON config; None
-            for the model that comes with the package. See `open_checkpoint`; for the
-            tokenizer beside the model, see `load_tokenizer`.
+            config, of a folder with a Hugging Face GPT-Neo, or of a JSON config; or a
+            model's name, "owner/name", which is fetched into the hub's cache; None for the
+            model that comes with the package. See `open_checkpoint`; for the tokenizer
+            beside the model, see `load_tokenizer`: where the package tokenizers is not
+            installed, there is none, and prompts and samples are token ids.
+          revision: a branch, a tag or a commit of a model by name; None for its main
+            branch.
           dtype: "float32" or "bfloat16", a str or a tf.DType, for weights and
             activations. None means float32, whatever the folder stores. bfloat16
             halves the memory and gives logits of 8 significant bits; sampling is
             computed in float32 either way.
           jit_compile: whether XLA compiles the decode loop, anew for each size of
-            request: of requests with one row (one prompt, one sample), on one device.
-            With a 125M it pays from 500 (bfloat16) or 900 tokens of a size on. More
-            rows are not compiled, and run a few per cent slower than without. Logits may differ in their last bits.
+            request, on one device. With a 125M it pays from some 500 steps of a size
+            on. In bfloat16 requests of several rows (prompts, samples) are not
+            compiled, and run a few per cent slower than without. Logits may differ in
+            their last bits.
           mesh_shape, layout, devices, cluster: see `devices.device_mesh`; by default
             one CPU. They decide where the work is done and do not change the result:
             a vocabulary that a layout does not divide is padded with entries that
@@ -187,15 +194,18 @@ class TextGenerator:
           a TextGenerator. The weights are read at the first `generate`.
 
         Raises:
-          CheckpointError: (a ValueError) if the folder cannot be read as a model.
+          CheckpointError: (a ValueError) if the folder cannot be read as a model, or the
+            hub has no such name or revision.
+          ConnectionError, OSError: if the hub cannot be reached, or its cache written.
           MeshError: (a ValueError) if the devices are not there, or the layout does
             not fit the model; for jit_compile on more than one device.
           ValueError: if the model has options that are not supported, for another
             dtype, or for jit_compile where TensorFlow is built without XLA.
         """
         mesh = device_mesh(mesh_shape, layout, devices, cluster)
-        checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder)
-        return cls(checkpoint, load_tokenizer(checkpoint), mesh, dtype, jit_compile)
+        checkpoint = open_checkpoint(DEMO_FOLDER if folder is None else folder, revision)
+        tokenizer = load_tokenizer(checkpoint) if can_load_tokenizer() else None
+        return cls(checkpoint, tokenizer, mesh, dtype, jit_compile)
 
     @explains_names(OPTION_NAMES)
     def generate(self, prompts: Prompts, *, streamer: Streamer | None = None, **options: Any) -> list[Sample]:
@@ -236,6 +246,7 @@ class TextGenerator:
             [' great deal too much to be done.', ' could not get a']
         """
         request = self.check(prompts, **options)
+        self._note_no_text()
         if not (streamer is None or callable(streamer)):
             raise TypeError(f"streamer={streamer!r}; a function of (index, token, text, is_last) is needed")
         if streamer is not None and self.mesh.cluster is not None:
@@ -290,6 +301,7 @@ class TextGenerator:
         if not self.replaces_rows:
             raise RuntimeError("generate_each: one CPU of this process is needed (see replaces_rows)")
         request = self.check(prompts, **options)
+        self._note_no_text()
         pool = RowPool(self._graphs, request, functools.partial(self._detokenizer, request), streamer, MAX_BATCH)
         for ended in pool.run(wanted):
             found: list[tuple[int, Sample | InvalidDistributionError]] = []
@@ -402,6 +414,12 @@ class TextGenerator:
                 raise InvalidDistributionError(f"text {i}: {self._no_distribution}")
         return scores
 
+    def _note_no_text(self) -> None:
+        """Says once why samples have no text, where it is for a package that is not installed."""
+        if self._lacks_package:
+            self._lacks_package = False
+            log.warning("%s; samples are token ids without text", why_no_tokenizer(self.checkpoint))
+
     def close(self) -> None:
         """Frees the weights and the graphs; the next call loads and builds them again."""
         self._graphs.close()
@@ -425,12 +443,7 @@ class TextGenerator:
     def _ids(self, text: Prompt, is_begin: bool = True) -> list[int]:
         if isinstance(text, str):
             if self.tokenizer is None:
-                name = self.checkpoint.tokenizer_name
-                wanted = f" (its dataset config names {name}, which is not downloaded)" if name else ""
-                raise ValueError(
-                    f"{self.checkpoint.folder} has no tokenizer.json, nor vocab.json and merges.txt{wanted}; "
-                    "give token ids"
-                )
+                raise ValueError(f"{why_no_tokenizer(self.checkpoint)}; give token ids")
             try:
                 text.encode()
             except UnicodeEncodeError as e:
@@ -529,7 +542,7 @@ def _check_types(checkpoint: object, tokenizer: object, mesh: object) -> None:
     """Raises TypeError for what `TextGenerator` is not made of."""
     if isinstance(checkpoint, (str, os.PathLike)):
         folder = os.fspath(checkpoint)
-        raise TypeError(f"TextGenerator({folder!r}): a folder is opened by TextGenerator.from_pretrained({folder!r})")
+        raise TypeError(f"TextGenerator({folder!r}): a model is opened by TextGenerator.from_pretrained({folder!r})")
     if not isinstance(checkpoint, Checkpoint):
         own = "; a model of your own runs in sample_autoregressive(model=…)" if callable(checkpoint) else ""
         raise TypeError(f"checkpoint: {type(checkpoint).__name__}; a Checkpoint is needed, see open_checkpoint{own}")

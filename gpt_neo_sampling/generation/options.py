@@ -27,12 +27,6 @@ DTYPES = ("float32", "bfloat16")  # of weights and activations
 DEFAULT_MAX_TOP_K = 64  # of an exported model: the largest that a request may ask for
 
 
-def check_bool(name: str, value: object) -> None:
-    """Raises ValueError unless `value` is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}={value!r}; True or False is needed")
-
-
 PerPrompt = float | Sequence[float | None] | np.ndarray  # one for all prompts, or one a prompt
 
 

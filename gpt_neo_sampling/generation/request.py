@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, Tokenizer, is_real
 from gpt_neo_sampling.checkpoint import Checkpoint
+from gpt_neo_sampling.checkpoint.tokenizer import why_no_tokenizer
 from gpt_neo_sampling.generation.decode_graph import stop_tokens_of
 from gpt_neo_sampling.generation.options import (
     ARGMAX_INVARIANT,
@@ -16,7 +17,6 @@ from gpt_neo_sampling.generation.options import (
     SAMPLING,
     SHARED,
     GenerationOptions,
-    check_bool,
     check_default,
     check_least_and_most,
     check_shared,
@@ -24,7 +24,7 @@ from gpt_neo_sampling.generation.options import (
     per_prompt,
     resolve,
 )
-from gpt_neo_sampling.sampling.controls import INT32_MAX, check_int
+from gpt_neo_sampling.sampling.controls import INT32_MAX, check_bool, check_int
 
 
 @dataclasses.dataclass
@@ -123,7 +123,7 @@ def checked_request(
         values=values,
         num_return_sequences=n_samples,
         stop_tokens=stop_tokens,
-        stop_strings=_stop_strings(options.stop_strings, tokenizer),
+        stop_strings=_stop_strings(options.stop_strings, checkpoint, tokenizer),
         logit_bias=_logit_bias(options, stop_tokens, n_vocab),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
@@ -175,7 +175,7 @@ def _streams(given: Any, n_prompts: int, n_samples: int) -> np.ndarray:
     return np.array(streams, np.int32)
 
 
-def _stop_strings(stop_strings: Any, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+def _stop_strings(stop_strings: Any, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[str, ...]:
     if stop_strings is None:
         return ()
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
@@ -184,7 +184,7 @@ def _stop_strings(stop_strings: Any, tokenizer: Tokenizer | None) -> tuple[str, 
     if not stop_strings:
         return ()
     if tokenizer is None:
-        raise ValueError("stop_strings need a tokenizer, and the model has none; give eos_token_id")
+        raise ValueError(f"stop_strings need a tokenizer: {why_no_tokenizer(checkpoint)}; give eos_token_id")
     for s in stop_strings:
         if _holds_special(s, tokenizer):
             raise ValueError(f"stop_strings: {s!r} holds a special token, which no text does; give eos_token_id")

@@ -71,11 +71,11 @@ class RowPool:
         self._indices: list[int | None] = [None] * batch  # of the sample in each row
         self._detokenizers: list[IncrementalDetokenizer | None] = [None] * batch
         self._rows = RowArrays(
-            prompts=np.zeros(batch, int),
+            prompt_indices=np.zeros(batch, int),
             streams=np.zeros(batch, np.int32),
             prompt_lengths=np.ones(batch, np.int32),
             limits=np.zeros(batch, np.int32),
-            drawn=np.zeros(batch, np.int32),
+            n_drawn=np.zeros(batch, np.int32),
             done=np.ones(batch, bool),
             ids=np.zeros([batch, key.length], np.int32),
             logprobs=[np.zeros([batch, key.length], np.float32) for _ in range(2 * key.return_logprobs)],
@@ -118,9 +118,9 @@ class RowPool:
             p, number = divmod(index, request.num_return_sequences)
             prompt = request.prompts[p]
             self._indices[row], self._detokenizers[row] = index, self._detokenizer(prompt)
-            rows.prompts[row], rows.streams[row] = p, request.values["stream"][p] + number
+            rows.prompt_indices[row], rows.streams[row] = p, request.values["stream"][p] + number
             rows.prompt_lengths[row], rows.limits[row] = len(prompt), self._limits[p]
-            rows.drawn[row], rows.done[row] = 0, False
+            rows.n_drawn[row], rows.done[row] = 0, False
             rows.ids[row] = 0
             rows.ids[row, : len(prompt)] = prompt
             for logprobs in rows.logprobs:
@@ -155,11 +155,11 @@ class RowPool:
         """Runs the rows until a quarter of them are done. Returns what watched them."""
         rows, stop_tokens = self._rows, self._request.stop_tokens
         watched = [(d, limit, stop_tokens) for d, limit in zip(self._detokenizers, rows.limits.tolist())]
-        watcher = Watcher(watched, self._on_token and self._hand_on, rows.drawn, self._pause_at)
+        watcher = Watcher(watched, self._on_token and self._hand_on, rows.n_drawn, self._pause_at)
         (ids, *logprobs), _ = self._graphs.run(
             SegmentProgram, self._key, self._request, rows, around=watcher.run, watcher=watcher
         )
-        rows.drawn = watcher.drawn
+        rows.n_drawn = watcher.n_drawn
         rows.ids[:] = ids
         for all_steps, new in zip(rows.logprobs, logprobs):
             all_steps += new
@@ -175,5 +175,5 @@ class RowPool:
         rows, index = self._rows, self._indices[row]
         assert index is not None
         begin = rows.prompt_lengths[row]
-        new = slice(begin, begin + rows.drawn[row])
+        new = slice(begin, begin + rows.n_drawn[row])
         return Drawn(index, rows.ids[row, new].copy(), [x[row, new].copy() for x in rows.logprobs])

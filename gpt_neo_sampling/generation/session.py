@@ -207,11 +207,11 @@ class _Loaded:
 class RowArrays:
     """The rows of a `SegmentProgram` and where each stands."""
 
-    prompts: np.ndarray  # int64 [rows], the index of its prompt in the request
+    prompt_indices: np.ndarray  # int64 [rows], of its prompt in the request
     streams: np.ndarray  # int32 [rows]
     prompt_lengths: np.ndarray  # int32 [rows], at least 1
     limits: np.ndarray  # int32 [rows], the most new tokens
-    drawn: np.ndarray  # int32 [rows], new tokens so far
+    n_drawn: np.ndarray  # int32 [rows], new tokens so far
     done: np.ndarray  # bool [rows]
     ids: np.ndarray  # int32 [rows, length]; prompt and new tokens
     logprobs: list[np.ndarray]  # float32 [rows, length]: two, or none
@@ -343,10 +343,10 @@ class SegmentProgram(WatchedProgram):
             inputs.ids: rows.ids,
             inputs.prompt_lengths: rows.prompt_lengths,
             inputs.max_steps: rows.limits,
-            self._position: rows.prompt_lengths + rows.drawn,
+            self._position: rows.prompt_lengths + rows.n_drawn,
             self._done: rows.done,
             inputs.stream: rows.streams,
-            **self._feeds_of_request(key, request, lambda name: request.values[name][rows.prompts]),
+            **self._feeds_of_request(key, request, lambda name: request.values[name][rows.prompt_indices]),
             **dict(zip(self._states, rows.states)),
         }
 

@@ -74,20 +74,20 @@ class Watcher:
         self,
         rows: Sequence[tuple[IncrementalDetokenizer | None, int, Sequence[int]]],
         on_token: Streamer | None = None,
-        drawn: np.ndarray | None = None,
+        n_drawn: np.ndarray | None = None,
         pause_at: int | None = None,
     ) -> None:
         """
         Args:
           rows: list of (IncrementalDetokenizer or None, the most new tokens, stop tokens).
           on_token: a function of (row, token, text, is_last), with None for text if the row has no detokenizer.
-          drawn: int ndarray [rows], how many new tokens each row has before the run; None for none.
+          n_drawn: int ndarray [rows], how many new tokens each row has before the run; None for none.
           pause_at: the number of rows that are done at which the run ends, though others are not.
         """
         self._rows = rows
         self._on_token = on_token
         self._pause_at = pause_at
-        self.drawn = np.zeros(len(rows), int) if drawn is None else drawn.copy()  # new tokens of each row
+        self.n_drawn = np.zeros(len(rows), int) if n_drawn is None else n_drawn.copy()  # new tokens of each row
         self._events: queue.SimpleQueue[tuple[int, int, str | None, bool] | None] = queue.SimpleQueue()
         self._cancelled = False
         self._error: BaseException | None = None  # raised while watching
@@ -101,7 +101,7 @@ class Watcher:
         done = np.zeros(len(tokens), np.float32)
         if not self._cancelled:
             try:
-                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self.drawn).tolist():
+                for row in np.flatnonzero(n_drawn[: len(self._rows)] > self.n_drawn).tolist():
                     done[row] = self._push(row, int(tokens[row]))
             except BaseException as e:  # TensorFlow would turn it into an error of its own
                 self._error = e
@@ -112,11 +112,11 @@ class Watcher:
 
     def _push(self, row: int, token: int) -> bool:
         detokenizer, limit, stop_tokens = self._rows[row]
-        self.drawn[row] += 1
+        self.n_drawn[row] += 1
         if token < 0:
             self.invalid[row] = True
             return True
-        text, is_last = None, bool(self.drawn[row] == limit or token in stop_tokens)
+        text, is_last = None, bool(self.n_drawn[row] == limit or token in stop_tokens)
         if detokenizer is not None:
             text = detokenizer.push(token, is_last)
             is_last = is_last or detokenizer.stopped

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._atomic_files import write_whole
+from gpt_neo_sampling._install import install_line
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.inspection.steps import (
     DEFAULT_COUNT,
@@ -41,7 +42,7 @@ def plot_format(path: StrPath) -> str:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ValueError("a plot needs the package matplotlib: pip install 'gpt_neo_sampling[plot]'") from None
+        raise ValueError(f"a plot needs the package matplotlib: {install_line('matplotlib')}") from None
     path = pathlib.Path(path)
     formats = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:

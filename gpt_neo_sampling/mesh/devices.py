@@ -363,7 +363,7 @@ def _count(n: int, what: str) -> str:
 
 def _gpu_count() -> int:
     probe_devices()
-    return len(tensorflow.config.list_physical_devices("GPU"))
+    return len(tensorflow.config.get_visible_devices("GPU"))
 
 
 def round_up(size: int, parts: int) -> int:

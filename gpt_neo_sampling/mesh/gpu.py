@@ -42,7 +42,7 @@ def _is_gpu(device: str) -> bool:
     with tf.device(device):
         kind = tf.DeviceSpec.from_string(current_device()).device_type
     if kind is None:  # TensorFlow's choice
-        return bool(tensorflow.config.list_physical_devices("GPU"))
+        return bool(tensorflow.config.get_visible_devices("GPU"))
     return kind.upper() == "GPU"
 
 

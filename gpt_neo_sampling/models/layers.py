@@ -10,15 +10,18 @@ computed in float32 and cast back.
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, mtf, tf
 from gpt_neo_sampling._types import LaidOut
+from gpt_neo_sampling.mesh.gpu import may_be_gpu
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, reshaped
 from gpt_neo_sampling.mesh.xla import is_compiled, is_core_program, kept_together
 
+MOST_PARTS = 64  # of a product
 ROTARY_BASE = 10_000  # GPT-Neo's, and RoFormer's
 
 
@@ -74,11 +77,30 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
             y = tf.matmul(tf.pad(x, [[0, 1], [0, 0]]) if is_alone else x, w, transpose_b=self._in_last)
             return reshaped(y[:1] if is_alone else y, out_shape)
 
-        y = mesh_impl.slicewise(product, *(lowering.tensors[t] for t in self.inputs))
+        def product_in_parts(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+            # XLA's product with one matrix is one thread's work; the parts lie one behind the other in memory.
+            x = tf.broadcast_to(reshaped(x, [rows, depth]), [n_parts, rows, depth])
+            w = reshaped(w, [n_parts, columns // n_parts, depth])
+            if rows == 1:
+                return reshaped(tf.matmul(x, w, transpose_b=True), out_shape)
+            y = tf.matmul(w, x, transpose_b=True)  # this way round it packs the rows, not the weights
+            return reshaped(tf.transpose(reshaped(y, [columns, rows])), out_shape)
+
+        x, w = (lowering.tensors[t] for t in self.inputs)
+        n_parts = _parts_of(columns)
+        in_parts = is_compiled(lowering) and self._in_last and self.inputs[1].dtype == tf.float32
+        in_parts = in_parts and not may_be_gpu(mesh_impl)
+        y = mesh_impl.slicewise(product_in_parts if in_parts else product, x, w)
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._in_dim)
         if mesh_axis is not None:
             y = LazyAllreduceSum(mesh_impl, y, [mesh_axis])
         lowering.set_tensor_lowering(self.outputs[0], y)
+
+
+def _parts_of(columns: int) -> int:
+    """Into how many equal parts of its columns XLA's product on CPUs is cut: one for each core, or a few more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return next((n for n in range(cores, MOST_PARTS + 1) if columns % n == 0), 1)
 
 
 def attend(

@@ -40,6 +40,12 @@ def check_int(name: str, value: object, least: float, most: float | None = None)
     raise ValueError(f"{name}={shown}; a whole number {allowed} is needed")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r}; True or False is needed")
+
+
 @dataclasses.dataclass
 class History:
     """The rows before the token that is drawn.

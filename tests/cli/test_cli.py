@@ -116,6 +116,14 @@ def test_without_a_tokenizer_the_ids_are_printed(capfd, shared):
     ]
 
 
+def test_jit_compile_prints_the_same(capfd, monkeypatch):
+    given = []
+    monkeypatch.setattr(TextGenerator, "from_pretrained", lambda *a, **k: given.append(k) or generator(*a, **k))
+    args = ["generate", "--model", GLOBAL, "--prompt-ids", "5 6", "--max-new-tokens", 9, "--seed", 1]
+    assert main(capfd, *args, "--jit-compile") == main(capfd, *args)
+    assert [k["jit_compile"] for k in given] == [True, False]
+
+
 def test_samples_are_in_the_order_of_the_prompts(capfd, shared):
     args = [
         "generate",
@@ -257,6 +265,7 @@ def test_the_command_is_installed():
         ("generate --prompt x --logprobs", 2),
         ("inspect --prompt x --plot x.doc", 2),
         ("score --text-ids x", 2),
+        ("score --text x --revision main", 2),
         ("serve --cluster nowhere", 2),
     ],
 )

@@ -128,7 +128,7 @@ def test_dtype(dtype, bytes_a_weight):
     ],
 )
 def test_jit_compile(name, options):
-    """The same tokens, of one row in one program and, with a streamer, step by step; several rows are not compiled."""
+    """The same tokens, in one program and, with a streamer, step by step."""
     plain, compiled = (TextGenerator.from_pretrained(MESH_TF / name, jit_compile=jit) for jit in (False, True))
     request = dict(max_new_tokens=6, seed=3, return_logprobs=True, **options)
     for prompts in [[[5, 7, 11]], [[5, 7, 11], [7]]]:
@@ -137,9 +137,21 @@ def test_jit_compile(name, options):
             samples = compiled.generate(prompts, **request, streamer=streamer)
             assert [s.tokens for s in samples] == [s.tokens for s in wanted]
             assert all(np.allclose(a.logprobs, b.logprobs, atol=1e-5) for a, b in zip(samples, wanted))
-    graph = compiled._graphs._loaded.session.graph.as_graph_def()
+    assert n_compiled(compiled) == 4
+
+
+def n_compiled(generator):
+    """How many programs of a generator's graphs XLA compiles."""
+    graph = generator._graphs._loaded.session.graph.as_graph_def()
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-    assert sum(n.attr["_XlaMustCompile"].b for n in nodes) == 2
+    return sum(n.attr["_XlaMustCompile"].b for n in nodes)
+
+
+def test_bfloat16_is_compiled_for_one_row_alone():
+    generator = TextGenerator.from_pretrained(MESH_TF / "global", dtype="bfloat16", jit_compile=True)
+    for n_rows, expected in ((2, 0), (1, 1)):
+        generator.generate([[5]] * n_rows, max_new_tokens=2, seed=1)
+        assert n_compiled(generator) == expected
 
 
 def test_what_jit_compile_refuses():

@@ -5,8 +5,9 @@ import signal
 
 import numpy as np
 import pytest
+from helpers_checkpoint import MESH_TF, spoiled
 
-from gpt_neo_sampling import TextGenerator, generate_file
+from gpt_neo_sampling import InvalidDistributionError, TextGenerator, generate_file
 from gpt_neo_sampling.generation import generator as generator_module
 from gpt_neo_sampling.generation import prompts_file
 from gpt_neo_sampling.mesh.devices import device_mesh
@@ -125,3 +126,26 @@ def test_the_order_in_which_prompts_begin_changes_nothing(demo):
 def test_on_one_cpu_alone():
     assert device_mesh().is_one_cpu() and device_mesh(devices="cpu:0").is_one_cpu()
     assert not device_mesh("x:2", "batch:x", "cpu:0,cpu:1").is_one_cpu()
+
+
+@pytest.mark.parametrize("folder, dtype", [("variants", "float32"), ("global", "bfloat16")])
+def test_every_model(folder, dtype):
+    """`variants` has learned keys in each row's memory."""
+    generator = TextGenerator.from_pretrained(MESH_TF / folder, dtype=dtype)
+    prompts, options = [[2], [4, 5], [6, 7, 3], [1, 9], [8], [3]] * 2, dict(seed=3, max_new_tokens=6)
+    expected = [s.tokens for s in generator.generate(prompts, **options)]
+    found = dict(pair for pairs in generator.generate_each(prompts, range(12), **options) for pair in pairs)
+    assert [found[index].tokens for index in range(12)] == expected
+
+
+def test_a_row_without_a_distribution_makes_room(tmp_path):
+    """The weight is read at position 6."""
+    generator = TextGenerator.from_pretrained(spoiled(tmp_path / "model", "wpe", (6, 2), np.nan))
+    prompts, options = [[2, 3, 4], [4, 5], [6]] * 6, dict(seed=1, max_new_tokens=[4, 9, 5] * 6, eos_token_id=-1)
+    with pytest.raises(InvalidDistributionError) as error:
+        generator.generate(prompts, **options)
+    found = dict(pair for pairs in generator.generate_each(prompts, range(18), **options) for pair in pairs)
+    failed = [index for index in range(18) if isinstance(found[index], InvalidDistributionError)]
+    assert failed == list(range(1, 18, 3)) and {found[index].step for index in failed} == {5}
+    for index, expected in enumerate(error.value.samples):
+        assert index in failed or found[index].tokens == expected.tokens

@@ -265,7 +265,7 @@ def test_a_picture_that_cannot_be_made(matplotlib, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there is no folder .*nowhere"):
         plot(chain(), name, tmp_path / "nowhere" / "chain.png")
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
-    with pytest.raises(ValueError, match=r"pip install 'gpt_neo_sampling\[plot\]'"):
+    with pytest.raises(ValueError, match="needs the package matplotlib: .*pip install .?matplotlib"):
         plot(chain(), name, tmp_path / "chain.png")
     assert list(tmp_path.iterdir()) == []
 

@@ -109,7 +109,7 @@ def test_a_gpu_has_the_decode_loops_kernels(program, mesh_shape, layout, options
 @pytest.mark.parametrize("program", [DecodeProgram, WatchedProgram])
 def test_jit_compile_on_a_cpu_beside_a_gpu(monkeypatch, program):
     """What is compiled is for the CPU too, and carries integers as such."""
-    monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind=None: ["a GPU"])
+    monkeypatch.setattr(tensorflow.config, "get_visible_devices", lambda kind=None: ["a GPU"])
     with open_checkpoint(DEMO_FOLDER) as checkpoint:
         params = dict(checkpoint.params, mode="predict", use_tpu=False)
     impl = PlacementMeshImpl("", "", [""])
@@ -132,7 +132,7 @@ def test_jit_compile_on_a_cpu_beside_a_gpu(monkeypatch, program):
     ],
 )
 def test_which_meshes_are_gpus(monkeypatch, scope, devices, gpus, expected):
-    monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind=None: ["a GPU"] * gpus)
+    monkeypatch.setattr(tensorflow.config, "get_visible_devices", lambda kind=None: ["a GPU"] * gpus)
     impl = PlacementMeshImpl([("x", len(devices))], [], devices)
     with tf.Graph().as_default(), tf.device(scope):
         assert gpu.on_gpu(impl) == gpu.compiles_rows(impl) == expected

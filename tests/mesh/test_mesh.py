@@ -109,7 +109,7 @@ def test_devices_of_a_cluster():
 
 def test_auto_takes_the_gpus_that_are_there(monkeypatch):
     def see(n):
-        monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind=None: ["a GPU"] * n)
+        monkeypatch.setattr(tensorflow.config, "get_visible_devices", lambda kind=None: ["a GPU"] * n)
 
     see(4)
     mesh = device_mesh(devices="auto")
@@ -208,7 +208,7 @@ TWO = "cpu:0,cpu:1"
     ],
 )  # fmt: skip
 def test_a_wrong_description_is_named(monkeypatch, description, message):
-    monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind=None: [])
+    monkeypatch.setattr(tensorflow.config, "get_visible_devices", lambda kind=None: [])
     with pytest.raises(MeshError) as error:
         device_mesh(*description)
     assert str(error.value) == message
