@@ -86,7 +86,7 @@ def generate_file(
 ) -> FileRun:
     """Continues the prompts of one file and writes the samples to another.
 
-    Each line of the prompts file is a JSON object with "prompt" (a text) or
+    Each line of the prompts file that is not blank is a JSON object with "prompt" (a text) or
     "prompt_ids" (a list of token ids); optionally "id", any value, which is copied
     to the output; and options of `TextGenerator.generate` by their names, which
     override those given here (null: as if given nowhere). Each line of the output
@@ -156,7 +156,7 @@ def generate_file(
             if is_new:
                 output.unlink(missing_ok=True)
             raise
-        done = _resume(file, output, len(records))
+        done = _resume(file, output, {record.index for record in records})
         missing = len(records) - len(done)
         try:
             if missing:
@@ -190,13 +190,12 @@ def _read(path: StrPath) -> bytes:
 
 def _records(generator: TextGenerator, data: bytes, source: StrPath, options: dict[str, Any]) -> list[_Record]:
     """The lines of a prompts file as _Records; `options` are those of the whole run."""
-    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    all_lines = enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"))
+    lines = [(index, line) for index, line in all_lines if line.strip()]
     if not lines:
         raise ValueError(f'{source} is empty; one JSON object a line is needed, such as {{"prompt": "Emma"}}')
     records, stream, cut, n_ctx = [], 0, [], generator.params["n_ctx"]
-    for index, line in enumerate(lines):
+    for index, line in lines:
         try:
             given, own = _parse(line)
             own = {name: value for name, value in {**options, **own}.items() if value is not None}
@@ -237,9 +236,12 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     except RecursionError:
         raise ValueError("lists or objects are nested too deep") from None
     except json.JSONDecodeError as e:
+        if not line.lstrip().startswith(b"{"):  # plain text, as a rule
+            raise ValueError(f"not JSON; {_as_it_should_be(line.decode())}") from None
         raise ValueError(f"not JSON: {e}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}; an object is needed")
+        wanted = _as_it_should_be(record if isinstance(record, str) else "Emma")
+        raise ValueError(f"a JSON {type(record).__name__}; an object is needed: {wanted}")
     unknown = set(record) - {*PROMPT_KEYS, "id", *OPTIONS}
     if unknown:
         raise ValueError(f"unknown key {min(unknown)!r}; allowed: {', '.join((*PROMPT_KEYS, 'id', *OPTIONS))}")
@@ -257,6 +259,13 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"logit_bias={options['logit_bias']!r}; token ids without leading zeros are needed")
         options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in options["logit_bias"].items()}
     return given, options
+
+
+def _as_it_should_be(text: str) -> str:
+    """What to say about a line that is a text alone."""
+    text = text.strip()
+    text = text if len(text) <= 40 else text[:40] + "…"
+    return f"a line should look like {json.dumps({'prompt': text}, ensure_ascii=False)}"
 
 
 def _not_json(constant: str) -> NoReturn:
@@ -498,13 +507,14 @@ def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | 
     return settings["seed"]
 
 
-def _resume(file: io.FileIO, output: Path, total: int) -> set[int]:
-    """The indices whose lines are there. Truncates the file after them, where a killed run left part of a line."""
+def _resume(file: io.FileIO, output: Path, indices: set[int]) -> set[int]:
+    """Those of the prompts' indices whose lines are there. Truncates the file after them, where a killed run left part
+    of a line."""
     done: set[int] = set()
     size = 0
     for number, (index, _, end) in enumerate(_lines(file), 1):
-        if index is None or index in done or index not in range(total):
-            problem = "the index of an earlier line" if index in done else f"no index from 0 to {total - 1}"
+        if index is None or index in done or index not in indices:
+            problem = "the index of an earlier line" if index in done else "no index of a prompt"
             raise ValueError(
                 f"{output}, line {number}: {problem}; the file was changed: restore it, or remove it to start over"
             )

@@ -90,7 +90,7 @@ EMMA = ["generate", "--prompt", "The family of Dashwood", "--max-new-tokens", "1
 
 def test_text_alone_goes_to_stdout(capfd, shared):
     status, out, err = main(capfd, *EMMA, "--seed", 11)
-    assert (status, err) == (0, "The family of Dashwood")
+    assert (status, err) == (0, "The family of Dashwood\n")
     again = json.loads(main(capfd, *EMMA, "--seed", 11, "--json")[1])["samples"]
     assert out == again[0]["text"] + "\n"
     _, fresh, err = main(capfd, *EMMA)
@@ -250,6 +250,8 @@ def test_the_command_is_installed():
         ("generate --help", 0),
         ("generate", 2),
         ("generate --prompt x --top-p 2", 2),
+        ("generate x --top-kk 2", 2),
+        ("generate x --max-length 2", 2),
         ("generate --prompt x --greedy --top-k 5", 2),
         ("generate --prompt x --min-new-tokens 5 --max-new-tokens 4", 2),
         ("generate --prompt-ids 1.5", 2),

@@ -282,12 +282,13 @@ def test_an_interrupt_keeps_what_is_finished(files, call, lines):
 
 
 BAD_LINES = [
-    (b"nonsense", "not JSON: Expecting value"),
-    (b"", "not JSON"),
+    (b"It was \xe2\x80\x9cit\xe2\x80\x9d " + b"x" * 99, 'not JSON; a line should look like {"prompt": "It was “it” xx'),
+    (b"5 17 101", 'not JSON; a line should look like {"prompt": "5 17 101"}'),
     (b'{"prompt": "a"', "not JSON"),
     (b'{"prompt": "\xff"}', "not UTF-8"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
-    (b'["a"]', "a JSON list; an object is needed"),
+    (b'["a"]', 'a JSON list; an object is needed: a line should look like {"prompt": "Emma"}'),
+    (b'"a"', 'a JSON str; an object is needed: a line should look like {"prompt": "a"}'),
     (b'{"prompt": "a", "temprature": 1}', "unknown key 'temprature'; allowed: prompt, prompt_ids, id, "),
     (b'{"prompt": "a", "prompt": "b"}', "a key twice: prompt, prompt"),
     (b'{"id": 1}', "either prompt or prompt_ids is needed"),
@@ -330,6 +331,31 @@ def test_a_byte_order_mark_windows_lines_and_no_newline_at_the_end(files):
     files[0].write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n{"prompt": "c", "id": [null]}')
     assert generate_file(Stub(), *files).written == 2
     assert [(line["prompt"], line.get("id")) for line in read(files[1])] == [("a\u2028b", None), ("c", [None])]
+
+
+def test_blank_lines_are_passed_over(files):
+    """They count: an index is a line's, and so is the number in an error. Streams and the order are as without them."""
+    source, output = files
+    lines = [b'{"prompt": "a", "num_return_sequences": 2}', b"", b" \t\r", b'{"prompt": "b"}', b"", b'{"prompt": "c"}']
+    generate_file(Stub(), write_bytes(source, [line for line in lines if line.strip()]), output, seed=4)
+    without = read(output)
+    source, output = source.with_name("blank.jsonl"), output.with_name("blank")
+    with pytest.raises(Death):
+        generate_file(Stub(dies_at=1), write_bytes(source, lines), output, seed=4)
+    assert generate_file(Stub(), source, output, seed=4)[:2] == (3, 2)
+    found = read(output)
+    assert [line.pop("index") for line in found] == [0, 3, 5]
+    assert [line.pop("index") for line in without] == [0, 1, 2] and found == without
+    output.write_bytes(output.read_bytes() + b'{"index": 1}\n')
+    with pytest.raises(ValueError, match="line 4: no index of a prompt; the file was changed"):
+        generate_file(Stub(), source, output, seed=4)
+    with pytest.raises(ValueError, match="is empty"):
+        generate_file(Stub(), write_bytes(source, [b"", b" "]), output.with_name("other"))
+
+
+def write_bytes(path, lines):
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
 
 
 def test_null_is_as_if_not_given(files):
