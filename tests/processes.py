@@ -54,7 +54,8 @@ class Command:
 
     def send_signal(self, number):
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
@@ -118,7 +119,7 @@ class Terminal(Command):
     def type(self, text):
         os.write(self._main, text.encode())
 
-    def expect(self, text, timeout=120):
+    def expect(self, text, timeout=60):
         """Waits until the text appears; returns what appeared since the last call, the text included."""
         end = time.monotonic() + timeout
         while text not in self.shown[self._seen :]:
@@ -126,7 +127,7 @@ class Terminal(Command):
         begin, self._seen = self._seen, self.shown.index(text, self._seen) + len(text)
         return self.shown[begin : self._seen]
 
-    def rest(self, timeout=120):
+    def rest(self, timeout=60):
         """What appears until the process has ended."""
         end = time.monotonic() + timeout
         while self._read(end - time.monotonic()):

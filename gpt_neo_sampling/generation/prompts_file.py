@@ -356,7 +356,7 @@ def _run(
     missing = [part.missing(done) for part in parts]
     with tqdm(desc=output.name, total=sum(map(_max_tokens, missing)), unit=" tokens", disable=None) as progress:
         run = _Run(generator, seed, file, done, total, progress)
-        run.show_done()
+        progress.set_postfix_str("building the graph")
         for part, records in zip(parts, missing):
             if records and part.is_pool:
                 run.pool(part.records, {record.index for record in records})
@@ -381,9 +381,17 @@ class _Run:
     total: int  # records
     progress: Any
     error: InvalidDistributionError | None = None  # the first; the other records continue
+    has_begun: bool = False  # a token has come
 
     def show_done(self) -> None:
         self.progress.set_postfix_str(f"{len(self.done)} of {self.total} prompts")
+
+    def on_token(self, *_: object) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self.progress.unpause()  # what is left is estimated from here on: a graph takes seconds
+            self.show_done()
+        self.progress.update()
 
     def options(self, records: list[_Record]) -> dict[str, Any]:
         """Of one call of the generator."""
@@ -393,7 +401,7 @@ class _Run:
         """Runs records in one call, and writes the lines of all."""
         begin = self.progress.n
         # on a cluster neither tokens nor Ctrl-C are seen before the batch ends
-        streamer = None if self.generator.mesh.cluster else lambda *_: self.progress.update()
+        streamer = None if self.generator.mesh.cluster else self.on_token
         try:
             samples: Sequence[Sample | None] = self.generator.generate(
                 [record.prompt for record in batch], streamer=streamer, **self.options(batch)
@@ -416,7 +424,7 @@ class _Run:
         samples: dict[int, dict[int, Sample]] = collections.defaultdict(dict)  # of records that lack some yet
         errors = {}
         for ended in self.generator.generate_each(
-            [record.prompt for record in pool], wanted, streamer=lambda *_: self.progress.update(), **self.options(pool)
+            [record.prompt for record in pool], wanted, streamer=self.on_token, **self.options(pool)
         ):
             whole = []
             for index, sample in ended:

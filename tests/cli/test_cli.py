@@ -99,6 +99,37 @@ def test_text_alone_goes_to_stdout(capfd, shared):
     assert main(capfd, *EMMA, "--seed", seed)[1] == fresh
 
 
+def test_plain_arguments_are_prompts(capfd, shared, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"She was\n")))
+    texts = ["The family of Dashwood", "She was"]
+    options = ["--seed", 11, "--max-new-tokens", 12, "--json"]
+    by_option = main(capfd, "generate", "--prompt", *texts, *options)
+    assert main(capfd, "generate", texts[0], "-", *options) == by_option
+    assert main(capfd, "inspect", texts[0]) == main(capfd, "inspect", "--prompt", texts[0])
+    assert main(capfd, "score", *texts) == main(capfd, "score", "--text", *texts)
+
+
+def test_a_prompt_that_its_text_does_not_follow_ends_its_line(capfd, shared):
+    """stdout and stderr go to two places: the prompt appears once, and nothing tells samples apart but their lines."""
+    args = ["--max-new-tokens", 2, "--seed", 11, "--num-samples", 2]
+    _, as_json, _ = main(capfd, "generate", "Emma\n", "She", *args, "--json")
+    texts = [sample["text"] + "\n" for sample in json.loads(as_json)["samples"]]
+    assert main(capfd, "generate", "Emma\n", "She", *args) == (0, "".join(texts), "Emma\nShe\n")
+
+
+def test_a_stop_string_may_be_a_newline(capfd, shared):
+    args = ["generate", "Elizabeth", "--seed", 3]
+    whole, stopped = (main(capfd, *args, *more)[1] for more in ([], ["--stop-strings", r"\n"]))
+    assert "\n" in whole[:-1] and stopped == whole[: whole.index("\n") + 1]
+
+
+def test_a_stream_is_that_sample_alone(capfd, shared):
+    args = ["generate", "Emma", "--seed", 5, "--max-new-tokens", 12]
+    several = main(capfd, *args, "--num-samples", 3, "--json")[1]
+    (alone,) = json.loads(main(capfd, *args, "--stream", 2, "--json")[1])["samples"]
+    assert alone == json.loads(several)["samples"][2]
+
+
 @pytest.mark.slow
 def test_a_fresh_interpreter_prints_the_same(capfd, shared):
     done = run(*EMMA, "--seed", "11")

@@ -240,56 +240,58 @@ def demo():
 
 
 def plain(text):
-    """Without what moves the cursor or colours."""
+    """Without what is erased, moves the cursor or colours."""
+    text = re.sub(r"[^\n]*\r\x1b\[K", "", text)
     return re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])", "", text).replace("\r", "")
 
 
 @pytest.mark.parametrize("with_editor", [True, False], ids=["prompt_toolkit", "plain"])
 def test_on_a_terminal(demo, tmp_path, with_editor):
-    """Asked, answered, set, interrupted while it answers and while nothing is typed."""
+    """Asked, answered, set; Ctrl-C while it answers, while something is typed and while nothing is."""
     if with_editor:
         pytest.importorskip("prompt_toolkit")
     history = tmp_path / "history"
     env = {**os.environ, "TERM": "xterm" if with_editor else "dumb", "PROMPT_TOOLKIT_NO_CPR": "1",
            repl.HISTORY: str(history)}  # fmt: skip
-    mark = repl.MARK
+    is_asked = "\x1b[?2004h" if with_editor else repl.MARK  # the editor asks the terminal to mark what is pasted
     with processes.Terminal("generate", "--max-new-tokens", "6", "--seed", "3", env=env) as terminal:
 
-        def ask(text, wait_for=mark):
-            terminal.type(text + "\r")
-            return plain(terminal.expect(wait_for))
+        def ask(*lines):
+            """What appears after the last of the lines, until the next question."""
+            for line in lines:
+                terminal.type(line + "\r")
+                terminal.expect(line[-3:].rstrip("\\"))
+                terminal.expect("\n")
+            return plain(terminal.expect(is_asked)).removesuffix(repl.MARK)
 
-        assert "the bundled model continues prompts" in plain(terminal.expect(mark))
-        (sample,) = demo.generate("Emma", max_new_tokens=6, seed=3, streamer=lambda *_: None)
-        shown = ask("Emma", sample.text.split()[-1])
-        assert sample.text.splitlines()[-1].split()[-1] in shown
-        terminal.expect(mark)
-        assert "error: top_p=2.0; a number from 0 to 1 is needed\n" in ask("/set top_p 2")
-        assert "error: eos_token_id=9999; a whole number from -1 to 2047 is needed\n" in ask("/set eos_token_id 9999")
-        assert "max_new_tokens 6\nseed 3\n" in ask("/set")
-        ask("/set num_samples 2")
-        samples = demo.generate("Emma", max_new_tokens=6, seed=3, num_return_sequences=2, streamer=lambda *_: None)
-        wanted = "".join(f"--- sample {i} of 2 ---\n{s.text}\n" for i, s in enumerate(samples, 1))
-        assert wanted in ask("Em\\\rma") or with_editor  # a prompt of two lines
-        assert wanted in ask("Emma")
-        ask("/set num_samples default")
-        ask("/set max_new_tokens 230")
-        terminal.type("It was the duty of\r")
-        terminal.expect("duty of")
-        terminal.expect("\n")  # the echo ends, the answer follows
-        terminal.expect(" ")
+        def text(prompt, **options):
+            samples = demo.generate(prompt, max_new_tokens=6, seed=3, streamer=lambda *_: None, **options)
+            return [sample.text + "\n" for sample in samples]
+
+        assert "the bundled model continues prompts" in plain(terminal.expect(is_asked))
+        assert ask("Emma") == text("Emma")[0]
+        assert ask("/set top_p 2") == "error: top_p=2.0; a number from 0 to 1 is needed\n"
+        assert "eos_token_id=9999; a whole number from -1 to 2047 is needed\n" in ask("/set eos_token_id 9999")
+        assert ask("/set num_samples 2") == ""
+        assert ask("/set") == "max_new_tokens 6\nseed 3\nnum_return_sequences 2\n"
+        if with_editor:  # (plain input has the rest in common)
+            several = text("It was\nthe", num_return_sequences=2)
+            assert ask("It was\\", "the") == "".join(f"--- sample {i} of 2 ---\n{s}" for i, s in enumerate(several, 1))
+            assert "top_p 0.5" in ask("/set top_p 0.5", "/inspect Emma")
+        ask("/set num_samples 999")
+        terminal.type("She\r")
+        terminal.expect("sample 1 of 999")
         terminal.type("\x03")
-        assert plain(terminal.expect(mark)).endswith(f"\ninterrupted\n{mark}")
-        assert "model" in ask("/inspect Emma")
-        terminal.type("abc\x03")
+        assert plain(terminal.expect(is_asked)).endswith("\ninterrupted\n" + repl.MARK * (not with_editor))
+        terminal.type("abc")
+        terminal.expect("abc")
+        terminal.type("\x03")
         if not with_editor:
-            terminal.expect(mark)
-        terminal.type("/seed\r")
-        assert "seed 3\n" in plain(terminal.expect("seed 3\r\n"))
-        terminal.expect(mark)
+            terminal.expect(is_asked)
+        assert ask("/seed") == "seed 3\n"
         terminal.type("\x03" if with_editor else "\x04")
         terminal.rest()
         assert terminal.returncode == 0
     assert history.exists() == with_editor
     if with_editor:
-        assert "+It was the duty of\n" in history.read_text() and "+abc" not in history.read_text()
+        assert "+It was\n+the\n" in history.read_text() and "+abc" not in history.read_text()

@@ -22,6 +22,7 @@ import processes
 from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, generate_file
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.cli import main as cli
+from gpt_neo_sampling.generation import prompts_file
 from gpt_neo_sampling.generation.generator import MAX_BATCH, Interrupted
 
 
@@ -259,6 +260,24 @@ def test_a_bar_where_stderr_is_a_terminal(files, monkeypatch, capsys, is_termina
     shown = [] if not is_terminal else ["out.jsonl: ", "32 of 100 prompts", "100%", " tokens/s", "100 of 100 prompts"]
     assert [text for text in shown if text in err] == shown
     assert is_terminal or err == ""
+
+
+def test_the_bar_says_what_takes_long_before_the_first_token(files, monkeypatch, capsys):
+    """And leaves it out of its estimate of what is left."""
+
+    class Streaming(Stub):
+        def generate(self, prompts, *, streamer, **options):
+            for _ in prompts:
+                streamer(0, 1, None, False)
+            return super().generate(prompts, streamer=streamer, **options)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    unpaused = []
+    monkeypatch.setattr(prompts_file.tqdm, "unpause", lambda bar: unpaused.append(bar.n))
+    generate_file(Streaming(), *files)
+    shown = re.findall("building the graph|[0-9]+ of 100 prompts", capsys.readouterr().err)
+    assert shown[:2] == ["building the graph", "0 of 100 prompts"] and shown.count(shown[0]) == 1
+    assert unpaused == [0]
 
 
 def test_a_seed_that_was_chosen_is_kept(files):
