@@ -7,15 +7,22 @@ exit status. (For a fresh interpreter: `run` in test_cli.py.)
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import json
 import os
+import pty
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
 import threading
+import time
 
 PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
 
@@ -23,25 +30,32 @@ PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
 class Command:
     """`gpt-neo-sampling` with these arguments, with the methods of subprocess.Popen; output is text."""
 
-    def __init__(self, *args, stderr=PIPE, env=None):
-        self.args, self.returncode = [str(a) for a in args], None
-        out, self._out = os.pipe()
+    def __init__(self, *args, stdin=b"", stderr=PIPE, env=None):
+        out, its_out = os.pipe()
         self.stdout, self.stderr = open(out), None
-        err = self._out
+        its_err = its_out
         if stderr is PIPE:
-            from_err, err = os.pipe()
+            from_err, its_err = os.pipe()
             self.stderr = open(from_err)
-        self._end, ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        request = {"args": self.args, "env": dict(os.environ if env is None else env)}
-        with ends, open(os.devnull) as empty:
-            socket.send_fds(_forker(), [json.dumps(request).encode()], [empty.fileno(), self._out, err, ends.fileno()])
-        for descriptor in {self._out, err}:
+        with tempfile.TemporaryFile() as file:
+            file.write(stdin)
+            file.seek(0)
+            self._start(args, env, [file.fileno(), its_out, its_err])
+        for descriptor in {its_out, its_err}:
             os.close(descriptor)
+
+    def _start(self, args, env, standard_files, **more):
+        self.args, self.returncode = [str(a) for a in args], None
+        self._end, ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        request = {"args": self.args, "env": dict(os.environ if env is None else env), **more}
+        with ends:
+            socket.send_fds(_forker(), [json.dumps(request).encode()], [*standard_files, ends.fileno()])
         self.pid = int(self._end.recv(100))
 
     def send_signal(self, number):
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
@@ -90,6 +104,51 @@ class Command:
 
     def __exit__(self, *_):
         self.close()
+
+
+class Terminal(Command):
+    """The same on a terminal of its own. `shown` is all that has appeared there."""
+
+    def __init__(self, *args, columns=80, env=None):
+        self._main, end = pty.openpty()
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.shown, self._seen, self.stdout, self.stderr = "", 0, None, None
+        self._start(args, env, [end] * 3, is_terminal=True)
+        os.close(end)
+
+    def type(self, text):
+        os.write(self._main, text.encode())
+
+    def expect(self, text, timeout=60):
+        """Waits until the text appears; returns what appeared since the last call, the text included."""
+        end = time.monotonic() + timeout
+        while text not in self.shown[self._seen :]:
+            assert self._read(end - time.monotonic()), f"{text!r} is not in {self.shown!r}"
+        begin, self._seen = self._seen, self.shown.index(text, self._seen) + len(text)
+        return self.shown[begin : self._seen]
+
+    def rest(self, timeout=60):
+        """What appears until the process has ended."""
+        end = time.monotonic() + timeout
+        while self._read(end - time.monotonic()):
+            pass
+        self.wait(timeout)
+        return self.shown[self._seen :]
+
+    def _read(self, timeout):
+        """Whether something more has appeared."""
+        if not select.select([self._main], [], [], max(0, timeout))[0]:
+            return False
+        try:
+            new = os.read(self._main, 10000)
+        except OSError:  # at the end, on Linux
+            return False
+        self.shown += new.decode(errors="replace")
+        return bool(new)
+
+    def close(self):
+        super().close()
+        os.close(self._main)
 
 
 def run(*args, **kwargs):
@@ -150,6 +209,9 @@ def _main():
 
     gc.freeze()  # collecting garbage would touch, and so copy, the shared memory
     request = _fork(socket.socket(fileno=int(sys.argv[1])))
+    if request.get("is_terminal"):
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.environ.clear()
     os.environ.update(request["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -105,10 +105,14 @@ COMMANDS = {
     "no command": ([], "the following arguments are required: COMMAND"),
     "another command": (["sing"], "invalid choice: 'sing'"),
     # -- prompts
-    "no prompt": (["generate"], "one of the arguments --prompt --prompt-ids --prompts-file is required"),
-    "a control character": ([*GENERATE, "--foo\nbar\x1b[31m"], "unrecognized arguments: --foo bar\\x1b[31m"),
+    "no prompt": (["generate"], "a prompt is needed: as a plain argument, - for stdin, or by one of --prompt, "),
+    "a control character": ([*GENERATE, "--foo\x1b[31m"], "unrecognized arguments: --foo\\x1b[31m"),
     "top-k of 6,000 digits": ([*GENERATE, "--top-k", "1" * 6000], "11111 … 11111"),
     "two kinds of prompt": ([*GENERATE, "--prompt-ids", "1"], "--prompt-ids: not allowed with argument --prompt"),
+    "two kinds of prompt, one plain": (["generate", "a", "--prompt-ids", "1"], "'a': not allowed with --prompt-ids"),
+    "stdin twice": (["generate", "-", "-"], "- is given more than once, but stdin can be read once"),
+    "no prompt to inspect": (["inspect"], "a prompt is needed: as a plain argument, - for stdin, or by one of --"),
+    "two prompts to inspect": (["inspect", "a", "b"], "unrecognized arguments: b"),
     "too long": (["generate", "--prompt", "word " * 400], "is longer than the context; at most 256 are allowed"),
     "id outside": (["generate", "--prompt-ids", "5 2048"], "2048 is outside the vocabulary; 0 to 2047 are allowed"),
     "id below 0": (["generate", "--prompt-ids=-5"], "token id -5 is outside the vocabulary; 0 to 2047 are allowed"),
@@ -220,6 +224,11 @@ COMMANDS = {
         ["generate", "--prompts-file", "TMP/no", "--output", "TMP/o"],
         "no cannot be read: No such file",
     ),
+    "prompts as plain text": (
+        ["generate", "--prompts-file", "TMP/mine", "--output", "TMP/o"],
+        'mine, line 1: not JSON; a line should look like {"prompt": "kept"}',
+    ),
+    "prompts file and stream": ([*FILE, "TMP/o", "--stream", "1"], "--stream is not for --prompts-file"),
     "prompts folder": (["generate", "--prompts-file", "TMP", "--output", "TMP/o"], "cannot be read: Is a directory"),
     "prompts in Latin-1": (
         ["generate", "--prompts-file", "TMP/latin.jsonl", "--output", "TMP/o"],
@@ -241,7 +250,7 @@ COMMANDS = {
     "output's name, with .run, too long": ([*FILE, f"TMP/{LONG[:253]}"], ".run cannot be written: File name too long"),
     "output's name too long": ([*FILE, f"TMP/{LONG}"], "cannot be written: File name too long"),
     # -- score, inspect
-    "no text": (["score"], "one of the arguments --text --text-ids --file is required"),
+    "no text": (["score"], "a text is needed: as a plain argument, - for stdin, or by one of --text, --text-ids, --f"),
     "two kinds of text": (
         ["score", "--text", "a b", "--text-ids", "1"],
         "--text-ids: not allowed with argument --text",

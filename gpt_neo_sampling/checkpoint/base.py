@@ -494,6 +494,7 @@ def in_batches(names: Iterable[str], shapes: Mapping[str, Shape], size: int) -> 
 
 
 def progress_bar(what: str, shapes: Iterable[Shape]) -> tqdm:
-    """A tqdm bar on stderr that counts bytes in float32; it appears only if the work takes long."""
+    """A tqdm bar on stderr, where that is a terminal, that counts bytes in float32; it appears only if the work takes
+    long."""
     total = sum(4 * int(np.prod(shape)) for shape in shapes)
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=PROGRESS_DELAY)
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=PROGRESS_DELAY, disable=None)

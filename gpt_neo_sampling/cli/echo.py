@@ -38,7 +38,7 @@ class Echo:
         """Ends the line, if no text has come."""
         if self._waits:
             self.ready()
-            self._write("\n")
+            self._write("\n" if self._last_line else "")
 
     def _write(self, text: str) -> None:
         self._terminal.write(text)

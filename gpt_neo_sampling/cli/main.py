@@ -52,10 +52,15 @@ def _run(argv: Sequence[str] | None) -> tuple[int, str | None]:
     import logging
 
     from gpt_neo_sampling.checkpoint.base import one_line
-    from gpt_neo_sampling.cli import arguments
+    from gpt_neo_sampling.cli.argument_parser import COMPLETION
     from gpt_neo_sampling.cli.parser import parser
 
-    args = parser().parse_args(argv)
+    command_line = parser()
+    if COMPLETION in os.environ:
+        _complete(command_line)
+    args = command_line.parse_args(argv)
+    from gpt_neo_sampling.cli import arguments
+
     if sys.stdout is None and args.command in ("generate", "score", "inspect") and not getattr(args, "output", None):
         return 1, "error: stdout is closed, but the result goes there"
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
@@ -63,6 +68,9 @@ def _run(argv: Sequence[str] | None) -> tuple[int, str | None]:
     echo = None
     try:
         arguments.check(args)
+        for note in arguments.notes(args):
+            logging.getLogger(__name__).warning(one_line(note))
+        arguments.take_texts(args)
         echo = _echo(args)
         from gpt_neo_sampling.cli import commands
 
@@ -75,13 +83,25 @@ def _run(argv: Sequence[str] | None) -> tuple[int, str | None]:
     return status, None if error is None else f"error: {one_line(error)}"
 
 
+def _complete(command_line: argparse.ArgumentParser) -> None:
+    """Answers a shell that asks what may come next, and ends the process."""
+    try:
+        import argcomplete
+    except ImportError:
+        sys.exit(1)
+    argcomplete.autocomplete(command_line)
+
+
 def _echo(args: argparse.Namespace) -> Echo | None:
-    """The first prompt on a terminal, before the seconds that TensorFlow takes."""
+    """The first prompt on a terminal, if there is one yet, before the seconds that TensorFlow takes."""
+    from gpt_neo_sampling.cli.arguments import asks_for_prompts
     from gpt_neo_sampling.cli.echo import Echo
 
-    if args.command != "generate" or args.prompt is None or args.json or not sys.stderr.isatty():
+    if args.command != "generate" or args.json or not sys.stderr.isatty():
         return None
-    echo = Echo(args.prompt[0], sys.stderr)
+    if args.prompt is None and not asks_for_prompts(args):
+        return None
+    echo = Echo(args.prompt[0] if args.prompt else "", sys.stderr)
     echo.status("importing TensorFlow …")
     return echo
 

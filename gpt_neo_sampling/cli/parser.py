@@ -8,16 +8,11 @@ from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import EXAMPLE, one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.cli import PROGRAM
+from gpt_neo_sampling.cli.argument_parser import CommandParser, Parser, unescaped
 from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, DTYPES, EXPORTABLE, OPTIONS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
 from gpt_neo_sampling.sampling.controls import CONTROLS, Number
 from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line; argparse would print its usage before it."""
-        self.exit(2, f"{PROGRAM}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def _add_revision(parser: argparse.ArgumentParser, model: str) -> None:
@@ -47,14 +42,17 @@ def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
         "(default: those of TF_CONFIG, if it is set)")  # fmt: skip
 
 
+_LENGTHS_AND_SEEDS = ("max_new_tokens", "seed", "stream", "num_return_sequences", "stop_strings")
 _ALIASES = {"entmax_alpha": ["--entmax"], "num_return_sequences": ["--num-samples"]}
+_ESCAPES = "\\n is a newline, \\t a tab, \\r a carriage return, \\\\ a backslash; other backslashes stay"
+_NOTES = {"stop_strings": f". {_ESCAPES}"}  # what the command adds to a sentence
 _ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are more than a number
     "no_repeat_ngram_size": {"type": int, "metavar": "N"},
-    "logit_bias": {"nargs": "+", "metavar": "ID=X"},
+    "logit_bias": {"nargs": "+", "action": "extend", "metavar": "ID=X"},
     "entmax_alpha": {"nargs": "?", "const": DEFAULT_ALPHA, "type": float, "metavar": "ALPHA"},
-    "bad_words_ids": {"type": int, "nargs": "*", "metavar": "ID"},
-    "eos_token_id": {"type": int, "nargs": "+", "metavar": "ID"},
-    "stop_strings": {"nargs": "*", "metavar": "TEXT"},
+    "bad_words_ids": {"type": int, "nargs": "*", "action": "extend", "metavar": "ID"},
+    "eos_token_id": {"type": int, "nargs": "+", "action": "extend", "metavar": "ID"},
+    "stop_strings": {"type": unescaped, "nargs": "*", "action": "extend", "metavar": "TEXT"},
     "num_return_sequences": {"type": int, "metavar": "N"},
 }
 
@@ -66,34 +64,47 @@ def _add_option(add: Callable[..., Any], name: str) -> None:
     if isinstance(option, Number) and arguments is None:
         metavar = "N" if option.whole else "P" if option.most == 1 else "X"
         arguments = {"type": int if option.whole else float, "metavar": metavar}
-    add("--" + name.replace("_", "-"), *_ALIASES.get(name, ()), dest=name, help=option.help, **(arguments or {}))
+    flags = ["--" + name.replace("_", "-"), *_ALIASES.get(name, ())]
+    add(*flags, dest=name, help=option.help + _NOTES.get(name, ""), **(arguments or {}))
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Those that say how a token is drawn."""
-    add = parser.add_argument_group(
+    group = parser.add_argument_group(
         "sampling", "from --repetition-penalty on in the order of application; each defaults to the model's own, and "
         "else changes nothing (docs/sampling.md shows what they do)"
-    ).add_argument  # fmt: skip
-    add("--greedy", action="store_true", help="the likeliest token each time, as with --temperature 0")
+    )  # fmt: skip
+    greedy = group.add_mutually_exclusive_group()
+    greedy.add_argument("--greedy", dest="do_sample", action="store_const", const="false",
+        help="the likeliest token each time, as with --temperature 0")  # fmt: skip
+    greedy.add_argument("--do-sample", choices=("true", "false"), help="false is --greedy; true draws tokens also "
+        "where the model says otherwise")  # fmt: skip
     for name in ("eos_token_id", "bad_words_ids", *CONTROLS):
-        _add_option(add, name)
+        _add_option(group.add_argument, name)
+
+
+def _add_plain(parser: argparse.ArgumentParser, what: str, option: str, nargs: str = "*") -> None:
+    """Texts without an option before them; `arguments.take_texts` puts them where the option has its own."""
+    parser.add_argument("plain", nargs=nargs, default=() if nargs == "*" else None, metavar=what,
+        help=f"the same as {option}; - is read from stdin, without a newline at its end")  # fmt: skip
+    parser.add_argument("-e", "--escape", action="store_true", help=f"texts have escapes too: {_ESCAPES}")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_plain(parser, "PROMPT", "--prompt")
     _add_model_options(parser)
     add = parser.add_argument
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="texts to continue, as they are")
     prompts.add_argument("--prompt-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
     prompts.add_argument("--prompts-file", metavar="IN.jsonl", help='a prompt a line, as {"prompt": "Emma"} or '
                          '{"prompt_ids": [1, 2, 3]}, with an optional "id" and options of its own')  # fmt: skip
     add("--output", metavar="OUT.jsonl", help="where the samples of --prompts-file go, a JSON object a prompt; the "
         "same command goes on where it was stopped")  # fmt: skip
-    for name in ("max_new_tokens", "seed", "num_return_sequences", "stop_strings"):
+    for name in _LENGTHS_AND_SEEDS:
         _add_option(add, name)
-    add("--logprobs", action="store_true", help="with --json or --output: the log-probability of each new token, by "
-        "the model alone and as it was drawn")  # fmt: skip
+    add("--logprobs", dest="return_logprobs", action="store_true", help="with --json or --output: the log-probability "
+        "of each new token, by the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add("--jit-compile", action="store_true", help="XLA compiles the decode loop, which takes "
         "seconds and then makes it faster: for a thousand tokens and more")  # fmt: skip
@@ -102,12 +113,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
+    _add_plain(parser, "TEXT", "--text")
     _add_model_options(parser)
     add = parser.add_argument
-    texts = parser.add_mutually_exclusive_group(required=True)
+    texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--text", nargs="+", action="extend", metavar="TEXT", help="texts to score")
     texts.add_argument("--text-ids", nargs="+", action="extend", metavar='"1 2 3"', help="the same as token ids")
-    texts.add_argument("--file", metavar="PATH", help="a text file, scored as one text; see --stride")
+    texts.add_argument("--file", metavar="PATH", help="a text file, scored as one text, - for stdin; see --stride")
     add("--stride", type=int, metavar="N", help="read texts longer than the model's context in windows of its length "
         "that begin N tokens apart, each token scored in the first that has it")  # fmt: skip
     add("--add-start-token", action="store_true", help="read each text after the model's first token, so that the "
@@ -117,9 +129,10 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_plain(parser, "PROMPT", "--prompt", "?")
     _add_model_options(parser)
     add = parser.add_argument
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text before the token")
     prompt.add_argument("--prompt-ids", metavar='"1 2 3"', help="the same as token ids")
     add("--continuation", metavar="TEXT", default="", help="new text that already follows the prompt, for the "
@@ -140,8 +153,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add("--prompt-length", type=int, metavar="N", help="longest prompt; shorter ones take as long (default: --length)")
     add("--max-top-k", type=int, default=DEFAULT_MAX_TOP_K, metavar="K",
         help="largest K that a request may ask for (default: %(default)s)")  # fmt: skip
-    add("--controls", nargs="+", choices=EXPORTABLE, default=(), metavar="NAME", help="what else may be asked for, of "
-        f"{', '.join(EXPORTABLE)}; each costs time in every step")  # fmt: skip
+    add("--controls", nargs="+", action="extend", choices=EXPORTABLE, default=[], metavar="NAME",
+        help=f"what else may be asked for, of {', '.join(EXPORTABLE)}; each costs time in every step")  # fmt: skip
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +176,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = (  # name, line in the list of commands, description, what adds its arguments
     ("generate", "continue prompts",
-     "Continue prompts. The text goes to stdout, the prompts and notes to stderr.", _add_generate),
+     "Continue prompts. The text goes to stdout, the prompts and notes to stderr. On a terminal and without a prompt "
+     "the command asks for one, again and again.", _add_generate),
     ("score", "tell how likely a model finds texts",
      "Tell how likely a model finds texts: a line each, with its perplexity, the sum of its tokens' "
      "log-probabilities (in nats, each given those before it) and their number.", _add_score),
@@ -180,9 +194,23 @@ _COMMANDS = (  # name, line in the list of commands, description, what adds its 
 
 def parser() -> argparse.ArgumentParser:
     """The argparse.ArgumentParser of the command and its subcommands."""
-    top = _Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
+    top = Parser(prog=PROGRAM, description="Sample text from GPT-Neo models in mesh-tensorflow.")
     top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for name, line, description, add_arguments in _COMMANDS:
         add_arguments(commands.add_parser(name, help=line, description=description, allow_abbrev=False))
     return top
+
+
+class _SettingParser(CommandParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(one_line(message))
+
+
+def setting_parser() -> CommandParser:
+    """The options of `generate` that say what is drawn, without its other arguments; errors are ValueErrors."""
+    settings = _SettingParser(prog="/set", add_help=False, allow_abbrev=False)
+    for name in _LENGTHS_AND_SEEDS:
+        _add_option(settings.add_argument, name)
+    _add_sampling_options(settings)
+    return settings

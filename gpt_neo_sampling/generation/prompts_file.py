@@ -87,7 +87,7 @@ def generate_file(
 ) -> FileRun:
     """Continues the prompts of one file and writes the samples to another.
 
-    Each line of the prompts file is a JSON object with "prompt" (a text) or
+    Each line of the prompts file that is not blank is a JSON object with "prompt" (a text) or
     "prompt_ids" (a list of token ids); optionally "id", any value, which is copied
     to the output; and options of `TextGenerator.generate` by their names, which
     override those given here (null: as if given nowhere). Each line of the output
@@ -157,7 +157,7 @@ def generate_file(
             if is_new:
                 output.unlink(missing_ok=True)
             raise
-        done = _resume(file, output, len(records))
+        done = _resume(file, output, {record.index for record in records})
         missing = len(records) - len(done)
         try:
             if missing:
@@ -191,13 +191,12 @@ def _read(path: StrPath) -> bytes:
 
 def _records(generator: TextGenerator, data: bytes, source: StrPath, options: dict[str, Any]) -> list[_Record]:
     """The lines of a prompts file as _Records; `options` are those of the whole run."""
-    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    all_lines = enumerate(data.removeprefix(codecs.BOM_UTF8).split(b"\n"))
+    lines = [(index, line) for index, line in all_lines if line.strip()]
     if not lines:
         raise ValueError(f'{source} is empty; one JSON object a line is needed, such as {{"prompt": "Emma"}}')
     records, stream, cut, n_ctx = [], 0, [], generator.params["n_ctx"]
-    for index, line in enumerate(lines):
+    for index, line in lines:
         try:
             given, own = _parse(line)
             own = {name: value for name, value in {**options, **own}.items() if value is not None}
@@ -238,9 +237,12 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     except RecursionError:
         raise ValueError("lists or objects are nested too deep") from None
     except json.JSONDecodeError as e:
+        if not line.lstrip().startswith(b"{"):  # plain text, as a rule
+            raise ValueError(f"not JSON; {_as_it_should_be(line.decode())}") from None
         raise ValueError(f"not JSON: {e}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}; an object is needed")
+        wanted = _as_it_should_be(record if isinstance(record, str) else "Emma")
+        raise ValueError(f"a JSON {type(record).__name__}; an object is needed: {wanted}")
     keys = (*PROMPT_KEYS, "id", *OPTIONS)
     unknown = set(record) - set(keys)
     if unknown:
@@ -259,6 +261,13 @@ def _parse(line: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"logit_bias={options['logit_bias']!r}; token ids without leading zeros are needed")
         options["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in options["logit_bias"].items()}
     return given, options
+
+
+def _as_it_should_be(text: str) -> str:
+    """What to say about a line that is a text alone."""
+    text = text.strip()
+    text = text if len(text) <= 40 else text[:40] + "…"
+    return f"a line should look like {json.dumps({'prompt': text}, ensure_ascii=False)}"
 
 
 def _not_json(constant: str) -> NoReturn:
@@ -349,7 +358,7 @@ def _run(
     missing = [part.missing(done) for part in parts]
     with tqdm(desc=output.name, total=sum(map(_max_tokens, missing)), unit=" tokens", disable=None) as progress:
         run = _Run(generator, seed, file, done, total, progress)
-        run.show_done()
+        progress.set_postfix_str("building the graph")
         for part, records in zip(parts, missing):
             if records and part.is_pool:
                 run.pool(part.records, {record.index for record in records})
@@ -374,9 +383,17 @@ class _Run:
     total: int  # records
     progress: Any
     error: InvalidDistributionError | None = None  # the first; the other records continue
+    has_begun: bool = False  # a token has come
 
     def show_done(self) -> None:
         self.progress.set_postfix_str(f"{len(self.done)} of {self.total} prompts")
+
+    def on_token(self, *_: object) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self.progress.unpause()  # what is left is estimated from here on: a graph takes seconds
+            self.show_done()
+        self.progress.update()
 
     def options(self, records: list[_Record]) -> dict[str, Any]:
         """Of one call of the generator."""
@@ -386,7 +403,7 @@ class _Run:
         """Runs records in one call, and writes the lines of all."""
         begin = self.progress.n
         # on a cluster neither tokens nor Ctrl-C are seen before the batch ends
-        streamer = None if self.generator.mesh.cluster else lambda *_: self.progress.update()
+        streamer = None if self.generator.mesh.cluster else self.on_token
         try:
             samples: Sequence[Sample | None] = self.generator.generate(
                 [record.prompt for record in batch], streamer=streamer, **self.options(batch)
@@ -409,7 +426,7 @@ class _Run:
         samples: dict[int, dict[int, Sample]] = collections.defaultdict(dict)  # of records that lack some yet
         errors = {}
         for ended in self.generator.generate_each(
-            [record.prompt for record in pool], wanted, streamer=lambda *_: self.progress.update(), **self.options(pool)
+            [record.prompt for record in pool], wanted, streamer=self.on_token, **self.options(pool)
         ):
             whole = []
             for index, sample in ended:
@@ -500,13 +517,14 @@ def _begin(file: io.FileIO, output: Path, settings: dict[str, Any], seed: int | 
     return settings["seed"]
 
 
-def _resume(file: io.FileIO, output: Path, total: int) -> set[int]:
-    """The indices whose lines are there. Truncates the file after them, where a killed run left part of a line."""
+def _resume(file: io.FileIO, output: Path, indices: set[int]) -> set[int]:
+    """Those of the prompts' indices whose lines are there. Truncates the file after them, where a killed run left part
+    of a line."""
     done: set[int] = set()
     size = 0
     for number, (index, _, end) in enumerate(_lines(file), 1):
-        if index is None or index in done or index not in range(total):
-            problem = "the index of an earlier line" if index in done else f"no index from 0 to {total - 1}"
+        if index is None or index in done or index not in indices:
+            problem = "the index of an earlier line" if index in done else "no index of a prompt"
             raise ValueError(
                 f"{output}, line {number}: {problem}; the file was changed: restore it, or remove it to start over"
             )

@@ -90,13 +90,44 @@ EMMA = ["generate", "--prompt", "The family of Dashwood", "--max-new-tokens", "1
 
 def test_text_alone_goes_to_stdout(capfd, shared):
     status, out, err = main(capfd, *EMMA, "--seed", 11)
-    assert (status, err) == (0, "The family of Dashwood")
+    assert (status, err) == (0, "The family of Dashwood\n")
     again = json.loads(main(capfd, *EMMA, "--seed", 11, "--json")[1])["samples"]
     assert out == again[0]["text"] + "\n"
     _, fresh, err = main(capfd, *EMMA)
     assert err.startswith("seed ")
     seed = err.split()[1]
     assert main(capfd, *EMMA, "--seed", seed)[1] == fresh
+
+
+def test_plain_arguments_are_prompts(capfd, shared, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"She was\n")))
+    texts = ["The family of Dashwood", "She was"]
+    options = ["--seed", 11, "--max-new-tokens", 12, "--json"]
+    by_option = main(capfd, "generate", "--prompt", *texts, *options)
+    assert main(capfd, "generate", texts[0], "-", *options) == by_option
+    assert main(capfd, "inspect", texts[0]) == main(capfd, "inspect", "--prompt", texts[0])
+    assert main(capfd, "score", *texts) == main(capfd, "score", "--text", *texts)
+
+
+def test_a_prompt_that_its_text_does_not_follow_ends_its_line(capfd, shared):
+    """stdout and stderr go to two places: the prompt appears once, and nothing tells samples apart but their lines."""
+    args = ["--max-new-tokens", 2, "--seed", 11, "--num-samples", 2]
+    _, as_json, _ = main(capfd, "generate", "Emma\n", "She", *args, "--json")
+    texts = [sample["text"] + "\n" for sample in json.loads(as_json)["samples"]]
+    assert main(capfd, "generate", "Emma\n", "She", *args) == (0, "".join(texts), "Emma\nShe\n")
+
+
+def test_a_stop_string_may_be_a_newline(capfd, shared):
+    args = ["generate", "Elizabeth", "--seed", 3]
+    whole, stopped = (main(capfd, *args, *more)[1] for more in ([], ["--stop-strings", r"\n"]))
+    assert "\n" in whole[:-1] and stopped == whole[: whole.index("\n") + 1]
+
+
+def test_a_stream_is_that_sample_alone(capfd, shared):
+    args = ["generate", "Emma", "--seed", 5, "--max-new-tokens", 12]
+    several = main(capfd, *args, "--num-samples", 3, "--json")[1]
+    (alone,) = json.loads(main(capfd, *args, "--stream", 2, "--json")[1])["samples"]
+    assert alone == json.loads(several)["samples"][2]
 
 
 @pytest.mark.slow
@@ -200,7 +231,7 @@ def assert_nan_is_reported(capfd, model, command, where, printed):
     assert (status, out) == (2, printed)
     assert f"error: {where}: the logits hold NaN" in err
     assert err.endswith("(the weight wpe holds NaN or infinite numbers)\n")
-    assert err.count("\n") == 1
+    assert err.removeprefix("5 \n").count("\n") == 1  # behind the prompt whose text was printed
 
 
 def test_nan_is_reported_with_its_place_and_the_rest_printed(capfd, shared, with_nan):
@@ -258,6 +289,8 @@ def test_the_command_is_installed():
         ("generate --help", 0),
         ("generate", 2),
         ("generate --prompt x --top-p 2", 2),
+        ("generate x --top-kk 2", 2),
+        ("generate x --max-length 2", 2),
         ("generate --prompt x --greedy --top-k 5", 2),
         ("generate --prompt x --min-new-tokens 5 --max-new-tokens 4", 2),
         ("generate --prompt-ids 1.5", 2),

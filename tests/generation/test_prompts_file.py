@@ -22,6 +22,7 @@ import processes
 from gpt_neo_sampling import InvalidDistributionError, Sample, TextGenerator, generate_file
 from gpt_neo_sampling.checkpoint import write_mesh_tf_checkpoint
 from gpt_neo_sampling.cli import main as cli
+from gpt_neo_sampling.generation import prompts_file
 from gpt_neo_sampling.generation.generator import MAX_BATCH, Interrupted
 
 
@@ -261,6 +262,24 @@ def test_a_bar_where_stderr_is_a_terminal(files, monkeypatch, capsys, is_termina
     assert is_terminal or err == ""
 
 
+def test_the_bar_says_what_takes_long_before_the_first_token(files, monkeypatch, capsys):
+    """And leaves it out of its estimate of what is left."""
+
+    class Streaming(Stub):
+        def generate(self, prompts, *, streamer, **options):
+            for _ in prompts:
+                streamer(0, 1, None, False)
+            return super().generate(prompts, streamer=streamer, **options)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    unpaused = []
+    monkeypatch.setattr(prompts_file.tqdm, "unpause", lambda bar: unpaused.append(bar.n))
+    generate_file(Streaming(), *files)
+    shown = re.findall("building the graph|[0-9]+ of 100 prompts", capsys.readouterr().err)
+    assert shown[:2] == ["building the graph", "0 of 100 prompts"] and shown.count(shown[0]) == 1
+    assert unpaused == [0]
+
+
 def test_a_seed_that_was_chosen_is_kept(files):
     source, output = files
     with pytest.raises(Death):
@@ -282,12 +301,13 @@ def test_an_interrupt_keeps_what_is_finished(files, call, lines):
 
 
 BAD_LINES = [
-    (b"nonsense", "not JSON: Expecting value"),
-    (b"", "not JSON"),
+    (b"It was \xe2\x80\x9cit\xe2\x80\x9d " + b"x" * 99, 'not JSON; a line should look like {"prompt": "It was “it” xx'),
+    (b"5 17 101", 'not JSON; a line should look like {"prompt": "5 17 101"}'),
     (b'{"prompt": "a"', "not JSON"),
     (b'{"prompt": "\xff"}', "not UTF-8"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not JSON"),
-    (b'["a"]', "a JSON list; an object is needed"),
+    (b'["a"]', 'a JSON list; an object is needed: a line should look like {"prompt": "Emma"}'),
+    (b'"a"', 'a JSON str; an object is needed: a line should look like {"prompt": "a"}'),
     (b'{"prompt": "a", "temprature": 1}', "unknown key 'temprature'; did you mean temperature?"),
     (b'{"prompt": "a", "warmth": 1}', "unknown key 'warmth'; allowed: prompt, prompt_ids, id, "),
     (b'{"prompt": "a", "max_length": 9}', "unknown key 'max_length'; max_new_tokens counts the new tokens alone"),
@@ -332,6 +352,31 @@ def test_a_byte_order_mark_windows_lines_and_no_newline_at_the_end(files):
     files[0].write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n{"prompt": "c", "id": [null]}')
     assert generate_file(Stub(), *files).written == 2
     assert [(line["prompt"], line.get("id")) for line in read(files[1])] == [("a\u2028b", None), ("c", [None])]
+
+
+def test_blank_lines_are_passed_over(files):
+    """They count: an index is a line's, and so is the number in an error. Streams and the order are as without them."""
+    source, output = files
+    lines = [b'{"prompt": "a", "num_return_sequences": 2}', b"", b" \t\r", b'{"prompt": "b"}', b"", b'{"prompt": "c"}']
+    generate_file(Stub(), write_bytes(source, [line for line in lines if line.strip()]), output, seed=4)
+    without = read(output)
+    source, output = source.with_name("blank.jsonl"), output.with_name("blank")
+    with pytest.raises(Death):
+        generate_file(Stub(dies_at=1), write_bytes(source, lines), output, seed=4)
+    assert generate_file(Stub(), source, output, seed=4)[:2] == (3, 2)
+    found = read(output)
+    assert [line.pop("index") for line in found] == [0, 3, 5]
+    assert [line.pop("index") for line in without] == [0, 1, 2] and found == without
+    output.write_bytes(output.read_bytes() + b'{"index": 1}\n')
+    with pytest.raises(ValueError, match="line 4: no index of a prompt; the file was changed"):
+        generate_file(Stub(), source, output, seed=4)
+    with pytest.raises(ValueError, match="is empty"):
+        generate_file(Stub(), write_bytes(source, [b"", b" "]), output.with_name("other"))
+
+
+def write_bytes(path, lines):
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
 
 
 def test_null_is_as_if_not_given(files):

@@ -225,7 +225,7 @@ def test_ctrl_c_in_a_terminal(capfd, here):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     out = first + out
-    assert process.returncode == 130 and err == "It was the duty ofgpt-neo-sampling: interrupted\n"
+    assert process.returncode == 130 and err == "It was the duty of\ngpt-neo-sampling: interrupted\n"
     assert out.endswith("\n")
     _, whole, _ = main(capfd, *args)
     assert len(out) < len(whole) and whole.startswith(out[:-1])
