@@ -1,12 +1,14 @@
 """From a checkpoint into the variables of a graph."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt_neo_sampling._compat import PlacementMeshImpl, mtf, tf
+from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.checkpoint.base import Checkpoint, CheckpointError, aligned, aligned_empty, progress_bar, some
 
 LOAD_BYTES = 2**25  # weights read before they are handed to TensorFlow
@@ -63,6 +65,8 @@ def load_weights(
     for names, (shape, _) in weights.items():
         for name in names:
             _check_shape(checkpoint, name, shape.to_integer_list[1:] if len(names) > 1 else shape.to_integer_list)
+    from gpt_neo_sampling._compat import PlacementMeshImpl  # a class of mtf's: importing it imports TensorFlow
+
     if not isinstance(mesh_impl, PlacementMeshImpl):
         raise ValueError(f"{type(mesh_impl).__name__}; load_weights needs a PlacementMeshImpl")
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from gpt_neo_sampling import CheckpointError, device_mesh, load_weights, open_checkpoint
+from gpt_neo_sampling import CheckpointError, _compat, device_mesh, load_weights, open_checkpoint
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.checkpoint import variables
 from gpt_neo_sampling.generation.decode_graph import Model
 
 FOLDER = DATA / "gpt_neo_checkpoints" / "global"
@@ -75,7 +74,7 @@ def test_graphs_that_do_not_fit(monkeypatch):
             CheckpointError, match=rf"wpe has the shape \[{longer - 1}, {n_embd}\], and \[{longer}, {n_embd}\]"
         ):
             load_weights(checkpoint, lowering, session)
-    monkeypatch.setattr(variables, "PlacementMeshImpl", type("Other", (), {}))
+    monkeypatch.setattr(_compat, "PlacementMeshImpl", type("Other", (), {}))
     with graph() as (checkpoint, lowering, session, _):
         with pytest.raises(ValueError, match="PlacementMeshImpl; load_weights needs a PlacementMeshImpl"):
             load_weights(checkpoint, lowering, session)

@@ -147,7 +147,7 @@ def test_the_commands_output_is_that_of_one_process(workers, model, expected):
     done = processes.run(*command(model, "--temperature", 1, *on_cluster))
     assert done.returncode == 0
     assert [list(map(int, line.split())) for line in done.stdout.splitlines()] == expected
-    assert done.stderr == "".join(" ".join(map(str, prompt)) + " " for prompt in PROMPTS)
+    assert done.stderr == "".join(" ".join(map(str, prompt)) + " \n" for prompt in PROMPTS)
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_program_that_is_a_task_itself(own_workers, model, expected):
     done = processes.run(*command(model, "--temperature", 1, *on_mesh), env={**os.environ, **tf_config(0)})
     assert done.returncode == 0
     assert [list(map(int, line.split())) for line in done.stdout.splitlines()] == expected
-    assert done.stderr == "".join(" ".join(map(str, prompt)) + " " for prompt in PROMPTS)
+    assert done.stderr == "".join(" ".join(map(str, prompt)) + " \n" for prompt in PROMPTS)
 
 
 @pytest.mark.slow
