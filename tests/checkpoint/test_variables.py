@@ -74,7 +74,7 @@ def test_graphs_that_do_not_fit(monkeypatch):
             CheckpointError, match=rf"wpe has the shape \[{longer - 1}, {n_embd}\], and \[{longer}, {n_embd}\]"
         ):
             load_weights(checkpoint, lowering, session)
-    monkeypatch.setattr(_compat, "PlacementMeshImpl", type("Other", (), {}))
     with graph() as (checkpoint, lowering, session, _):
+        monkeypatch.setattr(_compat, "PlacementMeshImpl", type("Other", (), {}))
         with pytest.raises(ValueError, match="PlacementMeshImpl; load_weights needs a PlacementMeshImpl"):
             load_weights(checkpoint, lowering, session)
