@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -330,13 +331,19 @@ def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:
     Returns:
       a dict, name -> (mtf.Shape, mtf's laid-out variable), for `load_weights`.
     """
-    with tf.Graph().as_default():  # the model itself knows what it has
+
+    def name_alone(getter: Any, name: str, *args: Any, **kwargs: Any) -> types.SimpleNamespace:
+        return types.SimpleNamespace(name=f"{name}:0")
+
+    # the model itself knows what it has; all that mtf asks of its variables there is the name
+    with tf.Graph().as_default(), tf.variable_scope("", custom_getter=name_alone):
         mesh, shape, other_features = model.inputs(1, 1)
         model.logits(mtf.zeros(mesh, shape, tf.int32), other_features)
         found = [(v.name, v.shape) for v in mesh.graph.all_variables]
     mesh = mtf.Mesh(mtf.Graph(), "mesh")
     for name, shape in found:
-        mtf.get_variable(mesh, name, shape, dtype=model.variable_dtype)
+        # never run; others are many nodes
+        mtf.get_variable(mesh, name, shape, dtype=model.variable_dtype, initializer=tf.zeros_initializer())
     return {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in model.lowered(mesh).variables.items()}
 
 
