@@ -107,7 +107,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "of each new token, by the model alone and as it was drawn")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add("--jit-compile", action="store_true", help="XLA compiles the decode loop, which takes "
-        "seconds and then makes it faster: for a thousand tokens and more")  # fmt: skip
+        "seconds and then makes it faster: for some 500 steps and more")  # fmt: skip
     _add_sampling_options(parser)
     _add_mesh_options(parser)
 

@@ -7,6 +7,7 @@ from programs import MeshRunner, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import force_allreduce, resize, take, write_at
+from gpt_neo_sampling.models import layers
 from gpt_neo_sampling.models.config import HUGGING_FACE_ACTIVATIONS
 from gpt_neo_sampling.models.layers import (
     ACTIVATIONS,
@@ -32,6 +33,15 @@ def runner(request):
 
 def imp(mesh, value, *shape):
     return mtf.import_tf_tensor(mesh, value, mtf.Shape(shape))
+
+
+@pytest.mark.parametrize(
+    "cores, columns, parts",
+    [(1, 768, 1), (2, 768, 2), (2, 50257, 29), (3, 50304, 3), (2, 127, 1), (32, 50257, 29), (100, 768, 64)],
+)
+def test_parts_of_a_compiled_product(monkeypatch, cores, columns, parts):
+    monkeypatch.setattr(layers.os, "sched_getaffinity", lambda pid: range(cores))
+    assert layers._parts_of(columns) == parts
 
 
 def normal(*shape, seed=0):
