@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import processes
 import pytest
@@ -305,6 +306,7 @@ def test_on_a_terminal(demo, tmp_path, with_editor):
         assert plain(terminal.expect(is_asked)).endswith("\ninterrupted\n" + repl.MARK * (not with_editor))
         terminal.type("abc")
         terminal.expect("abc")
+        time.sleep(0.3)  # Python notices a signal that comes just before it waits for a key only at the next key
         terminal.type("\x03")
         if not with_editor:
             terminal.expect(is_asked)
