@@ -50,6 +50,7 @@ _GENERATE_NAMES = {
     "max_new_tokens": "max_steps",
     "eos_token_id": "stop_at_token",
     "top_k": "sampling_keep_top_k",
+    "stop_strings": "stopping_criteria",
     "greedy": "temperature=0",
     "dtype": "variable_dtype",
 }

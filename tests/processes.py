@@ -117,7 +117,8 @@ class Terminal(Command):
         os.close(end)
 
     def type(self, text):
-        os.write(self._main, text.encode())
+        """Types it; "\udcff" is a byte ff, which is not UTF-8."""
+        os.write(self._main, text.encode(errors="surrogateescape"))
 
     def expect(self, text, timeout=60):
         """Waits until the text appears; returns what appeared since the last call, the text included."""

@@ -15,6 +15,13 @@ from gpt_neo_sampling.sampling.other_names import advice
 COMPLETION = "_ARGCOMPLETE"  # in the environment where a shell asks what may come next
 _OPTION = re.compile(r"--?[A-Za-z][^\s=]*(=.*)?", re.DOTALL)  # what looks like one
 _NEGATIVE_NUMBER = re.compile(r"-(\.?[0-9]|inf|nan)", re.IGNORECASE)
+# other libraries' names, where the command has something else than Python; {…} is an option
+OTHER_NAMES = {
+    **dict.fromkeys(("inputs", "text_inputs"), "prompts are texts; {prompt_ids} takes token ids"),
+    "input_ids": "{prompt_ids} takes token ids",
+    "pretrained_model_name_or_path": "{model} takes it",
+    "streamer": "streamers are for Python: TextGenerator.generate(streamer=f)",
+}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -24,9 +31,14 @@ def unescaped(text: str) -> str:
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """The end of an error about a name: the nearest of those that there are, if one is near."""
-    near = difflib.get_close_matches(given.lower(), list(allowed), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """The end of an error about a name: those that begin with it, or have it within, or else the nearest, if any."""
+    given, allowed = given.lower(), sorted(allowed, key=len)
+    short = given.strip("-")
+    near = [name for name in allowed if name.strip("-").startswith(short)]
+    near = near or [name for name in allowed if short in name]
+    if len(short) < 3 or not near:  # a letter or two are in many
+        near = difflib.get_close_matches(given, allowed, n=1, cutoff=0.75)
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,9 +89,12 @@ class CommandParser(Parser):
             if action is not None:
                 options += [f"{arg}={value}" for value in self._values(action, rest)] or [arg]
             elif self._is_option(arg):
+                name = arg.partition("=")[0]
+                if self._option_string_actions[name].nargs == 0:
+                    self.error(f"argument {name}: it takes no value, but is given as {arg}")
                 options.append(arg)
             elif _OPTION.fullmatch(arg):
-                self.error(f"unrecognized arguments: {arg}{self._meant(arg)}")
+                self.error(f"unrecognized arguments: {arg}{self._meant(arg) or self._as_text(arg)}")
             else:
                 plain.append(arg)
         if plain and all(action.option_strings for action in self._actions):
@@ -104,7 +119,9 @@ class CommandParser(Parser):
         if arg == "--":
             return is_first
         # behind an option that needs a text, a mistyped option cannot be told from the text
-        return is_first and action.nargs in (None, "+") or not (arg.startswith("--") and _OPTION.fullmatch(arg))
+        if is_first and action.nargs in (None, "+") or not _OPTION.fullmatch(arg):
+            return True
+        return not (arg.startswith("--") or self._meant(arg))
 
     def _is_option(self, arg: str) -> bool:
         name, _, _ = arg.partition("=")
@@ -114,10 +131,15 @@ class CommandParser(Parser):
         """The end of an error about an option that there is not."""
         name = arg.partition("=")[0].replace("_", "-")
         try:
-            known = advice(name.strip("-").replace("-", "_"), self._spelled)
+            known = advice(name.strip("-").replace("-", "_"), self._spelled, OTHER_NAMES)
         except LookupError:  # it is about options of other commands
             known = None
         return f"; {known}" if known else did_you_mean(name, self._option_string_actions)
+
+    def _as_text(self, arg: str) -> str:
+        """The end of an error about what may be a text."""
+        takes_texts = any(action.dest == "plain" for action in self._actions)
+        return f"; as a text: -- {arg}" if takes_texts and not arg.startswith("--") else ""
 
     def _spelled(self, name: str) -> str:
         """How one of the options of `generate` is written on the command line; raises LookupError for others."""

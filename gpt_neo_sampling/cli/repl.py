@@ -43,11 +43,11 @@ def converse(args: argparse.Namespace, model: Model) -> None:
     for line in _lines(conversation.settings.completions):
         try:
             error = model.error(functools.partial(conversation.take, line))
+            if error is not None:
+                _say(f"error: {one_line(error)}")
         except KeyboardInterrupt:
-            error = None
-            _say("interrupted")
-        if error is not None:
-            _say(f"error: {one_line(error)}")
+            with contextlib.suppress(KeyboardInterrupt):  # a second one
+                _say("interrupted")
         if conversation.is_over:
             return
 
@@ -78,8 +78,11 @@ class _Conversation:
         if command is not None:
             self._commands[command](rest)
         elif rest.strip():
-            self._prompt = unescaped(rest) if self._args.escape else rest
+            self._prompt = self._text(rest)
             self._model.answer(self._prompt, self._args)
+
+    def _text(self, typed: str) -> str:
+        return unescaped(typed) if self._args.escape else typed
 
     def _set(self, rest: str) -> None:
         if not rest:
@@ -97,7 +100,7 @@ class _Conversation:
             _say("there is no answer yet" if seed is None else f"seed {seed}")
 
     def _inspect(self, rest: str) -> None:
-        prompt = rest or self._prompt
+        prompt = self._text(rest) if rest.strip() else self._prompt
         if prompt is None:
             raise ValueError("there is no prompt yet; /inspect TEXT takes one")
         self._model.inspect(prompt, self._args)
@@ -118,8 +121,14 @@ def _lines(completions: Callable[[str], list[str]]) -> Iterator[str]:
     while True:
         try:
             line = ask()
+            line.encode()  # some terminals' bytes that are no UTF-8 are read as surrogates
         except EOFError:
             return
+        except KeyboardInterrupt:  # one that comes between questions, or while another is answered
+            continue
+        except UnicodeError:
+            _say("error: what was typed is not UTF-8")
+            continue
         yield line
 
 
@@ -165,6 +174,7 @@ def _editor(completions: Callable[[str], list[str]]) -> Callable[[], str] | None
         event.current_buffer.insert_text("\n")
 
     @keys.add("c-c", filter=has_focus(DEFAULT_BUFFER))
+    @keys.add("<sigint>", filter=has_focus(DEFAULT_BUFFER))  # what another process sends
     def discard_or_end(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
@@ -193,8 +203,8 @@ def _history_file() -> Path | None:
         return None
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(path, "ab"):
-            return path
+        os.close(os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600))
+        return path
     return None
 
 
@@ -237,7 +247,7 @@ def _input(mark: str) -> str:
         return input(mark)
     sys.stderr.write(mark)  # input() would write it to stdout, which is a file
     sys.stderr.flush()
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()  # bytes: after an error, text streams keep what was not decoded
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return line.decode(sys.stdin.encoding).removesuffix("\n")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from gpt_neo_sampling.cli.argument_parser import did_you_mean
+from gpt_neo_sampling.cli.argument_parser import OTHER_NAMES, did_you_mean
 from gpt_neo_sampling.cli.parser import setting_parser
 from gpt_neo_sampling.sampling.other_names import advice
 
@@ -39,7 +39,7 @@ def read(line: str) -> tuple[str | None, str]:
     if name not in COMMANDS:
         meant = did_you_mean(name, COMMANDS)
         raise ValueError(f"there is no command /{name}{meant} (/help lists them; // begins a prompt with /)")
-    return name, rest.strip()
+    return name, rest if name == "inspect" else rest.strip()  # whose rest is a text
 
 
 def is_unfinished(line: str) -> bool:
@@ -71,6 +71,8 @@ class Settings:
             values = [value, *values]
         if values == [DEFAULT]:
             return argparse.Namespace(**{**vars(args), action.dest: None})
+        if values and action.nargs == 0:
+            raise ValueError(f"{name} takes no value; /set {name} alone switches it on")
         if len(values) > 1 and action.nargs not in ("+", "*"):
             raise ValueError(f"{name} takes one value, but {len(values)} are given: {' '.join(values)}")
         parsed = self._parser.parse_args([f"{option}={value}" for value in values] or [option])
@@ -106,10 +108,14 @@ class Settings:
         plain = name.strip("-").replace("-", "_")
         if plain in self._actions:
             return self._actions[plain]
-        known = NOT_SET.get(plain) or advice(plain)
+        known = NOT_SET.get(plain) or advice(plain, self._spelled, OTHER_NAMES)
         if known:
             raise ValueError(f"there is no option {name}; {known}")
         raise ValueError(f"there is no option {name}{did_you_mean(plain, self.names)} (/help lists them)")
+
+    def _spelled(self, name: str) -> str:
+        """How an option is written here, or else on the command line."""
+        return name if name in self._actions else "--" + name.replace("_", "-")
 
 
 def words(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
@@ -28,6 +28,10 @@ _DTYPE = "{dtype} takes float32 or bfloat16"
 _ONE_KERNEL = "there is one implementation; leave it out"
 _NO_CODE = "a folder's code is never run; leave it out"
 _STREAMS = "generate takes a streamer, a function that is called for each token"
+_TOKEN = "Hugging Face's own token is used: HF_TOKEN, or what `hf auth login` stored"
+
+_OPTION = re.compile(r"\{(\w+)\}")
+_FROM_PRETRAINED = {"devices", "mesh_shape", "layout", "dtype", "jit_compile"}  # the other options are generate's
 
 # Names of Hugging Face's `generate`, its text-generation pipeline and its `from_pretrained` → what there is here. {…}
 # is an option of this library, which is spelled in one way in Python and in another on a command line. Names that some
@@ -168,7 +172,8 @@ HUGGING_FACE_NAMES: dict[str, str] = {
     "ignore_mismatched_sizes": "weights that do not match the config are an error",
     "output_loading_info": "weights that do not match the config are an error that names them",
     "use_fast": "the tokenizer is always the one of the package tokenizers; leave it out",
-    "use_auth_token": "Hugging Face's own token is used: HF_TOKEN, or what `hf auth login` stored",
+    "token": _TOKEN,
+    "use_auth_token": _TOKEN,
     "resume_download": "a download that was cut goes on by itself; leave it out",
     "proxies": "set HTTPS_PROXY in the environment",
     "cache_dir": "set HF_HOME or HF_HUB_CACHE in the environment",
@@ -192,21 +197,33 @@ _OPENAI_NAMES = {
 }
 
 
-def advice(name: str, spelled: Callable[[str], str] = str) -> str | None:
+def in_python(name: str) -> str:
+    """How an option is given in Python, for `advice`."""
+    return "do_sample=False" if name == "greedy" else name
+
+
+def advice(
+    name: str, spelled: Callable[[str], str] = in_python, sentences: Mapping[str, str] | None = None
+) -> str | None:
     """What there is here in place of another library's argument.
 
     Args:
       name: the argument, as `max_length`.
       spelled: how one of our options, which is given as `max_new_tokens`, is written where the sentence is shown.
+      sentences: what is said in place of the table's sentences.
 
     Returns:
       str, a sentence without its full stop; None for a name that is not known.
     """
-    sentence = HUGGING_FACE_NAMES.get(name, _OPENAI_NAMES.get(name))
-    return sentence and re.sub(r"\{(\w+)\}", lambda found: spelled(found[1]), sentence)
+    sentence = (sentences or {}).get(name) or _sentence(name)
+    return sentence and _OPTION.sub(lambda found: spelled(found[1]), sentence)
 
 
-def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] = str) -> str:
+def _sentence(name: str) -> str | None:
+    return HUGGING_FACE_NAMES.get(name, _OPENAI_NAMES.get(name))
+
+
+def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] = in_python) -> str:
     """The part of an error message that helps with an unknown name: advice, the name that was meant, or all names.
 
     Args:
@@ -215,8 +232,14 @@ def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] =
       spelled: as for `advice`.
     """
     allowed = list(allowed)
+    known = advice(name, spelled)
+    if known:
+        options = _OPTION.findall(_sentence(name) or "")
+        others = {option for option in options if spelled(option).partition("=")[0] not in allowed}
+        function = "from_pretrained" if others <= _FROM_PRETRAINED else "generate"
+        return f"{known} (with TextGenerator.{function})" if others else known
     close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.8)
-    return advice(name, spelled) or (f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}")
+    return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
 
 
 def check_names(what: str, given: Iterable[str], allowed: Iterable[str]) -> None:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -30,11 +29,9 @@ def completions(line, *path):
     ],
 )
 def test_commands_options_and_names(tmp_path, words, wanted):
-    """Fast, and without TensorFlow."""
+    """Without TensorFlow, whose import takes seconds."""
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow is imported')")
-    begin = time.perf_counter()
     found = completions("gpt-neo-sampling " + words, str(tmp_path))
-    assert time.perf_counter() - begin < 5  # 0.5 s, beside other jobs more
     assert wanted <= set(found)
     if words.endswith("_") or words.endswith("--dty"):
         assert wanted == set(found)

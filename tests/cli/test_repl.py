@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import os
 import re
+import signal
 import sys
+import time
 
 import processes
 import pytest
@@ -82,7 +84,8 @@ def test_what_is_set_is_shown():
         ("top_p", "argument --top-p: expected one argument"),
         ("top_p warm", "argument --top-p: invalid float value: 'warm'"),
         ("top_p 0.9 0.8", "top_p takes one value, but 2 are given: 0.9 0.8"),
-        ("greedy 1", "argument --greedy: ignored explicit argument '1'"),
+        ("greedy 1", "greedy takes no value; /set greedy alone switches it on"),
+        ("device cpu", "there is no option device; --devices says where the work is done, --mesh-shape and --layout "),
         ("do_sample tru", "argument --do-sample: invalid choice: 'tru'; did you mean true? (choose from true, false)"),
         ("stop_strings 'a", "/set stop_strings 'a: a quotation mark is not closed"),
     ],
@@ -95,6 +98,7 @@ def test_what_cannot_be_set(typed, message):
 def test_commands_and_prompts():
     assert read("Emma was") == (None, "Emma was")
     assert read("/set top_p  0.9 ") == ("set", "top_p  0.9")
+    assert read("/inspect  a ") == ("inspect", " a ")
     assert read("/quit") == ("quit", "")
     assert read("//etc/passwd") == (None, "/etc/passwd")
     with pytest.raises(ValueError, match=r"^there is no command /hlep; did you mean help\? \(/help lists them"):
@@ -191,6 +195,21 @@ def test_a_conversation(monkeypatch, capsys):
     ]  # fmt: skip
 
 
+def test_what_is_asked_again(monkeypatch, capsys):
+    """After a second Ctrl-C, and after what is not UTF-8, which some terminals' input has as surrogates."""
+    typed = [KeyboardInterrupt(), "Zo\udcff", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), "a", EOFError()]
+
+    def ask():
+        line = typed.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(repl, "_editor", lambda completions: ask)
+    assert list(repl._lines(list)) == ["a"]
+    assert capsys.readouterr().err == "error: what was typed is not UTF-8\n" * 2
+
+
 def test_help(monkeypatch, capsys):
     _, err = conversation(monkeypatch, capsys, "/help", "/help top_p", "/help nothing")
     text = "\n".join(err)
@@ -200,7 +219,8 @@ def test_help(monkeypatch, capsys):
 
 
 def test_prompts_have_escapes_if_asked_for(monkeypatch, capsys):
-    assert conversation(monkeypatch, capsys, r"a\nb", args=["-e"])[0] == [("a\nb", None, None)]
+    asked, _ = conversation(monkeypatch, capsys, r"a\nb", r"/inspect c\n ", "/inspect ", args=["-e"])
+    assert asked == [("a\nb", None, None), ("inspect", "c\n ", None), ("inspect", "a\nb", None)]
     assert conversation(monkeypatch, capsys, r"a\nb")[0] == [(r"a\nb", None, None)]
 
 
@@ -210,6 +230,7 @@ def test_where_what_was_typed_is_kept(monkeypatch, tmp_path):
     assert repl._history_file() == tmp_path / "state" / "gpt-neo-sampling" / "history"
     monkeypatch.setenv(repl.HISTORY, str(tmp_path / "mine"))
     assert repl._history_file() == tmp_path / "mine"
+    assert (tmp_path / "mine").stat().st_mode & 0o077 == 0
     for nowhere in ("", str(tmp_path), "/proc/no/history"):
         monkeypatch.setenv(repl.HISTORY, nowhere)
         assert repl._history_file() is None
@@ -285,11 +306,17 @@ def test_on_a_terminal(demo, tmp_path, with_editor):
         assert plain(terminal.expect(is_asked)).endswith("\ninterrupted\n" + repl.MARK * (not with_editor))
         terminal.type("abc")
         terminal.expect("abc")
+        time.sleep(0.3)  # Python notices a signal that comes just before it waits for a key only at the next key
         terminal.type("\x03")
         if not with_editor:
             terminal.expect(is_asked)
         assert ask("/seed") == "seed 3\n"
-        terminal.type("\x03" if with_editor else "\x04")
+        terminal.type("Zo\udcff\r")
+        assert "not UTF-8\n" in plain(terminal.expect(is_asked))
+        if with_editor:
+            terminal.send_signal(signal.SIGINT)
+        else:
+            terminal.type("\x04")
         terminal.rest()
         assert terminal.returncode == 0
     assert history.exists() == with_editor

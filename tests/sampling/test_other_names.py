@@ -6,7 +6,14 @@ import re
 import pytest
 
 from gpt_neo_sampling import GenerationOptions, TextGenerator, sample_autoregressive
-from gpt_neo_sampling.sampling.other_names import HUGGING_FACE_NAMES, advice, explained, explains_names
+from gpt_neo_sampling.generation.generator import OPTION_NAMES
+from gpt_neo_sampling.sampling.other_names import (
+    _FROM_PRETRAINED,
+    HUGGING_FACE_NAMES,
+    advice,
+    explained,
+    explains_names,
+)
 
 OURS = {
     *GenerationOptions.__dataclass_fields__,
@@ -28,11 +35,17 @@ def test_advice_is_spelled_as_it_is_asked_for():
     as_flag = advice("max_length", lambda name: "--" + name.replace("_", "-"))
     assert as_flag == "--max-new-tokens counts the new tokens alone, without the prompt"
     assert advice("max_tokens") == "max_new_tokens bounds the new tokens"
+    assert advice("do_sample") == "tokens are drawn, unless do_sample=False asks for the likeliest each time"
+    assert advice("device", sentences={"device": "{devices} takes it"}) == "devices takes it"
     assert advice("warmth") is None
 
 
 def test_an_unknown_name_is_explained():
     assert explained("num_beams", ["a"]).startswith("beam search is not built; ")
+    assert explained("device", OPTION_NAMES).endswith(" how it is split (with TextGenerator.from_pretrained)")
+    assert explained("device", ["devices", "mesh_shape", "layout"]).endswith(" how it is split")
+    assert explained("max_length", ["devices"]).endswith(" without the prompt (with TextGenerator.generate)")
+    assert _FROM_PRETRAINED <= inspect.signature(TextGenerator.from_pretrained).parameters.keys()
     assert explained("temprature", ["top_k", "temperature"]) == "did you mean temperature?"
     assert explained("warmth", ["top_k", "temperature"]) == "allowed: top_k, temperature"
 
