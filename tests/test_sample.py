@@ -737,7 +737,7 @@ def test_what_a_step_is_told():
 
 
 def test_logits_in_any_order():
-    """Their dims may stand in any order, and a step's have others of size 1 beside them."""
+    """Their dims may stand in any order; a step's may have other names, and others of size 1 beside them."""
 
     def counting(arranged):
         def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
@@ -748,6 +748,9 @@ def test_logits_in_any_order():
 
         return model
 
+    def renamed(x):
+        return mtf.rename_dimension(x, "batch", "rows")
+
     def turned(x):
         return mtf.transpose(x, mtf.Shape(x.shape.dims[::-1]))
 
@@ -756,6 +759,8 @@ def test_logits_in_any_order():
         "turned": (turned, {}),
         "one more": (lambda x: mtf.reshape(x, [mtf.Dimension("one", 1), *x.shape.dims]), {}),
         "slow, turned": (turned, {"slow_sampling": True}),
+        "other names": (renamed, {}),
+        "other names, turned": (lambda x: turned(renamed(x)), {}),
     }
 
     def build(mesh, prompts):
