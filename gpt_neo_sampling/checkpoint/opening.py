@@ -37,7 +37,8 @@ def open_checkpoint(path: StrPath, revision: str | None = None) -> Checkpoint:
         "owner/name" that is no path on this machine is a model of the hub: the files
         that are read, config, tokenizer and one format of weights, are fetched into
         the hub's cache, unless they are there. The cache's own folder of a model,
-        `models--owner--name`, stands for the snapshot of its main branch.
+        `models--owner--name`, stands for the snapshot of its main branch, or for the
+        newest with weights if main's has none.
       revision: a branch, a tag or a commit of a model by name; None for its main
         branch.
 

@@ -230,7 +230,9 @@ def test_what_cannot_be_fetched_is_one_line(convert, server, plain, tmp_path, wh
 def test_the_command_that_fetches_is_one_of_a_shell(convert):
     _, line = error(convert(NAME, "--revision", "a b", HF_HUB_OFFLINE="1")[0])
     (command,) = re.findall("`(hf download .*?)`", line)
-    printed = subprocess.run(["bash", "-c", f"hf() {{ printf '%s\\n' \"$@\"; }}; {command}"], capture_output=True, text=True)
+    printed = subprocess.run(
+        ["bash", "-c", f"hf() {{ printf '%s\\n' \"$@\"; }}; {command}"], capture_output=True, text=True
+    )
     wanted = ["download", NAME, "--revision", "a b", "*.json", "*.txt", "*.safetensors"]
     assert printed.stdout.splitlines() == wanted == shlex.split(command)[1:] and printed.stderr == ""
 
