@@ -27,6 +27,7 @@ import numpy as np
 import gpt_neo_sampling
 import mesh_tensorflow as mtf
 import tensorflow.compat.v1 as tf
+from gpt_neo_sampling.checkpoint.tokenizer import why_no_tokenizer
 from gpt_neo_sampling.models.config import TENSORS, splittable_dims
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 
@@ -47,6 +48,8 @@ def main(argv=None):
         on = gpt_neo_sampling.device_mesh(args.mesh_shape, args.layout, [f"cpu:{i}" for i in range(n_devices)])
         opened = gpt_neo_sampling.TextGenerator.from_pretrained(args.model)  # reads no weights yet
         checkpoint, tokenizer, params = opened.checkpoint, opened.tokenizer, dict(opened.params, mode="predict")
+        if tokenizer is None:
+            parser.error(why_no_tokenizer(checkpoint))
         prompts = [opened.encode(p) for p in args.prompt]
         sizes = dict(splittable_dims(params), batch=len(prompts), memory_length=args.length)
         on.check(sizes, TENSORS)

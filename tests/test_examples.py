@@ -258,7 +258,7 @@ def test_sample_on_mesh_refuses_a_length(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--model", str(HUGGING_FACE)], "has no tokenizer.json, nor vocab.json and merges.txt; give token ids"),
+        (["--model", str(HUGGING_FACE)], "has no tokenizer.json, nor vocab.json and merges.txt"),
         (["--model", "nowhere"], "nowhere does not exist"),
         (["--prompt", "Emma"], "layout batch:x splits batch=1 over x:2, which does not divide it"),
     ],
