@@ -27,6 +27,8 @@ import numpy as np
 import gpt_neo_sampling
 import mesh_tensorflow as mtf
 import tensorflow.compat.v1 as tf
+from gpt_neo_sampling.checkpoint.tokenizer import why_no_tokenizer
+from gpt_neo_sampling.models.config import TENSORS, splittable_dims
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 
 
@@ -40,19 +42,27 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
 
-    opened = gpt_neo_sampling.TextGenerator.from_pretrained(args.model)  # reads no weights yet
-    checkpoint, tokenizer, params = opened.checkpoint, opened.tokenizer, dict(opened.params, mode="predict")
-    prompts = [opened.encode(p) for p in args.prompt]
+    try:
+        # a device for each processor of the mesh
+        n_devices = mtf.convert_to_shape(args.mesh_shape).size
+        on = gpt_neo_sampling.device_mesh(args.mesh_shape, args.layout, [f"cpu:{i}" for i in range(n_devices)])
+        opened = gpt_neo_sampling.TextGenerator.from_pretrained(args.model)  # reads no weights yet
+        checkpoint, tokenizer, params = opened.checkpoint, opened.tokenizer, dict(opened.params, mode="predict")
+        if tokenizer is None:
+            parser.error(why_no_tokenizer(checkpoint))
+        prompts = [opened.encode(p) for p in args.prompt]
+        sizes = dict(splittable_dims(params), batch=len(prompts), memory_length=args.length)
+        on.check(sizes, TENSORS)
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
+    # a vocabulary that its axis does not divide is padded; the entries from params["n_vocab"] on are never drawn
+    n_vocab = params["n_vocab"] + -params["n_vocab"] % on.parts("vocab")
     longest = max(map(len, prompts))
     if not longest < args.length <= params["n_ctx"]:
         parser.error(f"--length {args.length}: from {longest + 1} to {params['n_ctx']} is needed")
     ids = np.zeros([len(prompts), args.length], np.int32)
     for row, prompt in zip(ids, prompts):
         row[: len(prompt)] = prompt
-
-    # a device for each processor of the mesh
-    n_devices = mtf.convert_to_shape(args.mesh_shape).size
-    on = gpt_neo_sampling.device_mesh(args.mesh_shape, args.layout, [f"cpu:{i}" for i in range(n_devices)])
 
     with tf.Graph().as_default(), on.place():
         say(f"building the loop for {n_devices} devices, {args.mesh_shape} with {args.layout}")
@@ -63,7 +73,7 @@ def main(argv=None):
         variable_dtype = mtf.VariableDType(tf.float32)
         other_features = {
             "embd_dim": mtf.Dimension("embd", params["n_embd"]),
-            "vocab_dim": mtf.Dimension("vocab", params["n_vocab"]),
+            "vocab_dim": mtf.Dimension("vocab", n_vocab),
             "embed_sequence_dim": mtf.Dimension("embed_sequence", params["n_ctx"]),
             "memory_length_dim": memory_dim,
             "attn_bias": biasmask_attn_weights(mesh, length_dim, memory_dim, variable_dtype),

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import pytest
 import reference
+from helpers_checkpoint import HUGGING_FACE, make_hugging_face, write_json
 
 from gpt_neo_sampling import TextGenerator
 
@@ -252,6 +253,35 @@ def test_sample_on_mesh_refuses_a_length(capsys):
     with pytest.raises(SystemExit):
         sample_on_mesh.main(["--length", "3"])
     assert "--length 3: from 5 to 256 is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--model", str(HUGGING_FACE)], "has no tokenizer.json, nor vocab.json and merges.txt"),
+        (["--model", "nowhere"], "nowhere does not exist"),
+        (["--prompt", "Emma"], "layout batch:x splits batch=1 over x:2, which does not divide it"),
+    ],
+)
+def test_sample_on_mesh_refuses(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        sample_on_mesh.main(argv)
+    assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_sample_on_mesh_pads_the_vocabulary(tmp_path, capsys):
+    """One that the mesh does not divide."""
+    folder = make_hugging_face(tmp_path / "model")  # of 11 tokens
+    vocab = {letter: i for i, letter in enumerate("abcdefghijk")}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}
+    write_json(folder / "tokenizer.json", {"version": "1.0", "added_tokens": [], "model": model})
+    sample_on_mesh.main(["--model", str(folder), "--mesh-shape", "x:2", "--layout", "vocab:x", "--length", "4",
+                         "--prompt", "c"])  # fmt: skip
+    (sample,) = TextGenerator.from_pretrained(folder).generate(
+        ["c"], temperature=0.9, top_k=40, seed=1, max_new_tokens=3
+    )
+    assert capsys.readouterr().out.strip().split() == ["c", *sample.text.split()]
 
 
 def test_the_notebook_is_that_of_its_source():

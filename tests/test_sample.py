@@ -737,7 +737,7 @@ def test_what_a_step_is_told():
 
 
 def test_logits_in_any_order():
-    """Their dims may stand in any order, and a step's have others of size 1 beside them."""
+    """Their dims may stand in any order; a step's may have other names, and others of size 1 beside them."""
 
     def counting(arranged):
         def model(mtf_features, other_features, params, mesh, variable_dtype, context=None):
@@ -748,6 +748,9 @@ def test_logits_in_any_order():
 
         return model
 
+    def renamed(x):
+        return mtf.rename_dimension(x, "batch", "rows")
+
     def turned(x):
         return mtf.transpose(x, mtf.Shape(x.shape.dims[::-1]))
 
@@ -756,6 +759,8 @@ def test_logits_in_any_order():
         "turned": (turned, {}),
         "one more": (lambda x: mtf.reshape(x, [mtf.Dimension("one", 1), *x.shape.dims]), {}),
         "slow, turned": (turned, {"slow_sampling": True}),
+        "other names": (renamed, {}),
+        "other names, turned": (lambda x: turned(renamed(x)), {}),
     }
 
     def build(mesh, prompts):
@@ -840,6 +845,49 @@ def test_two_batch_dims():
         assert row[LENGTH - len(prompt) :].tolist() == [PAD] * len(prompt)
         kept.append([*prompt, *row[: LENGTH - len(prompt)]])
     check(np.array(kept, np.int32), PROMPTS, bigram, seed=5, bos=BOS, stop=STOP, top_k=3)
+
+
+def test_logits_of_two_batch_dims():
+    """A model may give them as one, in their order, or in another order; never one of them as another."""
+
+    def model(arranged):
+        def call(mtf_features, other_features, params, mesh, variable_dtype, context=None):
+            ids, vocab_dim = mtf_features["inputs"], other_features["vocab_dim"]
+            if context.mode == "incremental":
+                ids = token_at(ids, context.position - 1)
+            logits = mtf.one_hot(ids + 1, vocab_dim)
+            return arranged(logits) if context.mode == "incremental" else logits, None, None
+
+        return call
+
+    outer, batch, vocab = dims(outer=2, batch=4, vocab=VOCAB)
+    (rows,) = dims(rows=8)
+    arrangements = {
+        "plain": lambda x: x,
+        "one": lambda x: mtf.reshape(x, [rows, vocab]),
+        "turned": lambda x: mtf.transpose(x, mtf.Shape([batch, vocab, outer])),
+        "the first renamed": lambda x: mtf.rename_dimension(x, "outer", "rows"),
+    }
+
+    def loop(ids, arranged):
+        return sample_autoregressive(ids, {"vocab_dim": vocab}, {}, model=model(arranged), temperature=0, bos_id=BOS)
+
+    def build(mesh, prompts):
+        ids = mtf.import_tf_tensor(mesh, tf.reshape(prompts, [2, 4, LENGTH]), dims(outer=2, batch=4, sequence=LENGTH))
+        return [loop(ids, arranged) for arranged in arrangements.values()]
+
+    plain, *others = Program(build, [(tf.int32, PROMPTS.shape)])(PROMPTS)
+    assert len(others) == 3
+    for found in others:
+        np.testing.assert_array_equal(found, plain)
+
+    def moved(x):
+        return mtf.rename_dimension(arrangements["turned"](x), "outer", "rows")
+
+    with tf.Graph().as_default():
+        ids = mtf.zeros(mtf.Mesh(mtf.Graph(), "mesh"), dims(outer=2, batch=4, sequence=LENGTH), tf.int32)
+        with pytest.raises(ValueError, match=r"logits are \[batch=4, vocab=\d+, rows=2\]; \[outer=2, batch=4, vocab="):
+            loop(ids, moved)
 
 
 # --- Layouts -----------------------------------------------------------------------------------

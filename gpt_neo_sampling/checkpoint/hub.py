@@ -19,6 +19,7 @@ from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling._version import VERSION
 from gpt_neo_sampling.checkpoint.base import ALLOWED, EXAMPLE, CheckpointError, one_line, some
 from gpt_neo_sampling.checkpoint.hugging_face import check_model_type, read_weight_map, weights_file
+from gpt_neo_sampling.checkpoint.mesh_tf import holds_mesh_tf
 from gpt_neo_sampling.checkpoint.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _NAME = re.compile(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", re.ASCII)
 _NO_NAME = re.compile(r"--|\.\.|\.(git|json)$")  # the hub has no such names; a config's path may look like one
 # beside config.json and the weights; an adapter is only named
 _SMALL_FILES = ("generation_config.json", *TOKENIZER_FILES, "adapter_config.json")
-_NEEDED = "'*.json' '*.txt' '*.safetensors' (or '*.bin' where it has no safetensors)"
+_NEEDED = "'*.json' '*.txt' '*.safetensors'"
 
 
 def is_name(path: StrPath | None) -> TypeGuard[str]:
@@ -58,20 +59,27 @@ def check_revision(path: StrPath | None, revision: str | None) -> None:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """Where the model is in the hub cache's own folder of one, models--OWNER--NAME; any other folder as it is."""
+    """Where the model is in the hub cache's own folder of one, models--OWNER--NAME; any other folder as it is.
+
+    That is main's snapshot, or the newest; those without weights, of a config that was fetched alone, come last.
+    """
     snapshots = folder / "snapshots"
     if not (snapshots.is_dir() and (folder / "blobs").is_dir()):
         return folder
     commits = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
     if not commits:
         raise CheckpointError(f"{folder} is a folder of the Hugging Face hub's cache with no snapshot in it; {ALLOWED}")
+    whole = [commit for commit in commits if _holds_weights(snapshots / commit)]
     main = _read_ref(folder, "main")
-    if main in commits:
+    if main in (whole or commits):
         return snapshots / main
-    newest = max(commits, key=lambda commit: (snapshots / commit).stat().st_mtime)
+    newest = max(whole or commits, key=lambda commit: (snapshots / commit).stat().st_mtime)
     if len(commits) > 1:
-        log.warning("%s has %d snapshots and none of main: %s, the newest, is used; the path of one is taken too (%s)",
-                    folder, len(commits), newest, some(str(snapshots / c) for c in commits if c != newest))  # fmt: skip
+        lacks = "no weights in that of main" if main in commits else "none of main"
+        chosen = "the newest with weights" if 0 < len(whole) < len(commits) else "the newest"
+        others = some(str(snapshots / commit) for commit in commits if commit != newest)
+        log.warning("%s has %d snapshots and %s: %s, %s, is used; the path of one is taken too (%s)",
+                    folder, len(commits), lacks, newest, chosen, others)  # fmt: skip
     return snapshots / newest
 
 
@@ -148,6 +156,24 @@ def _fetch(api: HfApi, name: str, revision: str | None, commit: str, files: list
     return config_file.parent
 
 
+def _holds_weights(folder: Path) -> bool:
+    """Whether a snapshot has a model's weights, in either format."""
+    files = os.listdir(folder)
+    return _holds_hugging_face(folder, files) or holds_mesh_tf(folder, files)
+
+
+def _holds_hugging_face(folder: Path, files: list[str]) -> bool:
+    """Whether a folder with these files has weights of Hugging Face's format; of shards, all."""
+    weights = weights_file(files)
+    if weights is None or not weights.endswith(".index.json"):
+        return weights is not None
+    try:
+        read_weight_map(folder / weights, files)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
     """The folder of a model whose weights are all in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
@@ -157,14 +183,8 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return None
     folder = Path(config_file).parent
     files = os.listdir(folder)
-    weights = weights_file(files)
-    if weights is None:
+    if not _holds_hugging_face(folder, files):
         return None
-    if weights.endswith(".index.json"):
-        try:
-            read_weight_map(folder / weights, files)
-        except CheckpointError:
-            return None
     if not ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files)):
         log.warning("%s: the hub's cache has no tokenizer of it; if there is one, this fetches it: %s",
                     name, _command(name, revision))  # fmt: skip
@@ -172,9 +192,9 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 def _command(name: str, revision: str | None) -> str:
-    """What fetches a model into the cache elsewhere."""
+    """What fetches a model into the cache elsewhere, and a remark."""
     of_revision = f" --revision {shlex.quote(revision)}" if revision else ""
-    return f"hf download {name}{of_revision} {_NEEDED}"
+    return f"`hf download {name}{of_revision} {_NEEDED}`, with '*.bin' in place of '*.safetensors' if it has none"
 
 
 def _problem(name: str, revision: str | None, error: Any) -> Exception:

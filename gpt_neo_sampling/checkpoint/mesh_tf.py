@@ -60,6 +60,11 @@ def lists_checkpoints(folder: Path, files: list[str]) -> bool:
     return "checkpoint" in files and not (folder / "checkpoint").is_dir()
 
 
+def holds_mesh_tf(folder: Path, files: list[str]) -> bool:
+    """Whether a folder with these files has TensorFlow checkpoints."""
+    return lists_checkpoints(folder, files) or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
+
+
 def open_mesh_tf(folder: Path, files: list[str], config_file: Path | None = None) -> Checkpoint:
     """The `Checkpoint` of a folder with these files. Its config is one of them, unless `config_file` is given."""
     config_file = _config_file(folder, files) if config_file is None else config_file

@@ -1,13 +1,12 @@
 """Opening a model of either format."""
 
-import re
 from pathlib import Path
 
 from gpt_neo_sampling._types import StrPath
 from gpt_neo_sampling.checkpoint.base import ALLOWED, Checkpoint, CheckpointError, list_folder, some
 from gpt_neo_sampling.checkpoint.hub import check_revision, fetched, is_name, snapshot_of
 from gpt_neo_sampling.checkpoint.hugging_face import open_hugging_face, weights_file
-from gpt_neo_sampling.checkpoint.mesh_tf import lists_checkpoints, open_mesh_tf, open_mesh_tf_config
+from gpt_neo_sampling.checkpoint.mesh_tf import holds_mesh_tf, open_mesh_tf, open_mesh_tf_config
 
 
 def open_checkpoint(path: StrPath, revision: str | None = None) -> Checkpoint:
@@ -38,7 +37,8 @@ def open_checkpoint(path: StrPath, revision: str | None = None) -> Checkpoint:
         "owner/name" that is no path on this machine is a model of the hub: the files
         that are read, config, tokenizer and one format of weights, are fetched into
         the hub's cache, unless they are there. The cache's own folder of a model,
-        `models--owner--name`, stands for the snapshot of its main branch.
+        `models--owner--name`, stands for the snapshot of its main branch, or for the
+        newest with weights if main's has none.
       revision: a branch, a tag or a commit of a model by name; None for its main
         branch.
 
@@ -76,8 +76,7 @@ def _opened(path: Path) -> Checkpoint:
     if path.suffix == ".json" and path.is_file():
         return open_mesh_tf_config(path)
     files = list_folder(path)
-    mesh_tf = lists_checkpoints(path, files) or any(re.fullmatch(r"model\.ckpt-\d+\..*", f) for f in files)
-    hugging_face = weights_file(files) is not None
+    mesh_tf, hugging_face = holds_mesh_tf(path, files), weights_file(files) is not None
     if mesh_tf and hugging_face:
         raise CheckpointError(
             f"{path} holds both a TensorFlow checkpoint and Hugging Face weights; allowed: one of them"

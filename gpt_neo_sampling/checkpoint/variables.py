@@ -26,6 +26,11 @@ def load_weights(
     that are copied to slices, holds all weights twice. So no `copy_masters_to_slices` is needed after this, and before
     a Saver writes the masters, `copy_slices_to_masters`.
 
+    Variables of your own that the checkpoint lacks are set before this, as `copy_masters_to_slices` sets all: run
+    `tf.global_variables_initializer()`, then `lowering.copy_masters_to_slices()`, then this, with strict=False if they
+    are in the scope. A graph with such variables is lowered with `mtf.Lowering(…, autostack=False)`, as mtf may else
+    stack them with the model's.
+
     Args:
       checkpoint: a `Checkpoint`, open; of either format.
       lowering: mtf.Lowering of the graph, on a PlacementMeshImpl, as `DeviceMesh.impl` makes.
@@ -50,7 +55,7 @@ def load_weights(
         all_names = getattr(variable, "original_names", [variable.name])
         names = tuple(name.removeprefix(f"{scope}/") for name in all_names if name.startswith(f"{scope}/"))
         found = checkpoint_names.intersection(names)
-        if found and len(found) < len(names):
+        if found and len(found) < len(all_names):
             raise CheckpointError(f"{checkpoint.folder} has {some(found)} alone of a stack; lower with autostack=False")
         if found:
             weights[names] = variable.shape, lowering.variables[variable]
@@ -62,9 +67,9 @@ def load_weights(
         raise CheckpointError(f"{checkpoint.folder}: the graph has no {some(sorted(missing))} in the scope {scope!r}")
     if left and strict:
         raise CheckpointError(f"{checkpoint.folder} lacks {some(sorted(left))}; strict=False leaves these as they are")
-    for names, (shape, _) in weights.items():
-        for name in names:
-            _check_shape(checkpoint, name, shape.to_integer_list[1:] if len(names) > 1 else shape.to_integer_list)
+    dims = {name: shape.dims[len(names) > 1 :] for names, (shape, _) in weights.items() for name in names}
+    for name in dims:
+        _check_shape(checkpoint, name, dims[name], dims["wte"][0].name)
     from gpt_neo_sampling._compat import PlacementMeshImpl  # a class of mtf's: importing it imports TensorFlow
 
     if not isinstance(mesh_impl, PlacementMeshImpl):
@@ -78,9 +83,11 @@ def load_weights(
     return sorted(left)
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, wanted: list[int]) -> None:
-    stored, n_vocab = checkpoint.shape(name), checkpoint.params["n_vocab"]
-    if len(stored) != len(wanted) or not all(a == b or a == n_vocab < b for a, b in zip(stored, wanted)):
+def _check_shape(checkpoint: Checkpoint, name: str, dims: list[mtf.Dimension], vocab: str) -> None:
+    """Raises CheckpointError unless a weight has these dims; that of the name `vocab` may be padded."""
+    stored, wanted = checkpoint.shape(name), [dim.size for dim in dims]
+    fits = len(stored) == len(dims) and all(n == d.size or d.name == vocab and n < d.size for n, d in zip(stored, dims))
+    if not fits:
         raise CheckpointError(f"{checkpoint.folder}: {name} has the shape {list(stored)}, and {wanted} in the graph")
 
 

@@ -295,9 +295,22 @@ class Decoder:
         return logits, context.new_states
 
     def _fitting(self, logits: mtf.Tensor, shape: mtf.Shape) -> mtf.Tensor:
-        """The model's logits in this shape: its dims in any order, and any of size 1 beside them."""
+        """The model's logits in this shape: its dims in any order, and any of size 1 beside them.
+
+        In a step the rows' dims may have other names, or be one: they are taken in the order given.
+        """
         check_tensor(logits, "the model's logits")
-        given = logits.shape.dims
+        given, (*row_dims, vocab_dim) = logits.shape.dims, shape.dims
+        given_rows = [d for d in given if d != vocab_dim]
+        if (
+            vocab_dim in given
+            and self._length_dim not in [*given, *row_dims]
+            and mtf.Shape(given_rows).size == mtf.Shape(row_dims).size
+            and all(_stride(given_rows, d) == _stride(row_dims, d) for d in row_dims if d in given_rows)
+        ):
+            if given[-1] != vocab_dim:
+                logits = mtf.transpose(logits, mtf.Shape([*given_rows, vocab_dim]))
+            return logits if logits.shape == shape else mtf.reshape(logits, shape)
         if any(d.size > 1 for d in set(given) ^ set(shape.dims)):
             raise ValueError(self._misfit(logits.shape, shape))
         known = [d for d in shape.dims if d in given]
@@ -317,6 +330,11 @@ class Decoder:
                 "context.mode (see DecodeContext)"
             )
         return f"the model's logits are {_shown(given)}; {_shown(wanted)} is needed"
+
+
+def _stride(dims: list[mtf.Dimension], dim: mtf.Dimension) -> int:
+    """How many rows on the next entry of dim is."""
+    return mtf.Shape(dims[dims.index(dim) + 1 :]).size
 
 
 def _shown(dims: Iterable[mtf.Dimension]) -> str:

@@ -5,6 +5,9 @@ huggingface_hub reads its variables when it is imported, which a command does in
 
 import json
 import os
+import re
+import shlex
+import subprocess
 import sys
 
 import numpy as np
@@ -197,7 +200,7 @@ WRONG = {
     "offline": (
         [NAME, "--revision", "a b"], {"HF_HUB_OFFLINE": "1"}, 2,
         [f"cache, <HOME>/hub, does not have all of {NAME} at revision 'a b', and HF_HUB_OFFLINE is set; ",
-         f"where there is a network, this fetches it: hf download {NAME} --revision 'a b' '*.json' '*.txt' "],
+         f"where there is a network, this fetches it: `hf download {NAME} --revision 'a b' '*.json' '*.txt' "],
     ),
     "no room for the cache": (
         [NAME], {"HF_HUB_CACHE": "/proc/no"}, 1,
@@ -224,6 +227,16 @@ def test_what_cannot_be_fetched_is_one_line(convert, server, plain, tmp_path, wh
     assert server.sent == []  # not a byte of weights
 
 
+def test_the_command_that_fetches_is_one_of_a_shell(convert):
+    _, line = error(convert(NAME, "--revision", "a b", HF_HUB_OFFLINE="1")[0])
+    (command,) = re.findall("`(hf download .*?)`", line)
+    printed = subprocess.run(
+        ["bash", "-c", f"hf() {{ printf '%s\\n' \"$@\"; }}; {command}"], capture_output=True, text=True
+    )
+    wanted = ["download", NAME, "--revision", "a b", "*.json", "*.txt", "*.safetensors"]
+    assert printed.stdout.splitlines() == wanted == shlex.split(command)[1:] and printed.stderr == ""
+
+
 def test_a_token_that_is_not_accepted(convert, server):
     server.status = 403
     status, line = error(convert(NAME, HF_TOKEN="hf_old")[0])
@@ -248,7 +261,7 @@ def test_a_cache_without_the_tokenizer(convert, server):
     tokenizer = server.models[NAME]["main"].pop("tokenizer.json")
     assert convert(NAME)[0].stderr == ""
     done, _ = convert(NAME, HF_HUB_OFFLINE="1")
-    assert f"note: {NAME}: the hub's cache has no tokenizer of it; if there is one, this fetches it: hf" in done.stderr
+    assert f"note: {NAME}: the hub's cache has no tokenizer of it; if there is one, this fetches it: `hf" in done.stderr
     assert done.returncode == 0 and tokenizer
 
 
@@ -322,6 +335,12 @@ def test_the_caches_own_folder(tmp_path, caplog):
     (folder / "refs" / "main").write_text("a")
     assert open_checkpoint(str(folder)).folder == folder / "snapshots" / "a"
     assert len(caplog.records) == 1
+    (folder / "snapshots" / "c").mkdir()  # the newest, and then main's, and it has no weights
+    write_json(folder / "snapshots" / "c" / "config.json", {"model_type": "gpt_neo"})
+    assert open_checkpoint(folder).folder == folder / "snapshots" / "a"
+    (folder / "refs" / "main").write_text("c")
+    assert open_checkpoint(folder).folder == folder / "snapshots" / "b"
+    assert "has 3 snapshots and no weights in that of main: b, the newest with weights, is used" in caplog.text
 
 
 @pytest.mark.parametrize(

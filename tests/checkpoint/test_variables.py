@@ -15,19 +15,22 @@ SPLIT = ("x:2", "vocab:x,heads:x", "cpu:0,cpu:1")
 
 
 @contextlib.contextmanager
-def graph(on=None, extra=None, autostack=True, **params):
+def graph(on=None, extra=None, autostack=True, scope="gpt2", **params):
     """(checkpoint, lowering, session, logits) of the model, whose vocabulary of 127 is padded; `extra` is one more
-    variable in its scope."""
+    variable, in the model's scope and behind it, or outside and before it."""
     on = device_mesh(*(on or SPLIT))
     with open_checkpoint(FOLDER) as checkpoint, tf.Graph().as_default(), on.place():
         params = {**checkpoint.params, "mode": "predict", **params}
         model = Model(params, 128, on.impl(), mtf.VariableDType(tf.float32))
         ids = np.load(FOLDER / "golden.npz")["ids"]
         mesh, shape, other_features = model.inputs(*ids.shape)
+        embd = mtf.Shape([mtf.Dimension("embd", params["n_embd"])])
+        if extra and not scope:
+            mtf.get_variable(mesh, extra, embd)
         logits = model.logits(mtf.import_tf_tensor(mesh, ids, shape), other_features)
-        if extra:
-            with tf.variable_scope("gpt2"):
-                mtf.get_variable(mesh, extra, mtf.Shape([mtf.Dimension("embd", params["n_embd"])]))
+        if extra and scope:
+            with tf.variable_scope(scope):
+                mtf.get_variable(mesh, extra, embd)
         lowering = mtf.Lowering(mesh.graph, {mesh: on.impl()}, autostack=autostack)
         with on.session() as session:
             yield checkpoint, lowering, session, lowering.export_to_tf_tensor(logits)
@@ -53,9 +56,24 @@ def test_variables_of_one_s_own():
             load_weights(checkpoint, lowering, session)
         assert load_weights(checkpoint, lowering, session, strict=False) == ["head"]
         session.run(logits)  # the others are there
-    with graph(extra="head") as (checkpoint, lowering, session, _):  # it has the shape of ln_f/g
-        with pytest.raises(CheckpointError, match="alone of a stack; lower with autostack=False"):
-            load_weights(checkpoint, lowering, session, strict=False)
+    for scope in ("gpt2", ""):
+        with graph(extra="head", scope=scope) as (checkpoint, lowering, session, _):  # it has the shape of ln_f/g
+            with pytest.raises(CheckpointError, match="alone of a stack; lower with autostack=False"):
+                load_weights(checkpoint, lowering, session, strict=False)
+
+
+def test_variables_of_one_s_own_are_set_first():
+    """As the docstring says; those outside the scope are nobody's business."""
+    with graph(extra="head", autostack=False, scope="") as (checkpoint, lowering, session, logits):
+        (head,) = [slices for v, slices in lowering.variables.items() if v.name == "head"]
+        head = head.laid_out_tensor.tensor_list[0]
+        session.run(tf.global_variables_initializer())
+        session.run(lowering.copy_masters_to_slices())
+        before = session.run(head)
+        assert load_weights(checkpoint, lowering, session) == []
+        np.testing.assert_array_equal(session.run(head), before)
+        found = session.run(logits)
+    np.testing.assert_allclose(found[..., :127], np.load(FOLDER / "golden.npz")["logits"], atol=2e-4)
 
 
 def test_graphs_that_do_not_fit(monkeypatch):
@@ -73,6 +91,10 @@ def test_graphs_that_do_not_fit(monkeypatch):
         with pytest.raises(
             CheckpointError, match=rf"wpe has the shape \[{longer - 1}, {n_embd}\], and \[{longer}, {n_embd}\]"
         ):
+            load_weights(checkpoint, lowering, session)
+    with graph(n_ctx=longer) as (checkpoint, lowering, session, _):  # that wpe has as many positions as wte tokens
+        monkeypatch.setitem(checkpoint.params, "n_vocab", longer - 1)
+        with pytest.raises(CheckpointError, match=f"wpe has the shape .{longer - 1}, {n_embd}"):
             load_weights(checkpoint, lowering, session)
     with graph() as (checkpoint, lowering, session, _):
         monkeypatch.setattr(_compat, "PlacementMeshImpl", type("Other", (), {}))
