@@ -312,7 +312,9 @@ class SamplingOptions(Controls[RowValue]):
             if is_real(value):
                 number.check(name, value)
         if self.entmax_alpha is not None and not self.use_entmax:
-            raise ValueError("entmax_alpha is given, but entmax is not used; True is needed for it, or no entmax_alpha")
+            raise ValueError(
+                "entmax_alpha is given, but entmax is not used; sampling_use_entmax=True is needed with it"
+            )
 
     @property
     def alpha(self) -> RowValue:

@@ -3,6 +3,7 @@
 Knows names only, and no TensorFlow.
 """
 
+import collections
 import difflib
 import functools
 import inspect
@@ -196,6 +197,13 @@ _OPENAI_NAMES = {
     "tensor_parallel_size": _DEVICES,
 }
 
+# The command's own, where Python and prompts files have others.
+_COMMANDS_NAMES = {
+    "num_samples": "{num_return_sequences} draws several samples of each prompt",
+    "entmax": "{entmax_alpha} draws by entmax in place of softmax",
+    "greedy": "{greedy} takes the likeliest token each time",
+}
+
 
 def in_python(name: str) -> str:
     """How an option is given in Python, for `advice`."""
@@ -220,7 +228,7 @@ def advice(
 
 
 def _sentence(name: str) -> str | None:
-    return HUGGING_FACE_NAMES.get(name, _OPENAI_NAMES.get(name))
+    return collections.ChainMap(HUGGING_FACE_NAMES, _OPENAI_NAMES, _COMMANDS_NAMES).get(name)
 
 
 def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] = in_python) -> str:

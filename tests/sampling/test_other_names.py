@@ -38,6 +38,9 @@ def test_advice_is_spelled_as_it_is_asked_for():
     assert advice("do_sample") == "tokens are drawn, unless do_sample=False asks for the likeliest each time"
     assert advice("device", sentences={"device": "{devices} takes it"}) == "devices takes it"
     assert advice("warmth") is None
+    assert (
+        advice("num_samples") == "num_return_sequences draws several samples of each prompt"
+    )  # the command's own name
 
 
 def test_an_unknown_name_is_explained():
