@@ -98,7 +98,7 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 
 
 def _parts_of(columns: int) -> int:
-    """Into how many equal parts of its columns XLA's product on CPUs is cut: one for each core, or as near as can be."""
+    """Into how many equal parts of its columns XLA's product on CPUs is cut: one for each core, or the nearest."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     divisors = [n for n in range(1, MOST_PARTS + 1) if columns % n == 0]
     return next((n for n in divisors if n >= cores), divisors[-1])
