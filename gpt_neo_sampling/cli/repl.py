@@ -116,7 +116,7 @@ class _Conversation:
 
 
 def _lines(completions: Callable[[str], list[str]]) -> Iterator[str]:
-    """What is typed, a prompt or a command at a time, until Ctrl-D or Ctrl-C where nothing is typed."""
+    """What is typed, a prompt or a command at a time, until Ctrl-D."""
     ask = _editor(completions) or _plain_input(completions)
     while True:
         try:
@@ -124,7 +124,8 @@ def _lines(completions: Callable[[str], list[str]]) -> Iterator[str]:
             line.encode()  # some terminals' bytes that are no UTF-8 are read as surrogates
         except EOFError:
             return
-        except KeyboardInterrupt:  # one that comes between questions, or while another is answered
+        except KeyboardInterrupt:  # where nothing is typed; it may be late, meant for an answer
+            _say("Ctrl-D ends")
             continue
         except UnicodeError:
             _say("error: what was typed is not UTF-8")
@@ -175,11 +176,11 @@ def _editor(completions: Callable[[str], list[str]]) -> Callable[[], str] | None
 
     @keys.add("c-c", filter=has_focus(DEFAULT_BUFFER))
     @keys.add("<sigint>", filter=has_focus(DEFAULT_BUFFER))  # what another process sends
-    def discard_or_end(event: KeyPressEvent) -> None:
+    def discard(event: KeyPressEvent) -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
         else:
-            event.app.exit(exception=EOFError)
+            event.app.exit(exception=KeyboardInterrupt)
 
     file = _history_file()
     session: PromptSession[str] = PromptSession(
@@ -232,7 +233,7 @@ def _plain_input(completions: Callable[[str], list[str]]) -> Callable[[], str]:
             except KeyboardInterrupt:
                 _say("")
                 if not lines and not typed():
-                    raise EOFError from None
+                    raise
                 lines = []
                 continue
             if not is_unfinished(lines[-1]):

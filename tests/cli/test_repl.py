@@ -207,7 +207,7 @@ def test_what_is_asked_again(monkeypatch, capsys):
 
     monkeypatch.setattr(repl, "_editor", lambda completions: ask)
     assert list(repl._lines(list)) == ["a"]
-    assert capsys.readouterr().err == "error: what was typed is not UTF-8\n" * 2
+    assert capsys.readouterr().err == "Ctrl-D ends\n" + "error: what was typed is not UTF-8\n" * 2
 
 
 def test_help(monkeypatch, capsys):
@@ -315,8 +315,8 @@ def test_on_a_terminal(demo, tmp_path, with_editor):
         assert "not UTF-8\n" in plain(terminal.expect(is_asked))
         if with_editor:
             terminal.send_signal(signal.SIGINT)
-        else:
-            terminal.type("\x04")
+            assert "Ctrl-D ends\n" in plain(terminal.expect(is_asked))
+        terminal.type("\x04")
         terminal.rest()
         assert terminal.returncode == 0
     assert history.exists() == with_editor
