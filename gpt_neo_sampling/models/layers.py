@@ -79,6 +79,7 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
 
         def product_in_parts(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
             # XLA's product with one matrix is one thread's work; the parts lie one behind the other in memory.
+            n_parts = _parts_of(columns)
             x = tf.broadcast_to(reshaped(x, [rows, depth]), [n_parts, rows, depth])
             w = reshaped(w, [n_parts, columns // n_parts, depth])
             if rows == 1:
@@ -86,11 +87,10 @@ class _MatmulOperation(mtf.ops.EinsumOperation):
             y = tf.matmul(w, x, transpose_b=True)  # this way round it packs the rows, not the weights
             return reshaped(tf.transpose(reshaped(y, [columns, rows])), out_shape)
 
-        x, w = (lowering.tensors[t] for t in self.inputs)
-        n_parts = _parts_of(columns)
         in_parts = is_compiled(lowering) and self._in_last and self.inputs[1].dtype == tf.float32
         in_parts = in_parts and not may_be_gpu(mesh_impl)
-        y = mesh_impl.slicewise(product_in_parts if in_parts else product, x, w)
+        multiply = product_in_parts if in_parts else product
+        y = mesh_impl.slicewise(multiply, *(lowering.tensors[t] for t in self.inputs))
         mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._in_dim)
         if mesh_axis is not None:
             y = LazyAllreduceSum(mesh_impl, y, [mesh_axis])
