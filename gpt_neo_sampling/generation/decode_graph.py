@@ -329,7 +329,7 @@ def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:
       model: Model.
 
     Returns:
-      a dict, name -> (mtf.Shape, mtf's laid-out variable), for `load_weights`.
+      a dict, name -> (mtf.Shape, mtf's laid-out variable), for `fill_variables`.
     """
 
     def name_alone(getter: Any, name: str, *args: Any, **kwargs: Any) -> types.SimpleNamespace:
@@ -347,7 +347,7 @@ def add_variables(model: Model) -> dict[str, tuple[mtf.Shape, Any]]:
     return {v.name.removeprefix("gpt2/"): (v.shape, slices) for v, slices in model.lowered(mesh).variables.items()}
 
 
-def load_weights(
+def fill_variables(
     checkpoint: Checkpoint, weights: dict[str, tuple[mtf.Shape, Any]], model: Model, run: Callable[..., Any]
 ) -> None:
     """Fills the slices of the variables from a checkpoint.

@@ -25,8 +25,8 @@ from gpt_neo_sampling.generation.decode_graph import (
     ProgramKey,
     add_variables,
     build,
+    fill_variables,
     first_token_of,
-    load_weights,
     opened,
     stop_tokens_of,
     variable_dtype_of,
@@ -150,7 +150,7 @@ def _write(
     with opened(graph, portable()):
         weights = add_variables(model)
         with mesh.session(graph) as session:
-            load_weights(checkpoint, weights, model, session.run)
+            fill_variables(checkpoint, weights, model, session.run)
             signatures = {
                 name: _signature(ProgramKey(**sizes, steps=frozenset(["top_k", *more, *controls])), checkpoint, model)
                 for name, more in SIGNATURES.items()

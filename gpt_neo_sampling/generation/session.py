@@ -26,7 +26,7 @@ from gpt_neo_sampling.generation.decode_graph import (
     build_chain,
     build_first_pass,
     build_segment,
-    load_weights,
+    fill_variables,
     opened,
     padded,
     variable_dtype_of,
@@ -183,7 +183,7 @@ class Graphs:
                 extend_when_told(session)
                 self.mesh.extend(session)
                 run = functools.partial(self.mesh.run, session)
-                load_weights(self._checkpoint, weights, self._model, run)
+                fill_variables(self._checkpoint, weights, self._model, run)
             except BaseException:
                 session.close()
                 raise

@@ -34,7 +34,7 @@ from gpt_neo_sampling.generation import session as graphs
 def memory(key):
     return int(re.search(key + r":\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 
-load = graphs.load_weights
+load = graphs.fill_variables
 def measured(*args):
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
     before, begin = memory("VmRSS"), time.monotonic()
@@ -43,7 +43,7 @@ def measured(*args):
     sys.stderr.write("\0")
     sys.stderr.flush()
     os._exit(0)
-graphs.load_weights = measured
+graphs.fill_variables = measured
 loads = json.loads(sys.argv[1])
 for folder, mesh in loads:  # of several each in a process of its own, which need not import all anew
     if len(loads) == 1 or os.fork() == 0:

@@ -210,7 +210,7 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no more room")
 
-    monkeypatch.setattr(export, "load_weights", fail)
+    monkeypatch.setattr(export, "fill_variables", fail)
     with pytest.raises(OSError, match="no more room"):
         export_saved_model(tmp_path / "model", DATA / "gpt_neo_checkpoints" / "global", batch=1, length=4)
     assert not list(tmp_path.iterdir())
