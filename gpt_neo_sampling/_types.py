@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     ShapeLike = mtf.Shape | Iterable[mtf.Dimension]
     Tensor = np.ndarray | tf.Tensor | mtf.Tensor
     RowValue = float | Tensor  # one for all rows, or one a row
+    TokenSet = int | Sequence[int] | Tensor  # ids, or flags [vocab]
     TensorFunction = Callable[..., tf.Tensor]  # applied to slices
     LogitsProcessor = Callable[[mtf.Tensor, mtf.Tensor, mtf.Tensor], mtf.Tensor]  # (logits, ids, position) to logits
 else:  # their packages take seconds to import; the tokenizers' comes with an extra
-    Tokenizer = DType = ShapeLike = Tensor = RowValue = TensorFunction = LogitsProcessor = Any
+    Tokenizer = DType = ShapeLike = Tensor = RowValue = TokenSet = TensorFunction = LogitsProcessor = Any
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

@@ -39,7 +39,7 @@ from gpt_neo_sampling.sampling.controls import (
     SamplingOptions,
     check_bool,
 )
-from gpt_neo_sampling.sampling.next_token import next_token
+from gpt_neo_sampling.sampling.next_token import Drawn, draw_token, initial_states
 from gpt_neo_sampling.sampling.other_names import explained
 from gpt_neo_sampling.sampling.random import import_seed, unfolded
 
@@ -89,11 +89,12 @@ class _LoopState:
     ids: mtf.Tensor  # int32 [rows, length]; prompts, new tokens, padding
     done: mtf.Tensor  # bool [rows]; the row writes no more
     logprobs: list[mtf.Tensor]  # two float32 [rows, length], like ids; or none
+    control_states: list[mtf.Tensor]  # [rows], of the controls that keep one: see `initial_states`
     states: list[mtf.Tensor]  # the model's own, as its last call recorded them
 
     def tensors(self) -> list[mtf.Tensor]:
         # mtf's while_loop would carry a sum that is not reduced yet as it is, so each is reduced here
-        rest = (self.done, *self.logprobs, *self.states)
+        rest = (self.done, *self.logprobs, *self.control_states, *self.states)
         return [force_allreduce(self.position), to_loop(self.ids), *map(force_allreduce, rest)]
 
 
@@ -124,6 +125,7 @@ class _DecodeLoop:
         self._length_dim = self.prompts.ids.shape[-1]
         self._columns = mtf.range(self.prompts.ids.mesh, self._length_dim, tf.int32)  # once, not in every step
         self._n_logprobs = 2 if self.return_logprobs else 0
+        self._initial_states = initial_states(self.options, self.prompts.ids.mesh, self.prompts.lengths.shape)
 
     def start(self) -> list[mtf.Tensor]:
         """The loop variables before the first step: the prompts; rows that may get no token are done."""
@@ -135,7 +137,19 @@ class _DecodeLoop:
             ids = self._mark_unread(ids)
             done = cwise_broadcast(lambda done, n: tf.logical_or(done, n > self.prompt_length), [done, prompts.lengths])
         logprobs = [mtf.zeros(ids.mesh, ids.shape) for _ in range(self._n_logprobs)]
-        return _LoopState(prompts.lengths, ids, done, logprobs, self.states).tensors()
+        control_states = list(self._initial_states.values())
+        return _LoopState(prompts.lengths, ids, done, logprobs, control_states, self.states).tensors()
+
+    def begun(self, control_states: list[mtf.Tensor], position: mtf.Tensor) -> list[mtf.Tensor]:
+        """Those of rows that have new tokens; the initial ones of others."""
+
+        def choose(given: tf.Tensor, initial: tf.Tensor, at: tf.Tensor, begin: tf.Tensor) -> tf.Tensor:
+            return tf.where_v2(at > begin, given, initial)
+
+        return [
+            cwise_broadcast(choose, [given, initial, position, self.prompts.lengths], initial.shape, tf.float32)
+            for given, initial in zip(control_states, self._initial_states.values(), strict=True)
+        ]
 
     def unfinished(self, *tensors: mtf.Tensor) -> mtf.Tensor:
         """Whether any row still writes: bool, scalar."""
@@ -159,7 +173,8 @@ class _DecodeLoop:
     def _extended(self, old: _LoopState) -> tuple[mtf.Tensor, _LoopState]:
         """The token drawn for each row, int32 [rows], and the state with it written; `done` as it was."""
         logits, states = self.decoder.step(old.ids, old.position, old.states)
-        token, *logprobs = self._draw(logits, old)
+        drawn = self._draw(logits, old)
+        token, logprobs = drawn.token, drawn.logprobs
         written = token
         if self.invalid_token != INVALID:
             written = cwise_broadcast(lambda t: tf.where_v2(tf.equal(t, INVALID), self.invalid_token, t), [token])
@@ -167,22 +182,43 @@ class _DecodeLoop:
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [old.position, old.done]
         )
-        return token, _LoopState(position, ids, old.done, logprobs, states)
+        return token, _LoopState(position, ids, old.done, logprobs, list(drawn.states.values()), states)
 
     def state(self, tensors: Sequence[mtf.Tensor]) -> _LoopState:
         """The loop variables by name."""
         position, ids, done, *rest = tensors
-        return _LoopState(position, from_loop(ids), done, rest[: self._n_logprobs], rest[self._n_logprobs :])
+        begin = self._n_logprobs + len(self._initial_states)
+        logprobs, control_states = rest[: self._n_logprobs], rest[self._n_logprobs : begin]
+        return _LoopState(position, from_loop(ids), done, logprobs, control_states, rest[begin:])
 
-    def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Sequence[mtf.Tensor]:
-        """A token for each row, int32 [rows], and with return_logprobs its two log-probabilities, float32 [rows]."""
+    def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Drawn:
+        """A token for each row, and what else the step gives."""
         initial = self.prompts.lengths
-        history = History(state.ids, state.position, initial)
+        history = History(state.ids, state.position, initial, self._limit(), state.done)
         step = state.position - initial
-        drawn = next_token(
-            logits, self.vocab_dim, self.options, self.seed, self.stream, step, history, self.return_logprobs
+        return draw_token(
+            logits,
+            self.vocab_dim,
+            self.options,
+            self.seed,
+            self.stream,
+            step,
+            history,
+            dict(zip(self._initial_states, state.control_states)),
+            return_logprobs=self.return_logprobs,
         )
-        return drawn if self.return_logprobs else [drawn]
+
+    def _limit(self) -> mtf.Tensor | None:
+        """Where no token goes any more, int32 [rows], if a control looks at that."""
+        if self.options.forced_eos_token_id is None:
+            return None
+        size = self._length_dim.size
+        if self.max_steps is None:
+            return mtf.constant(self.prompts.ids.mesh, size, self.prompts.lengths.shape, tf.int32)
+        # not by a sum that could overflow
+        return cwise_broadcast(
+            lambda begin, most: begin + tf.minimum(most, size - begin), [self.prompts.lengths, self.max_steps]
+        )
 
     def _write(self, x: mtf.Tensor, new: mtf.Tensor, state: _LoopState) -> mtf.Tensor:
         """x [rows, length] with `new` [rows] at each row's position, unless the row is done."""
@@ -393,6 +429,8 @@ def sample_autoregressive(
         vocab_size=vocab_size,
     )
     options.check()
+    if jit_compile and options.prefix_allowed_tokens_fn is not None:
+        raise ValueError("prefix_allowed_tokens_fn with jit_compile: XLA compiles no Python function; leave one out")
     # Imported once here, not in every step.
     options = options.imported(mesh, rows)
     seed = unfolded(force_allreduce(import_seed(mesh, seed, rows)))
@@ -451,7 +489,8 @@ def continue_rows(
     max_steps: RowValue,
     stopping_criteria: StoppingCriteria | None = None,
     return_logprobs: bool = False,
-) -> tuple[list[mtf.Tensor], list[mtf.Tensor]]:
+    control_states: list[mtf.Tensor],
+) -> tuple[list[mtf.Tensor], list[mtf.Tensor], list[mtf.Tensor]]:
     """Further steps of rows that are at different steps: the loop of `sample_autoregressive`, from any step on.
 
     Args:
@@ -465,10 +504,11 @@ def continue_rows(
       options: SamplingOptions.
       seed, stream, max_steps, stopping_criteria, return_logprobs: as for `sample_autoregressive`; max_steps counts from
         the prompt.
+      control_states: list of mtf.Tensor [rows], what the last call returned; anything for a row without a new token.
 
     Returns:
-      (results, states): what `sample_autoregressive` returns, as a list, with log-probabilities of the tokens that this
-      call draws and 0 elsewhere; and the states after the last of them.
+      (results, control_states, states): what `sample_autoregressive` returns, as a list, with log-probabilities of the
+      tokens that this call draws and 0 elsewhere; and the states after the last of them.
     """
     mesh, rows = ids.mesh, prompt_lengths.shape
     loop = _DecodeLoop(
@@ -478,9 +518,9 @@ def continue_rows(
         import_rows(mesh, max_steps, tf.int32, rows, "max_steps"), stopping_criteria, return_logprobs, INVALID, False,
     )  # fmt: skip
     logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(2 * return_logprobs)]
-    start = _LoopState(position, ids, done, logprobs, states)
+    start = _LoopState(position, ids, done, logprobs, loop.begun(control_states, position), states)
     end = loop.state(mtf.while_loop(loop.unfinished, loop.step, start.tensors()))
-    return [end.ids, *end.logprobs], end.states
+    return [end.ids, *end.logprobs], end.control_states, end.states
 
 
 def _check_arguments(

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpt_neo_sampling._types import is_real
 from gpt_neo_sampling.checkpoint.base import CheckpointError, is_int32, one_line, read_json
-from gpt_neo_sampling.sampling.controls import NUMBERS
+from gpt_neo_sampling.sampling.controls import NUMBERS, TOKEN_SETS
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,15 @@ def _are_ints(value: object) -> bool:
 
 def _are_words(value: object) -> bool:
     return isinstance(value, list) and all(map(_are_ints, value))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_real, value))
+
+
+def _are_biases(value: object) -> bool:
+    pairs = value if isinstance(value, list) else [value]
+    return all(isinstance(p, list) and len(p) == 2 and _are_ints(p[0]) and is_real(p[1]) for p in pairs)
 
 
 def _is_text_or_texts(value: object) -> bool:
@@ -45,6 +54,9 @@ _SAMPLING = ("do_sample", "temperature", *(name for name, number in NUMBERS.item
 _WITH_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # the others' defaults are neutral
 _OPTIONS = {
     **{name: _WHOLE if number.whole else _NUMBER for name, number in NUMBERS.items()},
+    **{name: (_is_int_or_ints, "a whole number, or a list of them, of 32 bits") for name in TOKEN_SETS},
+    "exponential_decay_length_penalty": (_is_pair, "a list of a whole number and a factor"),
+    "sequence_bias": (_are_biases, "a list of pairs, a list of whole numbers of 32 bits and a number"),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "bad_words_ids": (_are_words, "a list of lists of whole numbers of 32 bits"),
     "max_length": _WHOLE,
@@ -93,6 +105,7 @@ _WITHOUT_EFFECT = (
     "num_assistant_tokens",
     "output_",
     "prefill_chunk_size",
+    "remove_invalid_values",
     "prompt_lookup_num_tokens",  # speculates, as assistants do, on the same tokens
     "renormalize_logits",
     "return_",
@@ -136,11 +149,6 @@ def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tupl
         and not key.startswith(_WITHOUT_EFFECT)
         and not _changes_nothing(value, _NEUTRAL.get(key))
     }
-    if "bad_words_ids" in given:
-        words = given["bad_words_ids"]
-        given["bad_words_ids"] = [word for word in words if len(word) == 1]
-        if len(given["bad_words_ids"]) < len(words):
-            ignored["bad_words_ids"] = [word for word in words if len(word) > 1]
     sampling = [key for key in _SAMPLING if key in given]
     if sampling:
         if "do_sample" not in given:
@@ -159,7 +167,7 @@ def _changes_nothing(value: object, neutral: float | None) -> bool:
 
 
 def _checked(config: dict[str, Any], keys: Mapping[str, _Check], config_file: Path) -> dict[str, Any]:
-    given = {key: config[key] for key in keys if config.get(key) is not None}
+    given = {key: config[key] for key in keys if config.get(key) is not None and config[key] != []}
     for key, value in given.items():
         is_valid, allowed = keys[key]
         if not is_valid(value):

@@ -1,6 +1,7 @@
 """A model's tokenizer: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -118,6 +119,14 @@ def decoded(tokenizer: Tokenizer, ids: Iterable[int], **options: bool) -> str:
     ids = list(ids)
     with _one_line_errors(f"decode {ids[:8]}"):
         return tokenizer.decode(ids, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def tokens_with(tokenizer: Tokenizer, texts: tuple[str, ...], n_vocab: int) -> list[int]:
+    """The ids of all tokens that hold one of the texts, a list; tokens that are only part of a character hold none."""
+    with _one_line_errors("decode its tokens"):
+        each = tokenizer.decode_batch([[i] for i in range(n_vocab)], skip_special_tokens=False)
+    return [i for i, token in enumerate(each) if any(text in token for text in texts)]
 
 
 @contextlib.contextmanager

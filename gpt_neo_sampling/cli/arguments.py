@@ -13,7 +13,7 @@ from gpt_neo_sampling.generation.options import SAMPLING, GenerationOptions, che
 from gpt_neo_sampling.inspection import plot_format
 from gpt_neo_sampling.mesh.cluster import MOST_CPUS, Cluster, cluster_from_environment, parse_cluster
 from gpt_neo_sampling.mesh.devices import check_description
-from gpt_neo_sampling.sampling.controls import check_int
+from gpt_neo_sampling.sampling.controls import TOKEN_SETS, check_int
 
 _TEXTS = {"generate": "prompt", "inspect": "prompt", "score": "text"}
 _OTHERS = {"generate": ("prompt_ids", "prompts_file"), "inspect": ("prompt_ids",), "score": ("text_ids", "file")}
@@ -184,15 +184,43 @@ def ids_of(text: str, option: str = "--prompt-ids") -> list[int]:
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the group "sampling", as those of `GenerationOptions`."""
-    options = {name: getattr(args, name) for name in SAMPLING}
+    options = {name: getattr(args, name) for name in (*SAMPLING, *TOKEN_SETS, "no_repeat_ngram_size", "bad_words")}
+    words, decay = args.bad_words_ids, args.exponential_decay_length_penalty
     return dict(
         options,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        exponential_decay_length_penalty=None if decay is None else _decay(decay),
+        sequence_bias=_sequence_biases(args.sequence_bias or ()),
         logit_bias=_biases(args.logit_bias or ()),
-        bad_words_ids=None if args.bad_words_ids is None else [[i] for i in args.bad_words_ids],
+        bad_words_ids=None if words is None else [ids_of(text, "--bad-words-ids") for text in words],
         eos_token_id=args.eos_token_id,
         do_sample=None if args.do_sample is None else args.do_sample == "true",
     )
+
+
+def _decay(text: str) -> tuple[float, float]:
+    try:
+        start, factor = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--exponential-decay-length-penalty {text!r}: a number of tokens and a factor are needed, as in 20,1.05"
+        ) from None
+    return start, factor
+
+
+def _sequence_biases(texts: Sequence[str]) -> dict[tuple[int, ...], float]:
+    biases: dict[tuple[int, ...], float] = {}
+    for text in texts:
+        left, _, right = text.partition("=")
+        try:
+            ids, value = tuple(ids_of(left)), float(right)
+        except ValueError:
+            ids, value = (), 0.0
+        if not ids:
+            raise ValueError(f'--sequence-bias {text!r}: ids and a number are needed, as in "12 17=-2.5"')
+        if ids in biases:
+            raise ValueError(f"--sequence-bias has {left!r} twice")
+        biases[ids] = value
+    return biases
 
 
 def _biases(texts: Sequence[str]) -> dict[int, float]:

@@ -9,9 +9,9 @@ from gpt_neo_sampling.checkpoint.base import EXAMPLE, one_line
 from gpt_neo_sampling.checkpoint.convert import MAX_SHARD_SIZE
 from gpt_neo_sampling.cli import PROGRAM
 from gpt_neo_sampling.cli.argument_parser import CommandParser, Parser, unescaped
-from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, DTYPES, EXPORTABLE, OPTIONS
+from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, DTYPES, EXPORTABLE, ONLY_PYTHON, OPTIONS
 from gpt_neo_sampling.inspection import DEFAULT_COUNT
-from gpt_neo_sampling.sampling.controls import CONTROLS, Number
+from gpt_neo_sampling.sampling.controls import CONTROLS, Number, Tokens
 from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA
 
 
@@ -45,12 +45,18 @@ def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
 _LENGTHS_AND_SEEDS = ("max_new_tokens", "seed", "stream", "num_return_sequences", "stop_strings")
 _ALIASES = {"entmax_alpha": ["--entmax"], "num_return_sequences": ["--num-samples"]}
 _ESCAPES = "\\n is a newline, \\t a tab, \\r a carriage return, \\\\ a backslash; other backslashes stay"
-_NOTES = {"stop_strings": f". {_ESCAPES}"}  # what the command adds to a sentence
+_NOTES = {
+    name: f". {_ESCAPES}" for name in ("stop_strings", "bad_words", "dry_sequence_breakers")
+}  # what the command adds to a sentence
 _ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are more than a number
     "no_repeat_ngram_size": {"type": int, "metavar": "N"},
     "logit_bias": {"nargs": "+", "action": "extend", "metavar": "ID=X"},
     "entmax_alpha": {"nargs": "?", "const": DEFAULT_ALPHA, "type": float, "metavar": "ALPHA"},
-    "bad_words_ids": {"type": int, "nargs": "*", "action": "extend", "metavar": "ID"},
+    "sequence_bias": {"nargs": "+", "action": "extend", "metavar": '"ID ID=X"'},
+    "bad_words_ids": {"nargs": "*", "action": "extend", "metavar": '"ID ID"'},
+    "dry_sequence_breakers": {"type": unescaped, "metavar": "TEXT"},
+    "bad_words": {"type": unescaped, "nargs": "*", "action": "extend", "metavar": "TEXT"},
+    "exponential_decay_length_penalty": {"metavar": "START,FACTOR"},
     "eos_token_id": {"type": int, "nargs": "+", "action": "extend", "metavar": "ID"},
     "stop_strings": {"type": unescaped, "nargs": "*", "action": "extend", "metavar": "TEXT"},
     "num_return_sequences": {"type": int, "metavar": "N"},
@@ -61,6 +67,8 @@ def _add_option(add: Callable[..., Any], name: str) -> None:
     """One of `GenerationOptions`, with its sentence."""
     option = OPTIONS[name]
     arguments = _ARGUMENTS.get(name)
+    if isinstance(option, Tokens):
+        arguments = {"type": int, "nargs": "*", "action": "extend", "metavar": "ID", **(arguments or {})}
     if isinstance(option, Number) and arguments is None:
         metavar = "N" if option.whole else "P" if option.most == 1 else "X"
         arguments = {"type": int if option.whole else float, "metavar": metavar}
@@ -71,7 +79,7 @@ def _add_option(add: Callable[..., Any], name: str) -> None:
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Those that say how a token is drawn."""
     group = parser.add_argument_group(
-        "sampling", "from --repetition-penalty on in the order of application; each defaults to the model's own, and "
+        "sampling", "from --sequence-bias on in the order of application; each defaults to the model's own, and "
         "else changes nothing (docs/sampling.md shows what they do)"
     )  # fmt: skip
     greedy = group.add_mutually_exclusive_group()
@@ -79,8 +87,9 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="the likeliest token each time, as with --temperature 0")  # fmt: skip
     greedy.add_argument("--do-sample", choices=("true", "false"), help="false is --greedy; true draws tokens also "
         "where the model says otherwise")  # fmt: skip
-    for name in ("eos_token_id", "bad_words_ids", *CONTROLS):
-        _add_option(group.add_argument, name)
+    for name in ("eos_token_id", "bad_words", *CONTROLS):
+        if name not in ONLY_PYTHON:
+            _add_option(group.add_argument, name)
 
 
 def _add_plain(parser: argparse.ArgumentParser, what: str, option: str, nargs: str = "*") -> None:

@@ -21,11 +21,13 @@ from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import StoppingCriteria, continue_rows, sample_autoregressive
 from gpt_neo_sampling.sampling.controls import INT32_MAX, History, SamplingOptions, check_int
 from gpt_neo_sampling.sampling.next_token import chain_distributions
+from gpt_neo_sampling.sampling.prefix_function import PrefixFunction
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 DEMO_FOLDER = pathlib.Path(__file__).parents[1] / "demo"
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
+STATEFUL = {"mirostat"}  # controls that keep a state: see `initial_states`
 MOST_STOP_TOKENS = 256  # a graph is built for their number
-LOGIT_BIAS = "logit_bias"  # a step of ProgramKey's that is no number
 
 OnTokens = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # see `build`
 
@@ -104,16 +106,24 @@ class ProgramKey:
     length: int  # prompt and new tokens
     samples: int = 1  # rows of each prompt
     greedy: bool = False
-    steps: frozenset[str] = frozenset()  # names of numbers among the controls that the request has, and LOGIT_BIAS
+    steps: frozenset[str] = frozenset()  # names of numbers among the controls that the request has
+    arrays: frozenset[str] = frozenset()  # names of logit_bias and of sets of tokens that it has
+    sequences: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = ()  # pairs of a name and TokenSequences.shapes
     max_top_k: int | None = None
     n_stop_tokens: int = 1
     no_repeat_ngram_size: int | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()  # see `sample_autoregressive`
+    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None
     return_logprobs: bool = False
 
     @property
     def rows(self) -> int:
         return self.batch * self.samples
+
+    @property
+    def n_control_states(self) -> int:
+        """How many states the controls keep."""
+        return len(self.steps & STATEFUL)
 
 
 @dataclasses.dataclass
@@ -128,7 +138,19 @@ class ProgramInputs:
     seed: tf.Tensor  # int32
     stop_tokens: list[tf.Tensor]  # int32
     temperature: tf.Tensor  # float32; unused in a greedy graph
-    options: dict[str, tf.Tensor]  # of those in the key's steps, name -> tensor; logit_bias is float32 [vocab]
+    options: dict[str, tf.Tensor]  # of the key's steps, name -> tensor [rows, …]; of its arrays, float32 [vocab]
+    sequences: dict[str, TokenSequences] = dataclasses.field(default_factory=dict)
+    prefix_function: PrefixFunction | None = None
+
+    def row_options(self) -> dict[str, Any]:
+        """The controls as `sample_autoregressive` and SamplingOptions take them, but for the key's own."""
+        pairs = {name: tuple(tf.unstack(x, axis=-1)) for name, x in self.options.items() if x.shape.rank == 2}
+        return {
+            **self.options,
+            **{name: (tf.cast(start, tf.int32), factor) for name, (start, factor) in pairs.items()},
+            **self.sequences,
+            "prefix_allowed_tokens_fn": self.prefix_function,
+        }
 
 
 def build(
@@ -161,7 +183,7 @@ def build(
         rows = mtf.Shape([mtf.Dimension(shape[0].name, key.rows)])
         prompt_lengths = tf.repeat(tf.maximum(inputs.prompt_lengths, 1), key.samples)
         watch = _stopping_criteria(on_tokens, mtf.import_tf_tensor(mesh, prompt_lengths, rows), run_number)
-    options = dict(inputs.options)
+    options = inputs.row_options()
     top_k, alpha = options.pop("top_k", None), options.pop("entmax_alpha", None)
     results = sample_autoregressive(
         mtf.import_tf_tensor(mesh, inputs.ids, shape),
@@ -220,12 +242,16 @@ def build_chain(key: ProgramKey, inputs: ProgramInputs, model: Model) -> list[tu
 def _sampling_options(
     key: ProgramKey, inputs: ProgramInputs, model: Model, mesh: mtf.Mesh, rows: mtf.Shape
 ) -> SamplingOptions:
-    rest = {name: value for name, value in inputs.options.items() if name != LOGIT_BIAS}
-    rest = {name: mtf.import_tf_tensor(mesh, value, rows) for name, value in rest.items()}
+    def imported(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(imported, value))
+        return mtf.import_tf_tensor(mesh, value, rows)
+
+    rest = inputs.row_options()
+    rest = {name: imported(value) if name in key.steps else value for name, value in rest.items()}
     return SamplingOptions(
         logits_processors=key.logits_processors,
         no_repeat_ngram_size=key.no_repeat_ngram_size,
-        logit_bias=inputs.options.get(LOGIT_BIAS),
         stop_tokens=tuple(mtf.import_tf_tensor(mesh, t, mtf.Shape([])) for t in inputs.stop_tokens),
         temperature=0 if key.greedy else mtf.import_tf_tensor(mesh, inputs.temperature, rows),
         max_top_k=key.max_top_k,
@@ -266,6 +292,7 @@ def build_segment(
     model: Model,
     on_tokens: OnTokens,
     run_number: tf.Tensor,
+    control_states: list[tf.Tensor],
 ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
     """Adds a graph of some steps of rows that are under way to the graph that is open.
 
@@ -276,9 +303,11 @@ def build_segment(
       done: bool tf.Tensor [rows].
       model: Model.
       on_tokens, run_number: as for `build`.
+      control_states: float32 tf.Tensors [rows], as for `continue_rows`, as many as `n_control_states` says.
 
     Returns:
-      (results, states, new_states): lists of tf.Tensors. The results are those of `build`, see `continue_rows`; the
+      (results, states, new_states): lists of tf.Tensors. The results are those of `build`, see `continue_rows`, and
+      then the new control_states; the
       states are placeholders like what `build_first_pass` returns, with `key.length` positions, and may be overwritten
       where they lie.
     """
@@ -290,7 +319,7 @@ def build_segment(
     # for what it keeps besides the states, of which only the shapes are used: TensorFlow does not compute them
     shapes = decoder.first_pass(ids, 1)
     states = [tf.placeholder(s.dtype, s.shape.to_integer_list) for s in shapes]
-    results, new_states = continue_rows(
+    results, new_control_states, new_states = continue_rows(
         ids,
         lengths,
         mtf.import_tf_tensor(mesh, position, rows),
@@ -304,9 +333,10 @@ def build_segment(
         max_steps=inputs.max_steps,
         stopping_criteria=_stopping_criteria(on_tokens, lengths, run_number),
         return_logprobs=key.return_logprobs,
+        control_states=[mtf.import_tf_tensor(mesh, state, rows) for state in control_states],
     )
     export = model.lowered(mesh).export_to_tf_tensor
-    return list(map(export, results)), states, list(map(export, new_states))
+    return list(map(export, results + new_control_states)), states, list(map(export, new_states))
 
 
 def _stopping_criteria(on_tokens: OnTokens, prompt_lengths: mtf.Tensor, run_number: tf.Tensor) -> StoppingCriteria:

@@ -251,6 +251,7 @@ class TextGenerator:
             raise TypeError(f"streamer={streamer!r}; a function of (index, token, text, is_last) is needed")
         if streamer is not None and self.mesh.cluster is not None:
             raise ValueError("a streamer needs a mesh of this process's own devices, not a cluster")
+        self._check_prefix_function(request)
         for length, limit in zip(map(len, request.prompts), request.values["max_new_tokens"]):
             if length + limit > self.params["n_ctx"]:
                 log.warning(
@@ -275,6 +276,13 @@ class TextGenerator:
             errors[0].samples = samples
             raise errors[0]
         return cast(list[Sample], samples)
+
+    def _check_prefix_function(self, request: Request) -> None:
+        if request.options.prefix_allowed_tokens_fn is not None:
+            if self.mesh.cluster is not None:
+                raise ValueError("prefix_allowed_tokens_fn needs a mesh of this process's own devices, not a cluster")
+            if self.jit_compile:
+                raise ValueError("prefix_allowed_tokens_fn needs jit_compile=False: XLA compiles no Python function")
 
     @functools.cached_property
     def replaces_rows(self) -> bool:
@@ -301,6 +309,8 @@ class TextGenerator:
         if not self.replaces_rows:
             raise RuntimeError("generate_each: one CPU of this process is needed (see replaces_rows)")
         request = self.check(prompts, **options)
+        if request.options.prefix_allowed_tokens_fn is not None:
+            raise ValueError("generate_each has no prefix_allowed_tokens_fn; generate has")
         self._note_no_text()
         pool = RowPool(self._graphs, request, functools.partial(self._detokenizer, request), streamer, MAX_BATCH)
         for ended in pool.run(wanted):
@@ -363,7 +373,8 @@ class TextGenerator:
         new = [] if isinstance(continuation, str) and not continuation else self._ids(continuation, is_begin=False)
         options["max_new_tokens"] = INT32_MAX  # how many more may follow does not matter here
         ids, given = self.encode(prompt) + new, GenerationOptions(**options)
-        request = checked_request([ids], given, self.checkpoint, self.tokenizer, len(new))
+        request = checked_request([ids], given, self.checkpoint, self.tokenizer)
+        self._check_prefix_function(request)
         key = program_key(request, request.prompts, [0], 1, self.mesh)
         chain = self._graphs.run(ChainProgram, key, request, range(1), range(1), [len(new)])
         steps = [

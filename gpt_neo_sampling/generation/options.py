@@ -7,20 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from gpt_neo_sampling._types import is_int, is_real
 from gpt_neo_sampling.sampling.controls import (
     CONTROLS,
     INT32_MAX,
+    MASKS,
     NUMBERS,
+    SEQUENCES,
+    TOKEN_SETS,
     Control,
     Controls,
     Number,
+    check_bool,
     check_int,
+    check_together,
     control,
     controls_of,
     with_sentences,
 )
 from gpt_neo_sampling.sampling.defaults import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 from gpt_neo_sampling.sampling.other_names import check_names
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences, banned, biased
 
 DEFAULT_NEW_TOKENS = 64
 DTYPES = ("float32", "bfloat16")  # of weights and activations
@@ -51,8 +58,8 @@ class GenerationOptions(Controls[PerPrompt]):
         ValueError: min_p=1.5; a number from 0 to 1 is needed
     """
 
-    bad_words_ids: Sequence[Sequence[int]] | None = control(
-        Control("lists of one token id each, never drawn, except stop tokens")
+    bad_words: str | Sequence[str] | None = control(
+        Control("texts that never come up, as bad_words_ids of their tokens, with a space ahead of them and without")
     )
     do_sample: bool | None = control(
         Control("False: the likeliest token each time, as with temperature 0; None: True, also where the model says "
@@ -77,6 +84,12 @@ class GenerationOptions(Controls[PerPrompt]):
     pad_token_id: int | None = control(
         Control("accepted for scripts that pass it; changes nothing, as what is returned has no padding")
     )
+    renormalize_logits: bool | None = control(
+        Control("accepted for scripts that pass it; changes nothing, as what is left is always renormalized")
+    )
+    remove_invalid_values: bool | None = control(
+        Control("accepted for scripts that pass it; changes nothing, as a row whose logits are NaN or +inf is an error")
+    )
     return_logprobs: bool = False
 
     def __new__(cls, *args: Any, **options: Any) -> "GenerationOptions":
@@ -90,12 +103,21 @@ PER_PROMPT = {name: c for name, c in OPTIONS.items() if isinstance(c, Number)}
 SAMPLING = tuple(NUMBERS)  # those that say how a token is drawn
 ARGMAX_INVARIANT = tuple(name for name in SAMPLING if PER_PROMPT[name].argmax_invariant)
 # Numbers that an exported model may be asked for, besides those that each has.
-EXPORTABLE = tuple(n for n in SAMPLING if NUMBERS[n].neutral is not None and n not in ("top_k", "entmax_alpha"))
+EXPORTABLE = tuple(
+    name
+    for name, number in NUMBERS.items()
+    if number.neutral is not None and not number.of and not number.shape and name not in ("top_k", "entmax_alpha")
+)
 # All that say how a token is drawn.
-TOKEN_OPTIONS = ("logits_processors", *CONTROLS, "bad_words_ids", "eos_token_id", "do_sample")
+TOKEN_OPTIONS = ("logits_processors", *CONTROLS, "bad_words", "eos_token_id", "do_sample")
+
+TEXTS_TOO = (
+    "dry_sequence_breakers",
+)  # sets of tokens that may be given as texts, which stand for all tokens with them
+ONLY_PYTHON = ("logits_processors", "prefix_allowed_tokens_fn")  # functions
 
 # Options that all prompts share, and that a generation_config.json may give.
-SHARED = ("bad_words_ids", "no_repeat_ngram_size", "num_return_sequences", "stop_strings")
+SHARED = ("no_repeat_ngram_size", "num_return_sequences", "stop_strings", *SEQUENCES, *TOKEN_SETS)
 
 
 def check_shared(options: GenerationOptions, n_vocab: int) -> None:
@@ -104,13 +126,38 @@ def check_shared(options: GenerationOptions, n_vocab: int) -> None:
         check_int("num_return_sequences", options.num_return_sequences, 1, INT32_MAX)
     if options.no_repeat_ngram_size is not None:
         check_int("no_repeat_ngram_size", options.no_repeat_ngram_size, 0, INT32_MAX)
-    banned = options.bad_words_ids
-    if not (banned is None or isinstance(banned, (list, tuple))):
-        raise ValueError(f"bad_words_ids={banned!r}; a list is needed, as in [[50256]]")
-    for word in banned or ():
-        if not isinstance(word, (list, tuple)) or len(word) != 1:
-            raise ValueError(f"bad_words_ids: {word!r}; lists of one token id each are supported, as in [[50256]]")
-        check_int("bad_words_ids: token id", word[0], 0, n_vocab - 1)
+    for name in ("renormalize_logits", "remove_invalid_values"):
+        if getattr(options, name) is not None:
+            check_bool(name, getattr(options, name))
+    for name in TOKEN_SETS:
+        check_token_set(name, getattr(options, name), n_vocab)
+    for name in SEQUENCES:
+        sequences_of(name, getattr(options, name), n_vocab)
+
+
+def check_token_set(name: str, value: Any, n_vocab: int) -> list[Any]:
+    """The ids of a set, a list, with texts among those of TEXTS_TOO.
+
+    Raises:
+      ValueError: for what is not an id or a list of them, an id outside the vocabulary, or no allowed ones.
+    """
+    if value is None:
+        return []
+    ids = value.tolist() if isinstance(value, np.ndarray) else value
+    ids = [ids] if is_int(ids) or (isinstance(ids, str) and name in TEXTS_TOO) else ids
+    if not isinstance(ids, (list, tuple)) or (name == "allowed_token_ids" and not ids):
+        raise ValueError(f"{name}={value!r}; a list of token ids is needed, as in [50256]")
+    for token in ids:
+        if not (isinstance(token, str) and token and name in TEXTS_TOO):
+            check_int(f"{name}: token id", token, 0, n_vocab - 1)
+    return list(ids)
+
+
+def sequences_of(name: str, value: Any, n_vocab: int) -> TokenSequences | None:
+    """What a control of SEQUENCES is; None for nothing. Raises ValueError as `biased` and `banned`."""
+    if value is None or (isinstance(value, (list, tuple, dict)) and not value):
+        return None
+    return {"sequence_bias": biased, "bad_words_ids": banned}[name](value, n_vocab)
 
 
 def per_prompt(name: str, value: Any, n_prompts: int) -> list[Any]:
@@ -121,7 +168,7 @@ def per_prompt(name: str, value: Any, n_prompts: int) -> list[Any]:
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not (PER_PROMPT[name].shape and value and all(map(is_real, value))):
         if len(value) != n_prompts:
             raise ValueError(f"{name} has {len(value)} values for {n_prompts} prompts; one, or one each, is needed")
         values = list(value)
@@ -152,12 +199,15 @@ def resolve(options: GenerationOptions, defaults: Sequence[dict[str, Any]]) -> d
         _resolve_row({name: values[i] for name, values in given.items()}, options.do_sample, own)
         for i, own in enumerate(defaults)
     ]
-    return {name: np.array([row[name] for row in rows], PER_PROMPT[name].dtype) for name in SAMPLING}
+    return {
+        name: np.array([row[name] for row in rows], PER_PROMPT[name].dtype).reshape(-1, *PER_PROMPT[name].shape)
+        for name in SAMPLING
+    }
 
 
 def check_alone(options: GenerationOptions) -> None:
     """Raises ValueError for what is wrong with a request for one prompt, whatever the model is."""
-    check_shared(dataclasses.replace(options, bad_words_ids=None), n_vocab=INT32_MAX)
+    check_shared(options, n_vocab=INT32_MAX)
     resolve(options, [{}])
     given = {name: per_prompt(name, getattr(options, name), 1)[0] for name in PER_PROMPT}
     least, most = given["min_new_tokens"], given["max_new_tokens"]
@@ -183,18 +233,43 @@ def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[s
             if name != "temperature" or given[name]:
                 raise ValueError(f"{name}={given[name]} with do_sample=False, which is greedy; leave one out")
 
+    if given["mirostat"]:  # in place of what the model has
+        defaults = {name: value for name, value in defaults.items() if name not in MASKS}
+    elif any(given[name] not in (None, PER_PROMPT[name].neutral) for name in MASKS):
+        defaults = {name: value for name, value in defaults.items() if name != "mirostat"}
+
     def default(name: str) -> Any:
         option = PER_PROMPT[name]
         if name == "temperature" and name not in defaults:
             return SOFTMAX_TEMPERATURE if given["entmax_alpha"] is None else ENTMAX_TEMPERATURE
-        value = defaults.get(name, option.neutral)
-        if value != option.neutral:
+        value = defaults.get(name, option.unset)
+        if value != option.unset:
             check_default(name, value)
         return value
 
     if not do_sample:
-        given = {**given, **{name: PER_PROMPT[name].neutral or 0 for name in ("temperature", *ARGMAX_INVARIANT)}}
-    return {name: default(name) if value is None else value for name, value in given.items()}
+        given = {**given, **{name: PER_PROMPT[name].unset or 0 for name in ("temperature", *ARGMAX_INVARIANT)}}
+    if given["min_length"] is not None and given["min_new_tokens"] is not None:
+        raise ValueError(
+            f"min_length={given['min_length']} with min_new_tokens={given['min_new_tokens']}; leave one out: the first "
+            "counts the prompt too"
+        )
+    if given["min_length"] is not None:  # which takes the place of what the model has
+        given = {**given, "min_new_tokens": 0}
+    elif given["min_new_tokens"] is not None or "min_new_tokens" in defaults:  # as in transformers
+        given = {**given, "min_length": 0}
+    row = {name: default(name) if value is None else value for name, value in given.items()}
+    check_together(row)
+    for name, value in given.items():
+        of = NUMBERS[name].of
+        if of and value is not None and do_sample and all(row[o] == NUMBERS[o].neutral for o in of):
+            raise ValueError(f"{name}={value:g} without {' or '.join(of)}, which it belongs to")
+    return {name: _neutral_if_same(name, value) for name, value in row.items()}
+
+
+def _neutral_if_same(name: str, value: Any) -> Any:
+    """A pair that changes nothing, whatever its start is."""
+    return PER_PROMPT[name].neutral if PER_PROMPT[name].shape and value[1] == 1 else value
 
 
 def check_default(name: str, value: object) -> None:

@@ -38,12 +38,12 @@ from gpt_neo_sampling.generation.generator import (
     Sample,
     TextGenerator,
 )
-from gpt_neo_sampling.generation.options import PER_PROMPT, GenerationOptions
+from gpt_neo_sampling.generation.options import ONLY_PYTHON, PER_PROMPT, GenerationOptions
 from gpt_neo_sampling.sampling.controls import INT32_MAX
 from gpt_neo_sampling.sampling.other_names import explained
 
 # the options of a record, and of a run: functions cannot be stored, and random streams are assigned here
-OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in ("logits_processors", "stream"))
+OPTIONS = tuple(f.name for f in dataclasses.fields(GenerationOptions) if f.name not in (*ONLY_PYTHON, "stream"))
 SIDECAR = ".run"  # suffix of the file beside the output that stores the run's settings
 HASHED = ("prompts_file", "model")  # settings stored as a hash
 SHORT = 256  # positions of rows that need not be told apart by length
@@ -131,6 +131,8 @@ def generate_file(
         finished batches are on disk.
     """
     seed, options = _plain(seed), _plain(options)
+    if isinstance(options.get("sequence_bias"), dict):  # JSON has no keys that are lists
+        options["sequence_bias"] = [[list(ids), bias] for ids, bias in options["sequence_bias"].items()]
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise TypeError(f"not an option for a file: {', '.join(unknown)}; {explained(unknown[0], OPTIONS)}")

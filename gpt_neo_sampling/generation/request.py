@@ -2,16 +2,15 @@
 
 import dataclasses
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, Tokenizer, is_real
 from gpt_neo_sampling.checkpoint import Checkpoint
-from gpt_neo_sampling.checkpoint.tokenizer import why_no_tokenizer
+from gpt_neo_sampling.checkpoint.tokenizer import encoded, tokens_with, why_no_tokenizer
 from gpt_neo_sampling.generation.decode_graph import stop_tokens_of
 from gpt_neo_sampling.generation.options import (
-    ARGMAX_INVARIANT,
     DEFAULT_NEW_TOKENS,
     PER_PROMPT,
     SAMPLING,
@@ -20,11 +19,16 @@ from gpt_neo_sampling.generation.options import (
     check_default,
     check_least_and_most,
     check_shared,
+    check_token_set,
     of_the_model,
     per_prompt,
     resolve,
+    sequences_of,
 )
-from gpt_neo_sampling.sampling.controls import INT32_MAX, check_bool, check_int
+from gpt_neo_sampling.sampling.controls import INT32_MAX, NUMBERS, TOKEN_SETS, check_bool, check_int
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences
+
+DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's own, where a request gives none
 
 
 @dataclasses.dataclass
@@ -37,7 +41,8 @@ class Request:
     num_return_sequences: int
     stop_tokens: list[int]
     stop_strings: tuple[str, ...]
-    logit_bias: np.ndarray | None  # float32 [vocab]
+    arrays: dict[str, np.ndarray]  # logit_bias, and of TOKEN_SETS those that are given as flags: float32 [vocab]
+    sequences: dict[str, TokenSequences]  # of SEQUENCES those that are given
     n_vocab: int  # the model's
     n_ctx: int
 
@@ -48,13 +53,13 @@ class Request:
     @property
     def steps(self) -> frozenset[str]:
         """The names of those numbers that change anything in some row: a frozenset."""
-        return frozenset(
-            name
-            for name in SAMPLING
-            if PER_PROMPT[name].neutral is not None
-            and np.any(self.values[name] != PER_PROMPT[name].neutral)
-            and not (self.greedy and name in ARGMAX_INVARIANT)
-        )
+        return frozenset(name for name in SAMPLING if self._changes(name) or any(map(self._changes, NUMBERS[name].of)))
+
+    def _changes(self, name: str) -> bool:
+        number = NUMBERS[name]
+        if number.neutral is None or number.of or (self.greedy and number.argmax_invariant):
+            return False
+        return bool(np.any(self.values[name] != number.neutral))
 
     def setting(self, step: str) -> str:
         """The first prompt's values for a step of the chain, as text."""
@@ -62,7 +67,8 @@ class Request:
             step = "entmax_alpha"
         if step == "no_repeat_ngram_size":
             return str(self.options.no_repeat_ngram_size)
-        return ", ".join(f"{self.values[name][0]:g}" for name in step.split(", ") if name in self.values)
+        names = [name for name in step.split(", ") if name in self.values]
+        return ", ".join(PER_PROMPT[name].as_text(self.values[name][0]) for name in names)
 
 
 def checked_request(
@@ -70,11 +76,8 @@ def checked_request(
     options: GenerationOptions,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer | None,
-    n_new: int = 0,
 ) -> Request:
     """Takes a list of prompts, lists of ids, and GenerationOptions for a model; returns a Request.
-
-    The last `n_new` ids of each prompt count as new tokens.
 
     Raises:
       ValueError: for a value that is out of range; the message says what was given
@@ -92,9 +95,11 @@ def checked_request(
     with of_the_model():
         check_shared(GenerationOptions(**own), n_vocab)
     options = dataclasses.replace(options, **own)
+    if not (options.prefix_allowed_tokens_fn is None or callable(options.prefix_allowed_tokens_fn)):
+        raise ValueError(f"prefix_allowed_tokens_fn={options.prefix_allowed_tokens_fn!r}; a function is needed")
     n_samples = 1 if options.num_return_sequences is None else int(options.num_return_sequences)
 
-    values = resolve(options, [_with_min_new_tokens(defaults, len(prompt) - n_new) for prompt in prompts])
+    values = resolve(options, [defaults] * len(prompts))
     values["top_k"][values["top_k"] >= n_vocab] = 0  # all of them: no mask
     new_tokens = per_prompt("max_new_tokens", options.max_new_tokens, len(prompts))
     new_tokens = [_default_new_tokens(len(p), defaults) if n is None else n for p, n in zip(prompts, new_tokens)]
@@ -102,6 +107,12 @@ def checked_request(
     if options.min_new_tokens is not None:
         for least, most in zip(values["min_new_tokens"], values["max_new_tokens"]):
             check_least_and_most(least, most)
+    if options.min_length is not None:
+        for least, most, prompt in zip(values["min_length"], values["max_new_tokens"], prompts):
+            if int(least) > len(prompt) + int(most):
+                raise ValueError(
+                    f"min_length={least} is more than a prompt of {len(prompt)} tokens and max_new_tokens={most}"
+                )
     fresh = secrets.randbits(32)
     seeds = [fresh if s is None else int(s) for s in per_prompt("seed", options.seed, len(prompts))]
     values["seed"] = np.array([s % 2**32 for s in seeds], np.uint32).view(np.int32)
@@ -124,17 +135,11 @@ def checked_request(
         num_return_sequences=n_samples,
         stop_tokens=stop_tokens,
         stop_strings=_stop_strings(options.stop_strings, checkpoint, tokenizer),
-        logit_bias=_logit_bias(options, stop_tokens, n_vocab),
+        arrays=_arrays(options, values, checkpoint, tokenizer),
+        sequences=_sequences(options, stop_tokens, tokenizer, checkpoint),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
     )
-
-
-def _with_min_new_tokens(defaults: dict[str, Any], length: int) -> dict[str, Any]:
-    """The defaults for a prompt of `length` tokens, which a min_length counts too."""
-    if "min_new_tokens" in defaults or "min_length" not in defaults:
-        return defaults
-    return {**defaults, "min_new_tokens": max(0, defaults["min_length"] - length)}
 
 
 def _default_new_tokens(length: int, defaults: dict[str, Any]) -> int:
@@ -203,20 +208,78 @@ def models_stop_strings(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> 
     return used, [s for s in given if s not in used]
 
 
-def _logit_bias(options: GenerationOptions, stop_tokens: list[int], n_vocab: int) -> np.ndarray | None:
-    """What logit_bias and bad_words_ids add to the logits; None for nothing."""
-    given, banned = options.logit_bias, options.bad_words_ids
+def _arrays(
+    options: GenerationOptions, values: dict[str, np.ndarray], checkpoint: Checkpoint, tokenizer: Tokenizer | None
+) -> dict[str, np.ndarray]:
+    """Request.arrays."""
+    arrays, n_vocab = {}, checkpoint.params["n_vocab"]
+    given = options.logit_bias
     if not (given is None or isinstance(given, dict)):
         raise ValueError(f"logit_bias={given!r}; a dict, token id -> number, is needed")
-    if not given and not banned:
-        return None
-    bias = np.zeros(n_vocab, np.float32)
-    for token, value in (given or {}).items():
-        check_int("logit_bias: token id", token, 0, n_vocab - 1)
-        if not is_real(value) or not (abs(value) <= FLOAT32_MAX or value == -np.inf):
-            raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number of 32 bits, or -inf, is needed")
-        bias[token] = value
-    for (token,) in banned or ():
-        if token not in stop_tokens:  # as in transformers: a row could not end
-            bias[token] = -np.inf
-    return bias
+    if given:
+        bias = arrays["logit_bias"] = np.zeros(n_vocab, np.float32)
+        for token, value in given.items():
+            check_int("logit_bias: token id", token, 0, n_vocab - 1)
+            if not is_real(value) or not (abs(value) <= FLOAT32_MAX or value == -np.inf):
+                raise ValueError(f"logit_bias={{{token}: {value!r}}}; a finite number of 32 bits, or -inf, is needed")
+            bias[token] = value
+    for name in TOKEN_SETS:
+        ids = check_token_set(name, getattr(options, name), n_vocab)
+        if name == "dry_sequence_breakers":
+            ids = _breakers(ids, options, values, checkpoint, tokenizer)
+        if ids:
+            arrays[name] = np.zeros(n_vocab, np.float32)
+            arrays[name][ids] = 1
+    return arrays
+
+
+def _breakers(
+    given: list[Any],
+    options: GenerationOptions,
+    values: dict[str, np.ndarray],
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+) -> list[int]:
+    """The tokens of dry_sequence_breakers, a list of ids and texts: for a text all tokens that hold it."""
+    is_on = np.any(values["dry_multiplier"])
+    if options.dry_sequence_breakers is None:
+        return tokens_with(tokenizer, DRY_BREAKERS, checkpoint.params["n_vocab"]) if is_on and tokenizer else []
+    if given and not is_on:
+        raise ValueError(f"dry_sequence_breakers={given!r} without dry_multiplier, which it belongs to")
+    ids = [token for token in given if not isinstance(token, str)]
+    for text in given:
+        if isinstance(text, str):
+            if tokenizer is None:
+                raise ValueError(f"dry_sequence_breakers need a tokenizer: {why_no_tokenizer(checkpoint)}; give ids")
+            found = tokens_with(tokenizer, (text,), checkpoint.params["n_vocab"])
+            if not found:
+                raise ValueError(f"dry_sequence_breakers: no token of the vocabulary holds {text!r}; shorter texts, or "
+                                 "token ids, are needed")  # fmt: skip
+            ids += found
+    return ids
+
+
+def _sequences(
+    options: GenerationOptions, stop_tokens: list[int], tokenizer: Tokenizer | None, checkpoint: Checkpoint
+) -> dict[str, TokenSequences]:
+    """Request.sequences."""
+    n_vocab = checkpoint.params["n_vocab"]
+    words = [list(word) for word in options.bad_words_ids or ()] + _bad_words(options.bad_words, tokenizer, checkpoint)
+    # as in transformers: a row could not end
+    words = [word for word in words if not (len(word) == 1 and word[0] in stop_tokens)]
+    given = {"sequence_bias": options.sequence_bias, "bad_words_ids": words}
+    found = {name: sequences_of(name, value, n_vocab) for name, value in given.items()}
+    return {name: sequences for name, sequences in found.items() if sequences is not None}
+
+
+def _bad_words(words: Any, tokenizer: Tokenizer | None, checkpoint: Checkpoint) -> list[list[int]]:
+    """The tokens of texts, each as a text's beginning and behind a space."""
+    if words is None:
+        return []
+    words = [words] if isinstance(words, str) else words
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"bad_words={words!r}; a text or a list of texts, none of them blank, is needed")
+    if words and tokenizer is None:
+        raise ValueError(f"bad_words need a tokenizer: {why_no_tokenizer(checkpoint)}; give bad_words_ids")
+    texts = [space + word.strip() for word in words for space in ("", " ")]
+    return [encoded(cast("Tokenizer", tokenizer), text, is_begin=False) for text in dict.fromkeys(texts)]

@@ -79,6 +79,7 @@ class RowPool:
             done=np.ones(batch, bool),
             ids=np.zeros([batch, key.length], np.int32),
             logprobs=[np.zeros([batch, key.length], np.float32) for _ in range(2 * key.return_logprobs)],
+            control_states=[np.zeros(batch, np.float32) for _ in range(key.n_control_states)],
             states=[],
         )
 
@@ -156,13 +157,14 @@ class RowPool:
         rows, stop_tokens = self._rows, self._request.stop_tokens
         watched = [(d, limit, stop_tokens) for d, limit in zip(self._detokenizers, rows.limits.tolist())]
         watcher = Watcher(watched, self._on_token and self._hand_on, rows.n_drawn, self._pause_at)
-        (ids, *logprobs), _ = self._graphs.run(
+        (ids, *more), _ = self._graphs.run(
             SegmentProgram, self._key, self._request, rows, around=watcher.run, watcher=watcher
         )
         rows.n_drawn = watcher.n_drawn
         rows.ids[:] = ids
-        for all_steps, new in zip(rows.logprobs, logprobs):
+        for all_steps, new in zip(rows.logprobs, more):
             all_steps += new
+        rows.control_states = more[len(rows.logprobs) :]
         return watcher
 
     def _hand_on(self, row: int, token: int, text: str | None, is_last: bool) -> None:

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from gpt_neo_sampling._compat import check_not_forked, extend_when_told, probe_d
 from gpt_neo_sampling._types import DType
 from gpt_neo_sampling.checkpoint import Checkpoint
 from gpt_neo_sampling.generation.decode_graph import (
-    LOGIT_BIAS,
     NO_STOP_TOKEN,
     Model,
     ProgramInputs,
@@ -39,6 +38,8 @@ from gpt_neo_sampling.mesh.cluster import ClusterError
 from gpt_neo_sampling.mesh.devices import DeviceMesh, MeshError, round_up
 from gpt_neo_sampling.mesh.sharded_rows import padded_size
 from gpt_neo_sampling.models import config, gpt2
+from gpt_neo_sampling.sampling.prefix_function import NO_ROW, PrefixFunction
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 MAX_PROGRAMS = 8  # graphs kept; before one more, all are dropped and the weights loaded again
 SHORTEST = 32  # positions of the smallest graph
@@ -102,7 +103,15 @@ class Graphs:
         with self._in_use(loaded):
             program = loaded.programs[program_class, key]
             feeds = program.feeds(key, *args, **kwargs)
-            run_graph = functools.partial(self.mesh.run, loaded.session, program.results, feeds)
+
+            def run_graph() -> Any:
+                try:
+                    return self.mesh.run(loaded.session, program.results, feeds)
+                except tf.errors.OpError:
+                    if (cause := getattr(program, "cause", lambda: None)()) is not None:
+                        raise cause from None
+                    raise
+
             return run_graph() if around is None else around(run_graph)
 
     def close(self) -> None:
@@ -215,6 +224,7 @@ class RowArrays:
     done: np.ndarray  # bool [rows]
     ids: np.ndarray  # int32 [rows, length]; prompt and new tokens
     logprobs: list[np.ndarray]  # float32 [rows, length]: two, or none
+    control_states: list[np.ndarray]  # float32 [rows], as many as the key's n_control_states
     states: list[np.ndarray]  # the model's, [rows, heads, memory_length, features_per_head]
 
 
@@ -223,11 +233,16 @@ class DecodeProgram:
 
     def __init__(self, key: ProgramKey, model: Model) -> None:
         def option(name: str) -> tf.Tensor:
-            return tf.placeholder(PER_PROMPT[name].dtype, [key.rows])
+            return tf.placeholder(PER_PROMPT[name].dtype, [key.rows, *PER_PROMPT[name].shape])
 
-        options = {name: option(name) for name in sorted(key.steps - {LOGIT_BIAS})}
-        if LOGIT_BIAS in key.steps:
-            options[LOGIT_BIAS] = tf.placeholder(tf.float32, [model.n_vocab])
+        options = {name: option(name) for name in sorted(key.steps)}
+        options.update((name, tf.placeholder(tf.float32, [model.n_vocab])) for name in sorted(key.arrays))
+        sequences = {
+            name: TokenSequences(*map(tf.placeholder, TokenSequences.dtypes, shapes)) for name, shapes in key.sequences
+        }
+        prefix_function = None
+        if key.prefix_allowed_tokens_fn is not None:
+            prefix_function = PrefixFunction(key.prefix_allowed_tokens_fn, tf.placeholder(tf.int32, [key.rows]))
         self._n_vocab = model.n_vocab
         self._inputs = ProgramInputs(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
@@ -238,11 +253,21 @@ class DecodeProgram:
             stop_tokens=[tf.placeholder(tf.int32, []) for _ in range(key.n_stop_tokens)],
             temperature=option("temperature"),
             options=options,
+            sequences=sequences,
+            prefix_function=prefix_function,
         )
         self.results = self._build(key, model)
 
     def _build(self, key: ProgramKey, model: Model) -> Any:
         return build(key, self._inputs, model)
+
+    def cause(self) -> Exception | None:
+        """What a function of the user's raised in the last run, which TensorFlow hides in an error of its own."""
+        fn = self._inputs.prefix_function
+        if fn is None:
+            return None
+        cause, fn.error = fn.error, None
+        return cause
 
     def feeds(
         self, key: ProgramKey, request: Request, prompt_range: range, sample_range: range, limits: list[int]
@@ -255,31 +280,40 @@ class DecodeProgram:
 
         def for_rows(name: str) -> np.ndarray:
             values = request.values[name][prompt_range.start : prompt_range.stop]
-            return np.repeat(np.pad(values, (0, n_padding), mode="edge"), key.samples)
+            padding = [(0, n_padding), *[(0, 0)] * (values.ndim - 1)]
+            return np.repeat(np.pad(values, padding, mode="edge"), key.samples, axis=0)
 
+        n_samples = request.num_return_sequences
+        indices = [p * n_samples + n for p in prompt_range for n in sample_range] + [NO_ROW] * n_padding * key.samples
         return {
             inputs.ids: ids,
             inputs.prompt_lengths: [len(p) for p in prompts] + [1] * n_padding,
             inputs.max_steps: np.repeat(limits + [0] * n_padding, key.samples),
             inputs.stream: for_rows("stream") + np.tile(np.array(sample_range, np.int32), key.batch),
-            **self._feeds_of_request(key, request, for_rows),
+            **self._feeds_of_request(key, request, for_rows, indices),
         }
 
     def _feeds_of_request(
-        self, key: ProgramKey, request: Request, for_rows: Callable[[str], np.ndarray]
+        self, key: ProgramKey, request: Request, for_rows: Callable[[str], np.ndarray], indices: Sequence[int]
     ) -> dict[tf.Tensor, Any]:
-        """What does not depend on the step; for_rows: a function of an option's name to its value for each row."""
+        """What does not depend on the step.
+
+        for_rows: a function of an option's name to its value for each row; indices: of each row's sample, or NO_ROW.
+        """
         inputs = self._inputs
         stop_tokens = request.stop_tokens + [NO_STOP_TOKEN] * (key.n_stop_tokens - len(request.stop_tokens))
-        feeds = {
+        feeds: dict[tf.Tensor, Any] = {
             inputs.seed: for_rows("seed"),
             inputs.temperature: for_rows("temperature"),
             **dict(zip(inputs.stop_tokens, stop_tokens)),
-            **{placeholder: for_rows(name) for name, placeholder in inputs.options.items() if name != LOGIT_BIAS},
+            **{placeholder: for_rows(name) for name, placeholder in inputs.options.items() if name in key.steps},
         }
-        if request.logit_bias is not None:
-            bias = np.pad(request.logit_bias, (0, self._n_vocab - len(request.logit_bias)))
-            feeds[inputs.options[LOGIT_BIAS]] = bias
+        for name, array in request.arrays.items():
+            feeds[inputs.options[name]] = np.pad(array, (0, self._n_vocab - len(array)))
+        for name, sequences in request.sequences.items():
+            feeds.update(zip(inputs.sequences[name].arrays(), sequences.arrays()))
+        if inputs.prefix_function is not None:
+            feeds[inputs.prefix_function.rows] = indices
         return feeds
 
 
@@ -319,8 +353,9 @@ class SegmentProgram(WatchedProgram):
     def _build_watched(self, key: ProgramKey, model: Model) -> Any:
         self._position = tf.placeholder(tf.int32, [key.rows])
         self._done = tf.placeholder(tf.bool, [key.rows])
+        self._control_states = [tf.placeholder(tf.float32, [key.rows]) for _ in range(key.n_control_states)]
         results, self._states, new_states = build_segment(
-            key, self._inputs, self._position, self._done, model, self._watch, self._number
+            key, self._inputs, self._position, self._done, model, self._watch, self._number, self._control_states
         )
         self._runs: weakref.WeakValueDictionary[int, RowArrays] = weakref.WeakValueDictionary()
         # not fetched, which copies them: what is fed was overwritten where it lies, as a rule
@@ -346,7 +381,10 @@ class SegmentProgram(WatchedProgram):
             self._position: rows.prompt_lengths + rows.n_drawn,
             self._done: rows.done,
             inputs.stream: rows.streams,
-            **self._feeds_of_request(key, request, lambda name: request.values[name][rows.prompt_indices]),
+            **self._feeds_of_request(
+                key, request, lambda name: request.values[name][rows.prompt_indices], [NO_ROW] * key.rows
+            ),
+            **dict(zip(self._control_states, rows.control_states)),
             **dict(zip(self._states, rows.states)),
         }
 
@@ -386,7 +424,7 @@ def program_key(
     limits: the most new tokens of each prompt; n_samples: samples of each prompt; mesh: `devices.DeviceMesh`.
     """
     n_ctx, n_vocab = request.n_ctx, request.n_vocab
-    steps = request.steps if request.logit_bias is None else request.steps | {LOGIT_BIAS}
+    steps = request.steps
     return ProgramKey(
         batch=_batch(len(prompts), mesh),
         prompt_length=_length(max(map(len, prompts)), n_ctx, mesh),
@@ -394,10 +432,13 @@ def program_key(
         samples=n_samples,
         greedy=request.greedy,
         steps=steps,
+        arrays=frozenset(request.arrays),
+        sequences=tuple((name, sequences.shapes) for name, sequences in sorted(request.sequences.items())),
         max_top_k=_round_up_top_k(request.values["top_k"].max(), n_vocab) if "top_k" in steps else None,
         n_stop_tokens=round_up_power(max(1, len(request.stop_tokens))),
         no_repeat_ngram_size=request.options.no_repeat_ngram_size,
         logits_processors=tuple(request.options.logits_processors),
+        prefix_allowed_tokens_fn=request.options.prefix_allowed_tokens_fn,
         return_logprobs=request.options.return_logprobs,
     )
 

@@ -601,26 +601,29 @@ class _RepeatOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], y)
 
 
-def host_call(fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str = "host_call") -> mtf.Tensor:
+def host_call(
+    fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str = "host_call", shape: ShapeLike | None = None
+) -> mtf.Tensor:
     """Calls a Python function with the values of tensors at each run of the graph (in a loop: at each iteration).
 
     Args:
-      fn: a function of as many ndarrays as there are tensors, that returns a float32
-        one of the shape of the first.
+      fn: a function of as many ndarrays as there are tensors, that returns a float32 one.
       xs: mtf.Tensors.
+      name: what asks for it, for the error.
+      shape: mtf.Shape of what it returns; by default that of the first tensor.
 
     Returns:
-      float32 mtf.Tensor of the first one's shape.
+      float32 mtf.Tensor of that shape.
 
     Raises:
       ValueError: when it is lowered, unless the mesh is of this process's CPUs and GPUs.
     """
-    return _HostCallOperation(fn, xs, name).outputs[0]
+    return _HostCallOperation(fn, xs, name, mtf.Shape(xs[0].shape if shape is None else shape)).outputs[0]
 
 
 class _HostCallOperation(MeshOperation):
-    def __init__(self, fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str) -> None:
-        super().__init__(xs, [(xs[0].shape, tf.float32)], name)
+    def __init__(self, fn: Callable[..., np.ndarray], xs: Sequence[mtf.Tensor], name: str, shape: mtf.Shape) -> None:
+        super().__init__(xs, [(shape, tf.float32)], name)
         self._fn = fn
 
     def lower(self, lowering: mtf.Lowering) -> None:

@@ -116,12 +116,14 @@ def draw_uniforms(
     stream: RowValue | None = None,
     step: RowValue = 0,
     samples_dim: mtf.Dimension | None = None,
+    level: int | None = None,
 ) -> tuple[mtf.Tensor, mtf.Tensor]:
     """The two uniforms of each draw, as 32 bits each; arguments as those of `sample_categorical`.
 
     Args:
       mesh: mtf.Mesh.
       rows: mtf.Shape, the dims of the request.
+      level: an int of `random`'s, in place of samples_dim: a draw beside the token's own.
 
     Returns:
       a pair of int32 mtf.Tensors [rows], then samples_dim: see `counter_bits`.
@@ -131,6 +133,8 @@ def draw_uniforms(
         mtf.broadcast(import_rows(mesh, stream, tf.int32, rows, "stream"), rows))  # fmt: skip
     step = import_rows(mesh, step, tf.int32, rows, "step")
     sample = None if samples_dim is None else mtf.range(mesh, samples_dim, tf.int32)
+    if level is not None:
+        sample = mtf.constant(mesh, level, dtype=tf.int32)
     return counter_bits(seed, stream, step, sample)
 
 

@@ -4,6 +4,7 @@ The order is that of transformers: what looks at the row so far, the
 temperature, the masks from top-n-σ to eta, softmax or entmax, the draw.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import cast
 
@@ -13,8 +14,17 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.compiled_rows import compiled_rows
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, finite, import_rows, take
+from gpt_neo_sampling.sampling import float_pairs
 from gpt_neo_sampling.sampling.categorical import draw_uniforms, score_draw
-from gpt_neo_sampling.sampling.controls import CONTROLS, History, SamplingOptions, TokenStep
+from gpt_neo_sampling.sampling.controls import (
+    CONTROLS,
+    Draw,
+    History,
+    MaskStep,
+    SamplingOptions,
+    TokenStep,
+    numbers_of,
+)
 from gpt_neo_sampling.sampling.cutoffs import with_top_zero
 from gpt_neo_sampling.sampling.entmax import entmax, log_softmax_at, softmax
 from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
@@ -22,6 +32,7 @@ from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_ma
 from gpt_neo_sampling.sampling.penalties import tokens_mask
 from gpt_neo_sampling.sampling.top_k import first_argmax
 
+OFF = float(tf.float32.max)  # a state of mirostat's that masks nothing; finite, to travel between shards
 MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 
 
@@ -54,7 +65,7 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
     names: dict[TokenStep, list[str]] = {}  # of each step's controls
     for name, control in CONTROLS.items():
         if control.token_step is not None and options.changes(name):
-            names.setdefault(control.token_step, []).append(name)
+            names.setdefault(control.token_step, []).extend([name, *numbers_of(name)])
 
     def bound(step: TokenStep) -> Step:
         return lambda x, dim: step(x, dim, options, h)
@@ -65,17 +76,24 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
     return [user_step(p) for p in options.logits_processors] + steps
 
 
-def mask_steps(options: SamplingOptions) -> list[tuple[str, Step]]:
-    """The masks after the temperature, "top_k" among them, as pairs like those of `token_steps`."""
-    masks = {name: control.mask for name, control in CONTROLS.items() if control.mask is not None or name == "top_k"}
+def mask_steps(options: SamplingOptions, draw: Draw | None = None) -> list[tuple[str, Step]]:
+    """The masks after the temperature, "top_k" among them.
 
-    def step(name: str) -> Step:
-        value, mask = getattr(options, name), masks[name]
-        if mask is None:
-            return lambda x, dim: top_k_mask(x, value, dim, max_top_k=options.max_top_k)
-        return lambda x, dim: mask()(x, value, dim)
+    Args:
+      options: SamplingOptions.
+      draw: Draw; None if no step needs one.
 
-    return [(name, step(name)) for name in masks if options.changes(name)]
+    Returns:
+      pairs like those of `token_steps`.
+    """
+
+    def step(name: str, mask_step: MaskStep | None) -> tuple[str, Step]:
+        if mask_step is None:  # top-k, which the draw may apply in a way of its own
+            return name, lambda x, dim: top_k_mask(x, options.top_k, dim, max_top_k=options.max_top_k)
+        return ", ".join([name, *numbers_of(name)]), lambda x, dim: mask_step(x, dim, options, draw)
+
+    found = {name: c.mask_step for name, c in CONTROLS.items() if c.mask_step is not None or name == "top_k"}
+    return [step(name, mask_step) for name, mask_step in found.items() if options.changes(name)]
 
 
 def _without_padding(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions) -> mtf.Tensor:
@@ -126,16 +144,30 @@ def chain_distributions(
     if is_real(options.temperature) and options.temperature == 0:
         likeliest = mtf.one_hot(first_argmax(found[-1][1], vocab_dim), vocab_dim, dtype=tf.float32)
         return [(name, softmax(x, vocab_dim)) for name, x in found] + [("argmax", likeliest)]
-    factor = inverse_temperature(logits.mesh, options.temperature, rows)
-    steps: list[tuple[str, Step]] = [("temperature", lambda x, dim: _scaled(x, factor, dim)), *mask_steps(options)]
     x = found[-1][1]
-    for name, step in steps:
-        x = step(x, vocab_dim)
-        found.append((name, x))
-    found = [(name, softmax(x, vocab_dim)) for name, x in found]
+    shown = [(name, softmax(y, vocab_dim)) for name, y in found]
+    factor = _factor(x, vocab_dim, options)
+    fired = mtf.constant(logits.mesh, 0, rows, tf.int32)  # bits of the uniform 0, at which a chance above 0 is taken
+    draw = Draw(lambda level: fired, initial_states(options, logits.mesh, rows))
+    named = ["temperature"] + [n for n in ("dynatemp_range", "dynatemp_exponent") if options.changes("dynatemp_range")]
+    steps: list[tuple[str, Step]] = [(", ".join(named), lambda x, dim: _scaled(x, factor, dim))]
+    without: mtf.Tensor | None = None  # the logits where xtc does not cut: with its chance, either is drawn from
+
+    def distribution(of: Callable[[mtf.Tensor], mtf.Tensor]) -> mtf.Tensor:
+        if without is None:
+            return of(x)
+        chance = import_rows(x.mesh, options.number("xtc_probability"), tf.float32, rows, "xtc_probability")
+        mixed = lambda p, q, chance: (1 - chance) * p + chance * q  # noqa: E731
+        return cwise_broadcast(mixed, [of(without), of(x), chance], x.shape)
+
+    for name, step in steps + mask_steps(options, draw):
+        before, x = x, step(x, vocab_dim)
+        if name.startswith("xtc_probability"):
+            without = before
+        shown.append((name, distribution(lambda x: softmax(x, vocab_dim))))
     if options.use_entmax:
-        return [*found, ("entmax", entmax(x, options.alpha, vocab_dim))]
-    return [*found, ("softmax", found[-1][1])]
+        return [*shown, ("entmax", distribution(lambda x: entmax(x, options.alpha, vocab_dim)))]
+    return [*shown, ("softmax", shown[-1][1])]
 
 
 def next_token(
@@ -155,8 +187,8 @@ def next_token(
       vocab_dim: mtf.Dimension of logits.
       options: SamplingOptions.
       seed, stream, step: as for `sample_categorical`.
-      history: History, for the options that look at it: logits_processors, the
-        penalties, no_repeat_ngram_size and min_new_tokens.
+      history: History, for the options that look at it: logits_processors, and
+        most of those ahead of the temperature.
       return_logprobs: whether to return log-probabilities too.
 
     Returns:
@@ -177,17 +209,99 @@ def next_token(
         >>> run(lambda x: next_token(x, x.shape[-1], options, seed=1, stream=None, step=0), logits)
         array([ 1,  0, -1], dtype=int32)
     """
+    drawn = draw_token(logits, vocab_dim, options, seed, stream, step, history, return_logprobs=return_logprobs)
+    return (drawn.token, *drawn.logprobs) if return_logprobs else drawn.token
+
+
+@dataclasses.dataclass
+class Drawn:
+    """What a step of the loop draws.
+
+    Attributes:
+      token: int32 mtf.Tensor [batch…].
+      logprobs: its two log-probabilities, float32 mtf.Tensors [batch…]; or none.
+      states: name -> mtf.Tensor [batch…], what controls that keep a state take to the next step.
+    """
+
+    token: mtf.Tensor
+    logprobs: list[mtf.Tensor] = dataclasses.field(default_factory=list)
+    states: dict[str, mtf.Tensor] = dataclasses.field(default_factory=dict)
+
+
+def draw_token(
+    logits: mtf.Tensor,
+    vocab_dim: mtf.Dimension,
+    options: SamplingOptions,
+    seed: RowValue | None,
+    stream: RowValue | None,
+    step: RowValue,
+    history: History | None = None,
+    states: dict[str, mtf.Tensor] | None = None,
+    *,
+    return_logprobs: bool = False,
+) -> Drawn:
+    """`next_token`, with what else a step gives.
+
+    Args:
+      states: name -> mtf.Tensor, of the last step's `Drawn`, or of `initial_states`, which is also what None means.
+      The rest is as for `next_token`, and so are the errors.
+    """
     vocab_dim = dim_of(logits, vocab_dim)
-    rows = logits.shape - vocab_dim
+    rows, mesh = logits.shape - vocab_dim, logits.mesh
+    states = initial_states(options, mesh, rows) if states is None else states
     # outside, as a user's functions may do what XLA cannot compile
-    ahead = _before_temperature(logits, vocab_dim, options, history) if options.logits_processors else None
+    runs_python = options.logits_processors or options.prefix_allowed_tokens_fn is not None
+    ahead = _before_temperature(logits, vocab_dim, options, history) if runs_python else None
 
-    def draw() -> list[mtf.Tensor]:
+    def drawn() -> list[mtf.Tensor]:
         steps = ahead or _before_temperature(logits, vocab_dim, options, history)
-        return _drawn(steps, vocab_dim, options, seed, stream, step, return_logprobs)
+        return _drawn(steps, vocab_dim, options, seed, stream, step, states, return_logprobs)
 
-    drawn = compiled_rows(logits.mesh, rows, draw, name="next_token")
-    return tuple(drawn) if return_logprobs else drawn[0]
+    token, *more = compiled_rows(mesh, rows, drawn, name="next_token")
+    n = 2 if return_logprobs else 0
+    return Drawn(token, more[:n], dict(zip(states, more[n:])))
+
+
+# --- Controls that keep a state from step to step ------------------------------------------
+
+
+def initial_states(options: SamplingOptions, mesh: mtf.Mesh, rows: mtf.Shape) -> dict[str, mtf.Tensor]:
+    """Before a row's first token: name of a control -> float32 mtf.Tensor [rows]. Empty where none keeps a state."""
+    if not options.changes("mirostat"):
+        return {}
+    tau = import_rows(mesh, options.number("mirostat_tau"), tf.float32, rows, "mirostat_tau")
+    is_on = import_rows(mesh, options.mirostat, tf.int32, rows, "mirostat")
+
+    def start(tau: tf.Tensor, is_on: tf.Tensor) -> tf.Tensor:
+        start = tf.where_v2(tf.equal(is_on, 2), 2 * tau, OFF)
+        return tf.where_v2(tf.logical_or(tf.equal(is_on, 0), tf.equal(is_on, 2)), start, np.nan)
+
+    return {"mirostat": cwise_broadcast(start, [tau, is_on], rows, tf.float32)}
+
+
+def _next_states(
+    states: dict[str, mtf.Tensor], x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions
+) -> dict[str, mtf.Tensor]:
+    """The states after tokens [rows], entries of the scores x that they were drawn from."""
+    if not states:
+        return {}
+    rows = token.shape
+    eta, tau = (
+        import_rows(x.mesh, options.number(name), tf.float32, rows, name) for name in ("mirostat_eta", "mirostat_tau")
+    )
+
+    def follow(mu: tf.Tensor, surprise: tf.Tensor, eta: tf.Tensor, tau: tf.Tensor) -> tf.Tensor:
+        # in pairs: a product and a sum, which some backends round once and others twice
+        step = float_pairs.times((eta, tf.zeros_like(eta)), surprise - tau)
+        return tf.where_v2(mu >= OFF, mu, float_pairs.add((mu, tf.zeros_like(mu)), float_pairs.negative(step))[0])
+
+    from gpt_neo_sampling.sampling.masks import surprise
+
+    inputs = [states["mirostat"], surprise(x, token, dim), eta, tau]
+    return {"mirostat": cwise_broadcast(follow, inputs, rows, tf.float32)}
+
+
+# --- The draw ---------------------------------------------------------------------------
 
 
 def _drawn(
@@ -197,25 +311,28 @@ def _drawn(
     seed: RowValue | None,
     stream: RowValue | None,
     step: RowValue,
+    states: dict[str, mtf.Tensor],
     return_logprobs: bool,
 ) -> list[mtf.Tensor]:
-    """What `next_token` returns, as a list; `steps` is what `_before_temperature` returned."""
+    """A `Drawn`'s tensors as a list; `steps` is what `_before_temperature` returned."""
     raw, logits = steps[0][1], steps[-1][1]
     rows, mesh = logits.shape - vocab_dim, logits.mesh
     fixed = is_real(options.temperature)
     if fixed and options.temperature == 0:
-        drawn = [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)]
+        drawn = [first_argmax(logits, vocab_dim), *[mtf.zeros(mesh, rows)] * return_logprobs, *states.values()]
     else:
+        draw = Draw(lambda level: draw_uniforms(mesh, rows, seed, stream, step, level=level)[0], states)
         uniforms = draw_uniforms(mesh, rows, seed, stream, step)
-        drawn = _draw(logits, vocab_dim, options, uniforms, return_logprobs)
+        drawn = _draw(logits, vocab_dim, options, uniforms, draw, return_logprobs)
         if not fixed:
             temperature = import_rows(mesh, options.temperature, tf.float32, rows, "temperature")
             is_greedy = mtf.broadcast(mtf.cast(mtf.equal(temperature, 0.0), tf.float32), rows)
-            drawn = _select(is_greedy, [first_argmax(logits, vocab_dim), mtf.zeros(mesh, rows)], drawn)
+            others = [mtf.zeros(mesh, rows)] * return_logprobs
+            drawn = _select(is_greedy, [first_argmax(logits, vocab_dim), *others, *states.values()], drawn)
     if not return_logprobs:
-        return drawn[:1]
-    token, draw_logprob = drawn
-    return [token, _log_probability(raw, token, vocab_dim), _nan_without(token, draw_logprob)]
+        return drawn
+    token, draw_logprob, *more = drawn
+    return [token, _log_probability(raw, token, vocab_dim), _nan_without(token, draw_logprob), *more]
 
 
 def _draw(
@@ -223,18 +340,19 @@ def _draw(
     dim: mtf.Dimension,
     options: SamplingOptions,
     uniforms: tuple[mtf.Tensor, mtf.Tensor],
+    of_draw: Draw,
     return_logprob: bool,
 ) -> list[mtf.Tensor]:
-    """[token, and its log-probability if that is wanted], for temperatures above 0.
+    """[token, its log-probability if that is wanted, the next states], for temperatures above 0.
 
     Without top-k, from the whole row. With it, from the k candidates only; from the whole row, masked, where there may
     be more than MOST_CANDIDATES of them, or masks follow a tensor k; and where a tensor k leaves rows without top-k,
     from the candidates and from the whole row, each row taking its own.
     """
     rows, mesh = logits.shape - dim, logits.mesh
-    factor = inverse_temperature(mesh, options.temperature, rows)
+    factor = _factor(logits, dim, options)
     alpha = import_rows(mesh, options.alpha, tf.float32, rows, "entmax_alpha") if options.use_entmax else None
-    masks = mask_steps(options)
+    masks = mask_steps(options, of_draw)
     names = [name for name, _ in masks]
     ahead = names.index("top_k") if "top_k" in names else 0  # masks before top-k, which look at scaled logits
     if ahead:
@@ -255,7 +373,9 @@ def _draw(
         token = score_draw(
             x, *uniforms, dim, alpha, size, factor=scale, ids=ids, wanted=wanted, n_candidates=n_candidates
         )
-        return [token, _log_probability(x, token, dim, alpha, ids)] if return_logprob else [token]
+        logprob = [_log_probability(x, token, dim, alpha, ids)] if return_logprob else []
+        states = _next_states(of_draw.states, x, _entry_of(token, dim, ids), dim, options)
+        return [token, *logprob, *states.values()]
 
     k, max_k = options.top_k, options.max_top_k
     if k is None or not options.changes("top_k"):
@@ -274,6 +394,17 @@ def _draw(
     return _select(no_mask, draw(logits, dim, wanted=no_mask), drawn)  # rows without a mask draw from all
 
 
+def _factor(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions) -> mtf.Tensor | None:
+    """`inverse_temperature` of the options."""
+    temperature = options.temperature
+    if options.changes("dynatemp_range"):
+        width, exponent = options.number("dynatemp_range"), options.number("dynatemp_exponent")
+        from gpt_neo_sampling.sampling.dynamic_temperature import dynamic_temperature
+
+        temperature = dynamic_temperature(logits, temperature, width, exponent, dim)
+    return inverse_temperature(logits.mesh, temperature, logits.shape - dim)
+
+
 def _scaled(x: mtf.Tensor, factor: mtf.Tensor | None, dim: mtf.Dimension) -> mtf.Tensor:
     """x minus its largest entry, times a `factor` of `inverse_temperature`."""
     top = mtf.reduce_max(mtf.cwise(finite, [x]), reduced_dim=dim)
@@ -286,15 +417,22 @@ def _log_probability(
     x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, alpha: mtf.Tensor | None = None, ids: mtf.Tensor | None = None
 ) -> mtf.Tensor:
     """log p of tokens [rows] under softmax, or entmax of `alpha`, of x, whose entries are those of the tokens `ids`."""
-    at, x = token, mtf.cwise(finite, [x])  # to travel
-    if ids is not None:
-        is_token = cwise_broadcast(lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], x.shape, tf.float32)
-        at = first_argmax(is_token, dim)
+    at, x = _entry_of(token, dim, ids), mtf.cwise(finite, [x])  # to travel
     if alpha is None:
         log_p = log_softmax_at(x, at, dim)
     else:
         log_p = mtf.log(take(entmax(x, alpha, dim), at, dim))
     return _nan_without(token, log_p)
+
+
+def _entry_of(token: mtf.Tensor, dim: mtf.Dimension, ids: mtf.Tensor | None) -> mtf.Tensor:
+    """Where tokens [rows] stand among entries of the tokens `ids` [rows, dim]; without ids, the tokens themselves."""
+    if ids is None:
+        return token
+    is_token = cwise_broadcast(
+        lambda i, t: tf.cast(tf.equal(i, t), tf.float32), [ids, token], token.shape + dim, tf.float32
+    )
+    return first_argmax(is_token, dim)
 
 
 def _nan_without(token: mtf.Tensor, value: mtf.Tensor) -> mtf.Tensor:

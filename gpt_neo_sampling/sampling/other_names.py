@@ -23,7 +23,6 @@ _OWN_STATES = "keys and values are always kept, in memory of fixed size; leave i
 _OUTPUTS = "samples have tokens and text, with {return_logprobs} log-probabilities too; inspect has whole distributions"
 _IDS = "prompts are the first argument: texts, or lists of token ids"
 _OWN_PROCESSORS = "in Python, logits_processors takes functions of (logits, ids, position)"
-_BIAS = "{logit_bias} adds to the logits of single tokens, and {bad_words_ids} rules them out"
 _DEVICES = "{devices} says where the work is done, {mesh_shape} and {layout} how it is split"
 _DTYPE = "{dtype} takes float32 or bfloat16"
 _ONE_KERNEL = "there is one implementation; leave it out"
@@ -60,12 +59,9 @@ HUGGING_FACE_NAMES: dict[str, str] = {
     "batch_size": "requests of any size are split into batches within; leave it out",
     # how long
     "max_length": "{max_new_tokens} counts the new tokens alone, without the prompt",
-    "min_length": "{min_new_tokens} counts the new tokens alone, without the prompt",
     "max_time": "{max_new_tokens} bounds a continuation; Ctrl-C ends a run and keeps what is done",
     "stopping_criteria": "{stop_strings} and {eos_token_id} end a continuation",
-    "forced_eos_token_id": "a continuation that reaches {max_new_tokens} ends there, without a stop token",
     "forced_bos_token_id": "put the token at the end of the prompt",
-    "exponential_decay_length_penalty": "{min_new_tokens} and {max_new_tokens} bound a continuation's length",
     # how tokens are chosen
     "do_sample": "tokens are drawn, unless {greedy} asks for the likeliest each time",
     "num_beams": _NO_BEAMS,
@@ -83,13 +79,7 @@ HUGGING_FACE_NAMES: dict[str, str] = {
     "custom_generate": _OWN_PROCESSORS,
     "logits_processor": _OWN_PROCESSORS,
     "logits_warper": _OWN_PROCESSORS,
-    "prefix_allowed_tokens_fn": _OWN_PROCESSORS,
     "watermarking_config": _OWN_PROCESSORS,
-    "sequence_bias": _BIAS,
-    "suppress_tokens": _BIAS,
-    "begin_suppress_tokens": _BIAS,
-    "renormalize_logits": "what is left after the masks is always renormalized; leave it out",
-    "remove_invalid_values": "a row whose logits are NaN is an error that names it, never a plausible token",
     "encoder_repetition_penalty": _NO_ENCODER,
     "encoder_no_repeat_ngram_size": _NO_ENCODER,
     "token_healing": "not built: a prompt's tokens stay as they are; end it before a space, not after one",
@@ -195,6 +185,7 @@ _OPENAI_NAMES = {
     "logprobs": "{return_logprobs} gives the log-probability of each new token",
     "prompt_logprobs": "score gives the log-probability of each token of a text",
     "tensor_parallel_size": _DEVICES,
+    "bad_words_token_ids": "{bad_words_ids} takes them",
 }
 
 # The command's own, where Python and prompts files have others.

@@ -5,15 +5,18 @@ dtype) stays as it is, and so does an invalid one (NaN, +inf). What would overfl
 becomes the largest or the lowest number.
 """
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, is_int, is_real
+from gpt_neo_sampling._types import RowValue, Tensor, TensorFunction, TokenSet, is_int, is_real
 from gpt_neo_sampling.mesh.ops import as_dim, check_tensor, cwise_broadcast, dim_of, import_rows, scatter_add, size_of
 from gpt_neo_sampling.sampling.masks import mask_out, mask_value
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 # --- Tokens that a row holds ---------------------------------------------------
 
@@ -144,10 +147,10 @@ def _import_number(
 def _penalise(fn: TensorFunction, logits: mtf.Tensor, counts: mtf.Tensor, *values: mtf.Tensor) -> mtf.Tensor:
     if set(counts.shape.dims) != set(logits.shape.dims):
         raise ValueError(f"counts of shape {counts.shape}; logits {logits.shape} need the same dims")
-    return _adjust(fn, logits, counts, *values)
+    return adjust(fn, logits, counts, *values)
 
 
-def _adjust(fn: TensorFunction, logits: mtf.Tensor, *inputs: mtf.Tensor) -> mtf.Tensor:
+def adjust(fn: TensorFunction, logits: mtf.Tensor, *inputs: mtf.Tensor) -> mtf.Tensor:
     """logits with fn(x, *inputs), of float32, kept within the dtype's range; masked and invalid entries as they are."""
     low, high = float(mask_value(logits.dtype)), float(logits.dtype.max)
 
@@ -207,7 +210,7 @@ def no_repeat_ngram_mask(
         repeats, [ids, position], ids.shape, tf.float32, splittable_dims=rows.dims, grad_function=0, name="repeats"
     )
     counts = scatter_add(found, ids, rows + dim, dim, small_whole_numbers=True)
-    return _mask_where(lambda entry, count: count > 0.5, logits, dim, counts)
+    return mask_where(lambda entry, count: count > 0.5, logits, dim, counts)
 
 
 # --- Sets of tokens ----------------------------------------------------------------
@@ -242,10 +245,177 @@ def tokens_mask(
         found = functools.reduce(tf.logical_or, [tf.equal(entry, token) for token in inputs[: len(tokens)]])
         return found if when is None else tf.logical_and(found, inputs[-1] > 0.5)
 
-    return _mask_where(masked, logits, dim, *inputs)
+    return mask_where(masked, logits, dim, *inputs)
 
 
-def _mask_where(masked: TensorFunction, logits: mtf.Tensor, dim: mtf.Dimension, *inputs: mtf.Tensor) -> mtf.Tensor:
+def token_flags(mesh: mtf.Mesh, tokens: TokenSet, dim: mtf.Dimension, name: str) -> mtf.Tensor:
+    """A set of tokens as a tensor.
+
+    Args:
+      mesh: mtf.Mesh.
+      tokens: an id or a list of ids; or flags, one for each entry of `dim`: a bool or float32 array or tensor, above 0
+        for those in the set.
+      dim: mtf.Dimension of the vocabulary.
+      name: what the option is called, for the error.
+
+    Returns:
+      float32 mtf.Tensor [dim], 1.0 for those in the set, else 0.0.
+
+    Raises:
+      ValueError: for an id outside `dim`, or flags of another shape.
+    """
+    if is_int(tokens):
+        tokens = [tokens]
+    if isinstance(tokens, (list, tuple, range)) or (isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu"):
+        flags = np.zeros(dim.size, np.float32)
+        for token in tokens:
+            if not is_int(token) or not 0 <= token < dim.size:
+                raise ValueError(f"{name}: {token!r}; token ids from 0 to {dim.size - 1} are needed")
+            flags[token] = 1
+    else:
+        flags = tokens
+    if not isinstance(flags, mtf.Tensor):
+        flags = tf.convert_to_tensor(flags)
+        if flags.shape.as_list() != [dim.size]:
+            raise ValueError(f"{name} has shape {flags.shape.as_list()}; a list of ids, or flags {dim}, is needed")
+        flags = mtf.import_tf_tensor(mesh, tf.cast(flags, tf.float32), mtf.Shape([dim]))
+    elif flags.shape.dims != [dim]:
+        raise ValueError(f"{name} has shape {flags.shape}; a list of ids, or flags {dim}, is needed")
+    return mtf.cast(mtf.greater(mtf.cast(flags, tf.float32), 0.0), tf.float32)
+
+
+def token_set_mask(
+    logits: mtf.Tensor,
+    tokens: TokenSet,
+    dim: mtf.Dimension | None = None,
+    *,
+    allowed: bool = False,
+    when: mtf.Tensor | None = None,
+    name: str = "tokens",
+) -> mtf.Tensor:
+    """Masks the entries of a set, or all others.
+
+    Args:
+      logits: mtf.Tensor.
+      tokens: as for `token_flags`.
+      dim: mtf.Dimension of logits; the last by default.
+      allowed: True to mask all but the set.
+      when: None, or a float32 mtf.Tensor, its dims among [logits.shape − dim]: the rows that are masked, those of 1.0.
+      name: what the option is called, for the error.
+
+    Returns:
+      mtf.Tensor like logits.
+
+    Raises:
+      ValueError: as `token_flags`, and for a `dim` that logits lack.
+    """
+    dim = dim_of(logits, dim)
+    inputs = [token_flags(logits.mesh, tokens, dim, name), *([] if when is None else [when])]
+
+    def masked(_: tf.Tensor, flag: tf.Tensor, *when: tf.Tensor) -> tf.Tensor:
+        found = flag < 0.5 if allowed else flag > 0.5
+        return tf.logical_and(found, when[0] > 0.5) if when else found
+
+    return mask_where(masked, logits, dim, *inputs)
+
+
+def force_tokens(
+    logits: mtf.Tensor,
+    tokens: TokenSet,
+    when: mtf.Tensor,
+    dim: mtf.Dimension | None = None,
+    name: str = "tokens",
+) -> mtf.Tensor:
+    """Gives the entries of a set the logit 0, also those that are masked, and masks all others.
+
+    transformers' ForcedEOSTokenLogitsProcessor.
+
+    Args:
+      logits: mtf.Tensor.
+      tokens, dim, name: as for `token_set_mask`.
+      when: float32 mtf.Tensor, its dims among [logits.shape − dim]: the rows that it is done to, those of 1.0.
+
+    Returns:
+      mtf.Tensor like logits. A row with NaN or +inf stays invalid.
+
+    Raises:
+      ValueError: as `token_set_mask`.
+    """
+    dim = dim_of(logits, dim)
+    low = mask_value(logits.dtype)
+
+    def force(x: tf.Tensor, flag: tf.Tensor, when: tf.Tensor) -> tf.Tensor:
+        forced = tf.where_v2(flag > 0.5, tf.zeros_like(x), tf.constant(low, x.dtype))
+        changes = tf.logical_and(when > 0.5, x < np.inf)  # not NaN, nor +inf
+        return tf.where_v2(changes, forced, x)
+
+    flags = token_flags(logits.mesh, tokens, dim, name)
+    return cwise_broadcast(force, [logits, flags, when], logits.shape, name="force_tokens")
+
+
+def exponential_decay(
+    logits: mtf.Tensor,
+    tokens: Sequence[RowValue],
+    n_late: mtf.Tensor,
+    factor: RowValue,
+    most: int,
+    dim: mtf.Dimension | None = None,
+) -> mtf.Tensor:
+    """Makes stop tokens likelier the longer a row gets: x + |x| · (factorⁿ − 1) for them.
+
+    transformers' ExponentialDecayLengthPenalty.
+
+    Args:
+      logits: mtf.Tensor, any float dtype; computed in float32.
+      tokens: a list of ids, as for `tokens_mask`.
+      n_late: int32 mtf.Tensor, its dims among [logits.shape − dim]: n, how many tokens too many the row has; nothing
+        changes where it is below 1.
+      factor: a finite number above 0, or a float32 tensor, scalar or [logits.shape − dim]; a row of a tensor that is
+        out of range becomes NaN, hence invalid.
+      most: an int, the largest that n may be.
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits. No gradient flows through it.
+
+    Raises:
+      ValueError: for a number out of range, or a tensor of the wrong shape.
+    """
+    dim = dim_of(logits, dim)
+    rows = logits.shape - dim
+    factor = _import_number(logits, factor, dim, "exponential_decay_length_penalty", 2.0**-126, "factor above 0")
+    stops = [import_rows(logits.mesh, t, tf.int32, rows, "token") for t in tokens]
+
+    def penalise(x: tf.Tensor, entry: tf.Tensor, n: tf.Tensor, factor: tf.Tensor, *stops: tf.Tensor) -> tf.Tensor:
+        power = whole_power(factor, n, most)
+        # one product, without a sum that some backends would fuse with it
+        late = x * tf.where_v2(x > 0, power, 2.0 - power)
+        found = functools.reduce(tf.logical_or, [tf.equal(entry, stop) for stop in stops], tf.zeros_like(entry) > 0)
+        x = tf.where_v2(tf.logical_and(found, n > 0), late, x)
+        return tf.where_v2(tf.logical_and(factor > 0, factor < np.inf), x, np.nan)
+
+    entry = mtf.range(logits.mesh, dim, tf.int32)
+    return adjust(penalise, logits, entry, n_late, factor, *stops)
+
+
+def whole_power(base: tf.Tensor, exponent: tf.Tensor, most: int) -> tf.Tensor:
+    """base ** exponent, float32, by squaring: the same bits on every backend, which a power of their own has not.
+
+    Args:
+      base: float32 tf.Tensor, above 0.
+      exponent: int32 tf.Tensor; below 0 it counts as 0.
+      most: int, the largest exponent.
+    """
+    power, square = tf.ones_like(base), base
+    exponent = tf.maximum(exponent, 0)
+    for bit in range(max(1, most.bit_length())):
+        has_bit = tf.not_equal(tf.bitwise.bitwise_and(exponent, tf.constant(1 << bit, tf.int32)), 0)
+        power = tf.where_v2(has_bit, tf.minimum(power * square, tf.float32.max), power)
+        square = tf.minimum(square * square, tf.float32.max)
+    return power
+
+
+def mask_where(masked: TensorFunction, logits: mtf.Tensor, dim: mtf.Dimension, *inputs: mtf.Tensor) -> mtf.Tensor:
     """logits, masked where masked(entry, *inputs) says so; not an invalid one, whose row would pass for valid."""
 
     def keep(x: tf.Tensor, entry: tf.Tensor, *inputs: tf.Tensor) -> tf.Tensor:
@@ -294,4 +464,84 @@ def logit_bias(logits: mtf.Tensor, bias: Tensor, dim: mtf.Dimension | None = Non
         bias = tf.cast(bias, tf.float32)
         return x + tf.where_v2(bias < np.inf, bias, np.nan)
 
-    return _adjust(add, logits, bias)
+    return adjust(add, logits, bias)
+
+
+# --- Sequences of tokens ------------------------------------------------------------
+
+
+def sequence_bias(
+    logits: mtf.Tensor,
+    sequences: TokenSequences,
+    ids: mtf.Tensor,
+    position: RowValue,
+    dim: mtf.Dimension | None = None,
+) -> mtf.Tensor:
+    """Adds each sequence's bias to the logit of its last token, in the rows that end with its other tokens.
+
+    transformers' SequenceBiasLogitsProcessor and, with −inf, its NoBadWordsLogitsProcessor; but a sequence counts
+    as soon as the row has its other tokens, where transformers waits until the row has one token more.
+
+    Args:
+      logits: mtf.Tensor, any float dtype; computed in float32.
+      sequences: TokenSequences.
+      ids: int32 mtf.Tensor [logits.shape − dim, length].
+      position: an int, or an int32 tensor, scalar or [logits.shape − dim]: how many of the ids the row has.
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits. No gradient flows through it. Biases of one token are added up in the order of
+      `sequences`, by halving, on any layout.
+
+    Raises:
+      ValueError: for ids of other rows, or a `dim` that logits lack.
+    """
+    dim, mesh = dim_of(logits, dim), logits.mesh
+    rows = mtf.Shape(ids.shape.dims[:-1])
+    if set(rows.dims) != set((logits.shape - dim).dims):
+        raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
+    length = ids.shape[-1]
+    ids = mtf.rename_dimension(ids, length.name, "whole_" + length.name)
+    position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
+    tables = []
+    for field, array in zip(dataclasses.fields(sequences), sequences.arrays()):
+        array = tf.convert_to_tensor(array)
+        names = (f"{field.name}_{i}" for i in itertools.count())
+        tables.append(
+            mtf.import_tf_tensor(mesh, array, mtf.Shape(list(map(mtf.Dimension, names, array.shape.as_list()))))
+        )
+    last = tables[3]
+    last_dim = last.shape[0]
+
+    def sums(
+        ids: tf.Tensor,
+        position: tf.Tensor,
+        before: tf.Tensor,
+        lengths: tf.Tensor,
+        biases: tf.Tensor,
+        members: tf.Tensor,
+    ) -> tf.Tensor:
+        """What is added to each of the last tokens: [rows, T]."""
+        counts = tf.ones_like(position)[..., tf.newaxis] * tf.ones_like(lengths) > 0  # [rows, S]
+        counts = tf.logical_and(counts, lengths >= 0)
+        position = tf.minimum(position, size_of(ids, -1))[..., tf.newaxis]
+        for back in range(1, size_of(before, 1) + 1):
+            token = tf.gather(ids, tf.maximum(position - back, 0), batch_dims=len(rows.dims))
+            is_same = tf.logical_and(tf.equal(token, before[:, back - 1]), position >= back)
+            counts = tf.logical_and(counts, tf.logical_or(is_same, lengths < back))
+        # not by a product, in which −inf would be NaN
+        found = tf.where_v2(counts, tf.maximum(biases, tf.float32.min), 0.0)
+        found = tf.pad(found, [[0, 0]] * len(rows.dims) + [[0, 1]])
+        found = tf.gather(found, members, axis=-1)
+        while size_of(found, -1) > 1:  # in an order that no backend chooses
+            half = size_of(found, -1) // 2
+            found = tf.maximum(found[..., :half] + found[..., half:], tf.float32.min)
+        return found[..., 0]
+
+    inputs = [ids, position, *tables[:3], tables[4]]
+    added = mtf.slicewise(
+        sums, inputs, rows + last_dim, tf.float32, splittable_dims=rows.dims, grad_function=0, name="sequence_bias"
+    )
+    added = scatter_add(added, last, rows + dim, dim)
+
+    return adjust(tf.add, logits, added)

@@ -9,6 +9,9 @@ from gpt_neo_sampling._types import LaidOut, RowValue, ShapeLike, is_int
 from gpt_neo_sampling.mesh.ops import MeshOperation, align, import_rows, union_shape
 from gpt_neo_sampling.mesh.xla import is_core_program, kept_together
 
+# The counter's second word of the draw that a control makes beside the token's own, which has 0, 1, 2, … there.
+XTC_LEVEL = -1
+
 
 def threefry_2x32(
     key: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]
