@@ -256,6 +256,9 @@ INPUTS = {
 }
 
 
+FUNCTIONS = ("prefix_allowed_tokens_fn",)  # options that are functions; others that are called give one
+
+
 def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=ONE_DEVICE, weights=None, **params):
     """One graph with a decode loop for each of `cases`, {name: options}.
 
@@ -278,7 +281,11 @@ def loops(cases, model=None, *, table=TABLE, batch=BATCH, length=LENGTH, runner=
                 {"padding_id": PAD, **params, **options.get("params", {})},
                 model=options.get("model", model),
                 **{
-                    k: tensors[v] if isinstance(v, Input) else v(mesh, shape) if callable(v) else v
+                    k: tensors[v]
+                    if isinstance(v, Input)
+                    else v(mesh, shape)
+                    if callable(v) and k not in FUNCTIONS
+                    else v
                     for k, v in options.items()
                     if k not in ("params", "model")
                 },

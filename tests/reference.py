@@ -508,6 +508,32 @@ def no_repeat_ngram_keep(rows, n, size):
     return keep
 
 
+def sequence_bias(x, row, biases):
+    """x [vocab] after the tokens of `row`; biases: tuple of tokens -> number, as transformers' sequence_bias."""
+    x = np.array(x, np.float64)
+    for sequence, bias in biases.items():
+        *before, last = sequence
+        if list(row)[len(row) - len(before) :] == before and len(row) >= len(before):
+            x[last] += bias
+    return x
+
+
+def exponential_decay(x, stops, n_new, start, factor):
+    """transformers' exponential_decay_length_penalty."""
+    x = np.array(x, np.float64)
+    late = n_new - start
+    if late > 0:
+        for token in stops:
+            if np.isfinite(x[token]):
+                x[token] += abs(x[token]) * (factor**late - 1)
+    return x
+
+
+def forced(x, tokens):
+    """transformers' forced_eos_token_id, at a row's last place."""
+    return np.where(np.isin(np.arange(len(x)), tokens), 0.0, -np.inf)
+
+
 def _log_p(x):
     with np.errstate(divide="ignore"):
         return np.log(softmax(np.asarray(x, dtype=np.float64)))

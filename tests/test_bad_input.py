@@ -1390,7 +1390,7 @@ CALLS = {
     "a file's options": (
         lambda tiny: generate_file(tiny, "in", "out", streams=1),
         TypeError,
-        "not an option for a file: streams; allowed: repetition_penalty",
+        "not an option for a file: streams; allowed: sequence_bias",
     ),
     "a file's beams": (
         lambda tiny: generate_file(tiny, "in", "out", num_beams=4),

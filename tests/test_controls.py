@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 import reference
-from helpers_loop import BATCH, LENGTH, STOP, VOCAB, Bigram, bigram, follow, loops, prompts_of, weights_of
+from helpers_loop import BATCH, LENGTH, STOP, TABLE, VOCAB, Bigram, bigram, follow, loops, prompts_of, weights_of
 from helpers_model import reference_config
 from programs import MeshRunner
 from scipy import stats
@@ -53,16 +53,40 @@ def penalised(options, logits, row):
             x = x + 0.1 * len(row) * (np.arange(VOCAB) % 2 == 0)
         else:
             x = np.where(np.arange(VOCAB) == row[-1], -np.inf, x)
+    x = reference.sequence_bias(x, row, options.get("sequence_bias", {}))
     x = reference.repetition_penalty(x, counted(row), options.get("repetition_penalty", 1))
     new = counted(row, PROMPT)
     x = x - options.get("presence_penalty", 0) * (new > 0) - options.get("frequency_penalty", 0) * new
     if "no_repeat_ngram_size" in options:
         x = np.where(reference.no_repeat_ngram_keep([row], options["no_repeat_ngram_size"], VOCAB)[0], x, -np.inf)
     x = x + options.get("logit_bias", 0)
-    stops = options.get("stop_at_token", [])
-    if len(row) - PROMPT < options.get("min_new_tokens", 0) or options.get("never_end"):
-        x = np.where(np.isin(np.arange(VOCAB), stops), -np.inf, x)
-    return x
+    x = reference.sequence_bias(x, row, {tuple(word): -np.inf for word in options.get("bad_words_ids", ())})
+    stops, at = options.get("stop_at_token", []), np.arange(VOCAB)
+    too_short = len(row) - PROMPT < options.get("min_new_tokens", 0) or len(row) < options.get("min_length", 0)
+    if too_short:
+        x = np.where(np.isin(at, stops), -np.inf, x)
+    if "prefix_allowed_tokens_fn" in options:
+        x = np.where(np.isin(at, successors(0, np.array(row))), x, -np.inf)
+    x = np.where(np.isin(at, options.get("allowed_token_ids", at)), x, -np.inf)
+    if len(row) == min(LENGTH, PROMPT + options.get("max_steps", LENGTH)) - 1 and "forced_eos_token_id" in options:
+        x = reference.forced(x, options["forced_eos_token_id"])
+    if "exponential_decay_length_penalty" in options:
+        x = reference.exponential_decay(x, stops, len(row) - PROMPT, *options["exponential_decay_length_penalty"])
+    x = np.where(np.isin(at, options.get("suppress_tokens", ())), -np.inf, x)
+    if len(row) == PROMPT:
+        x = np.where(np.isin(at, options.get("begin_suppress_tokens", ())), -np.inf, x)
+    return np.where(np.isin(at, stops), -np.inf, x) if options.get("never_end") else x
+
+
+def successors(_, ids):
+    """A prefix_allowed_tokens_fn: a token's next 60, and behind five tokens more."""
+    return [(int(ids[-1]) + i) % VOCAB for i in range(60 if len(ids) % 5 else 90)]
+
+
+# what Bigram would often draw: the likeliest few after a token, one or two tokens ahead of it
+OFTEN = [np.argsort(-TABLE[t])[:12] for t in range(VOCAB)]
+PAIRS = {(t, int(n)): 6.0 - 12.0 * (n % 2) for t in range(0, VOCAB, 2) for n in OFTEN[t][:5]}
+TRIPLES = [[t, int(n), int(m)] for t in range(0, VOCAB, 3) for n in OFTEN[t][:6] for m in OFTEN[n][:6]]
 
 
 MASKS = {  # behind top-k
@@ -97,6 +121,19 @@ def weights(options):
 
 SETTINGS = {
     "penalties": dict(repetition_penalty=1.5, presence_penalty=1.5, frequency_penalty=-0.7, logit_bias=BIAS),
+    "sequences": dict(
+        sequence_bias={**PAIRS, (7,): 3.0, (9,): -3.0, (30, 7): -1.0, (5, 30, 7): 0.25}, repetition_penalty=1.2,
+        bad_words_ids=[[11], [12, 13], *TRIPLES],
+    ),
+    "allowed, suppressed": dict(
+        allowed_token_ids=list(range(0, VOCAB, 2)), suppress_tokens=[4, 20, 44],
+        begin_suppress_tokens=list(range(0, VOCAB, 4)),
+    ),
+    "length": dict(
+        stop_at_token=[STOP, 20], min_length=PROMPT + 4, max_steps=9, forced_eos_token_id=[20, 50],
+        exponential_decay_length_penalty=(3, 1.3),
+    ),
+    "a function": dict(prefix_allowed_tokens_fn=successors),
     "n-grams": dict(no_repeat_ngram_size=2, temperature=0.2),
     "processors, min_new_tokens": dict(logits_processors=(favour_even, last_token_again),
                                        stop_at_token=[STOP, 20, 21], min_new_tokens=9),
@@ -178,6 +215,9 @@ def test_the_simulation_sees_a_control_that_is_lost(name, control):
             "x:2,y:2", "batch:x,vocab:y", ("processors, min_new_tokens", "all, softmax", "all, entmax"), marks=slow
         ),
         pytest.param("x:3", "vocab:x", ("n-grams", "greedy", "top_n_sigma, min_p", "top_h, top_k, eta"), marks=slow),
+        pytest.param(
+            "x:2,y:2", "batch:x,vocab:y", ("sequences", "allowed, suppressed", "length", "a function"), marks=slow
+        ),
     ],
 )
 def test_layouts(mesh_shape, layout, names):

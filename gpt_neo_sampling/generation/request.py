@@ -53,13 +53,14 @@ class Request:
     @property
     def steps(self) -> frozenset[str]:
         """The names of those numbers that change anything in some row: a frozenset."""
-        return frozenset(name for name in SAMPLING if self._changes(name) or any(map(self._changes, NUMBERS[name].of)))
+        return frozenset(filter(self._changes, SAMPLING))
 
     def _changes(self, name: str) -> bool:
         number = NUMBERS[name]
-        if number.neutral is None or number.of or (self.greedy and number.argmax_invariant):
+        if number.unset is None or (self.greedy and number.argmax_invariant):
             return False
-        return bool(np.any(self.values[name] != number.neutral))
+        is_used = not number.of or any(map(self._changes, number.of))
+        return is_used and bool(np.any(self.values[name] != number.unset))
 
     def setting(self, step: str) -> str:
         """The first prompt's values for a step of the chain, as text."""
@@ -276,9 +277,9 @@ def _bad_words(words: Any, tokenizer: Tokenizer | None, checkpoint: Checkpoint) 
     """The tokens of texts, each as a text's beginning and behind a space."""
     if words is None:
         return []
-    words = [words] if isinstance(words, str) else words
+    given, words = words, [words] if isinstance(words, str) else words
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"bad_words={words!r}; a text or a list of texts, none of them blank, is needed")
+        raise ValueError(f"bad_words={given!r}; a text or a list of texts, none of them blank, is needed")
     if words and tokenizer is None:
         raise ValueError(f"bad_words need a tokenizer: {why_no_tokenizer(checkpoint)}; give bad_words_ids")
     texts = [space + word.strip() for word in words for space in ("", " ")]

@@ -108,4 +108,4 @@ def _check(name: str, ids: Any, n_vocab: int) -> None:
         raise ValueError(f"{name}: {ids!r}; lists of at least one token id are needed, as in [[50256], [3, 1]]")
     for token in ids:
         if not is_int(token) or not 0 <= token < n_vocab:
-            raise ValueError(f"{name}: token id {token!r}; 0 to {n_vocab - 1} are allowed")
+            raise ValueError(f"{name}: token id={token!r}; a whole number from 0 to {n_vocab - 1} is needed")

@@ -65,7 +65,7 @@ def test_values_of_other_commands():
         ("generate a -hello", "unrecognized arguments: -hello; as a text: -- -hello (see "),
         ("generate --prompt a -temperature 0.5", "unrecognized arguments: -temperature; did you mean --temperature? "),
         ("generate --temp 1", "unrecognized arguments: --temp; did you mean --temperature? (see "),
-        ("generate --tokens 1", "; did you mean --max-new-tokens or --min-new-tokens? (see "),
+        ("generate --tokens 1", "; did you mean --max-new-tokens or --min-new-tokens or "),
         ("generate --top 1", "; did you mean --top-h or --top-k or --top-p? (see "),
         ("generate a --greedy=true", "argument --greedy: it takes no value, but is given as --greedy=true"),
         ("generate --qqqq", "unrecognized arguments: --qqqq (see gpt-neo-sampling generate --help)"),

@@ -14,9 +14,12 @@ def tiny():
 
 def test_a_stop_token_among_bad_words_is_not_banned(tiny):
     """As in transformers: the row could not end."""
-    bias = tiny.check([[5]], bad_words_ids=[[1], [7]]).logit_bias
-    assert np.isneginf(bias[7]) and bias[1] == 0
-    bias = tiny.check([[5]], bad_words_ids=[[1], [7]], eos_token_id=[7, 9]).logit_bias
-    assert np.isneginf(bias[1]) and bias[7] == 0
-    assert np.isneginf(tiny.check([[5]], bad_words_ids=[[1]], eos_token_id=-1).logit_bias[1])
-    assert np.isneginf(tiny.check([[5]], logit_bias={1: -np.inf}).logit_bias[1])  # by name it is
+
+    def banned(**options):
+        last = tiny.check([[5]], **options).sequences["bad_words_ids"].last
+        return [token for token in last.tolist() if token >= 0]
+
+    assert banned(bad_words_ids=[[1], [7]]) == [7]
+    assert banned(bad_words_ids=[[1], [7], [7, 1]], eos_token_id=[7, 9]) == [1]  # whose second word ends with 1
+    assert banned(bad_words_ids=[[1]], eos_token_id=-1) == [1]
+    assert np.isneginf(tiny.check([[5]], logit_bias={1: -np.inf}).arrays["logit_bias"][1])  # by name it is

@@ -346,7 +346,7 @@ def test_n_grams_that_stand_there_are_not_repeated(model):
 def test_greedy_decoding_takes_the_likeliest(model):
     banned = int(reference_logits(PROMPT).argmax())
     steps = model.inspect(PROMPT, do_sample=False, bad_words_ids=[[banned]])
-    assert [step.name for step in steps] == ["model", "logit_bias", "argmax"]
+    assert [step.name for step in steps] == ["model", "bad_words_ids", "argmax"]
     taken = np.flatnonzero(steps[-1].probabilities)
     assert taken == model.generate([PROMPT], do_sample=False, bad_words_ids=[[banned]], max_new_tokens=1)[0].tokens
     assert taken != banned
