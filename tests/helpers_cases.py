@@ -25,14 +25,19 @@ from gpt_neo_sampling.sampling.masks import (
     typical_p_mask,
 )
 from gpt_neo_sampling.sampling.penalties import (
+    exponential_decay,
+    force_tokens,
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
     repetition_penalty,
+    sequence_bias,
     token_counts,
+    token_set_mask,
     tokens_mask,
 )
 from gpt_neo_sampling.sampling.random import counter_bits, threefry_2x32
+from gpt_neo_sampling.sampling.token_sequences import biased
 
 BATCH = 8
 LOWEST = np.finfo(np.float32).min
@@ -228,9 +233,15 @@ def _penalties(mesh, good, bad, ids, values):
         out[f"presence, {name}"] = presence_frequency_penalty(x, out["counts"], values, -0.25, vocab)
         out[f"n-grams, {name}"] = no_repeat_ngram_mask(x, ids, mtf.cast(values * 8, tf.int32), 2, vocab)
         out[f"bias, {name}"] = logit_bias(x, bias, vocab)
+        out[f"sequences, {name}"] = sequence_bias(x, SEQUENCES, ids, mtf.cast(values * 8, tf.int32), vocab)
+        out[f"set, {name}"] = token_set_mask(x, [5, 170, 340], vocab, allowed=True)
+        out[f"forced, {name}"] = force_tokens(x, [5, 170], mtf.cast(mtf.greater(values, 1.2), tf.float32), vocab)
+        late = mtf.cast(values * 9, tf.int32)
+        out[f"decay, {name}"] = exponential_decay(x, [5, 300], late, values * 1.1, 30, vocab)
     return out
 
 
+SEQUENCES = biased({(170, 340): 1.1, (340, 340): -0.3, (0, 340): 0.7, (340,): 1e-7, (0, 170): -np.inf}, VOCAB)
 ROWS_IDS = np.random.default_rng(8).integers(-1, 4, (BATCH, 12)).astype(np.int32) * 170
 PENALTIES = Case("penalties", _penalties, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_IDS, ROWS_ALPHAS])
 # more entries than a shard looks at one by one; and so many ties that the search continues with their indices

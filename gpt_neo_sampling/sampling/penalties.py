@@ -391,6 +391,7 @@ def exponential_decay(
         # one product, without a sum that some backends would fuse with it
         late = x * tf.where_v2(x > 0, power, 2.0 - power)
         found = functools.reduce(tf.logical_or, [tf.equal(entry, stop) for stop in stops], tf.zeros_like(entry) > 0)
+        found = tf.logical_and(found, tf.not_equal(x, 0.0))  # which stays, also where the power is infinite
         x = tf.where_v2(tf.logical_and(found, n > 0), late, x)
         return tf.where_v2(tf.logical_and(factor > 0, factor < np.inf), x, np.nan)
 
@@ -410,8 +411,8 @@ def whole_power(base: tf.Tensor, exponent: tf.Tensor, most: int) -> tf.Tensor:
     exponent = tf.maximum(exponent, 0)
     for bit in range(max(1, most.bit_length())):
         has_bit = tf.not_equal(tf.bitwise.bitwise_and(exponent, tf.constant(1 << bit, tf.int32)), 0)
-        power = tf.where_v2(has_bit, tf.minimum(power * square, tf.float32.max), power)
-        square = tf.minimum(square * square, tf.float32.max)
+        power = tf.where_v2(has_bit, power * square, power)
+        square = square * square
     return power
 
 
@@ -544,4 +545,7 @@ def sequence_bias(
     )
     added = scatter_add(added, last, rows + dim, dim)
 
-    return adjust(tf.add, logits, added)
+    def add(x: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+        return tf.where_v2(bias > tf.float32.min, x + bias, tf.float32.min)
+
+    return adjust(add, logits, added)

@@ -8,13 +8,19 @@ from programs import MeshRunner, dims
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.models.utils import entmax
 from gpt_neo_sampling.sampling.penalties import (
+    exponential_decay,
+    force_tokens,
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
     repetition_penalty,
+    sequence_bias,
     token_counts,
+    token_set_mask,
     tokens_mask,
 )
+from gpt_neo_sampling.sampling.prefix_function import NO_ROW, PrefixFunction, prefix_mask
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences, banned, biased
 
 ROWS, VOCAB, LENGTH = 1000, 16, 20
 B, V, L = dims(batch=ROWS, vocab=VOCAB, length=LENGTH)
@@ -256,3 +262,147 @@ def test_logit_bias(runner):
     for g, w in zip(got, [by_dim, by_dim, by_row.T, by_row, by_dim], strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
     assert np.all(got[3][np.isneginf(bias)] <= LOW)
+
+
+# of one to four tokens, of which three to six are frequent in `rows_of_ids`; several with the same last token
+BIASES = {
+    (4,): 0.5, (9,): -2.0, (3, 4): 1.0, (4, 4): -1.5, (5, 4): 0.25, (3, 3, 4): 3.0, (6, 3, 3, 4): -7.0, (3, 5): 2.0,
+    (5, 6, 7): -0.75, (6, 6): -np.inf, (4, 5, 11): 1e38, (5, 11): 1e38,
+}  # fmt: skip
+BANNED = [[12], [3, 8], [4, 4, 5], [6, 5, 4, 3], [5, 5]]
+
+
+def test_sequence_bias(runner):
+    """As numbers in the graph, fed, and where the row is shorter than a sequence."""
+    rng = np.random.default_rng(31)
+    x, ids = rows_of_logits(rng), rows_of_ids(rng)
+    position = rng.integers(0, LENGTH + 1, ROWS).astype(np.int32)
+    position[:4] = [0, 1, 2, LENGTH]
+    both = [biased(BIASES, VOCAB), banned(BANNED, VOCAB)]
+    fed = both[0].arrays()
+
+    def build(mesh, x, ids, position, *fed):
+        y, moved, i = imp(mesh, x, B, V), imp(mesh, tf.transpose(x), V, B), imp(mesh, ids, B, L)
+        at = imp(mesh, position, B)
+        outs = [sequence_bias(y, sequences, i, at) for sequences in (*both, TokenSequences(*fed))]
+        return [*outs, sequence_bias(moved, both[0], i, LENGTH, V)]
+
+    added, masked, as_fed, at_end = runner(build, x, ids, position, *fed)
+    rows = [row[:n].tolist() for row, n in zip(ids, position)]
+
+    def after(rows, biases):
+        return adjusted(x, np.array([reference.sequence_bias(*pair, biases) for pair in zip(x, rows)]))
+
+    want = after(rows, BIASES)
+    np.testing.assert_allclose(added, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(as_fed, added)
+    np.testing.assert_allclose(at_end.T, after(ids.tolist(), BIASES), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(masked, after(rows, {tuple(word): -np.inf for word in BANNED}))
+    n_changed = [(after(rows, {sequence: bias}) != x).any(1).sum() for sequence, bias in BIASES.items()]
+    assert min(n_changed) >= 3, n_changed
+
+
+def test_biases_of_one_token_are_added_in_one_order():
+    """By halving: (((1, 2), …) of powers of two sum up to what float32 rounds at each step."""
+    numbers = [1.0, 2.0**-24, 2.0**-24, -1.0, 2.0**-30, 3.0, -3.0]
+    sequences = biased([[[3] * i + [4], bias] for i, bias in enumerate(numbers)], VOCAB)
+    added = np.array(numbers + [0], np.float32)
+    while len(added) > 1:
+        added = added[: len(added) // 2] + added[len(added) // 2 :]
+    assert added != np.float32(np.sum(numbers))
+
+    def build(mesh, x, ids):
+        return sequence_bias(imp(mesh, x, B, V), sequences, imp(mesh, ids, B, L), LENGTH)
+
+    x, ids = np.zeros((ROWS, VOCAB), np.float32), np.full((ROWS, LENGTH), 3, np.int32)
+    for runner in LAYOUTS:
+        np.testing.assert_array_equal(runner(build, x, ids)[:, 4], np.repeat(added, ROWS))
+
+
+def test_sets_of_tokens(runner):
+    """As ids, as flags, as a fed tensor; masked, allowed, forced."""
+    rng = np.random.default_rng(32)
+    x, when = rows_of_logits(rng), (rng.random(ROWS) < 0.5).astype(np.float32)
+    x[0, 2], x[1, 2], x[:2, 5] = np.nan, np.inf, 1
+    when[:2] = 1
+    flags = np.isin(np.arange(VOCAB), [1, 5, 7]).astype(np.float32)
+
+    def build(mesh, x, when, flags):
+        y, w, f = imp(mesh, x, B, V), imp(mesh, when, B), imp(mesh, flags, V)
+        return {
+            "masked": [token_set_mask(y, [1, 5, 7]), token_set_mask(y, f), token_set_mask(y, flags > 0)],
+            "allowed": [token_set_mask(y, np.array([1, 5, 7]), allowed=True)],
+            "masked when": [token_set_mask(y, f, when=w)],
+            "forced": [force_tokens(y, [1, 5, 7], w), force_tokens(imp(mesh, tf.transpose(x), V, B), f, w, V)],
+            "one forced": [force_tokens(y, 5, w)],
+        }
+
+    got = runner(build, x, when, flags)
+    got["forced"][1] = got["forced"][1].T
+    inside, valid = flags > 0, x < np.inf
+    is_on = (when[:, np.newaxis] > 0) & valid
+    one = np.where(np.arange(VOCAB) == 5, 0, LOW)
+    want = {
+        "masked": np.where(inside & valid, LOW, x),
+        "allowed": np.where(~inside & valid, LOW, x),
+        "masked when": np.where(inside & is_on, LOW, x),
+        "forced": np.where(is_on, np.where(inside, 0, LOW), x),
+        "one forced": np.where(is_on, one, x),
+    }
+    for name, outs in got.items():
+        for out in outs:
+            np.testing.assert_array_equal(out, want[name], err_msg=name)
+
+
+def test_exponential_decay(runner):
+    rng = np.random.default_rng(33)
+    x = rows_of_logits(rng)
+    n_late = rng.integers(-5, 40, ROWS).astype(np.int32)
+    factor = rng.choice([0.5, 1, 1.01, 1.5, 3, 1e6], ROWS).astype(np.float32)
+    bad = np.resize([0, -1, np.nan, np.inf], 8)
+
+    def build(mesh, x, n_late, factor):
+        y, n = imp(mesh, x, B, V), imp(mesh, n_late, B)
+        one = exponential_decay(y, [3, tf.fill([ROWS], 8), VOCAB], n, 1.5, 40)
+        own = exponential_decay(imp(mesh, tf.transpose(x), V, B), [3, 8], n, imp(mesh, factor, B), 40, V)
+        wrong = exponential_decay(y, [3], n, tf.concat([tf.constant(bad, tf.float32), factor[8:]], 0), 40)
+        return one, own, exponential_decay(y, [], n, 1.5, 40), wrong
+
+    one, own, none, wrong = runner(build, x, n_late, factor)
+
+    def want(factor):
+        each = zip(x, n_late, np.broadcast_to(factor, ROWS).astype(np.float64))
+        return adjusted(x, np.array([reference.exponential_decay(row, [3, 8], n, 0, f) for row, n, f in each]))
+
+    np.testing.assert_allclose(one, want(1.5), rtol=1e-5)
+    np.testing.assert_allclose(own.T, want(factor), rtol=1e-5, atol=1e-12)  # where the reference's sum cancels
+    np.testing.assert_array_equal(none, x)
+    usual = (x[:8] > LOW) & (x[:8] < np.inf)
+    assert np.isnan(wrong[:8][usual]).all() and not np.isnan(wrong[8:]).any()
+
+
+def test_a_function_of_the_prefix(runner):
+    """Asked about each row that is not done and has a number, with the ids that it has."""
+    rng = np.random.default_rng(34)
+    x, ids = rows_of_logits(rng), rows_of_ids(rng)
+    x[0, 2] = np.nan
+    position = rng.integers(0, LENGTH + 1, ROWS).astype(np.int32)
+    done, numbers = rng.random(ROWS) < 0.2, np.where(np.arange(ROWS) % 9 == 8, NO_ROW, np.arange(ROWS) * 3)
+    asked = {}
+
+    def allowed(number, prefix):
+        asked[number] = prefix.tolist()
+        return {(number + len(prefix)) % VOCAB, 5}
+
+    def build(mesh, x, ids, position, done, numbers):
+        fn = PrefixFunction(allowed, imp(mesh, numbers, B))
+        return prefix_mask(imp(mesh, x, B, V), fn, imp(mesh, ids, B, L), imp(mesh, position, B), imp(mesh, done, B))
+
+    got = runner(build, x, ids, position, done, numbers.astype(np.int32))
+    want, calls = x.copy(), {}
+    for row in np.flatnonzero(~done & (numbers != NO_ROW)):
+        keep = np.isin(np.arange(VOCAB), [(numbers[row] + position[row]) % VOCAB, 5])
+        want[row] = np.where(keep | np.isnan(x[row]), x[row], LOW)
+        calls[int(numbers[row])] = ids[row, : position[row]].tolist()
+    np.testing.assert_array_equal(got, want)
+    assert asked == calls
