@@ -615,6 +615,26 @@ def top_h_keep(x, part):
     return keep, clear
 
 
+def xtc_keep(x, threshold):
+    """(keep, clear) of a row that is chosen; threshold: a number or [rows, 1].
+
+    p-e-w's "exclude top choices", as llama.cpp has it: of the tokens in order of their probability, equal ones by
+    index, those of at least the threshold go, but for the last of them; above 0.5 none. Masked ones are no choice. A
+    row with an entry near the threshold is not clear.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    threshold = np.broadcast_to(threshold, (*x.shape[:-1], 1))
+    log_p = _log_p(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        over = log_p - np.log(threshold)
+    clear = np.broadcast_to(~np.any(abs(over) < 1e-6, -1, keepdims=True), x.shape)
+    order = np.argsort(-x, -1, kind="stable")
+    n_over = np.sum((over >= 0) & np.isfinite(x), -1, keepdims=True)
+    keep = np.zeros(x.shape, dtype=bool)
+    np.put_along_axis(keep, order, np.arange(x.shape[-1]) >= n_over - 1, -1)
+    return keep | (threshold > 0.5), clear
+
+
 # --------------------------------------------------------------------------
 # Random numbers and drawing
 # --------------------------------------------------------------------------

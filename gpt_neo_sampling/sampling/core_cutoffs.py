@@ -34,6 +34,7 @@ from gpt_neo_sampling.sampling.float_pairs import PAIR_ERROR_BOUND, Pair
 _FIRST_BORDERS = [factor * 2.0**n for n in range(-2, 5) for factor in (1.0, 1.5)] + [32.0]
 _FARTHEST_BORDER = 64.0  # beyond which no entry has mass to speak of
 _WAYS = 16  # into which a range is cut
+_LEAST_OPTION = 1e-36  # whose logarithm is a pair's
 EXP_ERROR_BOUND = 2e-6  # of float32 weights, and a compensated sum of them
 
 
@@ -348,10 +349,6 @@ def depth_ends(
     """
     slicewise, option = core.slicewise, core.of_rows(option)
 
-    def sums(x: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        weights, depth = float_pairs.exp_of_minus(top - x), tf.minimum(top - x, FAR)
-        return sums_of([], [weights] + ([float_pairs.times(weights, depth)] if looks_at == "mean" else []))
-
     def border(option: tf.Tensor, top: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
         known = []
         if sums:
@@ -361,9 +358,7 @@ def depth_ends(
             known.append(float_pairs.quotient(joined(*sums[2:]), total))
         depth = depth_of(float_pairs.minus_log(option), *known)
         minus_depth = tuple(tf.where_v2(depth[0] > 0, -d, 0.0) for d in depth)
-        high, low = float_pairs.add((top, tf.zeros_like(top)), minus_depth)
-        high, low = float_pairs.two_sum(high, low)
-        return high, low, 4 * PAIR_ERROR_BOUND * (1.0 + tf.abs(depth[0])) + tf.abs(top) * 2.0**-44
+        return _border(top, minus_depth)
 
     def look(x: tf.Tensor, top: tf.Tensor, high: tf.Tensor, low: tf.Tensor, bound: tf.Tensor) -> tuple[tf.Tensor, ...]:
         near = tf.logical_and(tf.abs((x - high) - low) <= bound, tf.not_equal(x, top))
@@ -379,25 +374,53 @@ def depth_ends(
         invalid: tf.Tensor,
         tops: tf.Tensor,
     ) -> tuple[tf.Tensor, ...]:
-        above = tf.bitcast(tf.bitcast(high, tf.int32) + tf.where_v2(high > 0, 1, -1), tf.float32)
-        above = tf.where_v2(tf.equal(high, 0.0), np.float32(2.0**-126), above)
-        least = tf.minimum(tf.where_v2(low > 0, above, high), top)
+        least = tf.minimum(_rounded_up(high, low), top)
         has_mass = tf.logical_and(tops > 0, top > core.lowest)
         ends = finished(least, tf.fill(tf.shape(least), np.float32(np.inf)), option, option > 0, invalid > 0, has_mass)
-        doubt = tf.logical_or(near > 0, option < 1e-36)  # whose logarithm is not a pair's
+        doubt = tf.logical_or(near > 0, option < _LEAST_OPTION)
         doubt = tf.logical_and(doubt, tf.logical_and(option > 0, tf.logical_and(has_mass, tf.equal(invalid, 0.0))))
         return xla.kept_together(*ends, tf.where_v2(doubt, 1.0, 0.0))
 
-    totals = core.gathered(slicewise(sums, core.x, core.top)) if looks_at else []
+    totals = core.gathered(slicewise(_total_and_depth(looks_at), core.x, core.top)) if looks_at else []
     high, low, bound = slicewise(border, option, core.top, *totals)
     found = core.summed(slicewise(look, core.x, core.top, high, low, bound))
     return slicewise(finish, option, core.top, high, low, *found)
+
+
+def _total_and_depth(looks_at: str) -> Callable[..., tuple[tf.Tensor, ...]]:
+    """A function from x and top to sums, as pairs: of weights, and if the mean is looked at of weights times depths."""
+
+    def sums(x: tf.Tensor, top: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        weights, depth = float_pairs.exp_of_minus(top - x), tf.minimum(top - x, FAR)
+        return sums_of([], [weights] + ([float_pairs.times(weights, depth)] if looks_at == "mean" else []))
+
+    return sums
+
+
+def _border(top: tf.Tensor, minus_depth: Pair) -> tuple[tf.Tensor, ...]:
+    """(high, low, how far they may be off): what lies at a depth, given as its negative, below the top."""
+    high, low = float_pairs.add((top, tf.zeros_like(top)), minus_depth)
+    high, low = float_pairs.two_sum(high, low)
+    return high, low, 4 * PAIR_ERROR_BOUND * (1.0 + tf.abs(minus_depth[0])) + tf.abs(top) * 2.0**-44
+
+
+def _rounded_up(high: tf.Tensor, low: tf.Tensor) -> tf.Tensor:
+    """The least float32 that is not below a pair."""
+    above = tf.bitcast(tf.bitcast(high, tf.int32) + tf.where_v2(high > 0, 1, -1), tf.float32)
+    above = tf.where_v2(tf.equal(high, 0.0), np.float32(2.0**-126), above)
+    return tf.where_v2(low > 0, above, high)
 
 
 def probability_ends(
     core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str, exact: Callable[[], LaidOut]
 ) -> tuple[LaidOut, ...]:
     """(least, last) of `depth_ends`; where that is in doubt, those of `exact`, a Cut's ends [rows, 2]."""
+    return _or_exact(core, depth_ends(core, option, depth_of, looks_at), exact)
+
+
+def _or_exact(core: CoreRows, found: tuple[LaidOut, ...], exact: Callable[[], LaidOut]) -> tuple[LaidOut, ...]:
+    """(least, last) of what was found, (least, last, in_doubt); where in doubt those of `exact`, as above."""
+    *ends, in_doubt = found
 
     def choose(ends: tf.Tensor, least: tf.Tensor, last: tf.Tensor, in_doubt: tf.Tensor) -> tuple[tf.Tensor, ...]:
         found = zip(tf.split(ends, 2, -1), (least, last), strict=True)
@@ -406,7 +429,68 @@ def probability_ends(
     def settle(_: tf.Tensor, least: LaidOut, last: LaidOut) -> tuple[LaidOut, ...]:
         return tf.constant(0.0), *core.slicewise(choose, exact(), least, last, in_doubt)
 
-    least, last, in_doubt = depth_ends(core, option, depth_of, looks_at)
     # A loop that runs once or never: XLA takes both branches of a condition, where it thinks that they cost little.
-    start = core.any_of(in_doubt), least, last
+    start = core.any_of(in_doubt), *ends
     return laid_out_while_loop(core.mesh_impl, lambda doubt, *_: doubt > 0.5, settle, start)[1:]
+
+
+def xtc_ends(core: CoreRows, threshold: LaidOut, exact: Callable[[], LaidOut]) -> tuple[LaidOut, ...]:
+    """Where a cut lies ahead of the least likely entry of at least this probability, and of equal ones of the last.
+
+    Args:
+      core: CoreRows.
+      threshold: laid-out float32 [rows, 1]; above 0.5 nothing is ahead of the cut, NaN makes a row invalid.
+      exact: a function to such a Cut's ends [rows, 2], for where float pairs leave it in doubt.
+
+    Returns:
+      (least, last): laid-out float32, one number a row.
+    """
+    return _or_exact(core, xtc_ends_in_doubt(core, threshold), exact)
+
+
+def xtc_ends_in_doubt(core: CoreRows, threshold: LaidOut) -> tuple[LaidOut, ...]:
+    """(least, last, in_doubt) of `xtc_ends`."""
+    slicewise, threshold = core.slicewise, core.of_rows(threshold)
+
+    def border(threshold: tf.Tensor, top: tf.Tensor, *total: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        log_total, minus_log = float_pairs.log_of(joined(*total)), float_pairs.minus_log(threshold)
+        return _border(top, float_pairs.add(log_total, float_pairs.negative(minus_log)))
+
+    def look(
+        x: tf.Tensor, threshold: tf.Tensor, high: tf.Tensor, low: tf.Tensor, bound: tf.Tensor, *pcoord: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        """The smallest entry above the border, its negative; the last that equals it; and flags of the row."""
+        least = tf.where_v2(threshold > 0, _rounded_up(high, low), tf.float32.min)
+        near = tf.where_v2(tf.abs((x - high) - low) <= bound, 1.0, tf.zeros_like(x))
+        invalid = tf.where_v2(x < np.inf, tf.zeros_like(x), 1.0)
+        above = tf.logical_and(tf.logical_and(x >= least, x > core.lowest), x < np.inf)
+        at = tf.broadcast_to(core.entry_numbers(*pcoord), x.shape)
+
+        def combine(a: Sequence[tf.Tensor], b: Sequence[tf.Tensor]) -> tuple[tf.Tensor, ...]:
+            is_second = tf.logical_or(b[0] > a[0], tf.logical_and(tf.equal(b[0], a[0]), b[1] > a[1]))
+            at = tf.where_v2(is_second, b[1], a[1])
+            return tf.maximum(a[0], b[0]), at, a[2] + b[2], a[3] + b[3]
+
+        found = xla.reduce_together(
+            [tf.where_v2(above, -x, tf.float32.min), tf.where_v2(above, at, -1.0), near, invalid],
+            [tf.float32.min, -1.0, 0.0, 0.0], [1, 2], combine,
+        )  # fmt: skip
+        return tuple(tf.reshape(f, [-1, 1, 1]) for f in found)
+
+    def finish(
+        threshold: tf.Tensor, smallest: tf.Tensor, at: tf.Tensor, near: tf.Tensor, invalid: tf.Tensor
+    ) -> tuple[tf.Tensor, ...]:
+        least = functools.reduce(tf.maximum, tf.unstack(smallest))
+        last = functools.reduce(tf.maximum, tf.unstack(tf.where_v2(tf.equal(smallest, least), at, -1.0)))
+        has_cut = tf.logical_and(threshold <= 0.5, last >= 0)
+        least, last = tf.where_v2(has_cut, -least, np.inf), tf.where_v2(has_cut, last - 1.0, -1.0)
+        is_used = tf.logical_and(threshold <= 0.5, tf.equal(invalid, 0.0))
+        least = tf.where_v2(tf.logical_or(is_used, threshold > 0.5), least, np.nan)
+        doubt = tf.logical_or(near > 0, threshold < _LEAST_OPTION)
+        doubt = tf.logical_and(doubt, tf.logical_and(threshold > 0, is_used))
+        return xla.kept_together(least, last, tf.where_v2(doubt, 1.0, 0.0))
+
+    total = core.gathered(slicewise(_total_and_depth("total"), core.x, core.top))
+    borders = slicewise(border, threshold, core.top, *total)
+    smallest, at, *flags = slicewise(look, core.x, threshold, *borders, *core.rows.pcoords())
+    return slicewise(finish, threshold, *core.gathered([smallest, at]), *core.summed(flags))

@@ -31,6 +31,10 @@ class CoreRows:
     def of_rows(self, x: LaidOut) -> LaidOut:
         return self.slicewise(lambda x: tf.reshape(x, [-1, 1, 1]), x)
 
+    def entry_numbers(self, pcoord: tf.Tensor | int = 0) -> tf.Tensor:
+        """float32 [a, b]: the indices in a row of this core's entries."""
+        return tf.cast(tf.reshape(self.rows.entry_numbers(pcoord), self.x.slice_shape[1:]), tf.float32)
+
     def summed(self, parts: Sequence[LaidOut]) -> list[LaidOut]:
         return [self.rows.across_shards(p, "SUM") for p in parts]
 

@@ -28,7 +28,8 @@ _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entr
 _BUCKET_BITS, _BUCKET_BITS_SPLIT = 10, 6  # 2ⁿ buckets a binade; fewer where their sums travel
 _BLOCK = 64  # buckets in each part of a sum over them
 _FARTHEST = 1000.0  # exp(−1000) is 0 in float64
-_EVERYTHING = np.array([[-np.inf, np.inf]], np.float32)  # ends of a Cut that keeps all
+_EVERYTHING = np.array([[-np.inf, np.inf]], np.float32)  # ends of a Cut behind all entries
+_NOTHING = np.array([[np.inf, -1.0]], np.float32)  # and ahead of all
 
 
 def mask_below(
@@ -51,6 +52,16 @@ def mask_below(
     return with_top_zero(y) if is_top_zero(logits) else y
 
 
+def mask_above(
+    logits: mtf.Tensor, option: mtf.Tensor, dim: mtf.Dimension, find_cut: "FindCut", masked: float
+) -> mtf.Tensor:
+    """Masks the entries that `mask_below` would keep, and keeps the others. A row without a cut stays as it is.
+
+    The arguments are those of `mask_below`.
+    """
+    return _MaskOperation(logits, option, dim, find_cut, masked, keeps_rest=True).outputs[0]
+
+
 def with_top_zero(x: mtf.Tensor) -> mtf.Tensor:
     """x, each of whose rows has 0, NaN or +inf for its largest entry, or nothing but −inf: a core need not look."""
     x.top_is_zero = True
@@ -63,10 +74,16 @@ def is_top_zero(x: mtf.Tensor) -> bool:
 
 class _MaskOperation(MeshOperation):
     def __init__(
-        self, logits: mtf.Tensor, option: mtf.Tensor, dim: mtf.Dimension, find_cut: "FindCut", masked: float
+        self,
+        logits: mtf.Tensor,
+        option: mtf.Tensor,
+        dim: mtf.Dimension,
+        find_cut: "FindCut",
+        masked: float,
+        keeps_rest: bool = False,
     ) -> None:
         super().__init__([logits, option], [(logits.shape, logits.dtype)], find_cut.__name__)
-        self._dim, self._find_cut, self._masked = dim, find_cut, masked
+        self._dim, self._find_cut, self._masked, self._keeps_rest = dim, find_cut, masked, keeps_rest
 
     def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         def survivors(dy: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
@@ -95,19 +112,19 @@ class _MaskOperation(MeshOperation):
             at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
             # Not by the maximum alone, in which XLA loses a row of nothing but NaN.
             has_mass = tf.logical_or(top > float(x.dtype.min), tf.is_nan(ends[:, :1]))
-            ends = tf.where_v2(has_mass, ends, _EVERYTHING)
+            ends = tf.where_v2(has_mass, ends, _NOTHING if self._keeps_rest else _EVERYTHING)
             ends = tf.where_v2(tf.is_nan(option), np.nan, ends)
             least, last = ends[:, :1], ends[:, 1:]
             key = cut.key(tf.cast(x, tf.float32), *of_row)
 
             def with_ties_and_invalid_rows() -> tf.Tensor:
-                kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
-                fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
-                return tf.where_v2(kept, x, tf.cast(fill, x.dtype))
+                return self._kept(x, key, at, least, last)
 
             def plain() -> tf.Tensor:
                 return tf.where_v2(key >= least, x, tf.constant(self._masked, x.dtype))
 
+            if self._keeps_rest:
+                return rows.from_rows(with_ties_and_invalid_rows())
             whole_ties = tf.logical_and(last >= np.inf, least >= -np.inf)  # false for NaN
             is_plain = tf.reduce_min(tf.cast(whole_ties, tf.float32)) > 0.5
             return rows.from_rows(tf.cond(is_plain, plain, with_ties_and_invalid_rows))
@@ -121,11 +138,19 @@ class _MaskOperation(MeshOperation):
             least, last = tf.reshape(least, [-1, 1]), tf.reshape(last, [-1, 1])
             key = cut.key(tf.cast(x, tf.float32), *of_row)
             at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
-            kept = tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
-            fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
-            return rows.from_rows(tf.where_v2(kept, x, tf.cast(fill, x.dtype)))
+            return rows.from_rows(self._kept(x, key, at, least, last))
 
         return rows.mesh_impl.slicewise(mask, x, cut.least, cut.last, *cut.of_row, *rows.pcoords())
+
+    def _kept(self, x: tf.Tensor, key: tf.Tensor, at: tf.Tensor, least: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+        """x [rows, entries], masked where it is on the other side of the cut; NaN where that is."""
+        equal = tf.equal(key, least)
+        if self._keeps_rest:
+            kept = tf.logical_or(tf.logical_or(key < least, tf.is_nan(key)), tf.logical_and(equal, at > last))
+        else:
+            kept = tf.logical_or(key > least, tf.logical_and(equal, at <= last))
+        fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
+        return tf.where_v2(kept, x, tf.cast(fill, x.dtype))
 
 
 class CoreCut(typing.NamedTuple):
@@ -265,6 +290,47 @@ def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, epsilon, softmax.total))
 
 
+def xtc_cut(softmax: Softmax, threshold: LaidOut) -> Cut | CoreCut:
+    """Ahead of the least likely entry of at least this probability; of equal ones, of the last. None if above 0.5."""
+    mesh_impl = softmax.rows.mesh_impl
+    if is_core_program(mesh_impl):
+        return CoreCut(*core_cutoffs.xtc_ends(softmax.core, threshold, lambda: _xtc_ends(softmax, threshold)))
+    none = mesh_impl.slicewise(
+        lambda top: tf.concat([tf.fill(tf.shape(top), end) for end in _NOTHING[0]], -1), softmax.top
+    )
+    is_used = any_of(mesh_impl, mesh_impl.slicewise(lambda t: tf.cast(t <= 0.5, tf.float32), threshold))
+    return Cut(laid_out_cond(mesh_impl, is_used, lambda: _xtc_ends(softmax, threshold), lambda: none))
+
+
+def _xtc_ends(softmax: Softmax, threshold: LaidOut) -> LaidOut:
+    rows, slicewise = softmax.rows, softmax.rows.mesh_impl.slicewise
+
+    def border(threshold: tf.Tensor, total: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
+        return _border(-tf.log(tf.cast(threshold, tf.float64)) - tf.log(total), top)
+
+    def above(x: tf.Tensor, border: tf.Tensor) -> tf.Tensor:
+        return tf.logical_and(x >= border, x > softmax.lowest)
+
+    def smallest(x: tf.Tensor, border: tf.Tensor) -> tf.Tensor:
+        """Its negative."""
+        return _finite_top(tf.reduce_max(tf.where_v2(above(x, border), -x, -np.inf), -1, keepdims=True))
+
+    def last_of(x: tf.Tensor, border: tf.Tensor, smallest: tf.Tensor, *pcoord: tf.Tensor) -> tf.Tensor:
+        at = tf.cast(rows.entry_numbers(*pcoord), tf.float32)
+        found = tf.logical_and(above(x, border), tf.equal(x, -smallest))
+        return tf.reduce_max(tf.where_v2(found, at, -1.0), -1, keepdims=True)
+
+    def ends(threshold: tf.Tensor, total: tf.Tensor, smallest: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+        ends = tf.where_v2(last >= 0, tf.concat([-smallest, last - 1.0], -1), _NOTHING)
+        ends = tf.where_v2(tf.is_nan(total), np.nan, ends)
+        return tf.where_v2(threshold <= 0.5, ends, _NOTHING)
+
+    borders = slicewise(border, threshold, softmax.total, softmax.top)
+    least = rows.across_shards(slicewise(smallest, softmax.x, borders), "MAX")
+    last = rows.across_shards(slicewise(last_of, softmax.x, borders, least, *rows.pcoords()), "MAX")
+    return slicewise(ends, threshold, softmax.total, least, last)
+
+
 def eta_cut(softmax: Softmax, eta: LaidOut) -> Cut | CoreCut:
     """At probability min(η, √η · exp(−H))."""
 
@@ -318,11 +384,16 @@ def _cut_at_depth(softmax: Softmax, depth: LaidOut) -> Cut:
     """At this depth below the largest entry, which itself stays. depth: laid-out float64 [rows, 1]."""
 
     def ends(depth: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
-        least = _rounded_up(tf.cast(top, tf.float64) - tf.maximum(depth, 0.0))
+        least = _border(tf.maximum(depth, 0.0), top)
         least = tf.where_v2(tf.is_nan(depth), np.nan, least)  # which the maximum may have lost
         return tf.concat([least, tf.fill(tf.shape(least), np.float32(np.inf))], -1)
 
     return Cut(softmax.rows.mesh_impl.slicewise(ends, depth, softmax.top))
+
+
+def _border(depth: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
+    """The least float32 that is not more than a float64 depth below the largest entry."""
+    return _rounded_up(tf.cast(top, tf.float64) - depth)
 
 
 def _rounded_up(x: tf.Tensor) -> tf.Tensor:

@@ -309,6 +309,82 @@ def eta_mask(
     return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1)
 
 
+def xtc_mask(
+    logits: mtf.Tensor,
+    xtc_probability: RowValue,
+    xtc_threshold: RowValue,
+    uniform_bits: mtf.Tensor,
+    dim: mtf.Dimension | None = None,
+    *,
+    masked: float | None = None,
+) -> mtf.Tensor:
+    """Masks, in some of the steps, the likeliest entries, so that a less likely one is drawn ("exclude top choices").
+
+    By p-e-w, as in llama.cpp. A row is chosen with a chance of xtc_probability. It loses all entries of probability
+    xtc_threshold and more but the least likely of them; of equal ones the last stays. Where fewer than two are that
+    likely, nothing changes.
+
+    Args:
+      logits: mtf.Tensor, float32, bfloat16 or float16; −inf and the lowest number have probability 0.
+      xtc_probability: a number from 0 to 1, or a float32 tensor, scalar or [logits.shape − dim]; 0 masks nothing, 1
+        chooses every row.
+      xtc_threshold: the same; above 0.5 it masks nothing, 0 all but the least likely entry.
+      uniform_bits: int32 mtf.Tensor [logits.shape − dim]: 32 random bits, as from `random.counter_bits`. Read as an
+        unsigned u, they choose the rows of u · 2⁻³² < xtc_probability.
+      dim: mtf.Dimension of logits; the last by default.
+      masked: a number: what masked entries become; by default `mask_value(logits.dtype)`.
+
+    Returns:
+      mtf.Tensor like logits. A row becomes NaN where a tensor's value is out of range, and where it is chosen and holds
+      NaN or +inf; one that is not chosen stays as it is. The gradient flows through the survivors.
+
+    Raises:
+      ValueError: for a number out of range, a tensor of the wrong shape, bits of another dtype, or a `dim` that logits
+        lack.
+    """
+    dim = dim_of(logits, dim)
+    rows = logits.shape - dim
+    never = _masks_nothing("xtc_probability", xtc_probability, neutral=0)
+    _masks_nothing("xtc_threshold", xtc_threshold, neutral=0)
+    if never or (is_real(xtc_threshold) and xtc_threshold > 0.5):
+        return logits
+    if not isinstance(uniform_bits, mtf.Tensor) or uniform_bits.dtype != tf.int32:
+        raise ValueError(f"uniform_bits={uniform_bits!r}; an int32 mtf.Tensor {rows} is needed")
+
+    def of_rows(bits: tf.Tensor, probability: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
+        """The threshold; 1 for a row that is not chosen."""
+        valid = [tf.logical_and(x >= 0, x <= 1) for x in (probability, threshold)]
+        threshold = tf.where_v2(_is_below(bits, probability), threshold, 1.0)
+        return tf.where_v2(tf.logical_and(*valid), threshold, np.nan)
+
+    if is_real(xtc_probability):  # by NumPy: TensorFlow's cast may take the least numbers for 0
+        xtc_probability = np.asarray(xtc_probability, np.float32)
+    options = [
+        import_rows(logits.mesh, uniform_bits, tf.int32, rows, "uniform_bits"),
+        import_rows(logits.mesh, xtc_probability, tf.float32, rows, "xtc_probability"),
+        import_rows(logits.mesh, xtc_threshold, tf.float32, rows, "xtc_threshold"),
+    ]
+    threshold = cwise_broadcast(of_rows, options, output_dtype=tf.float32, name="xtc_threshold")
+    masked = mask_value(logits.dtype) if masked is None else masked
+    return cutoffs.mask_above(logits, threshold, dim, cutoffs.xtc_cut, masked)
+
+
+def _is_below(bits: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Whether int32 bits, read as an unsigned u, are u · 2⁻³² < a float32 number from 0 to 1: without rounding.
+
+    By halves of 16 bits, which float32 holds, as it does all products and differences here.
+    """
+    low = tf.cast(tf.bitwise.bitwise_and(bits, tf.constant(0xFFFF)), tf.float32)
+    high = tf.cast(
+        tf.bitwise.bitwise_and(tf.bitwise.right_shift(bits, tf.constant(16)), tf.constant(0xFFFF)), tf.float32
+    )
+    scaled = number * 2.0**16
+    whole = tf.floor(scaled)
+    below = tf.logical_or(high < whole, tf.logical_and(tf.equal(high, whole), low < (scaled - whole) * 2.0**16))
+    # some backends take the least numbers for 0, but not their bits
+    return tf.where_v2(tf.equal(bits, 0), tf.bitcast(number, tf.int32) > 0, below)
+
+
 def _masks_nothing(name: str, option: RowValue, neutral: float, excluded: float | None = None, most: float = 1) -> bool:
     """Whether an option is the neutral number; raises ValueError for a number that is out of range."""
     if not is_real(option):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import simd
 from programs import dims
-from sampling.test_masks import MASKS, assert_kept, tied_rows
+from sampling.test_masks import MASKS, assert_kept, tied_rows, xtc_always
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
@@ -15,7 +15,7 @@ from gpt_neo_sampling.sampling.masks import epsilon_mask, eta_mask, min_p_mask, 
 pytestmark = pytest.mark.skipif(simd.UNAVAILABLE is not None, reason=simd.UNAVAILABLE or "")
 
 ROWS, SIZE = 200, 520
-ON_CORE = [top_p_mask, typical_p_mask, min_p_mask, epsilon_mask, eta_mask]
+ON_CORE = [top_p_mask, typical_p_mask, min_p_mask, epsilon_mask, eta_mask, xtc_always]
 by_mask = pytest.mark.parametrize("mask", ON_CORE, ids=lambda mask: mask.__name__)
 split = pytest.mark.parametrize("layout", ["vocab:x", pytest.param("batch:x", marks=pytest.mark.slow)])
 
@@ -40,8 +40,9 @@ def program(mask, layout, what, rows=ROWS, size=SIZE):
         if what == "exact":
             patch.setattr(core_cutoffs, "laid_out_cond", lambda mesh_impl, flag, if_set, if_not: if_set())
             patch.setattr(core_cutoffs, "probability_ends", _exact_probability_ends)
+            patch.setattr(core_cutoffs, "xtc_ends_in_doubt", _always_in_doubt)
         else:
-            for name in ("mass_ends", "depth_ends"):
+            for name in ("mass_ends", "depth_ends", "xtc_ends_in_doubt"):
                 patch.setattr(core_cutoffs, name, _doubt_as_nan(getattr(core_cutoffs, name)))
 
         def build(mesh, x, option):
@@ -72,6 +73,11 @@ def _exact_probability_ends(*args):
         return _probability_ends(*args)
     finally:
         core_cutoffs.depth_ends = _depth_ends
+
+
+def _always_in_doubt(*args, find=core_cutoffs.xtc_ends_in_doubt):
+    core, least, last, doubt = args[0], *find(*args)
+    return least, last, core.slicewise(tf.ones_like, doubt)
 
 
 def bfloat16_rows(rng):

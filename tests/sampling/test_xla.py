@@ -19,6 +19,7 @@ from helpers_cases import (
     MIXED_LOOP,
     MODEL,
     NEW_TOKENS,
+    NEWER_MASKS,
     OTHER_LOOPS,
     PENALTIES,
     SIZES,
@@ -38,7 +39,7 @@ def cases(fast, further):
     return pytest.mark.parametrize("case", [*fast, *(pytest.param(case, marks=slow) for case in further)], ids=str)
 
 
-@cases([MASKS, PENALTIES, MIXED_LOOP], [DRAWS, ENTMAX, LIKELY_MASKS, OTHER_LOOPS])
+@cases([MASKS, NEWER_MASKS, PENALTIES, MIXED_LOOP], [DRAWS, ENTMAX, LIKELY_MASKS, OTHER_LOOPS])
 def test_same_with_xla_and_without(case):
     assert_same(case.values(XlaProgram(case.build, case.inputs)), case.single, ROUNDING[case])
 
@@ -55,7 +56,7 @@ def test_invalid_rows_of_masks_by_probability():
         np.testing.assert_array_equal(y, np.where(np.arange(4)[:, np.newaxis] < 2, np.nan, x))
 
 
-@cases([MASKS, PENALTIES], [DRAWS, ENTMAX, LIKELY_MASKS, MIXED_LOOP, OTHER_LOOPS, MODEL])
+@cases([MASKS, PENALTIES], [DRAWS, ENTMAX, LIKELY_MASKS, NEWER_MASKS, MIXED_LOOP, OTHER_LOOPS, MODEL])
 def test_same_with_tensorflows_optimizer_and_without(case):
     """Programs of these tests do without it; TextGenerator's sessions have it."""
     assert_same(case.values(Program(case.build, case.inputs, optimized=True)), case.single, ROUNDING[case])
