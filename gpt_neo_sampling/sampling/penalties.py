@@ -546,6 +546,6 @@ def sequence_bias(
     added = scatter_add(added, last, rows + dim, dim)
 
     def add(x: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
-        return tf.where_v2(bias > tf.float32.min, x + bias, tf.float32.min)
+        return tf.where_v2(bias <= tf.float32.min, tf.float32.min, x + bias)  # NaN stays
 
     return adjust(add, logits, added)
