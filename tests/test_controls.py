@@ -476,6 +476,6 @@ def test_the_guides_table_is_the_list():
     for name, control in CONTROLS.items():
         assert found[name][1] == control.help
         if getattr(control, "neutral", None) is not None:
-            assert found[name][3] == f"{control.neutral:g}"
+            assert found[name][3] == control.as_text(control.neutral)
         assert re.search(rf"^### .*\b{name}\b", page, re.MULTILINE)
     assert [name for name in found if name in CONTROLS] == list(CONTROLS)

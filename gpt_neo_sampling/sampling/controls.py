@@ -373,7 +373,7 @@ class Controls(Generic[Value]):
         Number("of dry_multiplier: shorter sequences are free to repeat", least=1, most=INT32_MAX, whole=True,
                of=("dry_multiplier",), default=2))  # fmt: skip
     dry_sequence_breakers: TokenSet | None = control(
-        Tokens('of dry_multiplier: texts, or token ids, at which a sequence ends (default: newline, : " *)')
+        Tokens('of dry_multiplier: texts or token ids at which a sequence ends (default: a newline, :, " and *)')
     )
     no_repeat_ngram_size: int | None = control(
         Control("no sequence of this many tokens occurs twice", _mask_ngrams))  # fmt: skip
