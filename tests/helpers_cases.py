@@ -16,6 +16,7 @@ from gpt_neo_sampling.mesh.ops import take
 from gpt_neo_sampling.models.utils import entmax, sample_categorical
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
+from gpt_neo_sampling.sampling.dry import dry_penalty
 from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
@@ -34,6 +35,7 @@ from gpt_neo_sampling.sampling.penalties import (
     repetition_penalty,
     sequence_bias,
     token_counts,
+    token_flags,
     token_set_mask,
     tokens_mask,
 )
@@ -228,6 +230,7 @@ def _penalties(mesh, good, bad, ids, values):
     ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch, length]))
     values = mtf.import_tf_tensor(mesh, values, mtf.Shape([batch]))
     bias = np.where(np.arange(VOCAB) % 7, np.linspace(-3, 3, VOCAB), -np.inf)
+    breakers = token_flags(mesh, [0, 340], vocab, "breakers")
     out = {"counts": token_counts(ids, vocab, 2, mtf.cast(values * 6, tf.int32))}
     for name, x in (("good", good), ("bad", bad)):
         out[f"repetition, {name}"] = repetition_penalty(x, out["counts"], values, vocab)
@@ -237,6 +240,8 @@ def _penalties(mesh, good, bad, ids, values):
         out[f"sequences, {name}"] = sequence_bias(x, SEQUENCES, ids, mtf.cast(values * 8, tf.int32), vocab)
         out[f"set, {name}"] = token_set_mask(x, [5, 170, 340], vocab, allowed=True)
         out[f"forced, {name}"] = force_tokens(x, [5, 170], mtf.cast(mtf.greater(values, 1.2), tf.float32), vocab)
+        at = mtf.cast(values * 8, tf.int32)
+        out[f"dry, {name}"] = dry_penalty(x, ids, at, values * 0.7, values * 1.3, 1, breakers, vocab)
         late = mtf.cast(values * 9, tf.int32)
         out[f"decay, {name}"] = exponential_decay(x, [5, 300], late, values * 1.1, 30, vocab)
     return out

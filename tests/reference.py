@@ -518,6 +518,27 @@ def sequence_bias(x, row, biases):
     return x
 
 
+def dry_matches(row, size, breakers=()):
+    """[size]: for each token the longest sequence that it follows in the row, a list of ids, and that the row ends with."""
+    longest = np.zeros(size, int)
+    for n in range(1, len(row)):
+        end = row[len(row) - n :]
+        if set(end) & set(breakers):
+            break
+        for begin in range(len(row) - n):
+            token = row[begin + n]
+            if row[begin : begin + n] == end and token not in breakers and 0 <= token < size:
+                longest[token] = n
+    return longest
+
+
+def dry_penalty(x, row, multiplier, base=1.75, allowed_length=2, breakers=()):
+    """DRY, by p-e-w: x [vocab] after the tokens of `row`."""
+    n = dry_matches(list(row), len(x), breakers)
+    penalties = [multiplier * math.exp(min(math.log(base) * (k - allowed_length), 700)) for k in n]
+    return np.where(n >= allowed_length, x - penalties, x)
+
+
 def exponential_decay(x, stops, n_new, start, factor):
     """transformers' exponential_decay_length_penalty."""
     x = np.array(x, np.float64)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt_neo_sampling._compat import LazyAllreduceSum, PlacementMeshImpl, is_in_function, mtf, tf
-from gpt_neo_sampling._types import RowValue, ShapeLike
+from gpt_neo_sampling._types import LaidOut, RowValue, ShapeLike
 from gpt_neo_sampling.mesh import gpu, xla
 
 
@@ -286,6 +286,25 @@ def scatter_add(
     return _ScatterAddOperation(values, indices, lookup, small_whole_numbers).outputs[0]
 
 
+def scatter_max(values: mtf.Tensor, indices: mtf.Tensor, shape: ShapeLike, dim: mtf.Dimension) -> mtf.Tensor:
+    """The largest of the values that indices name for each entry, and 0 where there is none or none above that.
+
+    Args:
+      values, indices, shape, dim: as for `scatter_add`; values of float32.
+
+    Returns:
+      float32 mtf.Tensor [shape]. No gradient flows through it.
+
+    Raises:
+      ValueError: as `scatter_add`.
+    """
+    shape = mtf.Shape(shape)
+    lookup = _Lookup(shape, indices.shape, dim)
+    if dim not in shape.dims or dim in indices.shape.dims or set(values.shape.dims) != set(lookup.output.dims):
+        raise ValueError(f"scatter_max: values of shape {values.shape}, indices {indices.shape}, shape {shape}")
+    return _ScatterMaxOperation(values, indices, lookup).outputs[0]
+
+
 class _Lookup:
     """The dims of one look-up, by their roles."""
 
@@ -388,7 +407,7 @@ class _ScatterAddOperation(MeshOperation):
             first = tf.expand_dims(tf.range(rows, dtype=dtype) * size, 1)
             segments = tf.where_v2(local >= 0, local + first, -1)  # -1 is dropped
             dy = tf.reshape(_transpose(dy, dy_shape, lookup.output.dims), [segments.shape.num_elements(), -1])
-            dx = tf.math.unsorted_segment_sum(dy, tf.reshape(segments, [-1]), rows * size)
+            dx = self._combined(dy, tf.reshape(segments, [-1]), rows * size)
             return _transpose(tf.reshape(dx, table_shape), lookup.table, lookup.x_shape.dims)
 
         def by_products(dy: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
@@ -406,8 +425,25 @@ class _ScatterAddOperation(MeshOperation):
         reduced = [mesh_impl.tensor_dimension_to_mesh_axis(d) for d in lookup.others]
         reduced = [a for a in reduced if a is not None]
         if reduced:
-            y = LazyAllreduceSum(mesh_impl, y, reduced)
+            y = self._combined_across(mesh_impl, y, reduced)
         lowering.set_tensor_lowering(self.outputs[0], y)
+
+    def _combined(self, dy: tf.Tensor, segments: tf.Tensor, size: int) -> tf.Tensor:
+        return tf.math.unsorted_segment_sum(dy, segments, size)
+
+    def _combined_across(self, mesh_impl: mtf.MeshImpl, y: LaidOut, axes: list[int]) -> LaidOut:
+        return LazyAllreduceSum(mesh_impl, y, axes)
+
+
+class _ScatterMaxOperation(_ScatterAddOperation):
+    def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
+        return [None, None]
+
+    def _combined(self, dy: tf.Tensor, segments: tf.Tensor, size: int) -> tf.Tensor:
+        return tf.maximum(tf.math.unsorted_segment_max(dy, segments, size), 0.0)  # which is the lowest where none is
+
+    def _combined_across(self, mesh_impl: mtf.MeshImpl, y: LaidOut, axes: list[int]) -> LaidOut:
+        return mesh_impl.allreduce(y, axes, "MAX")
 
 
 def write_at(

@@ -244,8 +244,8 @@ def _penalise_sequences(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOpti
     breakers = None
     if options.changes("dry_sequence_breakers"):
         breakers = penalties.token_flags(x.mesh, options.dry_sequence_breakers, dim, "dry_sequence_breakers")
-    numbers = map(options.number, ("dry_multiplier", "dry_base", "dry_allowed_length"))
-    return dry.dry_penalty(x, history.ids, history.position, *numbers, breakers, dim)
+    multiplier, base, least = map(options.number, ("dry_multiplier", "dry_base", "dry_allowed_length"))
+    return dry.dry_penalty(x, history.ids, history.position, multiplier, base, least, breakers, dim)
 
 
 def _mask_ngrams(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:

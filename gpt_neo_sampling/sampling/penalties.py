@@ -43,7 +43,7 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
     """
     check_tensor(ids, "ids")
     dim = as_dim(dim, "dim")
-    ids = _whole_rows(ids)
+    ids = whole_rows(ids)
     length_dim = ids.shape[-1]
     rows = ids.shape - length_dim
     begin = import_rows(ids.mesh, begin, tf.int32, rows, "begin")
@@ -57,7 +57,7 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
     return scatter_add(counted, ids, rows + dim, dim, small_whole_numbers=True)
 
 
-def _whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
+def whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
     """ids with a last dim of a name that no layout splits."""
     length_dim = ids.shape[-1]
     return mtf.rename_dimension(ids, length_dim.name, "whole_" + length_dim.name)
@@ -86,7 +86,7 @@ def repetition_penalty(
     Raises:
       ValueError: for a number out of range, or counts of another shape.
     """
-    penalty = _import_number(logits, penalty, dim, "repetition_penalty", 2.0**-126, "finite number above 0")
+    penalty = import_number(logits, penalty, dim, "repetition_penalty", 2.0**-126, "finite number above 0")
 
     def penalise(x: tf.Tensor, count: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
         # a product in both cases: some backends do not divide as others do
@@ -120,8 +120,8 @@ def presence_frequency_penalty(
     Raises:
       ValueError: for a number that is not finite, or counts of another shape.
     """
-    presence = _import_number(logits, presence, dim, "presence_penalty")
-    frequency = _import_number(logits, frequency, dim, "frequency_penalty")
+    presence = import_number(logits, presence, dim, "presence_penalty")
+    frequency = import_number(logits, frequency, dim, "frequency_penalty")
 
     def penalise(x: tf.Tensor, count: tf.Tensor, presence: tf.Tensor, frequency: tf.Tensor) -> tf.Tensor:
         # 0 · ±inf is NaN: it shows in every entry
@@ -130,18 +130,20 @@ def presence_frequency_penalty(
     return _penalise(penalise, logits, counts, presence, frequency)
 
 
-def _import_number(
+def import_number(
     logits: mtf.Tensor,
     value: RowValue,
     dim: mtf.Dimension | None,
     name: str,
     lowest: float = -np.inf,
     allowed: str = "finite number",
+    dtype: tf.DType | None = None,
 ) -> mtf.Tensor:
+    """A number as an mtf tensor, float32 by default; raises ValueError for one that is out of range."""
     largest = float(tf.float32.max)
     if is_real(value) and not max(lowest, -largest) <= value <= largest:
         raise ValueError(f"{name}={value}; a {allowed} is needed")
-    return import_rows(logits.mesh, value, tf.float32, logits.shape - dim_of(logits, dim), name)
+    return import_rows(logits.mesh, value, dtype or tf.float32, logits.shape - dim_of(logits, dim), name)
 
 
 def _penalise(fn: TensorFunction, logits: mtf.Tensor, counts: mtf.Tensor, *values: mtf.Tensor) -> mtf.Tensor:
@@ -192,7 +194,7 @@ def no_repeat_ngram_mask(
         raise ValueError(f"no_repeat_ngram_size={ngram_size!r}; a whole number of at least 1 is needed")
     if set(rows.dims) != set((logits.shape - dim).dims):
         raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
-    ids = _whole_rows(ids)
+    ids = whole_rows(ids)
     position = mtf.broadcast(import_rows(ids.mesh, position, tf.int32, rows, "position"), rows)
 
     def repeats(ids: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
@@ -383,7 +385,7 @@ def exponential_decay(
     """
     dim = dim_of(logits, dim)
     rows = logits.shape - dim
-    factor = _import_number(logits, factor, dim, "exponential_decay_length_penalty", 2.0**-126, "factor above 0")
+    factor = import_number(logits, factor, dim, "exponential_decay_length_penalty", 2.0**-126, "factor above 0")
     stops = [import_rows(logits.mesh, t, tf.int32, rows, "token") for t in tokens]
 
     def penalise(x: tf.Tensor, entry: tf.Tensor, n: tf.Tensor, factor: tf.Tensor, *stops: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,91 @@
+"""DRY, "Don't Repeat Yourself": a penalty for the tokens that would continue a repeated sequence."""
+
+import numpy as np
+
+from gpt_neo_sampling._compat import mtf, tf
+from gpt_neo_sampling._types import RowValue
+from gpt_neo_sampling.mesh.ops import dim_of, import_rows, scatter_max, size_of, take
+from gpt_neo_sampling.sampling.penalties import adjust, import_number, whole_power, whole_rows
+
+
+def dry_penalty(
+    logits: mtf.Tensor,
+    ids: mtf.Tensor,
+    position: RowValue,
+    multiplier: RowValue,
+    base: RowValue = 1.75,
+    allowed_length: RowValue = 2,
+    breakers: mtf.Tensor | None = None,
+    dim: mtf.Dimension | None = None,
+) -> mtf.Tensor:
+    """Makes tokens less likely that would continue a sequence which the row has already.
+
+    For each token t, n is the length of the longest sequence that the row ends with and that is followed by t further
+    ahead in it (the two may overlap), with no breaker in the sequence. Where n is at least the allowed length, and t is
+    no breaker, t loses multiplier · base^(n − allowed_length) of its logit. By p-e-w, text-generation-webui's pull
+    request 5677, and llama.cpp's `dry` sampler: there a breaker is a text, which may span several tokens.
+
+    Args:
+      logits: mtf.Tensor, any float dtype; computed in float32.
+      ids: int32 mtf.Tensor [logits.shape − dim, length].
+      position: an int, or an int32 tensor, scalar or [logits.shape − dim]: how many of the ids the row has.
+      multiplier: a finite number of at least 0, or a float32 tensor, scalar or [logits.shape − dim]; 0 changes nothing.
+      base: the same of at least 1.
+      allowed_length: an int of at least 1, or an int32 tensor, scalar or [logits.shape − dim].
+        A row of a tensor that is out of range becomes NaN, hence invalid.
+      breakers: float32 mtf.Tensor [dim], 1.0 for tokens at which a sequence ends; None for none.
+      dim: mtf.Dimension of logits; the last by default.
+
+    Returns:
+      mtf.Tensor like logits. No gradient flows through it.
+
+    Raises:
+      ValueError: for a number out of range, ids of other rows, or a tensor of the wrong shape.
+    """
+    dim, mesh = dim_of(logits, dim), logits.mesh
+    rows = mtf.Shape(ids.shape.dims[:-1])
+    if set(rows.dims) != set((logits.shape - dim).dims):
+        raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
+    multiplier = import_number(logits, multiplier, dim, "dry_multiplier", 0.0, "finite number of at least 0")
+    base = import_number(logits, base, dim, "dry_base", 1.0, "finite number of at least 1")
+    least = import_number(logits, allowed_length, dim, "dry_allowed_length", 1, "whole number of at least 1", tf.int32)
+    ids = whole_rows(ids)
+    position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
+    breaks = mtf.zeros(mesh, ids.shape) if breakers is None else take(breakers, ids, dim)
+    inputs, length = [ids, position, breaks], ids.shape[-1].size
+    n_matched = mtf.slicewise(
+        _matched, inputs, ids.shape, tf.float32, splittable_dims=rows.dims, grad_function=0, name="matched"
+    )
+    # tokens that follow no match at all are as if they did not stand in the row
+    n_matched = scatter_max(n_matched, ids, rows + dim, dim)
+
+    def penalise(x: tf.Tensor, n: tf.Tensor, multiplier: tf.Tensor, base: tf.Tensor, least: tf.Tensor) -> tf.Tensor:
+        n = tf.cast(n, tf.int32)
+        found = tf.logical_and(n >= least, multiplier > 0)  # not 0 times an infinite power
+        # a select between the product and the sum, which some backends would round as one
+        x -= tf.where_v2(found, multiplier * whole_power(base, n - least, length), 0.0)
+        valid = (multiplier >= 0) & (multiplier < np.inf) & (base >= 1) & (base < np.inf) & (least >= 1)
+        return tf.where_v2(valid, x, np.nan)
+
+    return adjust(penalise, logits, n_matched, multiplier, base, least)
+
+
+def _matched(ids: tf.Tensor, position: tf.Tensor, breaks: tf.Tensor) -> tf.Tensor:
+    """How long a sequence the row ends with and has ahead of each id, too: float32 [rows, length]; 0 for breakers."""
+    length, n_rows = size_of(ids, -1), len(ids.shape) - 1
+    at = tf.range(length)
+    position = tf.minimum(position, length)[..., tf.newaxis]
+    breaks = breaks > 0.5
+
+    def step(
+        back: tf.Tensor, shifted: tf.Tensor, open_: tf.Tensor, count: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Whether the id `back` ahead of each is the row's own `back`-th last."""
+        shifted = tf.roll(shifted, 1, -1)
+        place = tf.maximum(position - back, 0)
+        last, is_break = tf.gather(ids, place, batch_dims=n_rows), tf.gather(breaks, place, batch_dims=n_rows)
+        open_ = open_ & tf.equal(shifted, last) & tf.logical_not(is_break) & (at >= back) & (position >= back)
+        return back + 1, shifted, open_, count + tf.cast(open_, tf.float32)
+
+    start = tf.constant(1), ids, (at < position) & tf.logical_not(breaks), tf.zeros(ids.shape)
+    return tf.while_loop(lambda back, _, open_, __: tf.reduce_any(open_), step, start)[-1]
