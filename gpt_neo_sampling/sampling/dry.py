@@ -4,7 +4,7 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue
-from gpt_neo_sampling.mesh.ops import dim_of, import_rows, scatter_max, size_of, take
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_max, size_of, take
 from gpt_neo_sampling.sampling.penalties import adjust, import_number, whole_power, whole_rows
 
 
@@ -52,22 +52,27 @@ def dry_penalty(
     ids = whole_rows(ids)
     position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
     breaks = mtf.zeros(mesh, ids.shape) if breakers is None else take(breakers, ids, dim)
-    inputs, length = [ids, position, breaks], ids.shape[-1].size
     n_matched = mtf.slicewise(
-        _matched, inputs, ids.shape, tf.float32, splittable_dims=rows.dims, grad_function=0, name="matched"
+        _matched, [ids, position, breaks], ids.shape, tf.float32, splittable_dims=rows.dims, grad_function=0
     )
-    # tokens that follow no match at all are as if they did not stand in the row
-    n_matched = scatter_max(n_matched, ids, rows + dim, dim)
+    length = ids.shape[-1].size
 
-    def penalise(x: tf.Tensor, n: tf.Tensor, multiplier: tf.Tensor, base: tf.Tensor, least: tf.Tensor) -> tf.Tensor:
+    def penalty(n: tf.Tensor, multiplier: tf.Tensor, base: tf.Tensor, least: tf.Tensor) -> tf.Tensor:
         n = tf.cast(n, tf.int32)
         found = tf.logical_and(n >= least, multiplier > 0)  # not 0 times an infinite power
-        # a select between the product and the sum, which some backends would round as one
-        x -= tf.where_v2(found, multiplier * whole_power(base, n - least, length), 0.0)
-        valid = (multiplier >= 0) & (multiplier < np.inf) & (base >= 1) & (base < np.inf) & (least >= 1)
-        return tf.where_v2(valid, x, np.nan)
+        product = multiplier * whole_power(base, n - least, length)
+        return tf.where_v2(found, tf.minimum(product, tf.float32.max), 0.0)  # finite, to travel between shards
 
-    return adjust(penalise, logits, n_matched, multiplier, base, least)
+    def penalise(
+        x: tf.Tensor, penalty: tf.Tensor, multiplier: tf.Tensor, base: tf.Tensor, least: tf.Tensor
+    ) -> tf.Tensor:
+        valid = (multiplier >= 0) & (multiplier < np.inf) & (base >= 1) & (base < np.inf) & (least >= 1)
+        return x - tf.where_v2(valid, penalty, np.nan)
+
+    # the longest sequence has the largest penalty
+    penalties = cwise_broadcast(penalty, [n_matched, multiplier, base, least], ids.shape, tf.float32)
+    penalties = scatter_max(penalties, ids, rows + dim, dim)
+    return adjust(penalise, logits, penalties, multiplier, base, least)
 
 
 def _matched(ids: tf.Tensor, position: tf.Tensor, breaks: tf.Tensor) -> tf.Tensor:
