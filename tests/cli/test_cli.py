@@ -117,6 +117,24 @@ def test_a_prompt_that_its_text_does_not_follow_ends_its_line(capfd, shared):
     assert main(capfd, "generate", "Emma\n", "She", *args) == (0, "".join(texts), "Emma\nShe\n")
 
 
+def test_options_of_ids_and_texts(monkeypatch):
+    """As GenerationOptions takes them."""
+    from gpt_neo_sampling.cli import arguments, parser
+
+    line = [
+        "generate", "a", "--sequence-bias", "5 6=-1", "7=2", "--bad-words-ids", "5", "6 7", "--bad-words", "a\\nb",
+        "--suppress-tokens", "3", "--allowed-token-ids", "1", "2", "--exponential-decay-length-penalty", "5,1.1",
+        "--dry-multiplier", "0.5", "--dry-sequence-breakers", "\\n", "x", "--forced-eos-token-id", "0",
+    ]  # fmt: skip
+    options = arguments.sampling_of(parser.parser().parse_args(line))
+    given = {name: value for name, value in options.items() if value not in (None, {})}
+    assert given == {
+        "sequence_bias": {(5, 6): -1.0, (7,): 2.0}, "bad_words_ids": [[5], [6, 7]], "bad_words": ["a\nb"],
+        "suppress_tokens": [3], "allowed_token_ids": [1, 2], "exponential_decay_length_penalty": (5.0, 1.1),
+        "dry_multiplier": 0.5, "dry_sequence_breakers": ["\n", "x"], "forced_eos_token_id": [0],
+    }  # fmt: skip
+
+
 def test_a_stop_string_may_be_a_newline(capfd, shared):
     args = ["generate", "Elizabeth", "--seed", 3]
     whole, stopped = (main(capfd, *args, *more)[1] for more in ([], ["--stop-strings", r"\n"]))

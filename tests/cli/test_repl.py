@@ -48,7 +48,10 @@ def test_every_option_of_the_list_can_be_set():
                                                  "--stop-strings=--seed"]),
         ("stop_strings", ["--stop-strings"]),
         ("logit_bias 13=-2.5 14=1", ["--logit-bias", "13=-2.5", "14=1"]),
-        ("bad_words_ids 5 6", ["--bad-words-ids", "5", "6"]),
+        ("bad_words_ids 5 '6 7'", ["--bad-words-ids", "5", "6 7"]),
+        ("sequence_bias '5 6=-1' 7=2", ["--sequence-bias", "5 6=-1", "7=2"]),
+        ("suppress_tokens 5 6", ["--suppress-tokens", "5", "6"]),
+        ("exponential_decay_length_penalty 5,1.1", ["--exponential-decay-length-penalty", "5,1.1"]),
         ("stream -3", ["--stream", "-3"]),
     ],
 )  # fmt: skip
