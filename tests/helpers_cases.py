@@ -276,21 +276,27 @@ ROWS_TOP_PS = np.array([0.9, 0.5, 0.1, 0.9, 1, 0.7, 0, 0.99], np.float32)
 LIKELY_MASKS = Case("likely masks", _likely_masks, [good_scores(WIDE), bad_scores(WIDE), ROWS_TOP_PS])
 
 
-def _newer_masks(mesh, good, bad, bits, chances, thresholds):
+def _newer_masks(mesh, good, bad, bits, chances, thresholds, numbers):
     batch, vocab = dims(batch=BATCH, vocab=VOCAB)
     good, bad = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])) for x in (good, bad))
     bits, chances, thresholds = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch])) for x in (bits, chances, thresholds))
     out = {}
     for name, x in (("good", good), ("bad", bad), ("ties", mtf.cwise(tf.round, [good]))):
         out[f"XTC, {name}"] = xtc_mask(x, chances, thresholds, bits, vocab)
+        for mask, option in ((top_p_mask, 0.3), (typical_p_mask, 0.1), (epsilon_mask, 0.02)):
+            out[f"{mask.__name__} of so many, {name}"] = mask(x, option, vocab, min_tokens_to_keep=numbers)
+        out[f"min-p of ten, {name}"] = min_p_mask(x, thresholds, vocab, min_tokens_to_keep=10)
     return out
 
 
 ROWS_BITS = np.array([0, -1, 2**30, -(2**31), 5, 2**29, -(2**30), 1], np.int32)
 ROWS_CHANCES = np.array([0.5, 1, 0.3, 0.5, 0.01, 0.2, 1, 0], np.float32)
 ROWS_THRESHOLDS = np.array([0.01, 0.02, 0.05, 0.1, 0.003, 0, 0.01, 0.1], np.float32)
+ROWS_NUMBERS = np.array([1, 100, 3, 50, 7, 0, 20, 2], np.int32)
 NEWER_MASKS = Case(
-    "newer masks", _newer_masks, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_BITS, ROWS_CHANCES, ROWS_THRESHOLDS]
+    "newer masks",
+    _newer_masks,
+    [good_scores(VOCAB), bad_scores(VOCAB), ROWS_BITS, ROWS_CHANCES, ROWS_THRESHOLDS, ROWS_NUMBERS],
 )
 
 # --- The decode loop ----------------------------------------------------------------------

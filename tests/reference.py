@@ -584,11 +584,13 @@ def top_p_keep(x, top_p):
 
 def typical_p_keep(x, typical_p):
     """As top_p_keep, by |-log p - H| in float32: what is equal there goes by index."""
+    return _mass_keep(np.argsort(_untypical(x).astype(np.float32), -1, kind="stable"), np.exp(_log_p(x)), typical_p)
+
+
+def _untypical(x):
     log_p = _log_p(x)
-    p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
-        far = abs(-log_p - entropy(p))
-    return _mass_keep(np.argsort(far.astype(np.float32), -1, kind="stable"), p, typical_p)
+        return abs(-log_p - entropy(np.exp(log_p)))
 
 
 def _at_least(x, least_log_p):
@@ -620,6 +622,28 @@ def top_n_sigma_keep(x, n):
     sigma = np.sqrt(np.where(inside, (x - mean) ** 2, 0).sum(-1, keepdims=True) / count)
     below = x.max(-1, keepdims=True) - x - n * sigma
     return below <= 0, (abs(below) > 1e-6 * (sigma + abs(x))) | (x == x.max(-1, keepdims=True))
+
+
+def at_least(keep_of, x, option, n):
+    """(keep, clear) of `keep_of`, one of the above, which keeps at least n entries, those of probability 0 left out.
+
+    transformers' min_tokens_to_keep: the first n in the order of the mask, equal ones by index. n: a number or [rows,
+    1]. Entries that are about as typical as the n-th are clear only if they equal it.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    keep, clear = keep_of(x, option)
+    n = np.minimum(n, np.sum(np.isfinite(x), -1, keepdims=True))
+    far = (_untypical(x) if keep_of is typical_p_keep else -x).astype(np.float32)
+    order = np.argsort(far, -1, kind="stable")
+    first = np.zeros(x.shape, dtype=bool)
+    np.put_along_axis(first, order, np.arange(x.shape[-1]) < n, -1)
+    last = np.take_along_axis(order, np.maximum(n, 1) - 1, -1)
+    like_last = np.zeros(x.shape, dtype=bool)
+    if keep_of is typical_p_keep:
+        with np.errstate(invalid="ignore"):
+            near = abs(far - np.take_along_axis(far, last, -1)) < 1e-5
+        like_last = near & np.any(near & (x != np.take_along_axis(x, last, -1)), -1, keepdims=True)
+    return keep | first, (clear | first) & ~like_last
 
 
 def top_h_keep(x, part):

@@ -18,10 +18,10 @@ from gpt_neo_sampling.mesh.ops import MeshOperation, laid_out_cond, laid_out_whi
 from gpt_neo_sampling.mesh.sharded_rows import ShardedRows, any_of, fast_sum, spread_rows, sum_across
 from gpt_neo_sampling.mesh.xla import is_core_program
 from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
-from gpt_neo_sampling.sampling.core_exact_cutoffs import ExactSums, exact_sums
+from gpt_neo_sampling.sampling.core_exact_cutoffs import ExactSums, exact_mean, exact_sums
 from gpt_neo_sampling.sampling.core_rows import CoreRows, typical_key
 from gpt_neo_sampling.sampling.float_pairs import Pair
-from gpt_neo_sampling.sampling.top_k import has_invalid, largest
+from gpt_neo_sampling.sampling.top_k import has_invalid, largest, largest_of_rows
 
 _FEW = 128  # entries of a shard that are sorted
 _BINADES = 5  # of buckets; the last ends at a distance of 62, beyond which entries have no mass to speak of
@@ -33,7 +33,13 @@ _NOTHING = np.array([[np.inf, -1.0]], np.float32)  # and ahead of all
 
 
 def mask_below(
-    logits: mtf.Tensor, option: mtf.Tensor, dim: mtf.Dimension, find_cut: "FindCut", masked: float
+    logits: mtf.Tensor,
+    option: mtf.Tensor,
+    dim: mtf.Dimension,
+    find_cut: "FindCut",
+    masked: float,
+    at_least: mtf.Tensor | None = None,
+    most: int = 1,
 ) -> mtf.Tensor:
     """Masks the entries below a cutoff, one for each row.
 
@@ -43,12 +49,15 @@ def mask_below(
       dim: mtf.Dimension of logits.
       find_cut: one of this module's functions from (Softmax, laid-out option [rows, 1]) to a Cut.
       masked: the number that replaces masked entries.
+      at_least: int32 mtf.Tensor, its dims among [logits.shape − dim]: so many entries are kept, the first in the order
+        of the cut, of equal ones by index, but none that is −inf or the lowest number; None for no such number.
+      most: the largest that at_least may be.
 
     Returns:
       mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN; one of nothing but −inf or the lowest number
       stays as it is. The gradient flows through the survivors.
     """
-    y = _MaskOperation(logits, option, dim, find_cut, masked).outputs[0]
+    y = _MaskOperation(logits, option, dim, find_cut, masked, at_least=at_least, most=most).outputs[0]
     return with_top_zero(y) if is_top_zero(logits) else y
 
 
@@ -81,28 +90,36 @@ class _MaskOperation(MeshOperation):
         find_cut: "FindCut",
         masked: float,
         keeps_rest: bool = False,
+        at_least: mtf.Tensor | None = None,
+        most: int = 1,
     ) -> None:
-        super().__init__([logits, option], [(logits.shape, logits.dtype)], find_cut.__name__)
+        inputs = [logits, option] + ([] if at_least is None else [at_least])
+        super().__init__(inputs, [(logits.shape, logits.dtype)], find_cut.__name__)
         self._dim, self._find_cut, self._masked, self._keeps_rest = dim, find_cut, masked, keeps_rest
+        self._most = min(most, dim.size)
 
     def gradient(self, grad_ys: list[mtf.Tensor]) -> list[mtf.Tensor | None]:
         def survivors(dy: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
             return tf.where_v2(tf.equal(x, y), dy, tf.zeros_like(dy))
 
-        return [mtf.cwise(survivors, [grad_ys[0], self.inputs[0], self.outputs[0]]), None]
+        of_logits = mtf.cwise(survivors, [grad_ys[0], self.inputs[0], self.outputs[0]])
+        return [of_logits] + [None] * (len(self.inputs) - 1)
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         slicewise = mesh_impl.slicewise
-        logits, option = self.inputs
+        logits, option, *at_least = self.inputs
+        rest = logits.shape - self._dim
         rows = ShardedRows(mesh_impl, logits.shape, self._dim, whole_groups=False)
         x = slicewise(rows.to_rows, lowering.tensors[logits])
-        option = spread_rows(lowering, option, logits.shape - self._dim)
+        option = spread_rows(lowering, option, rest)
         # The cut by standard deviations asks the largest entry whether a row has mass.
         top_is_zero = is_core_program(mesh_impl) and is_top_zero(logits) and self._find_cut is not sigma_cut
         x32 = slicewise(lambda x: tf.cast(x, tf.float32), x)
         softmax = Softmax(rows, x32, lowest=float(logits.dtype.min), top_is_zero=top_is_zero)
         cut = self._find_cut(softmax, option)
+        if at_least:
+            cut = _with_at_least(softmax, cut, spread_rows(lowering, at_least[0], rest), self._most, rest)
         if isinstance(cut, CoreCut):
             lowering.set_tensor_lowering(self.outputs[0], self._masked_on_core(rows, x, cut))
             return
@@ -144,11 +161,11 @@ class _MaskOperation(MeshOperation):
 
     def _kept(self, x: tf.Tensor, key: tf.Tensor, at: tf.Tensor, least: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
         """x [rows, entries], masked where it is on the other side of the cut; NaN where that is."""
-        equal = tf.equal(key, least)
         if self._keeps_rest:
-            kept = tf.logical_or(tf.logical_or(key < least, tf.is_nan(key)), tf.logical_and(equal, at > last))
+            kept = tf.logical_or(key < least, tf.logical_and(tf.equal(key, least), at > last))
+            kept = tf.logical_or(kept, tf.is_nan(key))
         else:
-            kept = tf.logical_or(key > least, tf.logical_and(equal, at <= last))
+            kept = _is_ahead(key, at, least, last)
         fill = tf.where_v2(tf.is_nan(least), np.nan, self._masked)
         return tf.where_v2(kept, x, tf.cast(fill, x.dtype))
 
@@ -157,12 +174,14 @@ class CoreCut(typing.NamedTuple):
     """A Cut of a core's program, whose ends account for rows without mass and invalid options too.
 
     least, last: laid-out float32, one number a row.
+    exact_of_row: None, or a function to an `of_row` by which no two keys are in another order than by exact ones.
     """
 
     least: LaidOut
     last: LaidOut
     key: TensorFunction = lambda x: x
     of_row: tuple[LaidOut, ...] = ()
+    exact_of_row: Callable[[], tuple[LaidOut, ...]] | None = None
 
 
 class Cut(typing.NamedTuple):
@@ -239,6 +258,71 @@ def _finite_top(top: tf.Tensor) -> tf.Tensor:
 
 def weights_of(x: tf.Tensor, top: tf.Tensor) -> tf.Tensor:
     return tf.exp(tf.cast(x - top, tf.float64))
+
+
+# --- A least number of entries -----------------------------------------------------------
+
+
+def _with_at_least(softmax: Softmax, cut: Cut | CoreCut, n: LaidOut, most: int, rest: mtf.Shape) -> Cut | CoreCut:
+    """The cut; in rows of which it keeps too few entries, behind the first n of those that are not masked.
+
+    n: laid-out int32 [rows, 1], from 1 to `most`; rest: mtf.Shape, the dims of the rows.
+    """
+    rows, mesh_impl = softmax.rows, softmax.rows.mesh_impl
+    slicewise = mesh_impl.slicewise
+
+    def count(x: tf.Tensor, ends: tf.Tensor, *others: tf.Tensor) -> tf.Tensor:
+        """[2, rows, 1]: of entries that are kept, and of all that are not masked."""
+        of_row, pcoord = others[: len(cut.of_row)], others[len(cut.of_row) :]
+        kept = _is_ahead(
+            cut.key(x, *of_row), tf.cast(rows.entry_numbers(*pcoord), tf.float32), ends[:, :1], ends[:, 1:]
+        )
+        there = tf.where_v2(x > softmax.lowest, 1.0, tf.zeros_like(x))
+        return tf.stack([tf.reduce_sum(t, -1, keepdims=True) for t in (tf.where_v2(kept, there, 0.0), there)])
+
+    def lacks(n: tf.Tensor, ends: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
+        kept, there = tf.unstack(counts)
+        too_few = kept < tf.minimum(tf.cast(n, tf.float32), there)
+        return tf.where_v2(tf.logical_and(too_few, tf.equal(ends[:, :1], ends[:, :1])), 1.0, 0.0)  # not of NaN
+
+    def keys_of(x: tf.Tensor, *of_row: tf.Tensor) -> tf.Tensor:
+        return tf.where_v2(x > softmax.lowest, cut.key(x, *of_row), -np.inf)
+
+    def ends_of(values: tf.Tensor, indices: tf.Tensor, n: tf.Tensor) -> tf.Tensor:
+        """Where the n-th of them is, or the last that is not masked."""
+        there = tf.reduce_sum(tf.cast(values > -np.inf, tf.int32), -1, keepdims=True)
+        is_last = tf.equal(np.arange(most, dtype=np.int32), tf.minimum(n, there) - 1)
+        ends = [tf.where_v2(is_last, tf.cast(t, tf.float32), 0.0) for t in (values, indices)]
+        return tf.concat([tf.reduce_sum(end, -1, keepdims=True) for end in ends], -1)
+
+    def choose(lacking: tf.Tensor, *new_and_old: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        half = len(new_and_old) // 2
+        pairs = zip(new_and_old[:half], new_and_old[half:], strict=True)
+        return tuple(tf.where_v2(lacking > 0, new, old) for new, old in pairs)
+
+    def behind_the_first() -> tuple[LaidOut, ...]:
+        of_row = cut.exact_of_row() if isinstance(cut, CoreCut) and cut.exact_of_row else cut.of_row
+        keys = slicewise(keys_of, softmax.x, *of_row)
+        values, indices = largest_of_rows(mesh_impl, keys, most, rows.mesh_axis, rest)
+        return slicewise(choose, lacking, slicewise(ends_of, values, indices, n), *of_row, ends, *cut.of_row)
+
+    if isinstance(cut, CoreCut):
+        ends = slicewise(lambda *ends: tf.concat([tf.reshape(e, [-1, 1]) for e in ends], -1), cut.least, cut.last)
+    else:
+        ends = cut.ends
+    counts = rows.across_shards(slicewise(count, softmax.x, ends, *cut.of_row, *rows.pcoords()), "SUM")
+    lacking = slicewise(lacks, n, ends, counts)
+    any_lacks = softmax.core.any_of(lacking) if isinstance(cut, CoreCut) else any_of(mesh_impl, lacking)
+    ends, *of_row = laid_out_cond(mesh_impl, any_lacks, behind_the_first, lambda: (ends, *cut.of_row))
+    if isinstance(cut, CoreCut):
+        least, last = slicewise(lambda ends: tuple(tf.split(ends, 2, -1)), ends)
+        return CoreCut(least, last, cut.key, tuple(of_row))
+    return Cut(ends, cut.key, tuple(of_row))
+
+
+def _is_ahead(key: tf.Tensor, at: tf.Tensor, least: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+    """Whether entries [rows, entries] are on the side of a cut that has the larger keys."""
+    return tf.logical_or(key > least, tf.logical_and(tf.equal(key, least), at <= last))
 
 
 # --- Cuts by probability ----------------------------------------------------------------
@@ -422,8 +506,14 @@ def typical_p_cut(softmax: Softmax, typical_p: LaidOut) -> Cut | CoreCut:
     """
     mesh_impl = softmax.rows.mesh_impl
     if is_core_program(mesh_impl):
-        least, last, *mean = core_cutoffs.typical_ends(softmax.core, typical_p)
-        return CoreCut(least, last, typical_key, tuple(mean))
+        core = softmax.core
+        least, last, *mean = core_cutoffs.typical_ends(core, typical_p)
+
+        def exact_mean_of_rows() -> tuple[LaidOut, ...]:
+            sums = exact_sums(core)
+            return tuple(core.slicewise(exact_mean, core.flat_top, sums.total, sums.depth))
+
+        return CoreCut(least, last, typical_key, tuple(mean), exact_mean_of_rows)
 
     def key(x: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
         return -tf.cast(tf.abs(tf.cast(x, tf.float64) - mean), tf.float32)

@@ -11,6 +11,7 @@ from gpt_neo_sampling.sampling import cutoffs
 from gpt_neo_sampling.sampling.top_k import top_k
 
 MOST_OF_TOP_H = 100  # entries that transformers' top_h looks at
+MOST_TO_KEEP = 100  # the largest min_tokens_to_keep
 
 
 def mask_value(dtype: tf.DType) -> float:
@@ -220,7 +221,12 @@ def top_h_mask(
 
 
 def top_p_mask(
-    logits: mtf.Tensor, top_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+    logits: mtf.Tensor,
+    top_p: RowValue,
+    dim: mtf.Dimension | None = None,
+    *,
+    masked: float | None = None,
+    min_tokens_to_keep: RowValue = 1,
 ) -> mtf.Tensor:
     """Masks all but the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
@@ -233,6 +239,8 @@ def top_p_mask(
         likeliest entry. Where a tensor's value is out of range the row becomes NaN, hence invalid.
       dim: mtf.Dimension of logits; the last by default.
       masked: a number: what the rest become; by default `mask_value(logits.dtype)`.
+      min_tokens_to_keep: a whole number from 1 to 100, or an int32 tensor, scalar or [logits.shape − dim]: so many of
+        the likeliest entries are kept in any case, of equal ones those of lower index; but none of probability 0.
 
     Returns:
       mtf.Tensor like logits. A row that holds NaN or +inf becomes NaN. The gradient flows through the survivors.
@@ -245,11 +253,16 @@ def top_p_mask(
         >>> run(lambda x: mtf.softmax(top_p_mask(mtf.log(x), 0.7), x.shape[-1]), [[0.25, 0.5, 0.125, 0.125]]).round(3)
         array([[0.333, 0.667, 0.   , 0.   ]], dtype=float32)
     """
-    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.nucleus_cut, neutral=1)
+    return _mask_below(logits, "top_p", top_p, dim, masked, cutoffs.nucleus_cut, neutral=1, at_least=min_tokens_to_keep)
 
 
 def min_p_mask(
-    logits: mtf.Tensor, min_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+    logits: mtf.Tensor,
+    min_p: RowValue,
+    dim: mtf.Dimension | None = None,
+    *,
+    masked: float | None = None,
+    min_tokens_to_keep: RowValue = 1,
 ) -> mtf.Tensor:
     """Masks entries less than min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
 
@@ -257,13 +270,18 @@ def min_p_mask(
 
     Args:
       min_p: as for the nucleus mask; 0 masks nothing, 1 all but the likeliest entry and those that equal it.
-      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
+      logits, dim, masked, min_tokens_to_keep: as for the nucleus mask. Returns and raises the same.
     """
-    return _mask_below(logits, "min_p", min_p, dim, masked, cutoffs.min_p_cut, neutral=0)
+    return _mask_below(logits, "min_p", min_p, dim, masked, cutoffs.min_p_cut, neutral=0, at_least=min_tokens_to_keep)
 
 
 def typical_p_mask(
-    logits: mtf.Tensor, typical_p: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+    logits: mtf.Tensor,
+    typical_p: RowValue,
+    dim: mtf.Dimension | None = None,
+    *,
+    masked: float | None = None,
+    min_tokens_to_keep: RowValue = 1,
 ) -> mtf.Tensor:
     """Masks all but the locally typical entries (Meister et al. 2023, arXiv 2202.00666).
 
@@ -273,13 +291,22 @@ def typical_p_mask(
 
     Args:
       typical_p: as for the nucleus mask, but above 0; 1 masks nothing.
+      min_tokens_to_keep: as for the nucleus mask, but of the entries that come first here.
       logits, dim, masked: as for the nucleus mask. Returns and raises the same.
     """
-    return _mask_below(logits, "typical_p", typical_p, dim, masked, cutoffs.typical_p_cut, neutral=1, excluded=0)
+    return _mask_below(
+        logits, "typical_p", typical_p, dim, masked, cutoffs.typical_p_cut, neutral=1, excluded=0,
+        at_least=min_tokens_to_keep,
+    )  # fmt: skip
 
 
 def epsilon_mask(
-    logits: mtf.Tensor, epsilon_cutoff: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+    logits: mtf.Tensor,
+    epsilon_cutoff: RowValue,
+    dim: mtf.Dimension | None = None,
+    *,
+    masked: float | None = None,
+    min_tokens_to_keep: RowValue = 1,
 ) -> mtf.Tensor:
     """Masks entries of probability below epsilon_cutoff (Hewitt et al. 2022, arXiv 2210.15191).
 
@@ -287,15 +314,21 @@ def epsilon_mask(
 
     Args:
       epsilon_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
-      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
+      logits, dim, masked, min_tokens_to_keep: as for the nucleus mask. Returns and raises the same.
     """
     return _mask_below(
-        logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, cutoffs.epsilon_cut, neutral=0, excluded=1
-    )
+        logits, "epsilon_cutoff", epsilon_cutoff, dim, masked, cutoffs.epsilon_cut, neutral=0, excluded=1,
+        at_least=min_tokens_to_keep,
+    )  # fmt: skip
 
 
 def eta_mask(
-    logits: mtf.Tensor, eta_cutoff: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+    logits: mtf.Tensor,
+    eta_cutoff: RowValue,
+    dim: mtf.Dimension | None = None,
+    *,
+    masked: float | None = None,
+    min_tokens_to_keep: RowValue = 1,
 ) -> mtf.Tensor:
     """Masks entries of a probability that is low for the row's entropy H (Hewitt et al. 2022, arXiv 2210.15191).
 
@@ -304,9 +337,12 @@ def eta_mask(
 
     Args:
       eta_cutoff: as for the nucleus mask, but below 1; 0 masks nothing.
-      logits, dim, masked: as for the nucleus mask. Returns and raises the same.
+      logits, dim, masked, min_tokens_to_keep: as for the nucleus mask. Returns and raises the same.
     """
-    return _mask_below(logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1)
+    return _mask_below(
+        logits, "eta_cutoff", eta_cutoff, dim, masked, cutoffs.eta_cut, neutral=0, excluded=1,
+        at_least=min_tokens_to_keep,
+    )  # fmt: skip
 
 
 def xtc_mask(
@@ -406,20 +442,32 @@ def _mask_below(
     neutral: float,
     excluded: float | None = None,
     most: float = 1,
+    at_least: RowValue = 1,
 ) -> mtf.Tensor:
     """`option` is from 0 to `most`, but not the number that is `excluded`; `neutral` masks nothing."""
     dim = dim_of(logits, dim)
+    if is_real(at_least) and not (is_int(at_least) and 1 <= at_least <= MOST_TO_KEEP):
+        raise ValueError(f"min_tokens_to_keep={at_least!r}; a whole number from 1 to {MOST_TO_KEEP} is needed")
     if _masks_nothing(name, option, neutral, excluded, most):
         return logits
 
-    def check(option: tf.Tensor) -> tf.Tensor:
+    def check(option: tf.Tensor, *at_least: tf.Tensor) -> tf.Tensor:
         valid = tf.logical_and(option >= 0, option <= most)
         if excluded is not None:
             valid = tf.logical_and(valid, tf.not_equal(option, excluded))
+        for n in at_least:
+            valid = tf.logical_and(valid, tf.logical_and(n >= 1, n <= MOST_TO_KEEP))
         return tf.where_v2(valid, option, np.nan)
 
-    option = mtf.cwise(check, [import_rows(logits.mesh, option, tf.float32, logits.shape - dim, name)])
-    return cutoffs.mask_below(logits, option, dim, find_cut, mask_value(logits.dtype) if masked is None else masked)
+    rows = logits.shape - dim
+    masked = mask_value(logits.dtype) if masked is None else masked
+    option = import_rows(logits.mesh, option, tf.float32, rows, name)
+    if is_int(at_least) and at_least == 1:
+        return cutoffs.mask_below(logits, mtf.cwise(check, [option]), dim, find_cut, masked)
+    n = import_rows(logits.mesh, at_least, tf.int32, rows, "min_tokens_to_keep")
+    option = cwise_broadcast(check, [option, n])
+    most_to_keep = int(at_least) if is_int(at_least) else MOST_TO_KEEP
+    return cutoffs.mask_below(logits, option, dim, find_cut, masked, n, most_to_keep)
 
 
 def padding_mask(

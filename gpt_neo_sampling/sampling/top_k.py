@@ -202,55 +202,68 @@ class _TopKOperation(mtf.ops.TopKOperation):
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
         (x,) = self.inputs
-        k = self._k_dim.size
-        axis = x.shape.dims.index(self._reduced_dim)
-        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
-        rest = mesh_impl.slice_shape(x.shape - self._reduced_dim)
+        k, axis = self._k_dim.size, x.shape.dims.index(self._reduced_dim)
+        rest = x.shape - self._reduced_dim
 
         def in_rows(x: tf.Tensor) -> tf.Tensor:
             x = tf.transpose(x, [i for i in range(x.shape.rank) if i != axis] + [axis])
             return tf.reshape(x, [-1, size_of(x, -1)])
 
-        def local(x: tf.Tensor, pcoord: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
-            x = in_rows(x)
-            size = size_of(x, -1)
-            # a way that is rarely taken has little code
-            values, indices = largest(x, min(k, size), in_chunks=mesh_axis is not None or not selected)
-            if pcoord is None:
-                return values, indices
-            # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
-            indices += pcoord * size
-            indices = tf.where_v2(values < x.dtype.min, -2 - indices, tf.where_v2(tf.is_nan(values), -1, indices))
-            return finite(values), indices
-
-        def choose(values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            invalid = tf.reduce_max(tf.cast(tf.equal(indices, -1), tf.int32), -1, keepdims=True) > 0
-            values, at = tf.math.top_k(values, k)
-            indices = tf.gather(indices, at, batch_dims=1)
-            values = tf.where_v2(indices < -1, tf.constant(-np.inf, x.dtype), values)
-            values = tf.where_v2(invalid, tf.constant(np.nan, x.dtype), values)
-            return values, tf.maximum(indices, -2 - indices)
-
-        def by_sorting() -> tuple[LaidOut, LaidOut]:
-            if mesh_axis is None:
-                return mesh_impl.slicewise(local, lowering.tensors[x])
-            found = mesh_impl.slicewise(local, lowering.tensors[x], mesh_impl.laid_out_pcoord(mesh_axis))
-            return mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
-
-        selected = x.dtype == tf.float32 and selects(mesh_impl, lowering.tensors[x].slice_shape[axis], k, mesh_axis)
-        if selected:
-            rows = mesh_impl.slicewise(in_rows, lowering.tensors[x])
-            values, indices, doubt = select_largest(mesh_impl, rows, k, mesh_axis)
-            doubt = mesh_impl.slicewise(tf.reduce_max, doubt)
-            if mesh_axis is not None:  # all cores sort, or none: they send each other what they find
-                doubt = mesh_impl.allreduce(doubt, self._mesh_axes_of_rows(mesh_impl), "SUM")
-            found = laid_out_cond(mesh_impl, doubt.tensor_list[0], by_sorting, lambda: (values, indices))
-        else:
-            found = by_sorting()
+        mesh_axis = mesh_impl.tensor_dimension_to_mesh_axis(self._reduced_dim)
+        rows = mesh_impl.slicewise(in_rows, lowering.tensors[x])
+        found = largest_of_rows(mesh_impl, rows, k, mesh_axis, rest)
         for output, value in zip(self.outputs, found):
-            shaped = mesh_impl.slicewise(lambda v: tf.reshape(v, rest + [k]), value)
-            lowering.set_tensor_lowering(output, shaped)
+            shape = mesh_impl.slice_shape(rest) + [k]
+            lowering.set_tensor_lowering(output, mesh_impl.slicewise(lambda v, s=shape: tf.reshape(v, s), value))
 
-    def _mesh_axes_of_rows(self, mesh_impl: mtf.MeshImpl) -> list[int]:
-        axes = (mesh_impl.tensor_dimension_to_mesh_axis(d) for d in self.outputs[0].shape.dims)
-        return sorted(axis for axis in axes if axis is not None)
+
+def largest_of_rows(
+    mesh_impl: mtf.MeshImpl, x: LaidOut, k: int, mesh_axis: int | None, rest: mtf.Shape
+) -> tuple[LaidOut, LaidOut]:
+    """`largest` of laid-out rows.
+
+    Args:
+      mesh_impl: mtf.MeshImpl.
+      x: laid-out [rows, entries] of a floating dtype.
+      k: int, at most all entries of a row.
+      mesh_axis: the mesh axis that splits the entries, or None.
+      rest: mtf.Shape, the dims of the rows.
+
+    Returns:
+      (values, indices): laid-out [rows, k].
+    """
+    entries, dtype = x.slice_shape[1], x.tensor_list[0].dtype
+    selected = dtype == tf.float32 and selects(mesh_impl, entries, k, mesh_axis)
+
+    def local(x: tf.Tensor, pcoord: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        # a way that is rarely taken has little code
+        values, indices = largest(x, min(k, entries), in_chunks=mesh_axis is not None or not selected)
+        if pcoord is None:
+            return values, indices
+        # Finite, to travel: at NaN the index is −1, and at −inf it is taken from −2.
+        indices += pcoord * entries
+        indices = tf.where_v2(values < x.dtype.min, -2 - indices, tf.where_v2(tf.is_nan(values), -1, indices))
+        return finite(values), indices
+
+    def choose(values: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        invalid = tf.reduce_max(tf.cast(tf.equal(indices, -1), tf.int32), -1, keepdims=True) > 0
+        values, at = tf.math.top_k(values, k)
+        indices = tf.gather(indices, at, batch_dims=1)
+        values = tf.where_v2(indices < -1, tf.constant(-np.inf, dtype), values)
+        values = tf.where_v2(invalid, tf.constant(np.nan, dtype), values)
+        return values, tf.maximum(indices, -2 - indices)
+
+    def by_sorting() -> tuple[LaidOut, LaidOut]:
+        if mesh_axis is None:
+            return mesh_impl.slicewise(local, x)
+        found = mesh_impl.slicewise(local, x, mesh_impl.laid_out_pcoord(mesh_axis))
+        return mesh_impl.slicewise(choose, *(mesh_impl.allconcat(f, mesh_axis, 1) for f in found))
+
+    if not selected:
+        return by_sorting()
+    values, indices, doubt = select_largest(mesh_impl, x, k, mesh_axis)
+    doubt = mesh_impl.slicewise(tf.reduce_max, doubt)
+    if mesh_axis is not None:  # all cores sort, or none: they send each other what they find
+        axes = (mesh_impl.tensor_dimension_to_mesh_axis(d) for d in rest.dims)
+        doubt = mesh_impl.allreduce(doubt, sorted(axis for axis in axes if axis is not None), "SUM")
+    return laid_out_cond(mesh_impl, doubt.tensor_list[0], by_sorting, lambda: (values, indices))

@@ -4,9 +4,11 @@ import functools
 
 import numpy as np
 import pytest
+import reference
 import simd
-from programs import dims
+from programs import ONE_DEVICE, dims
 from sampling.test_masks import MASKS, assert_kept, tied_rows, xtc_always
+from sampling.test_more_masks import OPTIONS
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sampling import core_cutoffs, float_pairs
@@ -101,6 +103,32 @@ def test_what_is_clear_and_what_is_not(mask, layout):
         in_doubt = np.isnan(got).all(1)
         assert in_doubt.mean() <= most_in_doubt
         np.testing.assert_array_equal(got[~in_doubt], want[~in_doubt])
+
+
+@pytest.mark.parametrize("mask", OPTIONS, ids=lambda mask: mask.__name__)
+@split
+def test_at_least_so_many_are_kept(mask, layout):
+    rng, definition = np.random.default_rng(7), MASKS[mask][0]
+
+    def build(mesh, x, option, n):
+        b, v = dims(batch=ROWS, vocab=SIZE)
+        x, option, n = (
+            mtf.import_tf_tensor(mesh, t, mtf.Shape(shape)) for t, shape in ((x, [b, v]), (option, [b]), (n, [b]))
+        )
+        return mask(x, option, v, min_tokens_to_keep=n)
+
+    program = simd.SimdProgram(
+        build, [(tf.float32, (ROWS, SIZE)), (tf.float32, (ROWS,)), (tf.int32, (ROWS,))], "x:4", layout
+    )
+    gaussian = (2 * rng.standard_normal((ROWS, SIZE))).astype(np.float32)
+    for x in (gaussian, bfloat16_rows(rng), tied_rows(ROWS, SIZE)):
+        option = rng.choice(OPTIONS[mask], ROWS).astype(np.float32)
+        n = rng.choice([1, 2, 3, 7, 40, 100], ROWS).astype(np.int32)
+        one = ONE_DEVICE(build, x, option, n)
+        np.testing.assert_array_equal(program(x, option, n), one)
+        assert_kept(
+            one, x, lambda x, o, n=n: reference.at_least(definition, x, o, n[:, np.newaxis]), option[:, np.newaxis]
+        )
 
 
 @pytest.mark.slow

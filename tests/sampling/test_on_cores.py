@@ -9,6 +9,7 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import MeshOperation
 from gpt_neo_sampling.sampling.candidate_draw import draw_candidates
 from gpt_neo_sampling.sampling.categorical import score_draw
+from gpt_neo_sampling.sampling.masks import min_p_mask
 from gpt_neo_sampling.sampling.penalties import token_counts
 from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
@@ -107,6 +108,21 @@ def test_top_k(split, k):
         np.testing.assert_array_equal(values, want_values[rows], err_msg=str(rows))
         valid = ~np.isnan(want_values[rows, 0])
         np.testing.assert_array_equal(indices[valid], want_indices[rows][valid], err_msg=str(rows))
+
+
+@split
+def test_at_least_so_many_are_kept(split):
+    """Also where the largest are found without a sort."""
+    batch, vocab = dims(batch=16, vocab=8192)
+
+    def build(mesh, x):
+        return min_p_mask(mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])), 0.5, min_tokens_to_keep=40)
+
+    x = rows_to_select(40)
+    program = simd.SimdProgram(build, [(tf.float32, x.shape)], *split)
+    want = ONE_DEVICE(build, x)
+    for rows in ([0] * 16, list(range(16))):  # none in doubt, and some
+        np.testing.assert_array_equal(program(x[rows]), want[rows])
 
 
 @pytest.mark.parametrize("factor", [None, 1.3])
