@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/control_costs.py [NAME …] [--batch 8] [--blocks 9] [--out FILE.json]
 
-A step draws a token for each of 8 rows of 50,257 float32 logits, whose rows have 512 tokens so far. Programs run in turn,
-a block each; the times are medians, and the ratios medians of blocks that ran next to each other.
+A step draws a token for each of 8 rows of 50,257 float32 logits, whose rows have 512 tokens so far. Programs run in
+turn, a block each; the times are medians, and the ratios medians of blocks that ran next to each other.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import common
 
 common.use_tests()
 
-import numpy as np
-from programs import Program, dims
+import numpy as np  # noqa: E402
+from programs import Program, dims  # noqa: E402
 
-from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling.mesh.ops import cwise_broadcast
-from gpt_neo_sampling.sampling.controls import History, SamplingOptions
-from gpt_neo_sampling.sampling.next_token import next_token
+from gpt_neo_sampling._compat import mtf, tf  # noqa: E402
+from gpt_neo_sampling.mesh.ops import cwise_broadcast  # noqa: E402
+from gpt_neo_sampling.sampling.controls import History, SamplingOptions  # noqa: E402
+from gpt_neo_sampling.sampling.next_token import next_token  # noqa: E402
 
 VOCAB, LENGTH, STEPS = 50257, 512, 10
 IDS = list(range(5, 20000, 97))

@@ -27,7 +27,7 @@ LOW = np.finfo(np.float32).min
 
 
 def rows(seed=0):
-    """(logits [ROWS, VOCAB], ids [ROWS, LENGTH] of eight tokens for the most part): sure rows, and such that are not."""
+    """Logits [ROWS, VOCAB], of sure rows and others; ids [ROWS, LENGTH] of eight tokens."""
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((ROWS, VOCAB)) * rng.choice([0.5, 1, 3, 6], (ROWS, 1))
     return logits.astype(np.float32), rng.integers(0, 8, (ROWS, LENGTH)).astype(np.int32)
@@ -40,30 +40,47 @@ def near(row, ids):
 SEQUENCES = {(4,): 0.5, (90,): -2.0, (3, 4): 1.0, (4, 4): -1.5, (5, 3, 44): 2.5, (1, 2, 3, 45): -9.0, (6, 45): 3.0}
 WORDS = [[12], [3, 8], [4, 4, 5], [6, 5, 2], [5, 5], [3]]
 CASES = {  # ours, and theirs
-    "sequence_bias": (dict(sequence_bias=SEQUENCES), theirs.SequenceBiasLogitsProcessor([[list(k), v] for k, v in SEQUENCES.items()])),
-    "bad_words_ids": (dict(bad_words_ids=[w for w in WORDS if w != [3]]), theirs.NoBadWordsLogitsProcessor(WORDS, STOPS)),
+    "sequence_bias": (
+        dict(sequence_bias=SEQUENCES),
+        theirs.SequenceBiasLogitsProcessor([[list(k), v] for k, v in SEQUENCES.items()]),
+    ),
+    "bad_words_ids": (
+        dict(bad_words_ids=[w for w in WORDS if w != [3]]),
+        theirs.NoBadWordsLogitsProcessor(WORDS, STOPS),
+    ),
     "repetition_penalty": (dict(repetition_penalty=1.3), theirs.RepetitionPenaltyLogitsProcessor(1.3)),
     "no_repeat_ngram_size": (dict(no_repeat_ngram_size=3), theirs.NoRepeatNGramLogitsProcessor(3)),
     "min_length": (dict(min_length=LENGTH + 1), theirs.MinLengthLogitsProcessor(LENGTH + 1, STOPS)),
     "min_new_tokens": (dict(min_new_tokens=15), theirs.MinNewTokensLengthLogitsProcessor(PROMPT, 15, STOPS)),
     "prefix_allowed_tokens_fn": (dict(prefix_allowed_tokens_fn=near), theirs.PrefixConstrainedLogitsProcessor(near, 1)),
     "forced_eos_token_id": (dict(forced_eos_token_id=STOPS), theirs.ForcedEOSTokenLogitsProcessor(LENGTH + 1, STOPS)),
-    "exponential_decay_length_penalty": (dict(exponential_decay_length_penalty=(5, 1.1)), theirs.ExponentialDecayLengthPenalty((5, 1.1), STOPS, PROMPT)),
+    "exponential_decay_length_penalty": (
+        dict(exponential_decay_length_penalty=(5, 1.1)),
+        theirs.ExponentialDecayLengthPenalty((5, 1.1), STOPS, PROMPT),
+    ),
     "suppress_tokens": (dict(suppress_tokens=[4, 90]), theirs.SuppressTokensLogitsProcessor([4, 90])),
-    "begin_suppress_tokens": (dict(begin_suppress_tokens=[4, 90]), theirs.SuppressTokensAtBeginLogitsProcessor([4, 90], LENGTH)),
+    "begin_suppress_tokens": (
+        dict(begin_suppress_tokens=[4, 90]),
+        theirs.SuppressTokensAtBeginLogitsProcessor([4, 90], LENGTH),
+    ),
     "temperature": (dict(temperature=0.7), theirs.TemperatureLogitsWarper(0.7)),
     "top_k": (dict(top_k=40), theirs.TopKLogitsWarper(40)),
     **{
-        f"{name}, min_tokens_to_keep {n}": ({name: value, **({"min_tokens_to_keep": n} if n > 1 else {})}, warper(value, min_tokens_to_keep=n))
+        f"{name}, min_tokens_to_keep {n}": (
+            {name: value, **({"min_tokens_to_keep": n} if n > 1 else {})},
+            warper(value, min_tokens_to_keep=n),
+        )
         for n in (1, 5)
         for name, value, warper in [
-            ("top_p", 0.8, theirs.TopPLogitsWarper), ("min_p", 0.1, theirs.MinPLogitsWarper),
-            ("typical_p", 0.6, theirs.TypicalLogitsWarper), ("epsilon_cutoff", 0.01, theirs.EpsilonLogitsWarper),
+            ("top_p", 0.8, theirs.TopPLogitsWarper),
+            ("min_p", 0.1, theirs.MinPLogitsWarper),
+            ("typical_p", 0.6, theirs.TypicalLogitsWarper),
+            ("epsilon_cutoff", 0.01, theirs.EpsilonLogitsWarper),
             ("eta_cutoff", 0.02, theirs.EtaLogitsWarper),
         ]
     },
     "top_h": (dict(top_h=0.5), theirs.TopHLogitsWarper(0.5)),
-}  # fmt: skip
+}
 
 
 def ours(options, logits, ids):
