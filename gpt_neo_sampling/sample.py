@@ -33,13 +33,15 @@ from gpt_neo_sampling.models.decoding_context import Decoder, Model, cut_memory,
 from gpt_neo_sampling.models.utils import feature_dim
 from gpt_neo_sampling.sampling.controls import (
     ENTMAX_TEMPERATURE,
+    MOST_TOP_LOGPROBS,
     SOFTMAX_TEMPERATURE,
     ControlKeywords,
     History,
     SamplingOptions,
     check_bool,
+    check_int,
 )
-from gpt_neo_sampling.sampling.next_token import Drawn, draw_token, initial_states
+from gpt_neo_sampling.sampling.next_token import Drawn, answers_of, draw_token, initial_states
 from gpt_neo_sampling.sampling.other_names import explained
 from gpt_neo_sampling.sampling.random import import_seed, unfolded
 
@@ -88,13 +90,13 @@ class _LoopState:
     position: mtf.Tensor  # int32 [rows]; where the row's next token goes
     ids: mtf.Tensor  # int32 [rows, length]; prompts, new tokens, padding
     done: mtf.Tensor  # bool [rows]; the row writes no more
-    logprobs: list[mtf.Tensor]  # two float32 [rows, length], like ids; or none
+    answers: list[mtf.Tensor]  # [rows, length] like ids, or with more dims: see `answers_of`
     control_states: list[mtf.Tensor]  # [rows], of the controls that keep one: see `initial_states`
     states: list[mtf.Tensor]  # the model's own, as its last call recorded them
 
     def tensors(self) -> list[mtf.Tensor]:
         # mtf's while_loop would carry a sum that is not reduced yet as it is, so each is reduced here
-        rest = (self.done, *self.logprobs, *self.control_states, *self.states)
+        rest = (self.done, *self.answers, *self.control_states, *self.states)
         return [force_allreduce(self.position), to_loop(self.ids), *map(force_allreduce, rest)]
 
 
@@ -118,13 +120,14 @@ class _DecodeLoop:
     max_steps: mtf.Tensor | None  # int32, [rows] or scalar
     stopping_criteria: StoppingCriteria | None
     return_logprobs: bool
+    top_logprobs: int
     invalid_token: int
     compiles_steps: bool  # each step by itself
 
     def __post_init__(self) -> None:
         self._length_dim = self.prompts.ids.shape[-1]
         self._columns = mtf.range(self.prompts.ids.mesh, self._length_dim, tf.int32)  # once, not in every step
-        self._n_logprobs = 2 if self.return_logprobs else 0
+        self._answers = answers_of(self.return_logprobs, self.top_logprobs)
         self._initial_states = initial_states(self.options, self.prompts.ids.mesh, self.prompts.lengths.shape)
 
     def start(self) -> list[mtf.Tensor]:
@@ -136,9 +139,13 @@ class _DecodeLoop:
         if self.prompt_length < prompts.whole_ids.shape[-1].size:
             ids = self._mark_unread(ids)
             done = cwise_broadcast(lambda done, n: tf.logical_or(done, n > self.prompt_length), [done, prompts.lengths])
-        logprobs = [mtf.zeros(ids.mesh, ids.shape) for _ in range(self._n_logprobs)]
         control_states = list(self._initial_states.values())
-        return _LoopState(prompts.lengths, ids, done, logprobs, control_states, self.states).tensors()
+        return _LoopState(prompts.lengths, ids, done, self.no_answers(), control_states, self.states).tensors()
+
+    def no_answers(self) -> list[mtf.Tensor]:
+        """Of rows without new tokens."""
+        shape = self.prompts.ids.shape
+        return [mtf.zeros(self.prompts.ids.mesh, shape + more, dtype) for dtype, more in self._answers.values()]
 
     def begun(self, control_states: list[mtf.Tensor], position: mtf.Tensor) -> list[mtf.Tensor]:
         """Those of rows that have new tokens; the initial ones of others."""
@@ -174,22 +181,22 @@ class _DecodeLoop:
         """The token drawn for each row, int32 [rows], and the state with it written; `done` as it was."""
         logits, states = self.decoder.step(old.ids, old.position, old.states)
         drawn = self._draw(logits, old)
-        token, logprobs = drawn.token, drawn.logprobs
+        token = drawn.token
         written = token
         if self.invalid_token != INVALID:
             written = cwise_broadcast(lambda t: tf.where_v2(tf.equal(t, INVALID), self.invalid_token, t), [token])
-        ids, *logprobs = (self._write(x, new, old) for x, new in zip([old.ids, *old.logprobs], [written, *logprobs]))
+        new = [written, *drawn.answers.values()]
+        ids, *answers = (self._write(x, new, old) for x, new in zip([old.ids, *old.answers], new, strict=True))
         position = cwise_broadcast(
             lambda position, done: position + tf.cast(tf.logical_not(done), tf.int32), [old.position, old.done]
         )
-        return token, _LoopState(position, ids, old.done, logprobs, list(drawn.states.values()), states)
+        return token, _LoopState(position, ids, old.done, answers, list(drawn.states.values()), states)
 
     def state(self, tensors: Sequence[mtf.Tensor]) -> _LoopState:
         """The loop variables by name."""
         position, ids, done, *rest = tensors
-        begin = self._n_logprobs + len(self._initial_states)
-        logprobs, control_states = rest[: self._n_logprobs], rest[self._n_logprobs : begin]
-        return _LoopState(position, from_loop(ids), done, logprobs, control_states, rest[begin:])
+        end, begin = len(self._answers), len(self._answers) + len(self._initial_states)
+        return _LoopState(position, from_loop(ids), done, rest[:end], rest[end:begin], rest[begin:])
 
     def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Drawn:
         """A token for each row, and what else the step gives."""
@@ -206,6 +213,7 @@ class _DecodeLoop:
             history,
             dict(zip(self._initial_states, state.control_states)),
             return_logprobs=self.return_logprobs,
+            top_logprobs=self.top_logprobs,
         )
 
     def _limit(self) -> mtf.Tensor | None:
@@ -221,7 +229,7 @@ class _DecodeLoop:
         )
 
     def _write(self, x: mtf.Tensor, new: mtf.Tensor, state: _LoopState) -> mtf.Tensor:
-        """x [rows, length] with `new` [rows] at each row's position, unless the row is done."""
+        """x [rows, length, …] with `new` [rows, …] at each row's position, unless the row is done."""
 
         def write(x: tf.Tensor, column: tf.Tensor, position: tf.Tensor, done: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
             return tf.where_v2(tf.logical_and(tf.equal(column, position), tf.logical_not(done)), new, x)
@@ -291,6 +299,7 @@ def sample_autoregressive(
     stopping_criteria: StoppingCriteria | None = None,
     num_return_sequences: int = 1,
     return_logprobs: bool = False,
+    top_logprobs: int = 0,
     invalid_token: int = INVALID,
     jit_compile: bool = False,
     **controls: Unpack[ControlKeywords],
@@ -365,6 +374,8 @@ def sample_autoregressive(
         what is returned, where a prompt's rows stand together, and in all that
         is one a row (but prompt_lengths and bos_id, which are a prompt's).
       return_logprobs: whether to return log-probabilities too.
+      top_logprobs: with return_logprobs, an int n from 0 to MOST_TOP_LOGPROBS: whether to return each new token's rank
+        and the n likeliest tokens too.
       invalid_token: an int: what is written where −1 is said below, for callers
         whose next function takes no −1 (a tokenizer). Such a row is done all the same.
       jit_compile: whether XLA compiles the loop, or with stopping_criteria each of its steps. On a mesh of one CPU or
@@ -381,7 +392,11 @@ def sample_autoregressive(
       logits) gets −1 at that position and is done. With return_logprobs
       (ids, logprobs, draw_logprobs), float32 and of the same shape: of each new
       token the natural logarithm of its probability under the model's own
-      distribution and under the one that it was drawn from; 0 elsewhere.
+      distribution and under the one that it was drawn from; 0 elsewhere. With
+      top_logprobs of n (…, ranks, top_ids, top_logprobs) behind these: int32 of the
+      same shape, 1 for the likeliest token under the model's own distribution; and
+      int32 and float32 [batch…, length, n], the likeliest ones and their
+      log-probabilities, of equal ones the lower id first; 0 elsewhere.
 
     Raises:
       ValueError: for a number that is out of range, a wrong shape, or a feature that is missing.
@@ -429,6 +444,9 @@ def sample_autoregressive(
         vocab_size=vocab_size,
     )
     options.check()
+    check_int("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, vocab_size or vocab_dim.size))
+    if top_logprobs and not return_logprobs:
+        raise ValueError(f"top_logprobs={top_logprobs} needs return_logprobs=True")
     if jit_compile and options.prefix_allowed_tokens_fn is not None:
         raise ValueError("prefix_allowed_tokens_fn with jit_compile: XLA compiles no Python function; leave one out")
     # Imported once here, not in every step.
@@ -459,7 +477,8 @@ def sample_autoregressive(
 
     loop = _DecodeLoop(
         decoder, prompts, states, prompt_length, vocab_dim, options, seed, unfolded(force_allreduce(stream)), max_steps,
-        stopping_criteria, return_logprobs, invalid_token, jit_compile and stopping_criteria is not None,
+        stopping_criteria, return_logprobs, top_logprobs, invalid_token,
+        jit_compile and stopping_criteria is not None,
     )  # fmt: skip
     start = loop.start()
 
@@ -468,9 +487,10 @@ def sample_autoregressive(
 
     end = loop.state(compiled(mesh, run_loop) if jit_compile and not loop.compiles_steps else run_loop())
     results = [_whole(end.ids, prompts.whole_ids)]
-    results += [resize(x, x.shape[-1], whole_length_dim.size) for x in end.logprobs]
+    results += [resize(x, prompts.ids.shape[-1], whole_length_dim.size) for x in end.answers]
     if remove_partial_sequences:
-        results = [_shift_left(x, prompts.removable, fill) for x, fill in zip(results, (padding_id, 0.0, 0.0))]
+        fills = [padding_id, *[0] * len(end.answers)]
+        results = [_shift_left(x, prompts.removable, whole_length_dim, fill) for x, fill in zip(results, fills)]
     return tuple(results) if return_logprobs else results[0]
 
 
@@ -489,6 +509,7 @@ def continue_rows(
     max_steps: RowValue,
     stopping_criteria: StoppingCriteria | None = None,
     return_logprobs: bool = False,
+    top_logprobs: int = 0,
     control_states: list[mtf.Tensor],
 ) -> tuple[list[mtf.Tensor], list[mtf.Tensor], list[mtf.Tensor]]:
     """Further steps of rows that are at different steps: the loop of `sample_autoregressive`, from any step on.
@@ -502,12 +523,12 @@ def continue_rows(
       decoder: a `Decoder` that has made its first pass.
       vocab_dim: mtf.Dimension.
       options: SamplingOptions.
-      seed, stream, max_steps, stopping_criteria, return_logprobs: as for `sample_autoregressive`; max_steps counts from
-        the prompt.
+      seed, stream, max_steps, stopping_criteria, return_logprobs, top_logprobs: as for `sample_autoregressive`;
+        max_steps counts from the prompt.
       control_states: list of mtf.Tensor [rows], what the last call returned; anything for a row without a new token.
 
     Returns:
-      (results, control_states, states): what `sample_autoregressive` returns, as a list, with log-probabilities of the
+      (results, control_states, states): what `sample_autoregressive` returns, as a list, with its answers about the
       tokens that this call draws and 0 elsewhere; and the states after the last of them.
     """
     mesh, rows = ids.mesh, prompt_lengths.shape
@@ -515,12 +536,12 @@ def continue_rows(
         decoder, _Prompts(ids, ids, prompt_lengths, None), states, ids.shape[-1].size, vocab_dim,
         options.imported(mesh, rows), unfolded(import_seed(mesh, seed, rows)),
         unfolded(import_rows(mesh, stream, tf.int32, rows, "stream")),
-        import_rows(mesh, max_steps, tf.int32, rows, "max_steps"), stopping_criteria, return_logprobs, INVALID, False,
+        import_rows(mesh, max_steps, tf.int32, rows, "max_steps"), stopping_criteria, return_logprobs, top_logprobs,
+        INVALID, False,
     )  # fmt: skip
-    logprobs = [mtf.zeros(mesh, ids.shape) for _ in range(2 * return_logprobs)]
-    start = _LoopState(position, ids, done, logprobs, loop.begun(control_states, position), states)
+    start = _LoopState(position, ids, done, loop.no_answers(), loop.begun(control_states, position), states)
     end = loop.state(mtf.while_loop(loop.unfinished, loop.step, start.tensors()))
-    return [end.ids, *end.logprobs], end.control_states, end.states
+    return [end.ids, *end.answers], end.control_states, end.states
 
 
 def _check_arguments(
@@ -702,15 +723,12 @@ def _top_k_option(k: RowValue, vocab_size: int) -> RowValue | None:
     return int(k)
 
 
-def _shift_left(x: mtf.Tensor, by: mtf.Tensor, fill: float) -> mtf.Tensor:
-    """x [batch…, length] without the first `by` [batch…] of each row."""
-    *batch_dims, length_dim = x.shape.dims
+def _shift_left(x: mtf.Tensor, by: mtf.Tensor, length_dim: mtf.Dimension, fill: float) -> mtf.Tensor:
+    """x [batch…, length, …] without the first `by` [batch…] of each row."""
     shifted_dim = mtf.Dimension("shifted_" + length_dim.name, length_dim.size)
-    source = cwise_broadcast(
-        tf.add, [mtf.range(x.mesh, shifted_dim, tf.int32), by], mtf.Shape(batch_dims + [shifted_dim])
-    )
+    source = cwise_broadcast(tf.add, [mtf.range(x.mesh, shifted_dim, tf.int32), by], by.shape + shifted_dim)
     shifted = take(x, source, length_dim)
     shifted = cwise_broadcast(
-        lambda x, at: tf.where_v2(at < length_dim.size, x, fill), [shifted, source], name="remove_prompts"
+        lambda x, at: tf.where_v2(at < length_dim.size, x, tf.cast(fill, x.dtype)), [shifted, source], shifted.shape
     )
     return mtf.rename_dimension(shifted, shifted_dim.name, length_dim.name)

@@ -519,7 +519,7 @@ def sequence_bias(x, row, biases):
 
 
 def dry_matches(row, size, breakers=()):
-    """[size]: for each token the longest sequence ahead of it in the row, a list of ids, that the row ends with, too."""
+    """[size]: for each token the longest sequence ahead of it in the row, a list of ids, that the row ends with."""
     longest = np.zeros(size, int)
     for n in range(1, len(row)):
         end = row[len(row) - n :]

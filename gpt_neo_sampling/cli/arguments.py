@@ -103,8 +103,13 @@ def _check_generate(args: argparse.Namespace) -> None:
         raise ValueError("--json is for stdout; --output is always JSON")
     if args.output is not None and args.stream is not None:
         raise ValueError("--stream is not for --prompts-file, where each line has streams of its own")
-    if args.return_logprobs and not args.json and args.output is None:
-        raise ValueError("--logprobs needs --json or --output")
+    for name, value in (
+        ("--logprobs", args.return_logprobs),
+        ("--top-logprobs", args.top_logprobs),
+        ("--prompt-logprobs", args.return_prompt_logprobs),
+    ):
+        if value and not args.json and args.output is None:
+            raise ValueError(f"{name} needs --json or --output")
     prompts_of(args)
     check_alone(GenerationOptions(**generation_of(args)))
 
@@ -154,6 +159,8 @@ def generation_of(args: argparse.Namespace) -> dict[str, Any]:
         stop_strings=args.stop_strings,
         num_return_sequences=args.num_return_sequences,
         return_logprobs=args.return_logprobs,
+        top_logprobs=args.top_logprobs,
+        return_prompt_logprobs=args.return_prompt_logprobs,
         **sampling_of(args),
     )
 

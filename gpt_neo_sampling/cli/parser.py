@@ -114,6 +114,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         _add_option(add, name)
     add("--logprobs", dest="return_logprobs", action="store_true", help="with --json or --output: the log-probability "
         "of each new token, by the model alone and as it was drawn")  # fmt: skip
+    add(
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="the same, and the rank of each new token and the N likeliest tokens",
+    )
+    add("--prompt-logprobs", dest="return_prompt_logprobs", action="store_true", help="with --json or --output: the "
+        "log-probability of each token of the prompt")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")
     add("--jit-compile", action="store_true", help="XLA compiles the decode loop, which takes "
         "seconds and then makes it faster: for some 500 steps and more")  # fmt: skip

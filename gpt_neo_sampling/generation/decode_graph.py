@@ -115,6 +115,7 @@ class ProgramKey:
     logits_processors: tuple[LogitsProcessor, ...] = ()  # see `sample_autoregressive`
     prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None
     return_logprobs: bool = False
+    top_logprobs: int = 0
 
     @property
     def rows(self) -> int:
@@ -174,8 +175,8 @@ def build(
       run_number: int32 scalar tf.Tensor, which run of the graph it is; with on_tokens.
 
     Returns:
-      a list: int32 tf.Tensor [rows, length], and with the key's return_logprobs two
-      float32 ones: see `sample_autoregressive`.
+      a list: int32 tf.Tensor [rows, length], and with the key's return_logprobs and
+      top_logprobs more: see `sample_autoregressive`.
     """
     mesh, shape, other_features = model.inputs(key.batch, key.length)
     watch = None
@@ -207,6 +208,7 @@ def build(
         stopping_criteria=watch,
         num_return_sequences=key.samples,
         return_logprobs=key.return_logprobs,
+        top_logprobs=key.top_logprobs,
         # bfloat16 products of more rows than one are slower in XLA than TensorFlow's own on CPUs
         jit_compile=model.jit_compile and (key.rows == 1 or model.variable_dtype.activation_dtype == tf.float32),
         **options,
@@ -333,6 +335,7 @@ def build_segment(
         max_steps=inputs.max_steps,
         stopping_criteria=_stopping_criteria(on_tokens, lengths, run_number),
         return_logprobs=key.return_logprobs,
+        top_logprobs=key.top_logprobs,
         control_states=[mtf.import_tf_tensor(mesh, state, rows) for state in control_states],
     )
     export = model.lowered(mesh).export_to_tf_tensor

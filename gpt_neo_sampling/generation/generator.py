@@ -32,6 +32,7 @@ from gpt_neo_sampling.mesh.cluster import Cluster
 from gpt_neo_sampling.mesh.devices import DeviceMesh, device_mesh
 from gpt_neo_sampling.sample import INVALID
 from gpt_neo_sampling.sampling.controls import INT32_MAX, check_bool
+from gpt_neo_sampling.sampling.next_token import answers_of
 from gpt_neo_sampling.sampling.other_names import explained, explains_names
 
 MAX_BATCH = 32  # rows of one graph; a larger request takes several runs
@@ -53,6 +54,12 @@ class Sample:
       logprobs: list of the natural logarithms of the model's own probabilities, one
         for each new token; None unless `return_logprobs` asks for them.
       draw_logprobs: the same of the probabilities that the tokens were drawn with.
+      ranks: list of each new token's rank under the model's own distribution, 1 for the
+        likeliest; None unless `top_logprobs` asks for it.
+      top_logprobs: list, for each new token a list of pairs of a token's id and its
+        logarithm: the model's likeliest, the first of equal ones first.
+      prompt_logprobs: list of the logarithms of the prompt's tokens, None for the
+        first, which nothing precedes; None unless `return_prompt_logprobs` asks for it.
     """
 
     prompt_tokens: list[int]
@@ -61,6 +68,9 @@ class Sample:
     finish_reason: str = "length"
     logprobs: list[float] | None = None
     draw_logprobs: list[float] | None = None
+    ranks: list[int] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt_logprobs: list[float | None] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: a dict of the fields, without the log-probabilities that were not asked for."""
@@ -315,10 +325,9 @@ class TextGenerator:
         pool = RowPool(self._graphs, request, functools.partial(self._detokenizer, request), streamer, MAX_BATCH)
         for ended in pool.run(wanted):
             found: list[tuple[int, Sample | InvalidDistributionError]] = []
-            for index, tokens, logprobs in ended:
-                prompt = request.prompts[index // request.num_return_sequences]
+            for index, tokens, answers in ended:
                 try:
-                    found.append((index, self._sample(request, index, prompt, tokens, logprobs)))
+                    found.append((index, self._sample(request, index, tokens, answers)))
                 except InvalidDistributionError as e:
                     found.append((index, e))
             yield found
@@ -478,11 +487,9 @@ class TextGenerator:
             weights = f"the weights cannot be read: {e}"
         return f"the logits hold NaN or +inf, or every token is masked ({weights})"
 
-    def _sample(
-        self, request: Request, index: int, prompt: list[int], drawn: np.ndarray, logprobs: list[np.ndarray]
-    ) -> Sample:
-        """Sample number `index` of a request, from the ids drawn up to its limit and their log-probabilities."""
-        new = drawn.tolist()
+    def _sample(self, request: Request, index: int, drawn: np.ndarray, answers: list[np.ndarray]) -> Sample:
+        """Sample number `index` of a request, from the ids drawn up to its limit and what the loop says of them."""
+        new, prompt = drawn.tolist(), request.prompts[index // request.num_return_sequences]
         end = next((at + 1 for at, token in enumerate(new) if token in request.stop_tokens), None)
         reason = "length" if end is None else "stop"
         new = new[:end]
@@ -499,7 +506,25 @@ class TextGenerator:
                 if detokenizer.stopped:
                     new, reason = new[:at], "stop"
                     break
-        return Sample(prompt, new, text, reason, *(p[: len(new)].tolist() for p in logprobs))
+        names = answers_of(request.options.return_logprobs, request.options.top_logprobs or 0)
+        said = {name: answer[: len(new)].tolist() for name, answer in zip(names, answers)}
+        if "top_ids" in said:
+            said["top_logprobs"] = [list(zip(*pair)) for pair in zip(said.pop("top_ids"), said["top_logprobs"])]
+        return Sample(prompt, new, text, reason, **said, prompt_logprobs=self._prompt_logprobs(request, index))
+
+    def _prompt_logprobs(self, request: Request, index: int) -> list[float | None] | None:
+        """Of the prompt of sample number `index`; computed once for all samples of a request."""
+        if not request.options.return_prompt_logprobs:
+            return None
+        if request.prompt_logprobs is None:
+            several = [prompt for prompt in request.prompts if len(prompt) > 1]
+            scores = iter(score_texts(several, self._logprobs, self.params["n_ctx"]))
+            request.prompt_logprobs = [next(scores).logprobs if len(p) > 1 else [None] for p in request.prompts]
+        found = request.prompt_logprobs[index // request.num_return_sequences]
+        if any(p is not None and np.isnan(p) for p in found):
+            where = f"prompt {index // request.num_return_sequences}"
+            raise InvalidDistributionError(f"{where}: {self._no_distribution}", index, 0, self._no_distribution)
+        return found
 
     def _detokenizer(self, request: Request, prompt: list[int]) -> IncrementalDetokenizer | None:
         return self.tokenizer and IncrementalDetokenizer(self.tokenizer, prompt, request.stop_strings)
@@ -534,9 +559,9 @@ class TextGenerator:
         errors = []
         for row, (index, (prompt, limit)) in enumerate(zip(indices, rows)):
             if finished is None or finished[row]:
-                new, *logprobs = (r[row, len(prompt) : len(prompt) + limit] for r in results)
+                new, *answers = (r[row, len(prompt) : len(prompt) + limit] for r in results)
                 try:
-                    samples[index] = self._sample(request, index, prompt, new, logprobs)
+                    samples[index] = self._sample(request, index, new, answers)
                 except InvalidDistributionError as e:
                     errors.append(e)
         if finished is not None:

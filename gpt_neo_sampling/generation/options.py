@@ -46,8 +46,9 @@ class GenerationOptions(Controls[PerPrompt]):
     prompt. None is the model's own, if its generation_config.json gives one (see `Checkpoint.generation_defaults`), and
     else what changes nothing. `logits_processors` are functions of (logits, ids, position) on mtf tensors, see
     `sample_autoregressive`; a graph is built for each set of them, so hand over the same objects again.
-    `return_logprobs` says whether samples have their `logprobs` and `draw_logprobs`. docs/sampling.md shows what each
-    option does.
+    `return_logprobs` says whether samples have their `logprobs` and `draw_logprobs`; `top_logprobs`, an int up to
+    1,024, of how many likeliest tokens they tell, and their `ranks` with them; `return_prompt_logprobs`, whether they
+    have their `prompt_logprobs`. docs/sampling.md shows what each option does.
 
     Nothing is checked before a generator has a request to check:
 
@@ -91,6 +92,8 @@ class GenerationOptions(Controls[PerPrompt]):
         Control("accepted for scripts that pass it; changes nothing, as a row whose logits are NaN or +inf is an error")
     )
     return_logprobs: bool = False
+    top_logprobs: int | None = None
+    return_prompt_logprobs: bool = False
 
     def __new__(cls, *args: Any, **options: Any) -> "GenerationOptions":
         check_names(cls.__name__, options, cls.__dataclass_fields__)

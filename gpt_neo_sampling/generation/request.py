@@ -25,7 +25,7 @@ from gpt_neo_sampling.generation.options import (
     resolve,
     sequences_of,
 )
-from gpt_neo_sampling.sampling.controls import INT32_MAX, NUMBERS, TOKEN_SETS, check_bool, check_int
+from gpt_neo_sampling.sampling.controls import INT32_MAX, MOST_TOP_LOGPROBS, NUMBERS, TOKEN_SETS, check_bool, check_int
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's own, where a request gives none
@@ -45,6 +45,7 @@ class Request:
     sequences: dict[str, TokenSequences]  # of SEQUENCES those that are given
     n_vocab: int  # the model's
     n_ctx: int
+    prompt_logprobs: list[list[float | None]] | None = None  # of each prompt, once they are asked for
 
     @property
     def greedy(self) -> bool:
@@ -88,6 +89,12 @@ def checked_request(
     defaults = checkpoint.generation_defaults
     check_shared(options, n_vocab)
     check_bool("return_logprobs", options.return_logprobs)
+    check_bool("return_prompt_logprobs", options.return_prompt_logprobs)
+    top_logprobs = 0 if options.top_logprobs is None else options.top_logprobs
+    check_int("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, n_vocab))
+    options = dataclasses.replace(
+        options, top_logprobs=int(top_logprobs), return_logprobs=bool(options.return_logprobs or top_logprobs)
+    )
     if options.do_sample is not None:
         check_bool("do_sample", options.do_sample)
     own = {name: defaults[name] for name in SHARED if name in defaults and getattr(options, name) is None}

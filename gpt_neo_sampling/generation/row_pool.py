@@ -28,6 +28,7 @@ from gpt_neo_sampling.generation.session import (
     round_up_power,
 )
 from gpt_neo_sampling.generation.streaming import IncrementalDetokenizer, Watcher
+from gpt_neo_sampling.sampling.next_token import answers_of
 
 MEMORY_AXIS = 2  # of a state, [rows, heads, memory_length, features_per_head]
 
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 
     sample: int  # its index in the request
     tokens: np.ndarray  # int32 [new tokens]
-    logprobs: list[np.ndarray]  # float32 [new tokens]: two, or none
+    answers: list[np.ndarray]  # [new tokens, …]: see `answers_of`
 
 
 class RowPool:
@@ -78,7 +79,10 @@ class RowPool:
             n_drawn=np.zeros(batch, np.int32),
             done=np.ones(batch, bool),
             ids=np.zeros([batch, key.length], np.int32),
-            logprobs=[np.zeros([batch, key.length], np.float32) for _ in range(2 * key.return_logprobs)],
+            answers=[
+                np.zeros([batch, key.length, *shape.to_integer_list], dtype.as_numpy_dtype)
+                for dtype, shape in answers_of(key.return_logprobs, key.top_logprobs).values()
+            ],
             control_states=[np.zeros(batch, np.float32) for _ in range(key.n_control_states)],
             states=[],
         )
@@ -96,8 +100,7 @@ class RowPool:
         waiting = collections.deque(p * n_samples + n for p in prompts for n in range(n_samples))
         full = [index for index in waiting if not self._limits[index // n_samples]]  # whose prompt fills the context
         if full:
-            none = np.zeros(0, np.int32)
-            yield [Drawn(index, none, [none.astype(np.float32) for _ in self._rows.logprobs]) for index in full]
+            yield [Drawn(index, np.zeros(0, np.int32), [x[0, :0] for x in self._rows.answers]) for index in full]
             waiting = collections.deque(index for index in waiting if self._limits[index // n_samples])
         while waiting or not self._rows.done.all():
             free = np.flatnonzero(self._rows.done).tolist()
@@ -124,8 +127,8 @@ class RowPool:
             rows.n_drawn[row], rows.done[row] = 0, False
             rows.ids[row] = 0
             rows.ids[row, : len(prompt)] = prompt
-            for logprobs in rows.logprobs:
-                logprobs[row] = 0
+            for answer in rows.answers:
+                answer[row] = 0
             # each prompt's by its own length, so that its numbers have the same last bits in any company
             length = min(prompt_length_of(prompt, request.n_ctx), self._key.length)
             by_length.setdefault(length, {}).setdefault(p, []).append(row)
@@ -162,9 +165,9 @@ class RowPool:
         )
         rows.n_drawn = watcher.n_drawn
         rows.ids[:] = ids
-        for all_steps, new in zip(rows.logprobs, more):
+        for all_steps, new in zip(rows.answers, more):
             all_steps += new
-        rows.control_states = more[len(rows.logprobs) :]
+        rows.control_states = more[len(rows.answers) :]
         return watcher
 
     def _hand_on(self, row: int, token: int, text: str | None, is_last: bool) -> None:
@@ -178,4 +181,4 @@ class RowPool:
         assert index is not None
         begin = rows.prompt_lengths[row]
         new = slice(begin, begin + rows.n_drawn[row])
-        return Drawn(index, rows.ids[row, new].copy(), [x[row, new].copy() for x in rows.logprobs])
+        return Drawn(index, rows.ids[row, new].copy(), [x[row, new].copy() for x in rows.answers])

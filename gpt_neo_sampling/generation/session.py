@@ -223,7 +223,7 @@ class RowArrays:
     n_drawn: np.ndarray  # int32 [rows], new tokens so far
     done: np.ndarray  # bool [rows]
     ids: np.ndarray  # int32 [rows, length]; prompt and new tokens
-    logprobs: list[np.ndarray]  # float32 [rows, length]: two, or none
+    answers: list[np.ndarray]  # [rows, length, …]: see `answers_of`
     control_states: list[np.ndarray]  # float32 [rows], as many as the key's n_control_states
     states: list[np.ndarray]  # the model's, [rows, heads, memory_length, features_per_head]
 
@@ -440,6 +440,7 @@ def program_key(
         logits_processors=tuple(request.options.logits_processors),
         prefix_allowed_tokens_fn=request.options.prefix_allowed_tokens_fn,
         return_logprobs=request.options.return_logprobs,
+        top_logprobs=request.options.top_logprobs or 0,
     )
 
 

@@ -35,6 +35,7 @@ else:  # they define operations of mesh-tensorflow; the list can be read without
 Class = TypeVar("Class")
 KEEP_SOME = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # the masks that min_tokens_to_keep is of
 MOST_TO_KEEP = 100
+MOST_TOP_LOGPROBS = 1024
 INT32_MAX = 2**31 - 1
 INF = float("inf")
 

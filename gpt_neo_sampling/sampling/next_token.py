@@ -30,7 +30,7 @@ from gpt_neo_sampling.sampling.entmax import entmax, log_softmax_at, softmax
 from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
 from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_mask, top_k_candidates, top_k_mask
 from gpt_neo_sampling.sampling.penalties import tokens_mask
-from gpt_neo_sampling.sampling.top_k import first_argmax
+from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
 OFF = float(tf.float32.max)  # a state of mirostat's that masks nothing; finite, to travel between shards
 MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
@@ -210,7 +210,7 @@ def next_token(
         array([ 1,  0, -1], dtype=int32)
     """
     drawn = draw_token(logits, vocab_dim, options, seed, stream, step, history, return_logprobs=return_logprobs)
-    return (drawn.token, *drawn.logprobs) if return_logprobs else drawn.token
+    return (drawn.token, *drawn.answers.values()) if return_logprobs else drawn.token
 
 
 @dataclasses.dataclass
@@ -219,13 +219,27 @@ class Drawn:
 
     Attributes:
       token: int32 mtf.Tensor [batch…].
-      logprobs: its two log-probabilities, float32 mtf.Tensors [batch…]; or none.
+      answers: name -> mtf.Tensor [batch…] or [batch…, top_logprobs], of `answers_of`.
       states: name -> mtf.Tensor [batch…], what controls that keep a state take to the next step.
     """
 
     token: mtf.Tensor
-    logprobs: list[mtf.Tensor] = dataclasses.field(default_factory=list)
+    answers: dict[str, mtf.Tensor] = dataclasses.field(default_factory=dict)
     states: dict[str, mtf.Tensor] = dataclasses.field(default_factory=dict)
+
+
+def answers_of(return_logprobs: bool, top_logprobs: int = 0) -> dict[str, tuple[tf.DType, mtf.Shape]]:
+    """What a step says of its token beside it: name -> (dtype, the dims that it has beside the rows').
+
+    logprobs and draw_logprobs are the natural logarithms of its probability under the model's own distribution, and
+    under the one that it was drawn from; ranks are 1 where it is the model's likeliest; top_ids and top_logprobs are
+    the model's likeliest tokens, as many as top_logprobs, and their log-probabilities.
+    """
+    one, several = mtf.Shape([]), mtf.Shape([mtf.Dimension("top_logprobs", top_logprobs)])
+    found = {"logprobs": (tf.float32, one), "draw_logprobs": (tf.float32, one)} if return_logprobs else {}
+    if top_logprobs:
+        found |= {"ranks": (tf.int32, one), "top_ids": (tf.int32, several), "top_logprobs": (tf.float32, several)}
+    return found
 
 
 def draw_token(
@@ -239,10 +253,12 @@ def draw_token(
     states: dict[str, mtf.Tensor] | None = None,
     *,
     return_logprobs: bool = False,
+    top_logprobs: int = 0,
 ) -> Drawn:
     """`next_token`, with what else a step gives.
 
     Args:
+      top_logprobs: how many of the model's likeliest tokens are told.
       states: name -> mtf.Tensor, of the last step's `Drawn`, or of `initial_states`, which is also what None means.
       The rest is as for `next_token`, and so are the errors.
     """
@@ -259,7 +275,32 @@ def draw_token(
 
     token, *more = compiled_rows(mesh, rows, drawn, name="next_token")
     n = 2 if return_logprobs else 0
-    return Drawn(token, more[:n], dict(zip(states, more[n:])))
+    answers = more[:n]
+    if top_logprobs:
+        answers += _likeliest(
+            _without_padding(mtf.cast(logits, tf.float32), vocab_dim, options), token, vocab_dim, top_logprobs
+        )
+    return Drawn(token, dict(zip(answers_of(return_logprobs, top_logprobs), answers)), dict(zip(states, more[n:])))
+
+
+def _likeliest(x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, n: int) -> list[mtf.Tensor]:
+    """Of logits x the rank of tokens [rows], and the n likeliest tokens with their log-probabilities, [rows, n]."""
+    x, entry = mtf.cwise(finite, [x]), mtf.range(x.mesh, dim, tf.int32)
+
+    def is_ahead(x: tf.Tensor, entry: tf.Tensor, own: tf.Tensor, token: tf.Tensor) -> tf.Tensor:
+        equal = tf.logical_and(tf.equal(x, own), entry < token)
+        return tf.cast(tf.logical_or(x > own, equal), tf.float32)
+
+    ahead = cwise_broadcast(is_ahead, [x, entry, take(x, token, dim), token], x.shape, tf.float32)
+    rank = mtf.cast(mtf.reduce_sum(ahead, reduced_dim=dim), tf.int32) + 1
+    top_dim = mtf.Dimension("top_logprobs", n)
+    values, ids = top_k(x, dim, top_dim)
+    first, largest = (mtf.reshape(mtf.slice(t, 0, 1, top_dim.name), token.shape) for t in (ids, values))
+    logprob = log_softmax_at(x, first, dim)
+    logprobs = cwise_broadcast(
+        lambda v, most, p: tf.maximum(v - most, tf.float32.min) + p, [values, largest, logprob], values.shape
+    )
+    return [rank, ids, logprobs]
 
 
 # --- Controls that keep a state from step to step ------------------------------------------

@@ -182,8 +182,8 @@ _OPENAI_NAMES = {
     "stop": "{stop_strings} end a continuation",
     "stop_token_ids": "{eos_token_id} takes the tokens that end a continuation",
     "ignore_eos": "-1 as {eos_token_id} is no stop token",
-    "logprobs": "{return_logprobs} gives the log-probability of each new token",
-    "prompt_logprobs": "score gives the log-probability of each token of a text",
+    "logprobs": "{return_logprobs} gives the log-probability of each new token, {top_logprobs} the likeliest too",
+    "prompt_logprobs": "{return_prompt_logprobs} gives the log-probability of each token of the prompt",
     "tensor_parallel_size": _DEVICES,
     "bad_words_token_ids": "{bad_words_ids} takes them",
 }
