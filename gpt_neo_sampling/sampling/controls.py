@@ -589,7 +589,7 @@ class SamplingOptions(Controls[RowValue]):
         return not (isinstance(control, Number) and is_real(value) and value == control.neutral)
 
     def number(self, name: str) -> RowValue:
-        """A control's number, or what counts where it is not given."""
+        """The number of the control of this name, or what counts where it is not given."""
         value = getattr(self, name)
         return cast(RowValue, NUMBERS[name].unset if value is None else value)
 

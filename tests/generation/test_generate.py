@@ -1,5 +1,6 @@
 """TextGenerator: golden tokens, options, sizes, and bad requests."""
 
+import collections
 import json
 import shutil
 import subprocess
@@ -534,3 +535,60 @@ def test_stop_tokens_and_finish_reasons(tiny):
         prompt, eos_token_id=stops, min_new_tokens=20, bad_words_ids=[[t] for t in never], **options
     )
     assert len(later.tokens) >= 20 and not set(later.tokens[:20]) & set(stops) and not set(later.tokens) & never
+
+
+# --- A function that says what may come next ----------------------------------------------
+
+
+def test_a_prefix_function_is_asked_about_each_sample(tiny):
+    """With the sample's index and its ids so far; not about rows that have ended, nor those that fill a batch."""
+    asked = collections.defaultdict(list)
+
+    def next_of(index, ids):
+        asked[index].append(ids.tolist())
+        return [10 + index] if len(ids) < 4 else [20 + index, 7]
+
+    samples = tiny.generate(
+        [[5, 6], [5], [8, 9, 5]], num_return_sequences=2, prefix_allowed_tokens_fn=next_of, max_new_tokens=[6, 2, 4],
+        eos_token_id=7, seed=3,
+    )  # fmt: skip
+    assert sorted(asked) == list(range(6))
+    for index, sample in enumerate(samples):
+        new = sample.tokens
+        assert [ids[len(sample.prompt_tokens) :] for ids in asked[index]] == [new[:n] for n in range(len(new))]
+        n_first = max(0, 4 - len(sample.prompt_tokens))
+        assert new[:n_first] == [10 + index] * min(n_first, len(new))
+        assert set(new[n_first:]) <= {20 + index, 7}
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+
+
+def test_a_prefix_function_holds_for_greedy_decoding_and_inspect(tiny):
+    allowed = [3, 50, 51]
+    sample = tiny.generate([[5, 6]], prefix_allowed_tokens_fn=lambda *_: allowed, do_sample=False, max_new_tokens=3)[0]
+    steps = tiny.inspect([5, 6], prefix_allowed_tokens_fn=lambda *_: allowed, do_sample=False)
+    assert set(sample.tokens) <= set(allowed)
+    assert [step.name for step in steps] == ["model", "prefix_allowed_tokens_fn", "argmax"]
+    assert np.flatnonzero(steps[1].probabilities).tolist() == allowed
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [([], "gave \\[\\] for row 0; a list of at least one id"), ([127], "gave 127 for row 0; token ids from 0 to 126"),
+     (5, "gave 5 for row 0; a list of"), ([True], "gave True for row 0")],
+)  # fmt: skip
+def test_what_a_prefix_function_gives_is_checked(tiny, found, message):
+    with pytest.raises(ValueError, match=f"prefix_allowed_tokens_fn {message}"):
+        tiny.generate([[5, 6]], prefix_allowed_tokens_fn=lambda *_: found, max_new_tokens=2)
+
+
+def test_an_error_of_a_prefix_function_is_raised(tiny):
+    def fails(index, ids):
+        raise KeyError("my own")
+
+    with pytest.raises(KeyError, match="my own"):
+        tiny.generate([[5, 6]], prefix_allowed_tokens_fn=fails, max_new_tokens=2, streamer=print)
+    with pytest.raises(ValueError, match="generate_each has no prefix_allowed_tokens_fn"):
+        list(tiny.generate_each([[5, 6]], [0], prefix_allowed_tokens_fn=fails))
+    compiled = TextGenerator(tiny.checkpoint, jit_compile=True)
+    with pytest.raises(ValueError, match="prefix_allowed_tokens_fn needs jit_compile=False"):
+        compiled.generate([[5, 6]], prefix_allowed_tokens_fn=fails)
