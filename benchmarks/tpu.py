@@ -73,7 +73,7 @@ def main():
 
 def programs():
     """The names of all, in the table's order."""
-    return [*tpu_samplers.SAMPLERS, *tpu_samplers.PEERS, *JAX]
+    return [*tpu_samplers.SAMPLERS, *tpu_samplers.FURTHER, *tpu_samplers.PEERS, *JAX]
 
 
 def jax_hlo(name):

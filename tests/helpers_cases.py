@@ -363,7 +363,38 @@ _CONTROLS = {
     "epsilon_cutoff": 1e-3,
     "eta_cutoff": 2e-3,
 }
+_MORE_CONTROLS = {
+    "temperature": np.array([0.9, 0, 0.3, 1, 2, 0.5, 0.7, 1.5], np.float32),
+    "seed": np.array([1, -5, 2**31 - 1, 0, 77, 1, 77, 3], np.int32),
+    "sequence_bias": {(5, 6): 2.0, (9,): 1.5, (20, 9): -3.0, (33, 22, 9): 1.0},
+    "bad_words_ids": [[7], [8, 10], [22, 25]],
+    "dry_multiplier": np.array([0, 0.8, 2, 0, 1, 1, 0.5, 1], np.float32),
+    "dry_allowed_length": 1,
+    "dry_sequence_breakers": [4, 5],
+    "min_length": np.array([0, 5, 0, 9, 0, 3, 0, 9], np.int32),
+    "allowed_token_ids": list(range(1, WORDS - 3)),
+    "forced_eos_token_id": [1, 3],
+    "exponential_decay_length_penalty": (2, np.array([1, 1.1, 1.5, 1.2, 1, 2, 1.3, 1.1], np.float32)),
+    "suppress_tokens": [11, 12],
+    "begin_suppress_tokens": list(range(13, 30)),
+    "dynatemp_range": np.array([0, 0.2, 0.3, 0.5, 1, 0, 0.7, 1], np.float32),
+    "dynatemp_exponent": 1.3,
+    "min_tokens_to_keep": np.array([1, 1, 2, 3, 5, 4, 2, 1], np.int32),
+    "top_p": np.array([0.9, 1, 0.2, 0.3, 1, 0.4, 0.1, 0.5], np.float32),
+    "typical_p": np.array([1, 0.5, 1, 0.5, 0.3, 1, 1, 0.4], np.float32),
+    "xtc_probability": np.array([0.5, 1, 0, 1, 0.7, 0.4, 0.5, 1], np.float32),
+    "xtc_threshold": 0.05,
+}
+_MIROSTAT = {
+    "temperature": np.array([0.9, 0, 0.7, 1, 2, 1.5, 0.7, 1.5], np.float32),
+    "seed": 5,
+    "mirostat": np.array([2, 2, 2, 0, 2, 2, 2, 2], np.int32),
+    "mirostat_tau": np.array([3, 2, 1, 2, 2.5, 0.5, 4, 2], np.float32),
+    "mirostat_eta": np.array([0.1, 0.2, 0.5, 1, 0.3, 0.1, 1, 0], np.float32),
+}
 LOOPS = {
+    "more controls, mixed rows": dict(_MORE_CONTROLS, return_logprobs=True, top_logprobs=3),
+    "mirostat, mixed rows": _MIROSTAT,
     "greedy": dict(temperature=0),
     "top-k, never_end": dict(temperature=0.7, sampling_keep_top_k=5, never_end=True, seed=4),
     "entmax, slow_sampling": dict(sampling_use_entmax=True, params={"slow_sampling": True}, seed=7),
@@ -376,8 +407,10 @@ def _loops(names, mesh, ids, table):
     batch, length, row, vocab = dims(batch=BATCH, sequence=LENGTH, row=WORDS, vocab=WORDS)
     ids = mtf.import_tf_tensor(mesh, ids, mtf.Shape([batch, length]))
     model = TableModel(mtf.import_tf_tensor(mesh, table, mtf.Shape([row, vocab])))
-    return {
-        name: sample_autoregressive(
+    found = {}
+    for name in names:
+        options = LOOPS[name]
+        tokens = sample_autoregressive(
             ids,
             {"vocab_dim": vocab},
             {"padding_id": PAD, **options.get("params", {})},
@@ -386,9 +419,10 @@ def _loops(names, mesh, ids, table):
             model=model,
             **{k: v for k, v in options.items() if k != "params"},
         )
-        for name, options in LOOPS.items()
-        if name in names
-    }
+        if isinstance(tokens, tuple):  # with log-probabilities, whose last bits may differ
+            tokens, _, _, found[f"{name}: ranks"], found[f"{name}: likeliest"], _ = tokens
+        found[name] = tokens
+    return found
 
 
 _TABLE, _HARD = _tables()

@@ -11,7 +11,21 @@ import re
 import numpy as np
 import pytest
 import reference
-from helpers_loop import BATCH, LENGTH, STOP, TABLE, VOCAB, Bigram, bigram, follow, loops, prompts_of, weights_of
+from helpers_loop import (
+    BATCH,
+    LENGTH,
+    STOP,
+    TABLE,
+    VOCAB,
+    Bigram,
+    bigram,
+    boundary_distance,
+    follow,
+    loops,
+    prompts_of,
+    uniforms,
+    weights_of,
+)
 from helpers_model import reference_config
 from programs import MeshRunner
 from scipy import stats
@@ -57,6 +71,10 @@ def penalised(options, logits, row):
     x = reference.repetition_penalty(x, counted(row), options.get("repetition_penalty", 1))
     new = counted(row, PROMPT)
     x = x - options.get("presence_penalty", 0) * (new > 0) - options.get("frequency_penalty", 0) * new
+    if "dry_multiplier" in options:
+        names = {"dry_base": "base", "dry_allowed_length": "allowed_length", "dry_sequence_breakers": "breakers"}
+        more = {own: options[name] for name, own in names.items() if name in options}
+        x = reference.dry_penalty(x, row, options["dry_multiplier"], **more)
     if "no_repeat_ngram_size" in options:
         x = np.where(reference.no_repeat_ngram_keep([row], options["no_repeat_ngram_size"], VOCAB)[0], x, -np.inf)
     x = x + options.get("logit_bias", 0)
@@ -105,6 +123,9 @@ def weights(options):
     """weights_of with the masks."""
 
     def of(x, temperature, top_k, alpha):
+        if "dynatemp_range" in options:
+            width, exponent = options["dynatemp_range"], options.get("dynatemp_exponent", 1)
+            temperature = reference.dynamic_temperature(x[np.newaxis], temperature, width, exponent)[0]
         z = (x - x.max()) / temperature
         for name, keep in AHEAD_OF_TOP_K.items():
             if name in options:
@@ -113,7 +134,8 @@ def weights(options):
             z = np.where(reference.top_k_keep(z, int(top_k)), z, -np.inf)
         for name, keep in MASKS.items():
             if name in options:
-                z = np.where(keep(z[np.newaxis], options[name])[0][0], z, -np.inf)
+                n = options.get("min_tokens_to_keep", 1)
+                z = np.where(reference.at_least(keep, z[np.newaxis], options[name], n)[0][0], z, -np.inf)
         return weights_of(z, 1, None, alpha)
 
     return of
@@ -134,6 +156,9 @@ SETTINGS = {
         exponential_decay_length_penalty=(3, 1.3),
     ),
     "a function": dict(prefix_allowed_tokens_fn=successors),
+    "dry": dict(dry_multiplier=2.0, dry_base=3.0, dry_allowed_length=1, dry_sequence_breakers=[20], temperature=0.3),
+    "dynatemp": dict(dynatemp_range=0.7, dynatemp_exponent=1.5, temperature=0.8),
+    "min_tokens_to_keep": dict(min_tokens_to_keep=4, top_p=0.3, typical_p=0.9),
     "n-grams": dict(no_repeat_ngram_size=2, temperature=0.2),
     "processors, min_new_tokens": dict(logits_processors=(favour_even, last_token_again),
                                        stop_at_token=[STOP, 20, 21], min_new_tokens=9),
@@ -153,6 +178,7 @@ SETTINGS = {
     "greedy": dict(repetition_penalty=1.5, no_repeat_ngram_size=2, logit_bias=BIAS, temperature=0, top_p=0.5),
 }  # fmt: skip
 OUT_OF_RANGE = {
+    "dry_multiplier": -1, "dynatemp_range": -0.5, "xtc_probability": 1.5, "mirostat": 1,
     "repetition_penalty": 0, "presence_penalty": np.inf, "frequency_penalty": np.nan, "top_p": 1.1, "min_p": -0.1,
     "typical_p": 1.5, "epsilon_cutoff": 2, "eta_cutoff": -1, "top_n_sigma": -1, "top_h": 1.1,
 }  # fmt: skip
@@ -256,7 +282,7 @@ def test_a_value_for_each_row():
 
 
 def test_a_tensor_value_out_of_range_makes_its_row_invalid():
-    columns = {name: np.full(len(OUT_OF_RANGE) + 1, NEUTRAL[name], np.float32) for name in OUT_OF_RANGE}
+    columns = {name: np.full(len(OUT_OF_RANGE) + 1, NEUTRAL[name], NUMBERS[name].dtype) for name in OUT_OF_RANGE}
     for row, (name, value) in enumerate(OUT_OF_RANGE.items()):
         columns[name][row] = value
     prompts = prompts_of([PROMPT] * (len(OUT_OF_RANGE) + 1))
@@ -276,6 +302,88 @@ def test_a_number_out_of_range_is_named(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         loops({"bad": fixed(options)}, Bigram())
+
+
+# --- Controls that draw, and that keep a state -----------------------------------------------
+
+DRAWING = {
+    "xtc": dict(xtc_probability=0.6, xtc_threshold=0.05, temperature=1.2),
+    "xtc of rows": dict(
+        xtc_probability=np.array([0, 1, 0.5, 0.5] * 2, np.float32),
+        xtc_threshold=np.array([0.1] * 4 + [0.03] * 4, np.float32), min_p=0.001,
+    ),
+    "mirostat": dict(mirostat=2, mirostat_tau=2.0, mirostat_eta=0.4, temperature=1.3, stop_at_token=[STOP]),
+    "mirostat of rows": dict(
+        mirostat=np.array([2, 0] * 4, np.int32), mirostat_tau=np.array([1, 2, 3, 4] * 2, np.float32), mirostat_eta=0.2,
+        repetition_penalty=1.2, temperature=np.array([1] * 6 + [0, 0], np.float32),
+    ),
+}  # fmt: skip
+
+
+def follow_drawing(out, options):
+    """(wrong tokens, tokens drawn, those too close to call) of controls that draw or keep a state."""
+    wrong, drawn, excused = [], 0, 0
+    for r in range(BATCH):
+        own = {name: v[r] if isinstance(v, np.ndarray) else v for name, v in options.items()}
+        row, mu = PROMPTS[r, :PROMPT].tolist(), 2 * own.get("mirostat_tau", 5)
+        while len(row) < LENGTH:
+            actual, step = int(out[r, len(row)]), len(row) - PROMPT
+            x = penalised(own, bigram(row), row)
+            if own.get("temperature") == 0:
+                expected, close = int(np.argmax(x)), False
+            else:
+                z = weights({k: v for k, v in own.items() if k == "min_p"})
+                with np.errstate(divide="ignore"):
+                    z = np.log(z(x, own.get("temperature", 0.9), None, None))[np.newaxis]
+                keep, clear = np.ones_like(z, bool), np.ones_like(z, bool)
+                if own.get("xtc_probability"):
+                    bits = reference.threefry2x32(3, r, step, 2**32 - 1)[0]
+                    if float(reference.bits_to_uniform(bits)) < np.float32(own["xtc_probability"]):
+                        keep, clear = reference.xtc_keep(z, own["xtc_threshold"])
+                if own.get("mirostat"):
+                    keep, clear = reference.mirostat_keep(z, mu)
+                    clear = clear & (abs(z + mu * np.log(2)) > 1e-4)  # surprises are rounded to 2**-16
+                p = reference.softmax(np.where(keep, z, -np.inf))[0]
+                u = uniforms(3, r, step)
+                expected = reference.two_level_draw(p, *u)
+                close = not clear.all() or boundary_distance(p, *u) < 1e-5
+                if own.get("mirostat"):
+                    mu -= own["mirostat_eta"] * (-np.log2(p[actual]) - own["mirostat_tau"])
+            drawn += 1
+            excused += close and actual != expected
+            if actual != expected and not close:
+                wrong.append((r, len(row), actual, expected))
+            row.append(actual)
+            if actual in options.get("stop_at_token", ()):
+                break
+        assert out[r].tolist() == row + [0] * (LENGTH - len(row))
+    return wrong, drawn, excused
+
+
+@functools.cache
+def drawing(mesh_shape="", layout=""):
+    cases = {name: fixed(options) for name, options in DRAWING.items()}
+    return loops(cases, Bigram(), runner=MeshRunner(mesh_shape, layout))(PROMPTS)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_controls_that_draw_or_keep_a_state(name):
+    wrong, drawn, excused = follow_drawing(drawing()[name], DRAWING[name])
+    assert wrong == []
+    assert drawn > 30 and excused <= drawn // 20
+
+
+@slow
+def test_controls_that_draw_or_keep_a_state_on_a_layout():
+    for name, tokens in drawing("x:2,y:2", "batch:x,vocab:y").items():
+        np.testing.assert_array_equal(tokens, drawing()[name], name)
+
+
+@slow
+@pytest.mark.parametrize("name", ["xtc", "mirostat"])
+def test_the_simulation_sees_what_they_do(name):
+    other = {**DRAWING[name], **({"xtc_probability": 0.3} if name == "xtc" else {"mirostat_eta": 0.3})}
+    assert follow_drawing(drawing()[name], other)[0]
 
 
 # --- What came out ---------------------------------------------------------------------
@@ -391,11 +499,18 @@ DRAWN = {
     "eta": dict(eta_cutoff=0.02),
     "entmax": dict(entmax_alpha=1.3, temperature=1.2),
     "repetition": dict(repetition_penalty=1.6),
+    "xtc": dict(xtc_probability=0.4, xtc_threshold=0.03),
+    "mirostat": dict(mirostat=2, mirostat_tau=2.5),
+    "dynatemp": dict(dynatemp_range=0.6, temperature=0.8),
+    "min_tokens_to_keep": dict(top_p=0.2, min_tokens_to_keep=6),
+    "dry": dict(dry_multiplier=1.5, dry_allowed_length=1, dry_sequence_breakers=[]),
+    "sequences": dict(sequence_bias={(284, 360): 2.0, (360, 284): -1.0, (262,): 1.0}, suppress_tokens=[290, 12],
+                      allowed_token_ids=list(range(2, 2048))),
     "all": dict(repetition_penalty=1.2, logit_bias={262: 2.0, 290: -2.0}, bad_words_ids=[[256], [12]], temperature=1.1,
                 top_k=300, top_p=0.9, min_p=0.005, typical_p=0.85, epsilon_cutoff=1e-3, eta_cutoff=2e-3,
                 entmax_alpha=1.2),
 }  # fmt: skip
-DRAWS, FALSE_ALARM = 2048, 1e-4  # of each chi-square, of which there are 12
+DRAWS, FALSE_ALARM = 2048, 1e-4  # of each chi-square, of which there are 18
 REQUESTS = [  # of a prompt for each of these settings
     ("plain", "top_k", "entmax"),
     *(
@@ -405,6 +520,10 @@ REQUESTS = [  # of a prompt for each of these settings
             [("temperature", "top_p", "min_p", "repetition")],
             [("typical_p", "epsilon", "eta")],
             [("all",)],
+            [("xtc", "dynatemp", "min_tokens_to_keep")],
+            [("mirostat",)],
+            [("dry",)],
+            [("sequences",)],
         ]
     ),
 ]
@@ -422,6 +541,7 @@ def test_the_bundled_models_tokens_follow_the_exact_distribution(demo, names):
     if len(names) > 1:  # a value for each prompt, what changes nothing where a setting has none
         neutral = {"temperature": 0.9, "top_k": 0, "entmax_alpha": 1}
         neutral |= {name: NUMBERS[name].neutral for name in ("repetition_penalty", *MASKS)}
+        neutral |= {"xtc_probability": 0, "dynatemp_range": 0, "min_tokens_to_keep": None, "xtc_threshold": None}
         used = {option for name in names for option in DRAWN[name]} | {"temperature"}
         options = {o: [DRAWN[name].get(o, neutral[o]) for name in names] for o in used}
     samples = demo.generate([prompt] * len(names), max_new_tokens=1, num_return_sequences=DRAWS, seed=8,
@@ -444,20 +564,35 @@ def test_the_bundled_models_tokens_follow_the_exact_distribution(demo, names):
 
 
 def exact(logits, ids, repetition_penalty=1, logit_bias=(), bad_words_ids=(), temperature=None, top_k=None,
-          entmax_alpha=None, **masks):  # fmt: skip
+          entmax_alpha=None, xtc_probability=0, xtc_threshold=0.1, mirostat=0, mirostat_tau=5, dynatemp_range=0,
+          min_tokens_to_keep=1, dry_multiplier=0, sequence_bias=None, suppress_tokens=(), allowed_token_ids=None,
+          dry_allowed_length=2, dry_sequence_breakers=(), **masks):  # fmt: skip
     """The distribution that the token after `ids` is drawn from, in float64."""
+    logits, entry = reference.sequence_bias(logits, ids, sequence_bias or {}), np.arange(len(logits))
     if repetition_penalty != 1:
         logits = reference.repetition_penalty(logits, reference.token_counts([ids], len(logits))[0], repetition_penalty)
+    logits = reference.dry_penalty(logits, ids, dry_multiplier, allowed_length=dry_allowed_length)
     for token, bias in dict(logit_bias).items():
         logits[token] += bias
     for (token,) in bad_words_ids:
         logits[token] = -np.inf
-    z = (logits - logits.max()) / (temperature or (0.9 if entmax_alpha is None else 1.0))
+    logits[
+        np.isin(entry, suppress_tokens) | ~np.isin(entry, entry if allowed_token_ids is None else allowed_token_ids)
+    ] = -np.inf
+    temperature = temperature or (0.9 if entmax_alpha is None else 1.0)
+    if dynatemp_range:
+        temperature = reference.dynamic_temperature(logits[np.newaxis], temperature, dynatemp_range, 1)[0]
+    z = (logits - logits.max()) / temperature
     if top_k is not None:
         z = np.where(reference.top_k_keep(z, top_k), z, -np.inf)
     for name, keep in MASKS.items():
         if name in masks:
-            z = np.where(keep(z[np.newaxis], masks[name])[0][0], z, -np.inf)
+            z = np.where(reference.at_least(keep, z[np.newaxis], masks[name], min_tokens_to_keep)[0][0], z, -np.inf)
+    if mirostat:
+        z = np.where(reference.mirostat_keep(z[np.newaxis], 2 * mirostat_tau)[0][0], z, -np.inf)
+    if xtc_probability:
+        cut = np.where(reference.xtc_keep(z[np.newaxis], xtc_threshold)[0][0], z, -np.inf)
+        return xtc_probability * reference.softmax(cut) + (1 - xtc_probability) * reference.softmax(z)
     return reference.softmax(z) if entmax_alpha is None else reference.entmax(z, entmax_alpha)
 
 

@@ -23,7 +23,30 @@ SAMPLERS = {
     "entmax": dict(temperature=1.0, use_entmax=True, entmax_alpha=1.3),
     "greedy": dict(temperature=0),
     "penalties": dict(temperature=0.9, repetition_penalty=1.2, presence_penalty=0.5),
+    "mirostat": dict(temperature=0.9, mirostat=2, mirostat_tau=4.0),
 }
+_BIASES = {(t, t + 1): 1.0 for t in range(64)}
+_SOME = list(range(3, 100, 7))
+# Each of the other controls, for its cost; "many" has them together, for its tokens too.
+FURTHER = {
+    "sequence bias": dict(temperature=0.9, sequence_bias=_BIASES),
+    "bad words": dict(temperature=0.9, bad_words_ids=[list(pair) for pair in _BIASES]),
+    "dry": dict(temperature=0.9, dry_multiplier=0.8),
+    "allowed tokens": dict(temperature=0.9, allowed_token_ids=list(range(2, 100))),
+    "suppressed tokens": dict(temperature=0.9, suppress_tokens=_SOME),
+    "suppressed at first": dict(temperature=0.9, begin_suppress_tokens=_SOME),
+    "forced end": dict(temperature=0.9, forced_eos_token_id=5),
+    "least length": dict(temperature=0.9, min_length=LENGTH + 9, stop_tokens=(5,)),
+    "decay of length": dict(temperature=0.9, exponential_decay_length_penalty=(5, 1.01), stop_tokens=(5,)),
+    "dynatemp": dict(temperature=0.9, dynatemp_range=0.4),
+    "top-p, 5 to keep": dict(temperature=0.9, top_p=0.9, min_tokens_to_keep=5),
+    "typical, 5 to keep": dict(temperature=0.9, typical_p=0.9, min_tokens_to_keep=5),
+    "xtc": dict(temperature=0.9, xtc_probability=0.5, xtc_threshold=0.02),
+}
+SAMPLERS["many"] = {
+    **{name: value for options in FURTHER.values() for name, value in options.items()},
+    "top_p": 0.9, "allowed_token_ids": list(range(1, 110)), "bad_words_ids": [[5], [7, 8], [9, 9, 2]],
+}  # fmt: skip
 
 
 def _mtf_draw(logits, dim):
@@ -76,9 +99,9 @@ def sampler(name, batch=BATCH, vocab=VOCAB, steps=STEPS, vocab_size=None, on_cpu
             if name in PEERS:
                 token = PEERS[name](x, vocab_dim)
             else:
-                history = History(_new_each_step(ids, step), _filled(mesh, batch_dim, LENGTH),
-                                  _filled(mesh, batch_dim, LENGTH // 2))  # fmt: skip
-                options = SamplingOptions(vocab_size=vocab_size, **SAMPLERS[name])
+                places = (_filled(mesh, batch_dim, n) for n in (LENGTH, LENGTH // 2, LENGTH + 9))
+                history = History(_new_each_step(ids, step), *places)
+                options = SamplingOptions(vocab_size=vocab_size, **{**SAMPLERS, **FURTHER}[name])
                 token = next_token(x, vocab_dim, options, seed, stream, step, history)
             if count_rounds:
                 token = _Rounds(token).outputs[0]

@@ -13,10 +13,11 @@ import numpy as np
 from gpt_neo_sampling import _json
 from gpt_neo_sampling._compat import mtf, probe_devices, tensorflow, tf
 from gpt_neo_sampling._types import DType, StrPath
-from gpt_neo_sampling.checkpoint import Checkpoint, open_checkpoint
+from gpt_neo_sampling.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
 from gpt_neo_sampling.checkpoint.convert import files_beside
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS
+from gpt_neo_sampling.checkpoint.tokenizer import can_load_tokenizer, tokens_with
 from gpt_neo_sampling.generation.decode_graph import (
     DEMO_FOLDER,
     NO_STOP_TOKEN,
@@ -32,6 +33,7 @@ from gpt_neo_sampling.generation.decode_graph import (
     variable_dtype_of,
 )
 from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, EXPORTABLE
+from gpt_neo_sampling.generation.request import DRY_BREAKERS
 from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.mesh.gpu import portable
 from gpt_neo_sampling.models import gpt2
@@ -75,7 +77,7 @@ def export_saved_model(
         top_k             † int32; below 1 is off; off
         entmax_alpha      † float32, from 1 to 2, "entmax" only; 1.3
         eos_token_id      † int32; −1 is none; the model's own (of several, the first: the others always count)
-        each of controls  † float32, min_new_tokens int32; what changes nothing
+        each of controls  † float32, or int32 where it is a whole number; what changes nothing, or its default
 
     and gives
 
@@ -102,7 +104,8 @@ def export_saved_model(
         prompts takes as long for shorter ones.
       max_top_k: int, the largest top_k.
       controls: names of further options that requests may have, of EXPORTABLE; each
-        costs some time in every step, asked for or not.
+        costs some time in every step, asked for or not. dry_multiplier has the
+        sequence breakers that a request has which names none.
       dtype: as for `TextGenerator.from_pretrained`.
 
     Raises:
@@ -124,6 +127,8 @@ def export_saved_model(
         for name in controls:
             if name not in EXPORTABLE:
                 raise ValueError(f"controls: {name!r}; allowed: {', '.join(EXPORTABLE)}")
+            if NUMBERS[name].of and not set(NUMBERS[name].of) & set(controls):
+                raise ValueError(f"controls: {name!r} without {' or '.join(NUMBERS[name].of)}, which it belongs to")
         sizes = {"batch": batch, "length": length, "prompt_length": prompt_length, "max_top_k": max_top_k}
         asked = {**checkpoint.generation_defaults, **checkpoint.ignored_generation_options}
         shown = ", ".join(f"{key}={value!r}" for key, value in asked.items() if key not in ID_KEYS)
@@ -147,12 +152,18 @@ def _write(
     graph, mesh = tf.Graph(), device_mesh()
     params = dict(checkpoint.params, mode="predict", use_tpu=False, transposed_weights=False)
     model = Model(params, params["n_vocab"], mesh.impl(), variable_dtype)
+    arrays = _breakers(checkpoint) if "dry_multiplier" in controls else {}
     with opened(graph, portable()):
         weights = add_variables(model)
         with mesh.session(graph) as session:
             fill_variables(checkpoint, weights, model, session.run)
             signatures = {
-                name: _signature(ProgramKey(**sizes, steps=frozenset(["top_k", *more, *controls])), checkpoint, model)
+                name: _signature(
+                    ProgramKey(**sizes, steps=frozenset(["top_k", *more, *controls]), arrays=frozenset(arrays)),
+                    checkpoint,
+                    model,
+                    arrays,
+                )
                 for name, more in SIGNATURES.items()
             }
             builder = tf.saved_model.Builder(str(folder))
@@ -162,8 +173,8 @@ def _write(
             builder.save()
 
 
-def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model) -> Any:
-    """A decode graph with its inputs and outputs, as a SignatureDef."""
+def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model, arrays: dict[str, np.ndarray]) -> Any:
+    """A decode graph with its inputs and outputs, as a SignatureDef; arrays: the key's, whose values are fixed."""
     inputs = {
         "prompts": tf.placeholder(tf.int32, [key.batch, None], "prompts"),
         "prompt_lengths": tf.placeholder(tf.int32, [key.batch], "prompt_lengths"),
@@ -189,7 +200,7 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model) -> Any:
     first_stop, *more_stops = stop_tokens_of(checkpoint) or [NO_STOP_TOKEN]
     stop_tokens = [option("eos_token_id", first_stop), *(tf.fill([key.batch], t) for t in more_stops)]
     is_entmax = "entmax_alpha" in key.steps
-    defaults = {name: NUMBERS[name].neutral for name in key.steps}
+    defaults = {name: NUMBERS[name].unset for name in key.steps}
     if is_entmax:
         defaults["entmax_alpha"] = DEFAULT_ALPHA
     program_inputs = ProgramInputs(
@@ -200,7 +211,10 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model) -> Any:
         seed=tf.cast(per_row(inputs["seed"]), tf.int32),
         stop_tokens=stop_tokens,
         temperature=option("temperature", ENTMAX_TEMPERATURE if is_entmax else SOFTMAX_TEMPERATURE, tf.float32),
-        options={name: option(name, default, NUMBERS[name].dtype) for name, default in sorted(defaults.items())},
+        options={
+            **{name: option(name, default, NUMBERS[name].dtype) for name, default in sorted(defaults.items())},
+            **{name: tf.constant(array) for name, array in arrays.items()},
+        },
     )
     (tokens,) = build(key, program_inputs, model, bos_id=first)
 
@@ -210,6 +224,16 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model) -> Any:
         "lengths": tf.where_v2(wrong, key.length, lengths),
     }
     return tf.saved_model.predict_signature_def(inputs, outputs)
+
+
+def _breakers(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The tokens at which DRY's sequences end, as where a request names none; nothing without a tokenizer."""
+    tokenizer = load_tokenizer(checkpoint) if can_load_tokenizer() else None
+    if tokenizer is None:
+        return {}
+    flags = np.zeros(checkpoint.params["n_vocab"], np.float32)
+    flags[tokens_with(tokenizer, DRY_BREAKERS, len(flags))] = 1
+    return {"dry_sequence_breakers": flags}
 
 
 def _prompts(

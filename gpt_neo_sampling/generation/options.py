@@ -107,9 +107,7 @@ SAMPLING = tuple(NUMBERS)  # those that say how a token is drawn
 ARGMAX_INVARIANT = tuple(name for name in SAMPLING if PER_PROMPT[name].argmax_invariant)
 # Numbers that an exported model may be asked for, besides those that each has.
 EXPORTABLE = tuple(
-    name
-    for name, number in NUMBERS.items()
-    if number.neutral is not None and not number.of and not number.shape and name not in ("top_k", "entmax_alpha")
+    n for n, c in NUMBERS.items() if c.unset is not None and not c.shape and n not in ("top_k", "entmax_alpha")
 )
 # All that say how a token is drawn.
 TOKEN_OPTIONS = ("logits_processors", *CONTROLS, "bad_words", "eos_token_id", "do_sample")

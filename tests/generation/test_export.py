@@ -30,13 +30,19 @@ REQUESTS = {
     "top-k": ("serving_default", dict(temperature=1.1, seed=-5, top_k=TOP_K), dict(temperature=1.1, top_k=TOP_K)),
     "controls": ("serving_default", dict(temperature=1.3, seed=9, top_p=0.7, repetition_penalty=1.4, top_k=TOP_K),
                  dict(temperature=1.3, top_p=0.7, repetition_penalty=1.4, top_k=TOP_K)),
+    "dry, xtc": (
+        "serving_default", dict(temperature=0.9, seed=4, dry_multiplier=0.9, xtc_probability=0.5, xtc_threshold=0.01),
+        dict(temperature=0.9, dry_multiplier=0.9, xtc_probability=0.5, xtc_threshold=0.01),
+    ),
+    "mirostat": ("serving_default", dict(temperature=1.0, seed=6, mirostat=2), dict(temperature=1.0, mirostat=2)),
     "entmax": ("entmax", dict(temperature=1.0, seed=7, entmax_alpha=1.5), dict(entmax_alpha=1.5)),
     "entmax, top-k": ("entmax", dict(temperature=1.0, seed=7, entmax_alpha=1.1, top_k=3),
                       dict(entmax_alpha=1.1, top_k=3)),
 }  # fmt: skip
 DEFAULTS = dict(seed=7)
-CONTROLS = ["top_p", "repetition_penalty"]
-ALL = dict(max_new_tokens=12, top_k=0, stream=list(range(BATCH)), eos_token_id=-1, top_p=1.0, repetition_penalty=1.0)
+CONTROLS = ["top_p", "repetition_penalty", "dry_multiplier", "xtc_probability", "xtc_threshold", "mirostat"]
+ALL = dict(max_new_tokens=12, top_k=0, stream=list(range(BATCH)), eos_token_id=-1, top_p=1.0, repetition_penalty=1.0,
+           dry_multiplier=0.0, xtc_probability=0.0, xtc_threshold=0.1, mirostat=0)  # fmt: skip
 MIXED = dict(
     temperature=[0.0, 0.8, 1.1, 0.8],
     seed=[1, 3_000_000_000, -5, 3_000_000_000],

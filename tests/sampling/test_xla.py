@@ -98,6 +98,8 @@ def test_likely_masks_keep_some():
 @cases([MIXED_LOOP], [OTHER_LOOPS])
 def test_loops_draw_end_and_meet_invalid_rows(case):
     for name, ids in case.single.items():
+        if ":" in name:  # not tokens
+            continue
         assert len(np.unique(ids)) > (9 if name.startswith("hard") else 10), name
         assert (ids == -1).any() == name.startswith("hard"), name
         assert (ids == STOP).any() != ("never_end" in name), name
