@@ -302,7 +302,8 @@ def scatter_max(values: mtf.Tensor, indices: mtf.Tensor, shape: ShapeLike, dim: 
     lookup = _Lookup(shape, indices.shape, dim)
     if dim not in shape.dims or dim in indices.shape.dims or set(values.shape.dims) != set(lookup.output.dims):
         raise ValueError(f"scatter_max: values of shape {values.shape}, indices {indices.shape}, shape {shape}")
-    return _ScatterMaxOperation(values, indices, lookup).outputs[0]
+    # a TPU moves them in products where the table has no other dims than those of the indices
+    return _ScatterMaxOperation(values, indices, lookup, small_whole_numbers=not lookup.rest).outputs[0]
 
 
 class _Lookup:
@@ -413,7 +414,7 @@ class _ScatterAddOperation(MeshOperation):
         def by_products(dy: tf.Tensor, indices: tf.Tensor, pcoord: tf.Tensor | None = None) -> tf.Tensor:
             local = tf.reshape(lookup.local_indices(indices, size, pcoord, tf.int32), [rows, -1])
             dy = tf.reshape(_transpose(dy, dy_shape, lookup.output.dims), local.shape)
-            sums = tf.reshape(xla.one_hot_sums(dy, local, size), table_shape)
+            sums = tf.reshape(self._by_products(dy, local, size), table_shape)
             return _transpose(sums, lookup.table, lookup.x_shape.dims)
 
         fast = self._small_whole_numbers and xla.is_core_program(mesh_impl)
@@ -431,6 +432,9 @@ class _ScatterAddOperation(MeshOperation):
     def _combined(self, dy: tf.Tensor, segments: tf.Tensor, size: int) -> tf.Tensor:
         return tf.math.unsorted_segment_sum(dy, segments, size)
 
+    def _by_products(self, dy: tf.Tensor, local: tf.Tensor, size: int) -> tf.Tensor:
+        return xla.one_hot_sums(dy, local, size)
+
     def _combined_across(self, mesh_impl: mtf.MeshImpl, y: LaidOut, axes: list[int]) -> LaidOut:
         return LazyAllreduceSum(mesh_impl, y, axes)
 
@@ -441,6 +445,14 @@ class _ScatterMaxOperation(_ScatterAddOperation):
 
     def _combined(self, dy: tf.Tensor, segments: tf.Tensor, size: int) -> tf.Tensor:
         return tf.maximum(tf.math.unsorted_segment_max(dy, segments, size), 0.0)  # which is the lowest where none is
+
+    def _by_products(self, dy: tf.Tensor, local: tf.Tensor, size: int) -> tf.Tensor:
+        """The largest of an entry's values alone is added; of equal ones the first."""
+        at = tf.range(size_of(dy, -1))
+        one, other = dy[:, :, tf.newaxis], dy[:, tf.newaxis]
+        ahead = (other > one) | (tf.equal(other, one) & (at < at[:, tf.newaxis]))
+        beaten = tf.reduce_any(ahead & tf.equal(local[:, :, tf.newaxis], local[:, tf.newaxis]), -1)
+        return xla.one_hot_moves(tf.where_v2(beaten, 0.0, tf.maximum(dy, 0.0)), local, size)
 
     def _combined_across(self, mesh_impl: mtf.MeshImpl, y: LaidOut, axes: list[int]) -> LaidOut:
         return mesh_impl.allreduce(y, axes, "MAX")

@@ -77,7 +77,7 @@ def dry_penalty(
 
 def _matched(ids: tf.Tensor, position: tf.Tensor, breaks: tf.Tensor) -> tf.Tensor:
     """How long a sequence the row ends with and has ahead of each id, too: float32 [rows, length]; 0 for breakers."""
-    length, n_rows = size_of(ids, -1), len(ids.shape) - 1
+    length = size_of(ids, -1)
     at = tf.range(length)
     position = tf.minimum(position, length)[..., tf.newaxis]
     breaks = breaks > 0.5
@@ -87,10 +87,11 @@ def _matched(ids: tf.Tensor, position: tf.Tensor, breaks: tf.Tensor) -> tf.Tenso
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Whether the id `back` ahead of each is the row's own `back`-th last."""
         shifted = tf.roll(shifted, 1, -1)
-        place = tf.maximum(position - back, 0)
-        last, is_break = tf.gather(ids, place, batch_dims=n_rows), tf.gather(breaks, place, batch_dims=n_rows)
-        open_ = open_ & tf.equal(shifted, last) & tf.logical_not(is_break) & (at >= back) & (position >= back)
+        # not by a gather, which takes a TPU ten times as long
+        last = tf.reduce_sum(tf.where_v2(tf.equal(at, position - back), ids, 0), -1, keepdims=True)
+        open_ = open_ & tf.equal(shifted, last) & (at >= back)
         return back + 1, shifted, open_, count + tf.cast(open_, tf.float32)
 
-    start = tf.constant(1), ids, (at < position) & tf.logical_not(breaks), tf.zeros(ids.shape)
+    unlike_any = tf.where_v2(breaks, tf.int32.min, ids)
+    start = tf.constant(1), unlike_any, (at < position) & tf.logical_not(breaks), tf.zeros(ids.shape)
     return tf.while_loop(lambda back, _, open_, __: tf.reduce_any(open_), step, start)[-1]
