@@ -16,6 +16,7 @@ from gpt_neo_sampling.mesh.ops import (
     import_rows,
     row_index,
     scatter_add,
+    scatter_max,
     take,
     write_at,
 )
@@ -167,6 +168,25 @@ def test_scatter_add(runner):
         np.testing.assert_allclose(got, w, rtol=0, atol=1e-6)
 
 
+def test_scatter_max(runner):
+    """The largest of an entry's values, 0 where all are below; an index outside counts for nothing."""
+    rng = np.random.default_rng(5)
+    values, indices = rng.normal(size=(4, 2)).astype(np.float32), INDICES.copy()
+    indices[1] = indices[1, 0]
+
+    def build(mesh, values, indices):
+        x, turned, i = imp(mesh, values, B, T), imp(mesh, tf.transpose(values), T, B), imp(mesh, indices, B, T)
+        return [scatter_max(x, i, [B, V], V), scatter_max(turned, i, [V, B], V), scatter_max(x, i, [V], V)]
+
+    by_row, turned, over_all = runner(build, values, indices)
+    want = np.zeros((4, 16), np.float32)
+    for (row, column), index in np.ndenumerate(indices):
+        if 0 <= index < 16:
+            want[row, index] = max(want[row, index], values[row, column])
+    for got, w in zip((by_row, turned, over_all), (want, want.T, want.max(0)), strict=True):
+        np.testing.assert_array_equal(got, w)
+
+
 def test_scatter_add_errors():
     def build(mesh, values, *shape):
         return scatter_add(mtf.zeros(mesh, values), mtf.zeros(mesh, [B, T], tf.int32), list(shape), V)
@@ -175,6 +195,8 @@ def test_scatter_add_errors():
         MeshRunner()(lambda mesh: build(mesh, [B], B, V))
     with pytest.raises(ValueError, match="dim .*vocab.* must be in the shape"):
         MeshRunner()(lambda mesh: build(mesh, [B, T], B, E))
+    with pytest.raises(ValueError, match="scatter_max: values of shape"):
+        MeshRunner()(lambda mesh: scatter_max(mtf.zeros(mesh, [B]), mtf.zeros(mesh, [B, T], tf.int32), [B, V], V))
 
 
 def test_take_has_no_gradient_for_integers():
