@@ -17,10 +17,13 @@ from gpt_neo_sampling.models.utils import entmax, sample_categorical
 from gpt_neo_sampling.sample import sample_autoregressive
 from gpt_neo_sampling.sampling.categorical import grouped_draw, score_draw
 from gpt_neo_sampling.sampling.dry import dry_penalty
+from gpt_neo_sampling.sampling.dynamic_temperature import dynamic_temperature
+from gpt_neo_sampling.sampling.information import surprise
 from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
+    mirostat_mask,
     top_k_mask,
     top_p_mask,
     typical_p_mask,
@@ -279,13 +282,20 @@ LIKELY_MASKS = Case("likely masks", _likely_masks, [good_scores(WIDE), bad_score
 def _newer_masks(mesh, good, bad, bits, chances, thresholds, numbers):
     batch, vocab = dims(batch=BATCH, vocab=VOCAB)
     good, bad = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch, vocab])) for x in (good, bad))
-    bits, chances, thresholds = (mtf.import_tf_tensor(mesh, x, mtf.Shape([batch])) for x in (bits, chances, thresholds))
+    bits, chances, thresholds, numbers = (
+        mtf.import_tf_tensor(mesh, x, mtf.Shape([batch])) for x in (bits, chances, thresholds, numbers)
+    )
     out = {}
-    for name, x in (("good", good), ("bad", bad), ("ties", mtf.cwise(tf.round, [good]))):
+    for name, x in (("good", good), ("bad", bad)):
         out[f"XTC, {name}"] = xtc_mask(x, chances, thresholds, bits, vocab)
-        for mask, option in ((top_p_mask, 0.3), (typical_p_mask, 0.1), (epsilon_mask, 0.02)):
-            out[f"{mask.__name__} of so many, {name}"] = mask(x, option, vocab, min_tokens_to_keep=numbers)
-        out[f"min-p of ten, {name}"] = min_p_mask(x, thresholds, vocab, min_tokens_to_keep=10)
+        out[f"mirostat, {name}"] = mirostat_mask(x, mtf.cast(numbers, tf.float32) * 0.1, vocab)
+        out[f"surprise, {name}"] = surprise(x, numbers * 5, vocab)
+        out[f"temperature, {name}"] = dynamic_temperature(x, chances, 0.3, thresholds * 10, vocab)
+    ties = mtf.cwise(tf.round, [good])
+    out["XTC, ties"] = xtc_mask(ties, 1, thresholds, bits, vocab)
+    out["so many, ties"] = epsilon_mask(ties, 0.02, vocab, min_tokens_to_keep=numbers)
+    out["so many, bad"] = typical_p_mask(bad, 0.1, vocab, min_tokens_to_keep=numbers)
+    out["ten"] = top_p_mask(good, 0.1, vocab, min_tokens_to_keep=10)
     return out
 
 

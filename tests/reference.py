@@ -613,6 +613,26 @@ def eta_keep(x, eta):
     return _at_least(x, np.log(np.minimum(eta, np.sqrt(eta) * np.exp(-entropy(softmax(np.asarray(x, np.float64)))))))
 
 
+def mirostat_keep(x, mu):
+    """Basu et al. 2021, Mirostat 2: of a surprise of mu bits at most, and the likeliest. mu: a number or [rows, 1]."""
+    return _at_least(x, -mu * np.log(2))
+
+
+def surprise(x, token):
+    """-log2 p of each row's token, [rows]; NaN where that is -1."""
+    log_p = np.take_along_axis(_log_p(x), np.maximum(token, 0)[:, np.newaxis], -1)[:, 0]
+    return np.where(token < 0, np.nan, -log_p / np.log(2))
+
+
+def dynamic_temperature(x, temperature, spread, exponent):
+    """llama.cpp's, [rows]: from the entropy, as a part of the largest that the unmasked entries could have."""
+    x = np.asarray(x, dtype=np.float64)
+    n = np.sum(np.isfinite(x), -1)
+    part = entropy(softmax(x))[..., 0] / np.log(np.maximum(n, 2))
+    low, high = np.maximum(temperature - spread, 0), temperature + spread
+    return np.where(n < 2, temperature, low + (high - low) * np.minimum(part, 1) ** exponent)
+
+
 def top_n_sigma_keep(x, n):
     """Clear but within 1e-6 of the spread, or of a logit's last bits; n: a number or [rows, 1]."""
     x = np.asarray(x, dtype=np.float64)

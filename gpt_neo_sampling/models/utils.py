@@ -30,6 +30,8 @@ from typing import Any
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.mesh.ops import as_dim, check_tensor, cwise_broadcast
 from gpt_neo_sampling.sampling.categorical import sample_categorical
+from gpt_neo_sampling.sampling.dry import dry_penalty
+from gpt_neo_sampling.sampling.dynamic_temperature import dynamic_temperature
 from gpt_neo_sampling.sampling.entmax import (
     entmax,
     entmax_backward,
@@ -37,48 +39,66 @@ from gpt_neo_sampling.sampling.entmax import (
     entmax_forward,
     softmax,
 )
+from gpt_neo_sampling.sampling.information import surprise
 from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
+    mirostat_mask,
     top_h_mask,
     top_k_mask,
     top_n_sigma_mask,
     top_p_mask,
     typical_p_mask,
+    xtc_mask,
 )
 from gpt_neo_sampling.sampling.penalties import (
+    exponential_decay,
+    force_tokens,
     logit_bias,
     no_repeat_ngram_mask,
     presence_frequency_penalty,
     repetition_penalty,
+    sequence_bias,
     token_counts,
+    token_set_mask,
     tokens_mask,
 )
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 __all__ = [
+    "TokenSequences",
     "biasmask_attn_weights",
+    "dry_penalty",
+    "dynamic_temperature",
     "entmax",
     "entmax_backward",
     "entmax_cross_entropy_with_logits",
     "entmax_forward",
     "epsilon_mask",
     "eta_mask",
+    "exponential_decay",
+    "force_tokens",
     "logit_bias",
     "min_p_mask",
+    "mirostat_mask",
     "no_repeat_ngram_mask",
     "parse_inputs",
     "presence_frequency_penalty",
     "repetition_penalty",
     "sample_categorical",
+    "sequence_bias",
     "softmax",
+    "surprise",
     "token_counts",
+    "token_set_mask",
     "tokens_mask",
     "top_h_mask",
     "top_k_mask",
     "top_n_sigma_mask",
     "top_p_mask",
     "typical_p_mask",
+    "xtc_mask",
 ]
 
 MASK = -1e10  # GPT-Neo's value, added to the attention score of a key that a query may not see

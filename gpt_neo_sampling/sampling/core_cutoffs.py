@@ -6,6 +6,8 @@ few in a thousand, are decided by `core_exact_cutoffs`. What is kept is what `cu
 """
 
 import functools
+import math
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -34,7 +36,6 @@ from gpt_neo_sampling.sampling.float_pairs import PAIR_ERROR_BOUND, Pair
 _FIRST_BORDERS = [factor * 2.0**n for n in range(-2, 5) for factor in (1.0, 1.5)] + [32.0]
 _FARTHEST_BORDER = 64.0  # beyond which no entry has mass to speak of
 _WAYS = 16  # into which a range is cut
-_LEAST_OPTION = 1e-36  # whose logarithm is a pair's
 EXP_ERROR_BOUND = 2e-6  # of float32 weights, and a compensated sum of them
 
 
@@ -333,16 +334,43 @@ def typical_ends(core: CoreRows, mass: LaidOut) -> tuple[LaidOut, ...]:
 # --- Cuts by probability -------------------------------------------------------------------------
 
 
+class Measure(typing.NamedTuple):
+    """How an option stands for a probability p.
+
+    minus_log: a function of it to −log p, as a pair.
+    has_cut: a function of it, false where there is nothing to cut.
+    is_clear: a function of it, false where `minus_log` may be off by more than a pair's error.
+    """
+
+    minus_log: Callable[[tf.Tensor], Pair]
+    has_cut: Callable[[tf.Tensor], tf.Tensor]
+    is_clear: Callable[[tf.Tensor], tf.Tensor]
+
+
+def _nats(bits: tf.Tensor) -> Pair:
+    high = np.float32(math.log(2))
+    return float_pairs.times((tf.constant(high), tf.constant(math.log(2) - float(high), tf.float32)), bits)
+
+
+PROBABILITY = Measure(float_pairs.minus_log, lambda p: p > 0, lambda p: p >= 1e-36)
+BITS = Measure(_nats, lambda bits: bits < np.inf, lambda bits: bits < np.inf)  # −log2 p; +inf is no cut
+
+
 def depth_ends(
-    core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str = ""
+    core: CoreRows,
+    option: LaidOut,
+    depth_of: Callable[..., Pair],
+    looks_at: str = "",
+    measure: Measure = PROBABILITY,
 ) -> tuple[LaidOut, ...]:
     """Where a cut lies at a depth below the largest entry, which itself stays.
 
     Args:
       core: CoreRows.
-      option: laid-out float32 [rows, 1]; 0 is no cut, NaN makes a row invalid.
-      depth_of: a function of −log option, and of log total and the mean depth if these are looked at, to a pair.
+      option: laid-out float32 [rows, 1]; NaN makes a row invalid.
+      depth_of: a function of −log p, and of log total and the mean depth if these are looked at, to a pair.
       looks_at: "", "total" or "mean".
+      measure: Measure, of the option.
 
     Returns:
       (least, last, in_doubt): laid-out float32, one number a row.
@@ -356,7 +384,7 @@ def depth_ends(
             known.append(float_pairs.log_of(total))
         if len(sums) > 2:
             known.append(float_pairs.quotient(joined(*sums[2:]), total))
-        depth = depth_of(float_pairs.minus_log(option), *known)
+        depth = depth_of(measure.minus_log(option), *known)
         minus_depth = tuple(tf.where_v2(depth[0] > 0, -d, 0.0) for d in depth)
         return _border(top, minus_depth)
 
@@ -376,9 +404,10 @@ def depth_ends(
     ) -> tuple[tf.Tensor, ...]:
         least = tf.minimum(_rounded_up(high, low), top)
         has_mass = tf.logical_and(tops > 0, top > core.lowest)
-        ends = finished(least, tf.fill(tf.shape(least), np.float32(np.inf)), option, option > 0, invalid > 0, has_mass)
-        doubt = tf.logical_or(near > 0, option < _LEAST_OPTION)
-        doubt = tf.logical_and(doubt, tf.logical_and(option > 0, tf.logical_and(has_mass, tf.equal(invalid, 0.0))))
+        last, has_cut = tf.fill(tf.shape(least), np.float32(np.inf)), measure.has_cut(option)
+        ends = finished(least, last, option, has_cut, invalid > 0, has_mass)
+        doubt = tf.logical_or(near > 0, tf.logical_not(measure.is_clear(option)))
+        doubt = tf.logical_and(doubt, tf.logical_and(has_cut, tf.logical_and(has_mass, tf.equal(invalid, 0.0))))
         return xla.kept_together(*ends, tf.where_v2(doubt, 1.0, 0.0))
 
     totals = core.gathered(slicewise(_total_and_depth(looks_at), core.x, core.top)) if looks_at else []
@@ -412,25 +441,37 @@ def _rounded_up(high: tf.Tensor, low: tf.Tensor) -> tf.Tensor:
 
 
 def probability_ends(
-    core: CoreRows, option: LaidOut, depth_of: Callable[..., Pair], looks_at: str, exact: Callable[[], LaidOut]
+    core: CoreRows,
+    option: LaidOut,
+    depth_of: Callable[..., Pair],
+    looks_at: str,
+    exact: Callable[[], LaidOut],
+    measure: Measure = PROBABILITY,
 ) -> tuple[LaidOut, ...]:
     """(least, last) of `depth_ends`; where that is in doubt, those of `exact`, a Cut's ends [rows, 2]."""
-    return _or_exact(core, depth_ends(core, option, depth_of, looks_at), exact)
+    return or_exact(core, depth_ends(core, option, depth_of, looks_at, measure), exact)
 
 
-def _or_exact(core: CoreRows, found: tuple[LaidOut, ...], exact: Callable[[], LaidOut]) -> tuple[LaidOut, ...]:
-    """(least, last) of what was found, (least, last, in_doubt); where in doubt those of `exact`, as above."""
-    *ends, in_doubt = found
+def or_exact(core: CoreRows, found: tuple[LaidOut, ...], exact: Callable[[], LaidOut]) -> tuple[LaidOut, ...]:
+    """What was found, but for the last, which is 1.0 where a row's numbers are in doubt; there those of `exact`.
 
-    def choose(ends: tf.Tensor, least: tf.Tensor, last: tf.Tensor, in_doubt: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        found = zip(tf.split(ends, 2, -1), (least, last), strict=True)
-        return tuple(tf.where_v2(in_doubt > 0, tf.reshape(end, [-1, 1, 1]), end_found) for end, end_found in found)
+    Args:
+      core: CoreRows.
+      found: laid-out float32, one number a row.
+      exact: a function to the same numbers, laid-out float32 [rows, how many].
+    """
+    *numbers, in_doubt = found
 
-    def settle(_: tf.Tensor, least: LaidOut, last: LaidOut) -> tuple[LaidOut, ...]:
-        return tf.constant(0.0), *core.slicewise(choose, exact(), least, last, in_doubt)
+    def choose(exact: tf.Tensor, in_doubt: tf.Tensor, *numbers: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        pairs = zip(tf.split(exact, len(numbers), -1), numbers, strict=True)
+        return tuple(tf.where_v2(in_doubt > 0, tf.reshape(new, [-1, 1, 1]), old) for new, old in pairs)
+
+    def settle(_: tf.Tensor, *numbers: LaidOut) -> tuple[tf.Tensor | LaidOut, ...]:
+        chosen = core.slicewise(choose, exact(), in_doubt, *numbers)
+        return tf.constant(0.0), *(chosen if len(numbers) > 1 else [chosen])
 
     # A loop that runs once or never: XLA takes both branches of a condition, where it thinks that they cost little.
-    start = core.any_of(in_doubt), *ends
+    start = core.any_of(in_doubt), *numbers
     return laid_out_while_loop(core.mesh_impl, lambda doubt, *_: doubt > 0.5, settle, start)[1:]
 
 
@@ -445,7 +486,7 @@ def xtc_ends(core: CoreRows, threshold: LaidOut, exact: Callable[[], LaidOut]) -
     Returns:
       (least, last): laid-out float32, one number a row.
     """
-    return _or_exact(core, xtc_ends_in_doubt(core, threshold), exact)
+    return or_exact(core, xtc_ends_in_doubt(core, threshold), exact)
 
 
 def xtc_ends_in_doubt(core: CoreRows, threshold: LaidOut) -> tuple[LaidOut, ...]:
@@ -453,14 +494,14 @@ def xtc_ends_in_doubt(core: CoreRows, threshold: LaidOut) -> tuple[LaidOut, ...]
     slicewise, threshold = core.slicewise, core.of_rows(threshold)
 
     def border(threshold: tf.Tensor, top: tf.Tensor, *total: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        log_total, minus_log = float_pairs.log_of(joined(*total)), float_pairs.minus_log(threshold)
+        log_total, minus_log = float_pairs.log_of(joined(*total)), PROBABILITY.minus_log(threshold)
         return _border(top, float_pairs.add(log_total, float_pairs.negative(minus_log)))
 
     def look(
         x: tf.Tensor, threshold: tf.Tensor, high: tf.Tensor, low: tf.Tensor, bound: tf.Tensor, *pcoord: tf.Tensor
     ) -> tuple[tf.Tensor, ...]:
         """The smallest entry above the border, its negative; the last that equals it; and flags of the row."""
-        least = tf.where_v2(threshold > 0, _rounded_up(high, low), tf.float32.min)
+        least = tf.where_v2(PROBABILITY.has_cut(threshold), _rounded_up(high, low), tf.float32.min)
         near = tf.where_v2(tf.abs((x - high) - low) <= bound, 1.0, tf.zeros_like(x))
         invalid = tf.where_v2(x < np.inf, tf.zeros_like(x), 1.0)
         above = tf.logical_and(tf.logical_and(x >= least, x > core.lowest), x < np.inf)
@@ -486,8 +527,8 @@ def xtc_ends_in_doubt(core: CoreRows, threshold: LaidOut) -> tuple[LaidOut, ...]
         least, last = tf.where_v2(has_cut, -least, np.inf), tf.where_v2(has_cut, last - 1.0, -1.0)
         is_used = tf.logical_and(threshold <= 0.5, tf.equal(invalid, 0.0))
         least = tf.where_v2(tf.logical_or(is_used, threshold > 0.5), least, np.nan)
-        doubt = tf.logical_or(near > 0, threshold < _LEAST_OPTION)
-        doubt = tf.logical_and(doubt, tf.logical_and(threshold > 0, is_used))
+        doubt = tf.logical_or(near > 0, tf.logical_not(PROBABILITY.is_clear(threshold)))
+        doubt = tf.logical_and(doubt, tf.logical_and(PROBABILITY.has_cut(threshold), is_used))
         return xla.kept_together(least, last, tf.where_v2(doubt, 1.0, 0.0))
 
     total = core.gathered(slicewise(_total_and_depth("total"), core.x, core.top))

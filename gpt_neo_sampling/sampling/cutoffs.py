@@ -6,6 +6,7 @@ buckets, whose sums say in which bucket the cutoff lies.
 """
 
 import functools
+import math
 import typing
 from collections.abc import Callable
 
@@ -334,11 +335,14 @@ def _cut_at_probability(
     depth_of: Callable[..., Pair],
     looks_at: str,
     exact: Callable[[Softmax, LaidOut], Cut],
+    measure: core_cutoffs.Measure = core_cutoffs.PROBABILITY,
 ) -> Cut | CoreCut:
     """The cut that `exact` gives; in a core program in few kernels: see `core_cutoffs.probability_ends`."""
     if not is_core_program(softmax.rows.mesh_impl):
         return exact(softmax, option)
-    ends = core_cutoffs.probability_ends(softmax.core, option, depth_of, looks_at, lambda: exact(softmax, option).ends)
+    ends = core_cutoffs.probability_ends(
+        softmax.core, option, depth_of, looks_at, lambda: exact(softmax, option).ends, measure
+    )
     return CoreCut(*ends)
 
 
@@ -360,11 +364,12 @@ def _min_p_cut(softmax: Softmax, min_p: LaidOut) -> Cut:
 
 def epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut | CoreCut:
     """At probability ε."""
+    return _cut_at_probability(softmax, epsilon, _below_top, "total", _epsilon_cut)
 
-    def pair(minus_log: Pair, log_total: Pair) -> Pair:
-        return float_pairs.add(minus_log, float_pairs.negative(log_total))
 
-    return _cut_at_probability(softmax, epsilon, pair, "total", _epsilon_cut)
+def _below_top(minus_log: Pair, log_total: Pair) -> Pair:
+    """How far an entry of that probability is below the largest."""
+    return float_pairs.add(minus_log, float_pairs.negative(log_total))
 
 
 def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
@@ -372,6 +377,18 @@ def _epsilon_cut(softmax: Softmax, epsilon: LaidOut) -> Cut:
         return -tf.log(tf.cast(epsilon, tf.float64)) - tf.log(total)
 
     return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, epsilon, softmax.total))
+
+
+def mirostat_cut(softmax: Softmax, mu: LaidOut) -> Cut | CoreCut:
+    """At a surprise of mu bits, −log2 of a probability; +inf is no cut."""
+    return _cut_at_probability(softmax, mu, _below_top, "total", _mirostat_cut, core_cutoffs.BITS)
+
+
+def _mirostat_cut(softmax: Softmax, mu: LaidOut) -> Cut:
+    def depth(mu: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
+        return tf.cast(mu, tf.float64) * math.log(2) - tf.log(total)
+
+    return _cut_at_depth(softmax, softmax.rows.mesh_impl.slicewise(depth, mu, softmax.total))
 
 
 def xtc_cut(softmax: Softmax, threshold: LaidOut) -> Cut | CoreCut:

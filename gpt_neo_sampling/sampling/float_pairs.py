@@ -1,7 +1,8 @@
 """Numbers as the sum of two float32, with some 40 bits: for a TPU, which has no float64.
 
 A pair is (high, low), low at most about 2⁻²³ of high. All is written so that a compiler which contracts a product and a
-sum into one rounding changes nothing: products are of halves of 12 bits, which have no rounding.
+sum into one rounding changes nothing: products are of halves of 12 bits, which have no rounding. Nor may one of the two
+numbers of a `two_sum` be a constant that XLA knows, which it adds and subtracts as if there were no rounding.
 """
 
 import math
@@ -74,7 +75,9 @@ def exp_of_minus(d: tf.Tensor) -> Pair:
     square = y1 * y1 * 0.5  # exact
     series = 1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040))))
     rest = (y + y1) * y2 * 0.5 + y * y * y * series + low * (1.0 + y * (1.0 + y * (0.5 + y / 6)))
-    high, low = two_sum(tf.ones_like(y), y)
+    # 1 + y, not by `two_sum`: XLA takes (y + 1) − 1 for y
+    coarse = tf.floor(y * 2.0**23 + 0.5) * 2.0**-23
+    high, low = 1.0 + coarse, y - coarse
     high, more = two_sum(high, square)
     high, low = two_sum(high, more + low + rest)
     n = tf.cast(n, tf.int32)

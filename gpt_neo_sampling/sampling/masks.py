@@ -345,6 +345,32 @@ def eta_mask(
     )  # fmt: skip
 
 
+def mirostat_mask(
+    logits: mtf.Tensor, mu: RowValue, dim: mtf.Dimension | None = None, *, masked: float | None = None
+) -> mtf.Tensor:
+    """Masks entries of a surprise, −log2 p, above mu bits: Mirostat 2 (Basu et al. 2021, arXiv 2007.14966).
+
+    The likeliest entry, and those that equal it, always stay. A loop draws a token from what is left, and then moves mu
+    by the surprise that the token has there (`information.surprise`): mu ← mu − η · (surprise − τ).
+
+    Args:
+      mu: a number, or a float32 tensor, scalar or [logits.shape − dim]; +inf masks nothing. A row of NaN becomes NaN.
+      logits, dim, masked: as for the nucleus mask. Returns the same.
+
+    Raises:
+      ValueError: for the number NaN, a tensor of the wrong shape, or a `dim` that logits lack.
+    """
+    dim = dim_of(logits, dim)
+    if is_real(mu):
+        if np.isnan(mu):
+            raise ValueError(f"mu={mu}; a number is needed")
+        if mu == np.inf:
+            return logits
+    mu = import_rows(logits.mesh, mu, tf.float32, logits.shape - dim, "mu")
+    masked = mask_value(logits.dtype) if masked is None else masked
+    return cutoffs.mask_below(logits, mu, dim, cutoffs.mirostat_cut, masked)
+
+
 def xtc_mask(
     logits: mtf.Tensor,
     xtc_probability: RowValue,

@@ -26,8 +26,10 @@ from gpt_neo_sampling.sampling.controls import (
     numbers_of,
 )
 from gpt_neo_sampling.sampling.cutoffs import with_top_zero
+from gpt_neo_sampling.sampling.dynamic_temperature import dynamic_temperature
 from gpt_neo_sampling.sampling.entmax import entmax, log_softmax_at, softmax
 from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
+from gpt_neo_sampling.sampling.information import surprise
 from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_mask, top_k_candidates, top_k_mask
 from gpt_neo_sampling.sampling.penalties import tokens_mask
 from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
@@ -336,8 +338,6 @@ def _next_states(
         step = float_pairs.times((eta, tf.zeros_like(eta)), surprise - tau)
         return tf.where_v2(mu >= OFF, mu, float_pairs.add((mu, tf.zeros_like(mu)), float_pairs.negative(step))[0])
 
-    from gpt_neo_sampling.sampling.masks import surprise
-
     inputs = [states["mirostat"], surprise(x, token, dim), eta, tau]
     return {"mirostat": cwise_broadcast(follow, inputs, rows, tf.float32)}
 
@@ -440,8 +440,6 @@ def _factor(logits: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions) ->
     temperature = options.temperature
     if options.changes("dynatemp_range"):
         width, exponent = options.number("dynatemp_range"), options.number("dynatemp_exponent")
-        from gpt_neo_sampling.sampling.dynamic_temperature import dynamic_temperature
-
         temperature = dynamic_temperature(logits, temperature, width, exponent, dim)
     return inverse_temperature(logits.mesh, temperature, logits.shape - dim)
 

@@ -13,6 +13,7 @@ from gpt_neo_sampling.sampling.masks import (
     epsilon_mask,
     eta_mask,
     min_p_mask,
+    mirostat_mask,
     top_h_mask,
     top_n_sigma_mask,
     top_p_mask,
@@ -36,6 +37,7 @@ MASKS = {
     eta_mask: (reference.eta_keep, [3e-4, 0.5], 0, [-0.1, 1, float("nan")]),
     top_n_sigma_mask: (reference.top_n_sigma_keep, [0.5, 1.0, 3.0], 0, [-0.1, float("inf"), float("nan")]),
     top_h_mask: (reference.top_h_keep, [0.1, 0.4, 1.0], 0, [-0.1, 1.1, float("nan")]),
+    mirostat_mask: (reference.mirostat_keep, [5.0, 9.5, 2.5, -1.0], float("inf"), [float("nan")]),
     xtc_always: (reference.xtc_keep, [0.1, 0.003, 0.02, 0.45, 0.0, 1e-30], 1, [-0.1, 1.1, float("nan")]),
 }
 by_mask = pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__)
@@ -235,7 +237,7 @@ def test_numbers(mask):
         x = mtf.ones(mtf.Mesh(mtf.Graph(), "mesh"), dims(batch=4, vocab=8))
         assert mask(x, neutral) is x
         for number in wrong:
-            with pytest.raises(ValueError, match=f"={number}; a (number from 0 to 1|finite number of at least 0)"):
+            with pytest.raises(ValueError, match=f"={number}; a (number (from 0 to 1|is)|finite number of at least 0)"):
                 mask(x, number)
         with pytest.raises(ValueError, match="has shape"):
             mask(x, [0.5, 0.5])
