@@ -319,7 +319,7 @@ def initial_states(options: SamplingOptions, mesh: mtf.Mesh, rows: mtf.Shape) ->
         start = tf.where_v2(tf.equal(is_on, 2), 2 * tau, OFF)
         return tf.where_v2(tf.logical_or(tf.equal(is_on, 0), tf.equal(is_on, 2)), start, np.nan)
 
-    return {"mirostat": cwise_broadcast(start, [tau, is_on], rows, tf.float32)}
+    return {"mirostat": mtf.broadcast(cwise_broadcast(start, [tau, is_on], None, tf.float32), rows)}
 
 
 def _next_states(
