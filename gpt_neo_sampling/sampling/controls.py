@@ -483,9 +483,9 @@ def check_together(numbers: Mapping[str, Any]) -> None:
                 )
 
 
-def numbers_of(name: str) -> list[str]:
-    """The numbers that belong to a control alone: xtc_threshold is xtc_probability's."""
-    return [of for of, number in NUMBERS.items() if number.of == (name,)]
+def numbers_of(name: str, options: SamplingOptions) -> list[str]:
+    """Those that are given of the numbers that belong to a control alone: xtc_threshold is xtc_probability's."""
+    return [of for of, number in NUMBERS.items() if number.of == (name,) and getattr(options, of) is not None]
 
 
 # --- What a loop is given --------------------------------------------------------------

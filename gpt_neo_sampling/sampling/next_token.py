@@ -67,7 +67,7 @@ def token_steps(options: SamplingOptions, history: History | None) -> list[tuple
     names: dict[TokenStep, list[str]] = {}  # of each step's controls
     for name, control in CONTROLS.items():
         if control.token_step is not None and options.changes(name):
-            names.setdefault(control.token_step, []).extend([name, *numbers_of(name)])
+            names.setdefault(control.token_step, []).extend([name, *numbers_of(name, options)])
 
     def bound(step: TokenStep) -> Step:
         return lambda x, dim: step(x, dim, options, h)
@@ -92,7 +92,7 @@ def mask_steps(options: SamplingOptions, draw: Draw | None = None) -> list[tuple
     def step(name: str, mask_step: MaskStep | None) -> tuple[str, Step]:
         if mask_step is None:  # top-k, which the draw may apply in a way of its own
             return name, lambda x, dim: top_k_mask(x, options.top_k, dim, max_top_k=options.max_top_k)
-        return ", ".join([name, *numbers_of(name)]), lambda x, dim: mask_step(x, dim, options, draw)
+        return ", ".join([name, *numbers_of(name, options)]), lambda x, dim: mask_step(x, dim, options, draw)
 
     found = {name: c.mask_step for name, c in CONTROLS.items() if c.mask_step is not None or name == "top_k"}
     return [step(name, mask_step) for name, mask_step in found.items() if options.changes(name)]
@@ -151,7 +151,9 @@ def chain_distributions(
     factor = _factor(x, vocab_dim, options)
     fired = mtf.constant(logits.mesh, 0, rows, tf.int32)  # bits of the uniform 0, at which a chance above 0 is taken
     draw = Draw(lambda level: fired, initial_states(options, logits.mesh, rows))
-    named = ["temperature"] + [n for n in ("dynatemp_range", "dynatemp_exponent") if options.changes("dynatemp_range")]
+    named = ["temperature"]
+    if options.changes("dynatemp_range"):
+        named += ["dynatemp_range", *numbers_of("dynatemp_range", options)]
     steps: list[tuple[str, Step]] = [(", ".join(named), lambda x, dim: _scaled(x, factor, dim))]
     without: mtf.Tensor | None = None  # the logits where xtc does not cut: with its chance, either is drawn from
 
