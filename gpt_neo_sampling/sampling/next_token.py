@@ -325,9 +325,14 @@ def initial_states(options: SamplingOptions, mesh: mtf.Mesh, rows: mtf.Shape) ->
 
 
 def _next_states(
-    states: dict[str, mtf.Tensor], x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions
+    states: dict[str, mtf.Tensor],
+    x: mtf.Tensor,
+    token: mtf.Tensor,
+    dim: mtf.Dimension,
+    ids: mtf.Tensor | None,
+    options: SamplingOptions,
 ) -> dict[str, mtf.Tensor]:
-    """The states after tokens [rows], entries of the scores x that they were drawn from."""
+    """The states after tokens [rows], of scores x of all tokens, or of the tokens `ids`."""
     if not states:
         return {}
     rows = token.shape
@@ -340,7 +345,7 @@ def _next_states(
         step = float_pairs.times((eta, tf.zeros_like(eta)), surprise - tau)
         return tf.where_v2(mu >= OFF, mu, float_pairs.add((mu, tf.zeros_like(mu)), float_pairs.negative(step))[0])
 
-    inputs = [states["mirostat"], surprise(x, token, dim), eta, tau]
+    inputs = [states["mirostat"], surprise(x, _entry_of(token, dim, ids), dim), eta, tau]
     return {"mirostat": cwise_broadcast(follow, inputs, rows, tf.float32)}
 
 
@@ -417,7 +422,7 @@ def _draw(
             x, *uniforms, dim, alpha, size, factor=scale, ids=ids, wanted=wanted, n_candidates=n_candidates
         )
         logprob = [_log_probability(x, token, dim, alpha, ids)] if return_logprob else []
-        states = _next_states(of_draw.states, x, _entry_of(token, dim, ids), dim, options)
+        states = _next_states(of_draw.states, x, token, dim, ids, options)
         return [token, *logprob, *states.values()]
 
     k, max_k = options.top_k, options.max_top_k

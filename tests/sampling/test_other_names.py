@@ -27,7 +27,9 @@ def test_the_table_names_options_that_there_are():
     assert placeholders and placeholders <= OURS
     assert all(s and s.isprintable() and not s.endswith(".") for s in HUGGING_FACE_NAMES.values())
     # the others are those of generate's, which the command lacks
-    assert HUGGING_FACE_NAMES.keys() & OURS == {"do_sample", "pad_token_id"}
+    assert HUGGING_FACE_NAMES.keys() & OURS == {
+        "do_sample", "pad_token_id", "prefix_allowed_tokens_fn", "renormalize_logits", "remove_invalid_values"
+    }  # fmt: skip
 
 
 def test_advice_is_spelled_as_it_is_asked_for():
