@@ -84,14 +84,16 @@ class CoreProgram:
 class Replicas:
     """A `CoreProgram` run on this machine, on a replica a core.
 
-    hlo, by default the program's, is one with the same parameters and results.
+    hlo, by default the program's, is one with the same parameters and results, which runs as it is written: float64 in
+    a TPU's own types is two float32, of sums that XLA would take for simpler ones here, though not for a TPU.
     """
 
     def __init__(self, program, hlo=None):
         assert UNAVAILABLE is None, UNAVAILABLE
         assert program.cores <= MAX_REPLICAS
         self._inputs, self._impl, self._outputs = program.inputs, program.impl, program.outputs
-        self._executable = _Executable(program.hlo if hlo is None else hlo, program.cores)
+        options = _QUICK_TO_COMPILE if hlo is None else _AS_WRITTEN
+        self._executable = _Executable(program.hlo if hlo is None else hlo, program.cores, options)
 
     def __call__(self, *arrays):
         """Values of the tensors that build returned, whole, in its nest.
@@ -234,19 +236,20 @@ def _client():
 
 
 _QUICK_TO_COMPILE = [("xla_backend_optimization_level", 0), ("xla_cpu_use_fusion_emitters", False)]
+_AS_WRITTEN = [*_QUICK_TO_COMPILE, ("xla_disable_hlo_passes", "algsimp")]
 
 
 class _Executable:
     """A serialised HLO module on the client's first `replicas` devices."""
 
-    def __init__(self, hlo, replicas):
+    def __init__(self, hlo, replicas, compiler_options=_QUICK_TO_COMPILE):
         from jaxlib import _hlo, _jax
 
         self._devices = _client().local_devices()[:replicas]
         devices = _jax.DeviceList(tuple(self._devices))
         options = _jax.CompileOptions()
         options.num_replicas = replicas
-        options.env_option_overrides = _QUICK_TO_COMPILE
+        options.env_option_overrides = compiler_options
         options.device_assignment = _jax.DeviceAssignment.create(np.arange(replicas, dtype=np.int32)[:, np.newaxis])
         self._loaded = _client().compile_and_load(_jax.mlir.hlo_to_stablehlo(hlo), devices, options)
         # "manual": what a device holds has no relation to what the others hold

@@ -219,6 +219,27 @@ ENTRY main {
     np.testing.assert_array_equal(high, [2**32 - 2, 3, 0])
 
 
+def test_float64_in_a_tpus_own_types():
+    """Two float32, right to some 48 bits: `simd.Replicas` runs them as they are written."""
+
+    def build(mesh, x):
+        rows = mtf.Shape([mtf.Dimension("rows", 1000)])
+
+        def exp(x):
+            exact = tf.exp(-tf.cast(x, tf.float64))
+            high = tf.cast(exact, tf.float32)
+            return high, tf.cast(exact - tf.cast(high, tf.float64), tf.float32)
+
+        x = mtf.import_tf_tensor(mesh, x, rows)
+        return mtf.slicewise(exp, [x], [rows] * 2, [tf.float32] * 2, rows.dims, grad_function=0)
+
+    program = simd.CoreProgram(build, [(tf.float32, (1000,))], "x:4", "rows:x")
+    own_types = tpu_compiler.TpuProgram(program.hlo, CORES, keep_own_types=True).in_own_types
+    x = np.random.default_rng(0).uniform(0, 10, 1000).astype(np.float32)
+    high, low = simd.Replicas(program, tpu_compiler.runnable_on_cpu(own_types))(x)
+    np.testing.assert_allclose(high + np.float64(low), np.exp(-np.float64(x)), rtol=1e-13)
+
+
 def test_the_harness_is_one_kernel():
     for layout in tpu_samplers.LAYOUTS:
         program = core_program(tpu_samplers.EMPTY, layout)
