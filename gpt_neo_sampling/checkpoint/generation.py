@@ -27,6 +27,10 @@ def _are_words(value: object) -> bool:
     return isinstance(value, list) and all(map(_are_ints, value))
 
 
+def _is_set(value: object) -> bool:
+    return value == [] or _is_int_or_ints(value)
+
+
 def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_real, value))
 
@@ -54,7 +58,7 @@ _SAMPLING = ("do_sample", "temperature", *(name for name, number in NUMBERS.item
 _WITH_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # the others' defaults are neutral
 _OPTIONS = {
     **{name: _WHOLE if number.whole else _NUMBER for name, number in NUMBERS.items()},
-    **{name: (_is_int_or_ints, "a whole number, or a list of them, of 32 bits") for name in TOKEN_SETS},
+    **{name: (_is_set, "a whole number, or a list of them, of 32 bits") for name in TOKEN_SETS},
     "exponential_decay_length_penalty": (_is_pair, "a list of a whole number and a factor"),
     "sequence_bias": (_are_biases, "a list of pairs, a list of whole numbers of 32 bits and a number"),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
@@ -167,7 +171,7 @@ def _changes_nothing(value: object, neutral: float | None) -> bool:
 
 
 def _checked(config: dict[str, Any], keys: Mapping[str, _Check], config_file: Path) -> dict[str, Any]:
-    given = {key: config[key] for key in keys if config.get(key) is not None and config[key] != []}
+    given = {key: config[key] for key in keys if config.get(key) is not None}
     for key, value in given.items():
         is_valid, allowed = keys[key]
         if not is_valid(value):

@@ -21,6 +21,8 @@ COMMANDS = {  # name -> (what follows it, what it does)
 NOT_SET = {  # of the list of options
     "logits_processors": "functions of your own are for Python: TextGenerator.generate(logits_processors=[f])",
     "prefix_allowed_tokens_fn": "a function is for Python: TextGenerator.generate(prefix_allowed_tokens_fn=f)",
+    "top_logprobs": "the text has no place for them; generate --json has",
+    "return_prompt_logprobs": "the text has no place for them; generate --json has",
     "pad_token_id": "it changes nothing, as what is returned has no padding",
     "renormalize_logits": "it changes nothing, as what is left is always renormalized",
     "remove_invalid_values": "it changes nothing, as a row whose logits are NaN or +inf is an error",

@@ -31,9 +31,10 @@ class TokenSequences:
 
     @classmethod
     def of(cls, biases: Iterable[tuple[Sequence[int], float]]) -> "TokenSequences":
-        """Of pairs of a sequence, a list of ids, and its bias.
+        """As NumPy arrays, whose sizes are rounded to powers of two: a graph is built for them.
 
-        As NumPy arrays, whose sizes are rounded to powers of two: a graph is built for them.
+        Args:
+          biases: pairs of a sequence, a list of ids, and its bias, a number; at least one.
         """
         pairs = [(tuple(int(i) for i in ids), bias) for ids, bias in biases]
         by_last: dict[int, list[int]] = {}
@@ -55,9 +56,11 @@ class TokenSequences:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of `arrays`."""
         return tuple(np.shape(array) for array in self.arrays())
 
     def arrays(self) -> list[Any]:
+        """The attributes, in their order."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
 

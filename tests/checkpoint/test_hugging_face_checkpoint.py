@@ -291,11 +291,15 @@ def test_token_ids_and_generation_config(tmp_path):
 def test_what_is_asked_for_and_not_built_is_kept(tmp_path):
     """A token's id may be 0; options without effect are not reported."""
     folder = make_hugging_face(tmp_path / "m")
-    asked = {"forced_eos_token_id": 0, "begin_suppress_tokens": [0], "num_beams": 4}
-    neutral = {"forced_bos_token_id": None, "suppress_tokens": [], "num_beam_groups": 1, "length_penalty": 1.0,
-               "min_length": 0, "renormalize_logits": False, "use_cache": True}  # fmt: skip
-    write_json(folder / "generation_config.json", {**asked, **neutral})
-    assert open_checkpoint(folder).ignored_generation_options == asked
+    asked = {"forced_bos_token_id": 0, "force_words_ids": [[0]], "num_beams": 4}
+    neutral = {"forced_decoder_ids": None, "constraints": [], "num_beam_groups": 1, "length_penalty": 1.0,
+               "min_length": 0, "renormalize_logits": False, "remove_invalid_values": True}  # fmt: skip
+    built = {"forced_eos_token_id": 0, "begin_suppress_tokens": [0], "suppress_tokens": [],
+             "sequence_bias": [[[1, 2], -1.5]], "exponential_decay_length_penalty": [5, 1.1]}  # fmt: skip
+    write_json(folder / "generation_config.json", {**asked, **neutral, **built})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.ignored_generation_options == asked
+    assert {name: checkpoint.generation_defaults[name] for name in built} == built
 
 
 def test_an_adapter_is_named(tmp_path, caplog):
