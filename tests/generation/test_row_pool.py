@@ -149,3 +149,16 @@ def test_a_row_without_a_distribution_makes_room(tmp_path):
     assert failed == list(range(1, 18, 3)) and {found[index].step for index in failed} == {5}
     for index, expected in enumerate(error.value.samples):
         assert index in failed or found[index].tokens == expected.tokens
+
+
+def test_the_state_of_a_control_lasts_from_segment_to_segment(demo, tmp_path):
+    """Of mirostat, whose bar each token moves: what batches draw, rows that replace one another draw too."""
+    options = dict(mirostat=2, mirostat_tau=2.5, mirostat_eta=0.6, temperature=1.2, max_new_tokens=20, seed=4)
+    texts = ["Emma was", "It was", "She had", "Her sister", "Mr. Darcy", "The", "He", "They were", "In a", "At last"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    generate_file(demo, tmp_path / "in.jsonl", tmp_path / "out.jsonl", **options)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    want = demo.generate(texts, **options)
+    assert [line["samples"][0]["tokens"] for line in lines] == [sample.tokens for sample in want]
+    plain = demo.generate(texts, **{**options, "mirostat_eta": 0})
+    assert [sample.tokens for sample in plain] != [sample.tokens for sample in want]
