@@ -118,7 +118,13 @@ def uniforms():
     return np.array(ONE_DEVICE(build)).astype(np.uint32) * 2.0**-32
 
 
-@samplers
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name == "many")])
+        for name in tpu_samplers.SAMPLERS
+    ],
+)
 @layouts
 def test_tokens_are_those_of_one_device(name, layout):
     assert_same_tokens(name, layout, FULL)
