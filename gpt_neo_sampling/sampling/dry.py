@@ -23,7 +23,16 @@ def dry_penalty(
     For each token t, n is the length of the longest sequence that the row ends with and that is followed by t further
     ahead in it (the two may overlap), with no breaker in the sequence. Where n is at least the allowed length, and t is
     no breaker, t loses multiplier · base^(n − allowed_length) of its logit. By p-e-w, text-generation-webui's pull
-    request 5677, and llama.cpp's `dry` sampler: there a breaker is a text, which may span several tokens.
+    request 5677, and llama.cpp's `dry` sampler. The two agree but for:
+
+    - The length: text-generation-webui counts no more than 50 tokens of a sequence, llama.cpp all, with an exponent
+      that stops where the power would overflow. Here all count, as in llama.cpp, and an entry that would overflow
+      becomes the lowest number, hence masked.
+    - Breakers: text-generation-webui takes a text's last token, llama.cpp each token that holds the text and each
+      sequence of tokens that does. Here they are single tokens of the caller's choice.
+    - How far back they look: `repetition_penalty_range`, `dry_penalty_last_n`. Here it is the whole row.
+
+    The power is made by squaring in float32, in a fixed order, so it has the same bits on every backend.
 
     Args:
       logits: mtf.Tensor, any float dtype; computed in float32.

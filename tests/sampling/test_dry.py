@@ -1,9 +1,10 @@
-"""gpt_neo_sampling.sampling.dry against NumPy in float64, on 1,000 rows and on any layout."""
+"""gpt_neo_sampling.sampling.dry against NumPy in float64, on 1,000 rows and on any layout; its bits on any backend."""
 
 import numpy as np
 import pytest
 import reference
-from programs import MeshRunner, dims
+import simd
+from programs import ONE_DEVICE, MeshRunner, XlaProgram, dims
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling.sampling.dry import dry_penalty
@@ -80,6 +81,32 @@ def test_against_its_definition(runner):
     want = expected(x, ids, position, multiplier=0.8, base=2.5, allowed_length=1, breakers=BREAKERS)
     np.testing.assert_allclose(broken.T, want, rtol=2e-6, atol=2e-6)
     np.testing.assert_allclose(of_rows, expected(x, ids, position, **own, breakers=BREAKERS), rtol=2e-6, atol=2e-6)
+
+
+def _on_cores(build, inputs):
+    if simd.UNAVAILABLE:
+        pytest.skip(simd.UNAVAILABLE)
+    return simd.SimdProgram(build, inputs, "x:2,y:2", "batch:x,vocab:y")
+
+
+@pytest.mark.parametrize("program", [XlaProgram, _on_cores], ids=["XLA", "cores"])
+def test_same_bits_as_on_one_device(program):
+    """Powers and differences that no backend rounds in its own way."""
+    x, ids, position = rows()
+    rng = np.random.default_rng(2)
+    own = [rng.uniform(low, high, ROWS).astype(np.float32) for low, high in [(0, 3), (1, 3)]]
+    inputs = [x, ids, position, *own, rng.integers(1, 4, ROWS).astype(np.int32)]
+
+    def build(mesh, x, ids, position, *own_numbers):
+        y, i, at = imp(mesh, x, B, V), imp(mesh, ids, B, L), imp(mesh, position, B)
+        numbers = [imp(mesh, n, B) for n in own_numbers]
+        of_rows = dry_penalty(y, i, at, *numbers, token_flags(mesh, BREAKERS, V, "breakers"))
+        return [of_rows, mtf.cast(dry_penalty(mtf.cast(y, tf.bfloat16), i, at, 0.8, 1.3, 1), tf.float32)]
+
+    want = ONE_DEVICE(build, *inputs)
+    found = program(build, [(tf.as_dtype(a.dtype), a.shape) for a in inputs])(*inputs)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.int32), b.view(np.int32))
 
 
 def test_rows_are_worth_comparing():
