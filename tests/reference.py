@@ -535,7 +535,7 @@ def dry_matches(row, size, breakers=()):
 def dry_penalty(x, row, multiplier, base=1.75, allowed_length=2, breakers=()):
     """DRY, by p-e-w: x [vocab] after the tokens of `row`."""
     n = dry_matches(list(row), len(x), breakers)
-    penalties = [float(multiplier) * math.exp(min(math.log(base) * (k - allowed_length), 700)) for k in n]
+    penalties = [min(float(multiplier) * math.exp(min(math.log(base) * (k - allowed_length), 700)), 1e30) for k in n]
     return np.where(n >= allowed_length, x - penalties, x)
 
 

@@ -7,6 +7,8 @@ from gpt_neo_sampling._types import RowValue
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_max, size_of, take
 from gpt_neo_sampling.sampling.penalties import adjust, import_number, whole_power, whole_rows
 
+_MOST = 1e30  # of a penalty: far below every other logit, and not the lowest number, which would count as masked
+
 
 def dry_penalty(
     logits: mtf.Tensor,
@@ -26,8 +28,8 @@ def dry_penalty(
     request 5677, and llama.cpp's `dry` sampler. The two agree but for:
 
     - The length: text-generation-webui counts no more than 50 tokens of a sequence, llama.cpp all, with an exponent
-      that stops where the power would overflow. Here all count, as in llama.cpp, and an entry that would overflow
-      becomes the lowest number, hence masked.
+      that stops where the power would overflow. Here all count, as in llama.cpp, and a penalty is at most 10³⁰:
+      no entry becomes a masked one.
     - Breakers: text-generation-webui takes a text's last token, llama.cpp each token that holds the text and each
       sequence of tokens that does. Here they are single tokens of the caller's choice.
     - How far back they look: `repetition_penalty_range`, `dry_penalty_last_n`. Here it is the whole row.
@@ -70,7 +72,7 @@ def dry_penalty(
         n = tf.cast(n, tf.int32)
         found = tf.logical_and(n >= least, multiplier > 0)  # not 0 times an infinite power
         product = multiplier * whole_power(base, n - least, length)
-        return tf.where_v2(found, tf.minimum(product, tf.float32.max), 0.0)  # finite, to travel between shards
+        return tf.where_v2(found, tf.minimum(product, _MOST), 0.0)
 
     def penalise(
         x: tf.Tensor, penalty: tf.Tensor, multiplier: tf.Tensor, base: tf.Tensor, least: tf.Tensor

@@ -136,3 +136,14 @@ def test_what_is_out_of_range():
     for name, values in bad.items():
         with pytest.raises(ValueError, match=f"dry_{name}={values[0]}; a .*number of at least"):
             dry_penalty(x, ids, 5, **{"multiplier": 1.0, name: values[0]})
+
+
+def test_a_row_whose_every_token_repeats_goes_on():
+    """However long the repetition is: its penalty does not make a masked entry."""
+    b, v, length = dims(batch=1, vocab=4, length=250)
+
+    def build(mesh):
+        x = imp(mesh, np.array([[-np.inf, 3.0, -np.inf, -np.inf]], np.float32), b, v)
+        return dry_penalty(x, mtf.ones(mesh, mtf.Shape([b, length]), tf.int32), 250, 0.8)
+
+    np.testing.assert_array_equal(MeshRunner()(build), np.array([[-np.inf, -1e30, -np.inf, -np.inf]], np.float32))
