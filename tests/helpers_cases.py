@@ -442,11 +442,15 @@ MIXED_LOOP = Case(
     [_prompts(), _TABLE],
     {"hard, ": [_prompts(), _HARD]},
 )
+_NEWER = ["more controls, mixed rows", "mirostat, mixed rows"]
 OTHER_LOOPS = Case(
     "other loops",
-    functools.partial(_loops, [name for name in LOOPS if name != "mixed rows"]),
+    functools.partial(_loops, [name for name in LOOPS if name not in ("mixed rows", *_NEWER)]),
     [_prompts(), _TABLE],
     {"hard, ": [_prompts(), _HARD]},
+)
+NEWER_LOOPS = Case(
+    "newer loops", functools.partial(_loops, _NEWER), [_prompts(), _TABLE], {"hard, ": [_prompts(), _HARD]}
 )
 
 # --- The bundled model --------------------------------------------------------------------

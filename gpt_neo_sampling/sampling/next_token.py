@@ -32,6 +32,7 @@ from gpt_neo_sampling.sampling.entmax_solver import n_candidates_for
 from gpt_neo_sampling.sampling.information import surprise
 from gpt_neo_sampling.sampling.masks import has_no_top_k, mask_value, padding_mask, top_k_candidates, top_k_mask
 from gpt_neo_sampling.sampling.penalties import tokens_mask
+from gpt_neo_sampling.sampling.random import computed_apart
 from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
 OFF = float(tf.float32.max)  # a state of mirostat's that masks nothing; finite, to travel between shards
@@ -369,7 +370,11 @@ def _drawn(
     if fixed and options.temperature == 0:
         drawn = [first_argmax(logits, vocab_dim), *[mtf.zeros(mesh, rows)] * return_logprobs, *states.values()]
     else:
-        draw = Draw(lambda level: draw_uniforms(mesh, rows, seed, stream, step, level=level)[0], states)
+
+        def bits(level: int) -> mtf.Tensor:
+            return computed_apart(draw_uniforms(mesh, rows, seed, stream, step, level=level)[0])
+
+        draw = Draw(bits, states)
         uniforms = draw_uniforms(mesh, rows, seed, stream, step)
         drawn = _draw(logits, vocab_dim, options, uniforms, draw, return_logprobs)
         if not fixed:

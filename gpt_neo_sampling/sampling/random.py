@@ -119,6 +119,25 @@ class _UnfoldedOperation(MeshOperation):
         lowering.set_tensor_lowering(self.outputs[0], x)
 
 
+def computed_apart(bits: mtf.Tensor) -> mtf.Tensor:
+    """The same int32 tensor, which XLA does not compute anew in each place that looks at it.
+
+    Threefry's rounds, fused into several kernels, take XLA minutes to compile.
+    """
+    return _ApartOperation([bits], [(bits.shape, bits.dtype)], "computed_apart").outputs[0]
+
+
+class _ApartOperation(MeshOperation):
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl, bits = lowering.mesh_impl(self), lowering.tensors[self.inputs[0]].to_laid_out_tensor()
+
+        def sorted_alone(bits: tf.Tensor) -> tf.Tensor:  # XLA fuses nothing into a sort, nor a sort into anything
+            return tf.sort(tf.stack([bits, tf.fill(tf.shape(bits), tf.int32.min)], -1), -1)[..., 1]
+
+        apart = (lambda x: kept_together(x)[0]) if is_core_program(mesh_impl) else sorted_alone
+        lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(apart, bits))
+
+
 def import_seed(mesh: mtf.Mesh, seed: RowValue | None, rows: ShapeLike = ()) -> mtf.Tensor:
     """A seed as an int32 mtf tensor.
 

@@ -18,6 +18,7 @@ from helpers_cases import (
     MASKS,
     MIXED_LOOP,
     MODEL,
+    NEWER_LOOPS,
     NEWER_MASKS,
     OTHER_LOOPS,
     PENALTIES,
@@ -164,6 +165,7 @@ def test_masks_and_penalties(case, split):
     [
         (MIXED_LOOP, ROWS_AND_VOCAB),
         pytest.param(MIXED_LOOP, VOCAB, marks=slow),
+        pytest.param(NEWER_LOOPS, ROWS_AND_VOCAB, marks=slow),
         pytest.param(OTHER_LOOPS, ROWS_AND_VOCAB, marks=slow),
         pytest.param(MODEL, MODEL_SPLIT, marks=slow),
     ],

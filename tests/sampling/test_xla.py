@@ -19,6 +19,7 @@ from helpers_cases import (
     MIXED_LOOP,
     MODEL,
     NEW_TOKENS,
+    NEWER_LOOPS,
     NEWER_MASKS,
     OTHER_LOOPS,
     PENALTIES,
@@ -39,7 +40,7 @@ def cases(fast, further):
     return pytest.mark.parametrize("case", [*fast, *(pytest.param(case, marks=slow) for case in further)], ids=str)
 
 
-@cases([MASKS, NEWER_MASKS, PENALTIES, MIXED_LOOP], [DRAWS, ENTMAX, LIKELY_MASKS, OTHER_LOOPS])
+@cases([MASKS, NEWER_MASKS, PENALTIES, MIXED_LOOP], [DRAWS, ENTMAX, LIKELY_MASKS, NEWER_LOOPS, OTHER_LOOPS])
 def test_same_with_xla_and_without(case):
     assert_same(case.values(XlaProgram(case.build, case.inputs)), case.single, ROUNDING[case])
 
@@ -95,7 +96,7 @@ def test_likely_masks_keep_some():
         assert np.all((spread > LOWEST).any(1) & (spread == LOWEST).any(1)), name
 
 
-@cases([MIXED_LOOP], [OTHER_LOOPS])
+@cases([MIXED_LOOP], [NEWER_LOOPS, OTHER_LOOPS])
 def test_loops_draw_end_and_meet_invalid_rows(case):
     for name, ids in case.single.items():
         if ":" in name:  # not tokens
