@@ -31,6 +31,10 @@ def _is_set(value: object) -> bool:
     return value == [] or _is_int_or_ints(value)
 
 
+def _are_breakers(value: object) -> bool:
+    return isinstance(value, list) and all(is_int32(v) or (isinstance(v, str) and v) for v in value)
+
+
 def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_real, value))
 
@@ -59,6 +63,7 @@ _WITH_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50}  # the ot
 _OPTIONS = {
     **{name: _WHOLE if number.whole else _NUMBER for name, number in NUMBERS.items()},
     **{name: (_is_set, "a whole number, or a list of them, of 32 bits") for name in TOKEN_SETS},
+    "dry_sequence_breakers": (_are_breakers, "a list of texts and of whole numbers of 32 bits"),
     "exponential_decay_length_penalty": (_is_pair, "a list of a whole number and a factor"),
     "sequence_bias": (_are_biases, "a list of pairs, a list of whole numbers of 32 bits and a number"),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
@@ -162,6 +167,8 @@ def read_generation(ids: dict[str, Any], folder: Path, files: list[str]) -> tupl
                 config_file, ", ".join(sampling),
             )  # fmt: skip
         given = {**_WITH_SAMPLING, **given}
+        if given.get("mirostat"):  # in place of masks
+            given["top_k"] = config.get("top_k") or 0
     return {**ids, **given}, ignored
 
 

@@ -196,7 +196,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     return dict(
         options,
         exponential_decay_length_penalty=None if decay is None else _decay(decay),
-        sequence_bias=_sequence_biases(args.sequence_bias or ()),
+        sequence_bias=None if args.sequence_bias is None else _sequence_biases(args.sequence_bias),
         logit_bias=_biases(args.logit_bias or ()),
         bad_words_ids=None if words is None else [ids_of(text, "--bad-words-ids") for text in words],
         eos_token_id=args.eos_token_id,

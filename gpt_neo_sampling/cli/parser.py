@@ -52,7 +52,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are m
     "no_repeat_ngram_size": {"type": int, "metavar": "N"},
     "logit_bias": {"nargs": "+", "action": "extend", "metavar": "ID=X"},
     "entmax_alpha": {"nargs": "?", "const": DEFAULT_ALPHA, "type": float, "metavar": "ALPHA"},
-    "sequence_bias": {"nargs": "+", "action": "extend", "metavar": '"ID ID=X"'},
+    "sequence_bias": {"nargs": "*", "action": "extend", "metavar": '"ID ID=X"'},
     "bad_words_ids": {"nargs": "*", "action": "extend", "metavar": '"ID ID"'},
     "dry_sequence_breakers": {"type": unescaped, "metavar": "TEXT"},
     "bad_words": {"type": unescaped, "nargs": "*", "action": "extend", "metavar": "TEXT"},

@@ -45,7 +45,8 @@ class GenerationOptions(Controls[PerPrompt]):
     The controls of `sampling.controls.Controls` and the fields below. A number may also be a list, with one for each
     prompt. None is the model's own, if its generation_config.json gives one (see `Checkpoint.generation_defaults`), and
     else what changes nothing. `logits_processors` are functions of (logits, ids, position) on mtf tensors, see
-    `sample_autoregressive`; a graph is built for each set of them, so hand over the same objects again.
+    `sample_autoregressive`; a graph is built for each set of them, and for each prefix_allowed_tokens_fn, so hand over
+    the same objects again.
     `return_logprobs` says whether samples have their `logprobs` and `draw_logprobs`; `top_logprobs`, an int up to
     1,024, of how many likeliest tokens they tell, and their `ranks` with them; `return_prompt_logprobs`, whether they
     have their `prompt_logprobs`. docs/sampling.md shows what each option does.
@@ -60,7 +61,10 @@ class GenerationOptions(Controls[PerPrompt]):
     """
 
     bad_words: str | Sequence[str] | None = control(
-        Control("texts that never come up, as bad_words_ids of their tokens, with a space ahead of them and without")
+        Control(
+            "texts that never come up, as bad_words_ids of their tokens, with a space ahead of them and without, "
+            "but for a text that is one stop token"
+        )
     )
     do_sample: bool | None = control(
         Control("False: the likeliest token each time, as with temperature 0; None: True, also where the model says "
@@ -158,6 +162,8 @@ def sequences_of(name: str, value: Any, n_vocab: int) -> TokenSequences | None:
     """What a control of SEQUENCES is; None for nothing. Raises ValueError as `biased` and `banned`."""
     if value is None or (isinstance(value, (list, tuple, dict)) and not value):
         return None
+    if isinstance(value, TokenSequences):
+        raise ValueError(f"{name}: TokenSequences; they are for sample_autoregressive: lists of token ids are needed")
     return {"sequence_bias": biased, "bad_words_ids": banned}[name](value, n_vocab)
 
 
@@ -263,7 +269,8 @@ def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[s
     check_together(row)
     for name, value in given.items():
         of = NUMBERS[name].of
-        if of and value is not None and do_sample and all(row[o] == NUMBERS[o].neutral for o in of):
+        is_used = do_sample or not NUMBERS[name].argmax_invariant
+        if of and value is not None and is_used and all(given[o] is None and o not in defaults for o in of):
             raise ValueError(f"{name}={value:g} without {' or '.join(of)}, which it belongs to")
     return {name: _neutral_if_same(name, value) for name, value in row.items()}
 

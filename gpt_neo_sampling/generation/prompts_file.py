@@ -130,9 +130,9 @@ def generate_file(
       InvalidDistributionError, ClusterError, KeyboardInterrupt: as `generate`;
         finished batches are on disk.
     """
-    seed, options = _plain(seed), _plain(options)
     if isinstance(options.get("sequence_bias"), dict):  # JSON has no keys that are lists
         options["sequence_bias"] = [[list(ids), bias] for ids, bias in options["sequence_bias"].items()]
+    seed, options = _plain(seed), _plain(options)
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise TypeError(f"not an option for a file: {', '.join(unknown)}; {explained(unknown[0], OPTIONS)}")

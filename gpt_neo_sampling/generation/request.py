@@ -97,6 +97,7 @@ def checked_request(
     )
     if options.do_sample is not None:
         check_bool("do_sample", options.do_sample)
+    asks_for_breakers = options.dry_sequence_breakers is not None
     own = {name: defaults[name] for name in SHARED if name in defaults and getattr(options, name) is None}
     if "stop_strings" in own:
         own["stop_strings"], _ = models_stop_strings(checkpoint, tokenizer)
@@ -105,6 +106,10 @@ def checked_request(
     options = dataclasses.replace(options, **own)
     if not (options.prefix_allowed_tokens_fn is None or callable(options.prefix_allowed_tokens_fn)):
         raise ValueError(f"prefix_allowed_tokens_fn={options.prefix_allowed_tokens_fn!r}; a function is needed")
+    try:
+        hash(options.prefix_allowed_tokens_fn)
+    except TypeError as e:
+        raise ValueError(f"prefix_allowed_tokens_fn: {e}; a hashable function is needed") from None
     n_samples = 1 if options.num_return_sequences is None else int(options.num_return_sequences)
 
     values = resolve(options, [defaults] * len(prompts))
@@ -143,7 +148,7 @@ def checked_request(
         num_return_sequences=n_samples,
         stop_tokens=stop_tokens,
         stop_strings=_stop_strings(options.stop_strings, checkpoint, tokenizer),
-        arrays=_arrays(options, values, checkpoint, tokenizer),
+        arrays=_arrays(options, values, checkpoint, tokenizer, asks_for_breakers),
         sequences=_sequences(options, stop_tokens, tokenizer, checkpoint),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
@@ -217,9 +222,13 @@ def models_stop_strings(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> 
 
 
 def _arrays(
-    options: GenerationOptions, values: dict[str, np.ndarray], checkpoint: Checkpoint, tokenizer: Tokenizer | None
+    options: GenerationOptions,
+    values: dict[str, np.ndarray],
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    asks_for_breakers: bool,
 ) -> dict[str, np.ndarray]:
-    """Request.arrays."""
+    """Request.arrays; asks_for_breakers: whether dry_sequence_breakers are the request's own, not the model's."""
     arrays, n_vocab = {}, checkpoint.params["n_vocab"]
     given = options.logit_bias
     if not (given is None or isinstance(given, dict)):
@@ -234,6 +243,10 @@ def _arrays(
     for name in TOKEN_SETS:
         ids = check_token_set(name, getattr(options, name), n_vocab)
         if name == "dry_sequence_breakers":
+            if ids and not np.any(values["dry_multiplier"]):
+                if asks_for_breakers and options.dry_multiplier is None:
+                    raise ValueError(f"dry_sequence_breakers={ids!r} without dry_multiplier, which it belongs to")
+                continue
             ids = _breakers(ids, options, values, checkpoint, tokenizer)
         if ids:
             arrays[name] = np.zeros(n_vocab, np.float32)
@@ -252,8 +265,6 @@ def _breakers(
     is_on = np.any(values["dry_multiplier"])
     if options.dry_sequence_breakers is None:
         return tokens_with(tokenizer, DRY_BREAKERS, checkpoint.params["n_vocab"]) if is_on and tokenizer else []
-    if given and not is_on:
-        raise ValueError(f"dry_sequence_breakers={given!r} without dry_multiplier, which it belongs to")
     ids = [token for token in given if not isinstance(token, str)]
     for text in given:
         if isinstance(text, str):

@@ -108,7 +108,7 @@ class Graphs:
                 try:
                     return self.mesh.run(loaded.session, program.results, feeds)
                 except tf.errors.OpError:
-                    if (cause := getattr(program, "cause", lambda: None)()) is not None:
+                    if (cause := getattr(program, "cause", lambda _: None)(feeds)) is not None:
                         raise cause from None
                     raise
 
@@ -242,7 +242,8 @@ class DecodeProgram:
         }
         prefix_function = None
         if key.prefix_allowed_tokens_fn is not None:
-            prefix_function = PrefixFunction(key.prefix_allowed_tokens_fn, tf.placeholder(tf.int32, [key.rows]))
+            rows, run = tf.placeholder(tf.int32, [key.rows]), tf.placeholder(tf.int32, [])
+            prefix_function = PrefixFunction(key.prefix_allowed_tokens_fn, rows, run)
         self._n_vocab = model.n_vocab
         self._inputs = ProgramInputs(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
@@ -261,13 +262,10 @@ class DecodeProgram:
     def _build(self, key: ProgramKey, model: Model) -> Any:
         return build(key, self._inputs, model)
 
-    def cause(self) -> Exception | None:
-        """What a function of the user's raised in the last run, which TensorFlow hides in an error of its own."""
+    def cause(self, feeds: dict[tf.Tensor, Any]) -> Exception | None:
+        """What a user's function raised in the run of these feeds, which TensorFlow hides in an error of its own."""
         fn = self._inputs.prefix_function
-        if fn is None:
-            return None
-        cause, fn.error = fn.error, None
-        return cause
+        return None if fn is None else fn.errors.pop(feeds[fn.run], None)
 
     def feeds(
         self, key: ProgramKey, request: Request, prompt_range: range, sample_range: range, limits: list[int]
@@ -314,6 +312,7 @@ class DecodeProgram:
             feeds.update(zip(inputs.sequences[name].arrays(), sequences.arrays()))
         if inputs.prefix_function is not None:
             feeds[inputs.prefix_function.rows] = indices
+            feeds[inputs.prefix_function.run] = next(_numbers) % 2**31
         return feeds
 
 

@@ -184,9 +184,7 @@ class Decay(Number):
         if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_real, value)):
             raise ValueError(f"{name}={value!r}; {wanted} is needed")
         start, factor = value
-        if not (
-            is_int(int(start)) and start == int(start) and 0 <= start < 2**24 and 2.0**-126 <= factor <= FLOAT32_MAX
-        ):
+        if not (0 <= start < 2**24 and start == int(start) and 2.0**-126 <= factor <= FLOAT32_MAX):
             raise ValueError(f"{name}={value!r}; {wanted} is needed")
 
     def as_text(self, value: Any) -> str:
@@ -569,6 +567,10 @@ class SamplingOptions(Controls[RowValue]):
             if number.of and value is not None and not any(map(self.changes, number.of)):
                 raise ValueError(f"{name}={value!r} without {' or '.join(number.of)}, which it belongs to")
         check_together({name: getattr(self, name) for name in NUMBERS})
+        if self.use_entmax and is_real(self.mirostat) and self.mirostat:
+            raise ValueError("mirostat=2 with sampling_use_entmax=True; leave one out")
+        if isinstance(self.allowed_token_ids, (list, tuple)) and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids=[]; at least one token id is needed")
         if self.entmax_alpha is not None and not self.use_entmax:
             raise ValueError(
                 "entmax_alpha is given, but entmax is not used; sampling_use_entmax=True is needed with it"

@@ -1,7 +1,7 @@
 """The chain of a step: from a model's logits to a token.
 
 The order is that of transformers: what looks at the row so far, the
-temperature, the masks from top-n-σ to eta, softmax or entmax, the draw.
+temperature, the masks, softmax or entmax, the draw.
 """
 
 import dataclasses
@@ -316,13 +316,14 @@ def initial_states(options: SamplingOptions, mesh: mtf.Mesh, rows: mtf.Shape) ->
     if not options.changes("mirostat"):
         return {}
     tau = import_rows(mesh, options.number("mirostat_tau"), tf.float32, rows, "mirostat_tau")
-    is_on = import_rows(mesh, options.mirostat, tf.int32, rows, "mirostat")
+    eta = import_rows(mesh, options.number("mirostat_eta"), tf.float32, rows, "mirostat_eta")
+    version = import_rows(mesh, options.mirostat, tf.int32, rows, "mirostat")
 
-    def start(tau: tf.Tensor, is_on: tf.Tensor) -> tf.Tensor:
-        start = tf.where_v2(tf.equal(is_on, 2), 2 * tau, OFF)
-        return tf.where_v2(tf.logical_or(tf.equal(is_on, 0), tf.equal(is_on, 2)), start, np.nan)
+    def start(tau: tf.Tensor, eta: tf.Tensor, version: tf.Tensor) -> tf.Tensor:
+        is_valid = (tau >= 0) & (tau < np.inf) & (eta >= 0) & (eta < np.inf) & tf.equal(version, 2)
+        return tf.where_v2(tf.equal(version, 0), OFF, tf.where_v2(is_valid, 2 * tau, np.nan))
 
-    return {"mirostat": mtf.broadcast(cwise_broadcast(start, [tau, is_on], None, tf.float32), rows)}
+    return {"mirostat": mtf.broadcast(cwise_broadcast(start, [tau, eta, version], None, tf.float32), rows)}
 
 
 def _next_states(

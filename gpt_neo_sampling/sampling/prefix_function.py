@@ -21,12 +21,14 @@ class PrefixFunction:
     Attributes:
       fn: a function of a row's number, an int, and its ids so far, an int32 ndarray [length], to a list of ids.
       rows: int32 tensor [rows], the numbers, NO_ROW for rows that it is not asked about; None for 0, 1, 2, …
-      error: what the function raised last. TensorFlow turns it into an error of its own.
+      run: int32 tensor, scalar, which run of the graph it is; None for 0.
+      errors: run -> what the function raised in it. TensorFlow turns it into an error of its own.
     """
 
     fn: Callable[[int, np.ndarray], Sequence[int]]
     rows: Any = None
-    error: Exception | None = None
+    run: Any = None
+    errors: dict[int, Exception] = dataclasses.field(default_factory=dict)
 
 
 def prefix_mask(
@@ -62,7 +64,11 @@ def prefix_mask(
     position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
     size = vocab_size or dim.size
 
-    def ask(ids: np.ndarray, position: np.ndarray, numbers: np.ndarray, *done: np.ndarray) -> np.ndarray:
+    run = import_rows(mesh, 0 if asked.run is None else asked.run, tf.int32, [], "run")
+
+    def ask(
+        ids: np.ndarray, position: np.ndarray, numbers: np.ndarray, run: np.ndarray, *done: np.ndarray
+    ) -> np.ndarray:
         allowed = np.ones((numbers.size, dim.size), np.float32)
         skipped = done[0].ravel() if done else np.zeros(numbers.size, bool)
         all_ids = ids.reshape(numbers.size, -1)
@@ -71,13 +77,13 @@ def prefix_mask(
                 try:
                     found = _checked(asked.fn(number, all_ids[row, :end].copy()), number, size)
                 except Exception as e:
-                    asked.error = e
+                    asked.errors[int(run)] = e
                     raise
                 allowed[row] = 0
                 allowed[row, found] = 1
         return allowed.reshape(*numbers.shape, dim.size)
 
-    inputs = [ids, position, numbers, *([] if done is None else [done])]
+    inputs = [ids, position, numbers, run, *([] if done is None else [done])]
     allowed = host_call(ask, inputs, "prefix_allowed_tokens_fn", rows + dim)
     return mask_where(lambda entry, allowed: allowed < 0.5, logits, dim, allowed)
 

@@ -291,3 +291,14 @@ def test_what_is_not_built_is_named_once(asking, caplog):
     asking(penalty_alpha=0.9, length_penalty=1.2, num_beams=1, use_cache=False, transformers_version="5")
     assert caplog.text.count("\n") == 1
     assert "ignored: penalty_alpha=0.9, length_penalty=1.2" in caplog.text
+
+
+def test_mirostat_and_dry_of_a_model(asking):
+    """mirostat stands in place of the masks that a file leaves out; a request may switch DRY off."""
+    model = asking(do_sample=True, mirostat=2)
+    assert {"mirostat"} <= model.check([[5]]).steps and "top_k" not in model.check([[5]]).steps
+    assert model.check([[5]], top_k=9).steps == {"top_k"}
+    model = asking(dry_multiplier=0.8, dry_sequence_breakers=[14])
+    assert model.check([[5]]).arrays["dry_sequence_breakers"][14] == 1
+    assert "dry_multiplier" not in model.check([[5]], dry_multiplier=0.0).steps
+    assert "dry_sequence_breakers" not in asking(dry_sequence_breakers=[14]).check([[5]]).arrays

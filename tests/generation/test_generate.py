@@ -1,10 +1,12 @@
 """TextGenerator: golden tokens, options, sizes, and bad requests."""
 
 import collections
+import concurrent.futures
 import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -359,6 +361,9 @@ def test_resident_set_of_64_new_tokens():
         (dict(forced_eos_token_id=-1), "forced_eos_token_id: token id=-1; a whole number"),
         (dict(exponential_decay_length_penalty=1.5), "exponential_decay_length_penalty=1.5; a pair (start, factor)"),
         (dict(exponential_decay_length_penalty=(1, 0)), "exponential_decay_length_penalty=(1, 0); a pair"),
+        (dict(exponential_decay_length_penalty=(float("inf"), 2)), "exponential_decay_length_penalty=(inf, 2); a pair"),
+        (dict(exponential_decay_length_penalty=(float("nan"), 2)), "exponential_decay_length_penalty=(nan, 2); a pair"),
+        (dict(do_sample=False, dry_base=2), "dry_base=2 without dry_multiplier, which it belongs to"),
         (dict(exponential_decay_length_penalty=(1.5, 2)), "exponential_decay_length_penalty=(1.5, 2); a pair"),
         (dict(min_length=4, min_new_tokens=2), "min_length=4 with min_new_tokens=2; leave one out"),
         (dict(min_length=80, max_new_tokens=5), "min_length=80 is more than a prompt of"),
@@ -592,3 +597,30 @@ def test_an_error_of_a_prefix_function_is_raised(tiny):
     compiled = TextGenerator(tiny.checkpoint, jit_compile=True)
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn needs jit_compile=False"):
         compiled.generate([[5, 6]], prefix_allowed_tokens_fn=fails)
+
+
+def test_each_thread_gets_its_own_error_of_a_prefix_function(tiny):
+    def fails(index, ids):
+        time.sleep(0.002)
+        raise KeyError(int(ids[0]))
+
+    def errors(token):
+        found = []
+        for _ in range(8):
+            with pytest.raises(KeyError) as error:
+                tiny.generate([[token]], prefix_allowed_tokens_fn=fails, max_new_tokens=2)
+            found.append(error.value.args[0])
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert [set(found) for found in pool.map(errors, [5, 6])] == [{5}, {6}]
+
+
+def test_a_row_may_switch_off_what_others_have(tiny):
+    """A number that belongs to a control is no mistake where that is given, were it as what changes nothing."""
+    options = dict(max_new_tokens=6, seed=2, stream=[4, 4], temperature=1.5)
+    own = dict(xtc_probability=[0, 1.0], xtc_threshold=0.01, dry_multiplier=[2.0, 0], dry_allowed_length=1)
+    both = tiny.generate([[5, 6], [5, 6]], **options, **own)
+    dry = tiny.generate([[5, 6]], **{**options, "stream": 4}, dry_multiplier=2.0, dry_allowed_length=1)
+    xtc = tiny.generate([[5, 6]], **{**options, "stream": 4}, xtc_probability=1.0, xtc_threshold=0.01)
+    assert [sample.tokens for sample in both] == [dry[0].tokens, xtc[0].tokens]

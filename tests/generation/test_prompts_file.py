@@ -537,3 +537,16 @@ def test_a_prompt_without_a_distribution_leaves_the_others(tmp_path, demo):
         with pytest.raises(InvalidDistributionError, match="the prompt of line 2: sample 0, step 0"):
             generate_file(demo, prompts, output, seed=1, max_new_tokens=4, eos_token_id=-1)
         assert sorted(json.loads(line)["index"] for line in output.read_text().splitlines()) == [0, 2]
+
+
+def test_sequence_biases_of_a_run_and_of_a_line(demo, tmp_path):
+    """As a dict, whose keys JSON has none of, as JSON has them, and from the command line; a resumed run knows them."""
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt_ids": [5, 12]}\n{"prompt_ids": [5, 12], "sequence_bias": [[[7], 99]]}\n'
+    )
+    for _ in range(2):
+        generate_file(
+            demo, tmp_path / "in.jsonl", tmp_path / "out", seed=1, max_new_tokens=2, sequence_bias={(12, 9): 99.0}
+        )
+    first, second = (json.loads(line)["samples"][0]["tokens"] for line in (tmp_path / "out").read_text().splitlines())
+    assert first[0] == 9 and second == [7, 7]
