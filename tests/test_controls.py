@@ -152,13 +152,13 @@ SETTINGS = {
         begin_suppress_tokens=list(range(0, VOCAB, 4)),
     ),
     "length": dict(
-        stop_at_token=[STOP, 20], min_length=PROMPT + 4, max_steps=9, forced_eos_token_id=[20, 50],
-        exponential_decay_length_penalty=(3, 1.3),
+        stop_at_token=[20, 21], min_length=PROMPT + 4, max_steps=9, forced_eos_token_id=[50, 51],
+        exponential_decay_length_penalty=(4, 1.3),
     ),
     "a function": dict(prefix_allowed_tokens_fn=successors),
-    "dry": dict(dry_multiplier=2.0, dry_base=3.0, dry_allowed_length=1, dry_sequence_breakers=[20], temperature=0.3),
+    "dry": dict(dry_multiplier=0.3, dry_base=4.0, dry_allowed_length=1, dry_sequence_breakers=[1], temperature=0.2),
     "dynatemp": dict(dynatemp_range=0.7, dynatemp_exponent=1.5, temperature=0.8),
-    "min_tokens_to_keep": dict(min_tokens_to_keep=4, top_p=0.3, typical_p=0.9),
+    "min_tokens_to_keep": dict(min_tokens_to_keep=3, top_p=0.9, typical_p=0.2),
     "n-grams": dict(no_repeat_ngram_size=2, temperature=0.2),
     "processors, min_new_tokens": dict(logits_processors=(favour_even, last_token_again),
                                        stop_at_token=[STOP, 20, 21], min_new_tokens=9),
@@ -222,7 +222,7 @@ SEEN = [
     (name, control)
     for name, options in SETTINGS.items()
     for control in options
-    if not name.startswith(("all", "greedy")) and control not in ("temperature", "stop_at_token")
+    if not name.startswith(("all", "greedy")) and control not in ("temperature", "stop_at_token", "max_steps")
 ]
 
 
