@@ -396,7 +396,8 @@ def sample_autoregressive(
       top_logprobs of n (…, ranks, top_ids, top_logprobs) behind these: int32 of the
       same shape, 1 for the likeliest token under the model's own distribution; and
       int32 and float32 [batch…, length, n], the likeliest ones and their
-      log-probabilities, of equal ones the lower id first; 0 elsewhere.
+      log-probabilities, of equal ones the lower id first; 0 elsewhere. Where the
+      token is −1 they are 0, 0 and NaN.
 
     Raises:
       ValueError: for a number that is out of range, a wrong shape, or a feature that is missing.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import DATA
-from helpers_loop import BATCH, LENGTH, TIES, VOCAB, Bigram, bigram_logits, loops, prompts_of
+from helpers_loop import BATCH, INFINITE, LENGTH, NAN, NOTHING, TIES, VOCAB, Bigram, bigram_logits, loops, prompts_of
 from programs import MeshRunner
 
 from gpt_neo_sampling import InvalidDistributionError, TextGenerator, generate_file
@@ -67,6 +67,17 @@ def test_ranks_and_the_likeliest(name, mesh_shape, layout):
     np.testing.assert_array_equal(np.where(in_top, same, 0), np.where(in_top, logprobs, 0))
 
 
+def test_a_row_without_a_distribution_has_no_likeliest():
+    """Nor a rank: its model gives NaN, +inf or −inf alone after some tokens."""
+    prompts = prompts_of([PROMPT] * BATCH)
+    prompts[:3, PROMPT - 1] = NAN, INFINITE, NOTHING
+    told = loops({"all": {**ANSWERS, "params": {"spoiled": True}, "max_steps": 1}}, Bigram())(prompts)["all"]
+    ids, _, _, ranks, top_ids, top_logprobs = (x[:, PROMPT] for x in told)
+    assert (ids[:3] == -1).all() and (ids[3:] >= 0).all()
+    assert not ranks[:3].any() and not top_ids[:3].any() and np.isnan(top_logprobs[:3]).all()
+    assert (ranks[3:] > 0).all() and np.isfinite(top_logprobs[3:]).all()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [(dict(top_logprobs=-1), "top_logprobs=-1; a whole number from 0 to"),
@@ -96,8 +107,6 @@ def samples(demo):
 
 def test_samples_have_their_answers(demo, samples):
     plain = demo.generate(TEXTS, seed=5, max_new_tokens=5, num_return_sequences=2, top_p=0.9, return_logprobs=True)
-    weights = {name: demo.checkpoint.read(name) for name in demo.checkpoint.names()}
-    assert weights
     for sample, without in zip(samples, plain, strict=True):
         assert (sample.tokens, sample.logprobs) == (without.tokens, without.logprobs)
         assert without.ranks is without.top_logprobs is without.prompt_logprobs is None

@@ -303,8 +303,11 @@ def _likeliest(x: mtf.Tensor, token: mtf.Tensor, dim: mtf.Dimension, n: int) -> 
     first, largest = (mtf.reshape(mtf.slice(t, 0, 1, top_dim.name), token.shape) for t in (ids, values))
     logprob = log_softmax_at(x, first, dim)
     logprobs = cwise_broadcast(
-        lambda v, most, p: tf.maximum(v - most, tf.float32.min) + p, [values, largest, logprob], values.shape
-    )
+        lambda v, most, p, token: tf.where_v2(token < 0, np.nan, tf.maximum(v - most, tf.float32.min) + p),
+        [values, largest, logprob, token], values.shape,
+    )  # fmt: skip
+    # of an invalid row nothing is the likeliest
+    rank, ids = (cwise_broadcast(lambda x, t: tf.where_v2(t < 0, 0, x), [x, token], x.shape) for x in (rank, ids))
     return [rank, ids, logprobs]
 
 
