@@ -127,6 +127,7 @@ class _DecodeLoop:
     def __post_init__(self) -> None:
         self._length_dim = self.prompts.ids.shape[-1]
         self._columns = mtf.range(self.prompts.ids.mesh, self._length_dim, tf.int32)  # once, not in every step
+        self._limit = self._where_rows_end()
         self._answers = answers_of(self.return_logprobs, self.top_logprobs)
         self._initial_states = initial_states(self.options, self.prompts.ids.mesh, self.prompts.lengths.shape)
 
@@ -201,7 +202,7 @@ class _DecodeLoop:
     def _draw(self, logits: mtf.Tensor, state: _LoopState) -> Drawn:
         """A token for each row, and what else the step gives."""
         initial = self.prompts.lengths
-        history = History(state.ids, state.position, initial, self._limit(), state.done)
+        history = History(state.ids, state.position, initial, self._limit, state.done)
         step = state.position - initial
         return draw_token(
             logits,
@@ -216,7 +217,7 @@ class _DecodeLoop:
             top_logprobs=self.top_logprobs,
         )
 
-    def _limit(self) -> mtf.Tensor | None:
+    def _where_rows_end(self) -> mtf.Tensor | None:
         """Where no token goes any more, int32 [rows], if a control looks at that."""
         if self.options.forced_eos_token_id is None:
             return None

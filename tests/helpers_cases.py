@@ -43,7 +43,7 @@ from gpt_neo_sampling.sampling.penalties import (
     tokens_mask,
 )
 from gpt_neo_sampling.sampling.random import counter_bits, threefry_2x32
-from gpt_neo_sampling.sampling.token_sequences import biased
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 BATCH = 8
 LOWEST = np.finfo(np.float32).min
@@ -250,7 +250,9 @@ def _penalties(mesh, good, bad, ids, values):
     return out
 
 
-SEQUENCES = biased({(170, 340): 1.1, (340, 340): -0.3, (0, 340): 0.7, (340,): 1e-7, (0, 170): -np.inf}, VOCAB)
+SEQUENCES = TokenSequences.of(
+    {(170, 340): 1.1, (340, 340): -0.3, (0, 340): 0.7, (340,): 1e-7, (0, 170): -np.inf}.items()
+)
 ROWS_IDS = np.random.default_rng(8).integers(-1, 4, (BATCH, 12)).astype(np.int32) * 170
 PENALTIES = Case("penalties", _penalties, [good_scores(VOCAB), bad_scores(VOCAB), ROWS_IDS, ROWS_ALPHAS])
 # more entries than a shard looks at one by one; and so many ties that the search continues with their indices

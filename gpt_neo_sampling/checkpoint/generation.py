@@ -40,8 +40,9 @@ def _is_pair(value: object) -> bool:
 
 
 def _are_biases(value: object) -> bool:
-    pairs = value if isinstance(value, list) else [value]
-    return all(isinstance(p, list) and len(p) == 2 and _are_ints(p[0]) and is_real(p[1]) for p in pairs)
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and _are_ints(pair[0]) and is_real(pair[1]) for pair in value
+    )
 
 
 def _is_text_or_texts(value: object) -> bool:
@@ -114,8 +115,8 @@ _WITHOUT_EFFECT = (
     "num_assistant_tokens",
     "output_",
     "prefill_chunk_size",
-    "remove_invalid_values",
     "prompt_lookup_num_tokens",  # speculates, as assistants do, on the same tokens
+    "remove_invalid_values",
     "renormalize_logits",
     "return_",
     "speculation_type",

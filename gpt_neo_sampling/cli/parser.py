@@ -45,9 +45,8 @@ def _add_mesh_options(parser: argparse.ArgumentParser) -> None:
 _LENGTHS_AND_SEEDS = ("max_new_tokens", "seed", "stream", "num_return_sequences", "stop_strings")
 _ALIASES = {"entmax_alpha": ["--entmax"], "num_return_sequences": ["--num-samples"]}
 _ESCAPES = "\\n is a newline, \\t a tab, \\r a carriage return, \\\\ a backslash; other backslashes stay"
-_NOTES = {
-    name: f". {_ESCAPES}" for name in ("stop_strings", "bad_words", "dry_sequence_breakers")
-}  # what the command adds to a sentence
+# what the command adds to a sentence
+_NOTES = {name: f". {_ESCAPES}" for name in ("stop_strings", "bad_words", "dry_sequence_breakers")}
 _ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are more than a number
     "no_repeat_ngram_size": {"type": int, "metavar": "N"},
     "logit_bias": {"nargs": "+", "action": "extend", "metavar": "ID=X"},
@@ -114,12 +113,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         _add_option(add, name)
     add("--logprobs", dest="return_logprobs", action="store_true", help="with --json or --output: the log-probability "
         "of each new token, by the model alone and as it was drawn")  # fmt: skip
-    add(
-        "--top-logprobs",
-        type=int,
-        metavar="N",
-        help="the same, and the rank of each new token and the N likeliest tokens",
-    )
+    add("--top-logprobs", type=int, metavar="N", help="the same, and the rank of each new token and the N likeliest "
+        "tokens")  # fmt: skip
     add("--prompt-logprobs", dest="return_prompt_logprobs", action="store_true", help="with --json or --output: the "
         "log-probability of each token of the prompt")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object in place of the text")

@@ -19,14 +19,13 @@ from gpt_neo_sampling.models import config, gpt2
 from gpt_neo_sampling.models.decoding_context import Decoder
 from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import StoppingCriteria, continue_rows, sample_autoregressive
-from gpt_neo_sampling.sampling.controls import INT32_MAX, History, SamplingOptions, check_int
+from gpt_neo_sampling.sampling.controls import INT32_MAX, NUMBERS, History, SamplingOptions, check_int
 from gpt_neo_sampling.sampling.next_token import chain_distributions
 from gpt_neo_sampling.sampling.prefix_function import PrefixFunction
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 DEMO_FOLDER = pathlib.Path(__file__).parents[1] / "demo"
 NO_STOP_TOKEN = -1  # no id is drawn that equals it
-STATEFUL = {"mirostat"}  # controls that keep a state: see `initial_states`
 MOST_STOP_TOKENS = 256  # a graph is built for their number
 
 OnTokens = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # see `build`
@@ -124,7 +123,7 @@ class ProgramKey:
     @property
     def n_control_states(self) -> int:
         """How many states the controls keep."""
-        return len(self.steps & STATEFUL)
+        return sum(NUMBERS[name].keeps_state for name in self.steps)
 
 
 @dataclasses.dataclass

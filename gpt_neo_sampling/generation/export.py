@@ -17,7 +17,7 @@ from gpt_neo_sampling.checkpoint import Checkpoint, load_tokenizer, open_checkpo
 from gpt_neo_sampling.checkpoint.base import check_new_folder, one_line, staging_folder
 from gpt_neo_sampling.checkpoint.convert import files_beside
 from gpt_neo_sampling.checkpoint.generation import ID_KEYS
-from gpt_neo_sampling.checkpoint.tokenizer import can_load_tokenizer, tokens_with
+from gpt_neo_sampling.checkpoint.tokenizer import can_load_tokenizer
 from gpt_neo_sampling.generation.decode_graph import (
     DEMO_FOLDER,
     NO_STOP_TOKEN,
@@ -33,7 +33,7 @@ from gpt_neo_sampling.generation.decode_graph import (
     variable_dtype_of,
 )
 from gpt_neo_sampling.generation.options import DEFAULT_MAX_TOP_K, EXPORTABLE
-from gpt_neo_sampling.generation.request import DRY_BREAKERS
+from gpt_neo_sampling.generation.request import default_breakers
 from gpt_neo_sampling.mesh.devices import device_mesh
 from gpt_neo_sampling.mesh.gpu import portable
 from gpt_neo_sampling.models import gpt2
@@ -227,13 +227,10 @@ def _signature(key: ProgramKey, checkpoint: Checkpoint, model: Model, arrays: di
 
 
 def _breakers(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The tokens at which DRY's sequences end, as where a request names none; nothing without a tokenizer."""
-    tokenizer = load_tokenizer(checkpoint) if can_load_tokenizer() else None
-    if tokenizer is None:
-        return {}
-    flags = np.zeros(checkpoint.params["n_vocab"], np.float32)
-    flags[tokens_with(tokenizer, DRY_BREAKERS, len(flags))] = 1
-    return {"dry_sequence_breakers": flags}
+    """The array of DRY's breakers where a request names none; nothing where there are none."""
+    ids = default_breakers(checkpoint, load_tokenizer(checkpoint) if can_load_tokenizer() else None)
+    flags = np.isin(np.arange(checkpoint.params["n_vocab"]), ids).astype(np.float32)
+    return {"dry_sequence_breakers": flags} if ids else {}
 
 
 def _prompts(

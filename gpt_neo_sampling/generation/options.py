@@ -116,9 +116,8 @@ EXPORTABLE = tuple(
 # All that say how a token is drawn.
 TOKEN_OPTIONS = ("logits_processors", *CONTROLS, "bad_words", "eos_token_id", "do_sample")
 
-TEXTS_TOO = (
-    "dry_sequence_breakers",
-)  # sets of tokens that may be given as texts, which stand for all tokens with them
+# Sets of tokens that may be given as texts, which stand for all tokens with them.
+TEXTS_TOO = ("dry_sequence_breakers",)
 ONLY_PYTHON = ("logits_processors", "prefix_allowed_tokens_fn")  # functions
 
 # Options that all prompts share, and that a generation_config.json may give.
@@ -137,7 +136,7 @@ def check_shared(options: GenerationOptions, n_vocab: int) -> None:
     for name in TOKEN_SETS:
         check_token_set(name, getattr(options, name), n_vocab)
     for name in SEQUENCES:
-        sequences_of(name, getattr(options, name), n_vocab)
+        check_sequences(name, getattr(options, name), n_vocab)
 
 
 def check_token_set(name: str, value: Any, n_vocab: int) -> list[Any]:
@@ -158,10 +157,10 @@ def check_token_set(name: str, value: Any, n_vocab: int) -> list[Any]:
     return list(ids)
 
 
-def sequences_of(name: str, value: Any, n_vocab: int) -> TokenSequences | None:
-    """What a control of SEQUENCES is; None for nothing. Raises ValueError as `biased` and `banned`."""
+def check_sequences(name: str, value: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
+    """The sequences of a control of SEQUENCES with their biases. Raises ValueError as `biased` and `banned`."""
     if value is None or (isinstance(value, (list, tuple, dict)) and not value):
-        return None
+        return []
     if isinstance(value, TokenSequences):
         raise ValueError(f"{name}: TokenSequences; they are for sample_autoregressive: lists of token ids are needed")
     return {"sequence_bias": biased, "bad_words_ids": banned}[name](value, n_vocab)

@@ -18,12 +18,12 @@ from gpt_neo_sampling.generation.options import (
     GenerationOptions,
     check_default,
     check_least_and_most,
+    check_sequences,
     check_shared,
     check_token_set,
     of_the_model,
     per_prompt,
     resolve,
-    sequences_of,
 )
 from gpt_neo_sampling.sampling.controls import INT32_MAX, MOST_TOP_LOGPROBS, NUMBERS, TOKEN_SETS, check_bool, check_int
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
@@ -243,28 +243,21 @@ def _arrays(
     for name in TOKEN_SETS:
         ids = check_token_set(name, getattr(options, name), n_vocab)
         if name == "dry_sequence_breakers":
-            if ids and not np.any(values["dry_multiplier"]):
-                if asks_for_breakers and options.dry_multiplier is None:
+            if not np.any(values["dry_multiplier"]):
+                if ids and asks_for_breakers and options.dry_multiplier is None:
                     raise ValueError(f"dry_sequence_breakers={ids!r} without dry_multiplier, which it belongs to")
                 continue
-            ids = _breakers(ids, options, values, checkpoint, tokenizer)
+            ids = _breakers(None if options.dry_sequence_breakers is None else ids, checkpoint, tokenizer)
         if ids:
             arrays[name] = np.zeros(n_vocab, np.float32)
             arrays[name][ids] = 1
     return arrays
 
 
-def _breakers(
-    given: list[Any],
-    options: GenerationOptions,
-    values: dict[str, np.ndarray],
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer | None,
-) -> list[int]:
-    """The tokens of dry_sequence_breakers, a list of ids and texts: for a text all tokens that hold it."""
-    is_on = np.any(values["dry_multiplier"])
-    if options.dry_sequence_breakers is None:
-        return tokens_with(tokenizer, DRY_BREAKERS, checkpoint.params["n_vocab"]) if is_on and tokenizer else []
+def _breakers(given: list[Any] | None, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
+    """The tokens of dry_sequence_breakers: of a text all that hold it. given: ids and texts; None for the default."""
+    if given is None:
+        return default_breakers(checkpoint, tokenizer)
     ids = [token for token in given if not isinstance(token, str)]
     for text in given:
         if isinstance(text, str):
@@ -278,6 +271,11 @@ def _breakers(
     return ids
 
 
+def default_breakers(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[int]:
+    """The tokens at which DRY's sequences end where a request names none; none without a tokenizer."""
+    return tokens_with(tokenizer, DRY_BREAKERS, checkpoint.params["n_vocab"]) if tokenizer else []
+
+
 def _sequences(
     options: GenerationOptions, stop_tokens: list[int], tokenizer: Tokenizer | None, checkpoint: Checkpoint
 ) -> dict[str, TokenSequences]:
@@ -287,8 +285,8 @@ def _sequences(
     # as in transformers: a row could not end
     words = [word for word in words if not (len(word) == 1 and word[0] in stop_tokens)]
     given = {"sequence_bias": options.sequence_bias, "bad_words_ids": words}
-    found = {name: sequences_of(name, value, n_vocab) for name, value in given.items()}
-    return {name: sequences for name, sequences in found.items() if sequences is not None}
+    pairs = {name: check_sequences(name, value, n_vocab) for name, value in given.items()}
+    return {name: TokenSequences.of(biases) for name, biases in pairs.items() if biases}
 
 
 def _bad_words(words: Any, tokenizer: Tokenizer | None, checkpoint: Checkpoint) -> list[list[int]]:

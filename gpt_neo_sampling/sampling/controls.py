@@ -16,7 +16,7 @@ import numpy as np
 from gpt_neo_sampling._compat import LazyModule, mtf, tf
 from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, RowValue, Tensor, TokenSet, is_int, is_real
 from gpt_neo_sampling.sampling import token_sequences
-from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA, ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
+from gpt_neo_sampling.sampling.defaults import DEFAULT_ALPHA, ENTMAX_TEMPERATURE, MOST_TO_KEEP, SOFTMAX_TEMPERATURE
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ else:  # they define operations of mesh-tensorflow; the list can be read without
 
 Class = TypeVar("Class")
 KEEP_SOME = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # the masks that min_tokens_to_keep is of
-MOST_TO_KEEP = 100
 MOST_TOP_LOGPROBS = 1024
 INT32_MAX = 2**31 - 1
 INF = float("inf")
@@ -104,12 +103,14 @@ class Control:
       mask_step: the function that applies it after the temperature.
       argmax_invariant: whether greedy decoding skips it: it keeps the likeliest token or, like typical_p, has a say in
         sampling only.
+      keeps_state: whether it has a number a row that lasts from step to step: see `next_token.initial_states`.
     """
 
     help: str
     token_step: TokenStep | None = None
     mask_step: MaskStep | None = None
     argmax_invariant: bool = False
+    keeps_state: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +224,21 @@ def controls_of(options: type[Any]) -> dict[str, Control]:
 
 
 def _bias_sequences(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
-    sequences = token_sequences.biased(options.sequence_bias, options.vocab_size or dim.size)
-    return penalties.sequence_bias(x, sequences, history.ids, history.position, dim)
+    return _with_sequences(token_sequences.biased, options.sequence_bias, x, dim, options, history)
+
+
+def _with_sequences(
+    checked: Callable[[Any, int], Any],
+    given: Any,
+    x: mtf.Tensor,
+    dim: mtf.Dimension,
+    options: SamplingOptions,
+    history: History,
+) -> mtf.Tensor:
+    """given: TokenSequences, or what `checked` takes with the size of the vocabulary."""
+    if not isinstance(given, TokenSequences):
+        given = TokenSequences.of(checked(given, options.vocab_size or dim.size))
+    return penalties.sequence_bias(x, given, history.ids, history.position, dim)
 
 
 def _penalise_repetition(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
@@ -257,8 +271,7 @@ def _add_bias(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, histo
 
 
 def _ban_words(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
-    sequences = token_sequences.banned(options.bad_words_ids, options.vocab_size or dim.size)
-    return penalties.sequence_bias(x, sequences, history.ids, history.position, dim)
+    return _with_sequences(token_sequences.banned, options.bad_words_ids, x, dim, options, history)
 
 
 def _mask_early_stop(x: mtf.Tensor, dim: mtf.Dimension, options: SamplingOptions, history: History) -> mtf.Tensor:
@@ -445,8 +458,8 @@ class Controls(Generic[Value]):
                of=("xtc_probability",), default=0.1))  # fmt: skip
     mirostat: Value | None = control(
         Number("2 keeps the surprise of new tokens near mirostat_tau, by a bar that follows what was drawn; in place "
-               "of all masks", mask_step=_follow_surprise, argmax_invariant=True, least=0, most=2, neutral=0,
-               whole=True))  # fmt: skip
+               "of all masks", mask_step=_follow_surprise, argmax_invariant=True, keeps_state=True, least=0, most=2,
+               neutral=0, whole=True))  # fmt: skip
     mirostat_tau: Value | None = control(
         Number("of mirostat: the surprise to aim at, in bits", argmax_invariant=True, least=0, of=("mirostat",),
                default=5.0))  # fmt: skip

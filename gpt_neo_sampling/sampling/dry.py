@@ -4,8 +4,8 @@ import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue
-from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, scatter_max, size_of, take
-from gpt_neo_sampling.sampling.penalties import adjust, import_number, whole_power, whole_rows
+from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, scatter_max, size_of, take
+from gpt_neo_sampling.sampling.penalties import adjust, import_number, rows_so_far, whole_power
 
 _MOST = 1e30  # of a penalty: far below every other logit, and not the lowest number, which would count as masked
 
@@ -54,14 +54,10 @@ def dry_penalty(
       ValueError: for a number out of range, ids of other rows, or a tensor of the wrong shape.
     """
     dim, mesh = dim_of(logits, dim), logits.mesh
-    rows = mtf.Shape(ids.shape.dims[:-1])
-    if set(rows.dims) != set((logits.shape - dim).dims):
-        raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
+    ids, position, rows = rows_so_far(logits, ids, position, dim)
     multiplier = import_number(logits, multiplier, dim, "dry_multiplier", 0.0, "finite number of at least 0")
     base = import_number(logits, base, dim, "dry_base", 1.0, "finite number of at least 1")
     least = import_number(logits, allowed_length, dim, "dry_allowed_length", 1, "whole number of at least 1", tf.int32)
-    ids = whole_rows(ids)
-    position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
     breaks = mtf.zeros(mesh, ids.shape) if breakers is None else take(breakers, ids, dim)
     n_matched = mtf.slicewise(
         _matched, [ids, position, breaks], ids.shape, tf.float32, splittable_dims=rows.dims, grad_function=0

@@ -8,10 +8,10 @@ from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import FLOAT32_MAX, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, import_rows, take
 from gpt_neo_sampling.sampling import cutoffs
+from gpt_neo_sampling.sampling.defaults import MOST_TO_KEEP
 from gpt_neo_sampling.sampling.top_k import top_k
 
 MOST_OF_TOP_H = 100  # entries that transformers' top_h looks at
-MOST_TO_KEEP = 100  # the largest min_tokens_to_keep
 
 
 def mask_value(dtype: tf.DType) -> float:

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from gpt_neo_sampling._compat import mtf, tf
-from gpt_neo_sampling._types import LogitsProcessor, RowValue, is_int, is_real
+from gpt_neo_sampling._types import FLOAT32_MAX, LogitsProcessor, RowValue, is_int, is_real
 from gpt_neo_sampling.mesh.compiled_rows import compiled_rows
 from gpt_neo_sampling.mesh.ops import cwise_broadcast, dim_of, finite, import_rows, take
 from gpt_neo_sampling.sampling import float_pairs
@@ -35,7 +35,7 @@ from gpt_neo_sampling.sampling.penalties import tokens_mask
 from gpt_neo_sampling.sampling.random import computed_apart
 from gpt_neo_sampling.sampling.top_k import first_argmax, top_k
 
-OFF = float(tf.float32.max)  # a state of mirostat's that masks nothing; finite, to travel between shards
+OFF = FLOAT32_MAX  # a state of mirostat's that masks nothing; finite, to travel between shards
 MOST_CANDIDATES = 1024  # of top-k; where there may be more, the whole vocabulary is masked and drawn from
 
 

@@ -43,7 +43,7 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
     """
     check_tensor(ids, "ids")
     dim = as_dim(dim, "dim")
-    ids = whole_rows(ids)
+    ids = _whole_rows(ids)
     length_dim = ids.shape[-1]
     rows = ids.shape - length_dim
     begin = import_rows(ids.mesh, begin, tf.int32, rows, "begin")
@@ -57,10 +57,25 @@ def token_counts(ids: mtf.Tensor, dim: mtf.Dimension, begin: RowValue = 0, end: 
     return scatter_add(counted, ids, rows + dim, dim, small_whole_numbers=True)
 
 
-def whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
+def _whole_rows(ids: mtf.Tensor) -> mtf.Tensor:
     """ids with a last dim of a name that no layout splits."""
     length_dim = ids.shape[-1]
     return mtf.rename_dimension(ids, length_dim.name, "whole_" + length_dim.name)
+
+
+def rows_so_far(
+    logits: mtf.Tensor, ids: mtf.Tensor, position: RowValue, dim: mtf.Dimension
+) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Shape]:
+    """(ids [rows, length], whose length no layout splits; position [rows]; rows) of rows of logits; checked.
+
+    Raises:
+      ValueError: for ids of other rows, or a position of the wrong shape.
+    """
+    rows = mtf.Shape(ids.shape.dims[:-1])
+    if set(rows.dims) != set((logits.shape - dim).dims):
+        raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
+    position = import_rows(ids.mesh, position, tf.int32, rows, "position")
+    return _whole_rows(ids), mtf.broadcast(position, rows), rows
 
 
 def repetition_penalty(
@@ -189,13 +204,9 @@ def no_repeat_ngram_mask(
         logits lack.
     """
     dim = dim_of(logits, dim)
-    rows = mtf.Shape(ids.shape.dims[:-1])
     if not is_int(ngram_size) or ngram_size < 1:
         raise ValueError(f"no_repeat_ngram_size={ngram_size!r}; a whole number of at least 1 is needed")
-    if set(rows.dims) != set((logits.shape - dim).dims):
-        raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
-    ids = whole_rows(ids)
-    position = mtf.broadcast(import_rows(ids.mesh, position, tf.int32, rows, "position"), rows)
+    ids, position, rows = rows_so_far(logits, ids, position, dim)
 
     def repeats(ids: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
         """1.0 for each id of the row that follows the same n − 1 ids that the row ends with, else 0.0."""
@@ -500,12 +511,7 @@ def sequence_bias(
       ValueError: for ids of other rows, or a `dim` that logits lack.
     """
     dim, mesh = dim_of(logits, dim), logits.mesh
-    rows = mtf.Shape(ids.shape.dims[:-1])
-    if set(rows.dims) != set((logits.shape - dim).dims):
-        raise ValueError(f"ids of shape {ids.shape}; logits {logits.shape} need rows of {logits.shape - dim}")
-    length = ids.shape[-1]
-    ids = mtf.rename_dimension(ids, length.name, "whole_" + length.name)
-    position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
+    ids, position, rows = rows_so_far(logits, ids, position, dim)
     tables = []
     for field, array in zip(dataclasses.fields(sequences), sequences.arrays()):
         array = tf.convert_to_tensor(array)

@@ -68,18 +68,16 @@ def _round_up(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def biased(given: Any, n_vocab: int) -> TokenSequences:
-    """TokenSequences of what transformers takes as `sequence_bias`.
+def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
+    """Pairs of a sequence and its bias, checked, of what transformers takes as `sequence_bias`.
 
     Args:
-      given: a dict, tuple of ids -> number, or a list of pairs [ids, number]; TokenSequences stay as they are.
+      given: a dict, tuple of ids -> number, or a list of pairs [ids, number].
       n_vocab: int; ids from there on are an error.
 
     Raises:
       ValueError: for anything else, none at all, an id outside the vocabulary, or NaN or +inf.
     """
-    if isinstance(given, TokenSequences):
-        return given
     wanted = "a dict {(1, 2): -3.0}, or a list [[[1, 2], -3.0]], of sequences of token ids and numbers"
     if not isinstance(given, (Mapping, list, tuple)) or not given:
         raise ValueError(f"sequence_bias={given!r}; {wanted} is needed")
@@ -91,18 +89,16 @@ def biased(given: Any, n_vocab: int) -> TokenSequences:
         _check("sequence_bias", ids, n_vocab)
         if not is_real(bias) or not (abs(bias) <= FLOAT32_MAX or bias == -np.inf):
             raise ValueError(f"sequence_bias: {bias!r} for {list(ids)}; a finite number of 32 bits, or -inf, is needed")
-    return TokenSequences.of(pairs)
+    return pairs
 
 
-def banned(given: Any, n_vocab: int) -> TokenSequences:
-    """TokenSequences of what transformers takes as `bad_words_ids`, a list of lists of ids; n_vocab as for `biased`."""
-    if isinstance(given, TokenSequences):
-        return given
+def banned(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
+    """The same of what transformers takes as `bad_words_ids`, a list of lists of ids; n_vocab as for `biased`."""
     if not isinstance(given, (list, tuple)) or not given:
         raise ValueError(f"bad_words_ids={given!r}; a list of lists of token ids is needed, as in [[50256], [3, 1]]")
     for ids in given:
         _check("bad_words_ids", ids, n_vocab)
-    return TokenSequences.of([(ids, -np.inf) for ids in given])
+    return [(ids, -np.inf) for ids in given]
 
 
 def _check(name: str, ids: Any, n_vocab: int) -> None:

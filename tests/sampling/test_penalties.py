@@ -278,7 +278,7 @@ def test_sequence_bias(runner):
     x, ids = rows_of_logits(rng), rows_of_ids(rng)
     position = rng.integers(0, LENGTH + 1, ROWS).astype(np.int32)
     position[:4] = [0, 1, 2, LENGTH]
-    both = [biased(BIASES, VOCAB), banned(BANNED, VOCAB)]
+    both = [TokenSequences.of(pairs) for pairs in (biased(BIASES, VOCAB), banned(BANNED, VOCAB))]
     fed = both[0].arrays()
 
     def build(mesh, x, ids, position, *fed):
@@ -305,7 +305,7 @@ def test_sequence_bias(runner):
 def test_biases_of_one_token_are_added_in_one_order():
     """By halving: (((1, 2), …) of powers of two sum up to what float32 rounds at each step."""
     numbers = [1.0, 2.0**-24, 2.0**-24, -1.0, 2.0**-30, 3.0, -3.0]
-    sequences = biased([[[3] * i + [4], bias] for i, bias in enumerate(numbers)], VOCAB)
+    sequences = TokenSequences.of(([3] * i + [4], bias) for i, bias in enumerate(numbers))
     added = np.array(numbers + [0], np.float32)
     while len(added) > 1:
         added = added[: len(added) // 2] + added[len(added) // 2 :]
