@@ -102,7 +102,7 @@ class Calls:
         self._rng.shuffle(options)
         self._fresh = iter(options)
         self._lasting = [
-            self._streamed, self._biased, self._score, self._greedy, self._samples, self._logprobs, self._inspect,
+            self._streamed, self._suppressed, self._score, self._greedy, self._samples, self._logprobs, self._inspect,
             lambda: self._generate(16, top_k=self._rng.randint(1, 60)),
         ]  # fmt: skip
         self._wrong = [
@@ -113,7 +113,7 @@ class Calls:
         ]
         self._wrong_of = {  # which need a graph that is there
             self._streamed: [(KeyError, lambda: self._streamed(KeyError())), (Interrupted, self._interrupted)],
-            self._biased: [(InvalidDistributionError, lambda: self._biased(every=True))],
+            self._suppressed: [(InvalidDistributionError, lambda: self._suppressed(every=True))],
         }
 
     def round(self, calls, fresh=GRAPHS, lasting=GRAPHS):
@@ -174,9 +174,8 @@ class Calls:
     def _interrupted(self):
         self._streamed(KeyboardInterrupt())
 
-    def _biased(self, every=False):
-        banned = range(2048) if every else {*self._ids(9)}
-        self._generate(1, bad_words_ids=[[i] for i in banned], eos_token_id=-1)  # a stop token would not be banned
+    def _suppressed(self, every=False):
+        self._generate(1, suppress_tokens=list(range(2048)) if every else self._ids(9))
 
     def _score(self):
         self._generator.score([ids + [0, 1] for ids in self._prompts(4)])

@@ -347,7 +347,7 @@ def follow_drawing(out, options):
                 u = uniforms(3, r, step)
                 expected = reference.two_level_draw(p, *u)
                 close = not clear.all() or boundary_distance(p, *u) < 1e-5
-                if own.get("mirostat"):
+                if own.get("mirostat") and p[actual] > 0:  # else it is wrong
                     mu -= own["mirostat_eta"] * (-np.log2(p[actual]) - own["mirostat_tau"])
             drawn += 1
             excused += close and actual != expected

@@ -31,7 +31,7 @@ class TokenSequences:
 
     @classmethod
     def of(cls, biases: Iterable[tuple[Sequence[int], float]]) -> "TokenSequences":
-        """As NumPy arrays, whose sizes are rounded to powers of two: a graph is built for them.
+        """As NumPy arrays, whose sizes are rounded up, so that other sequences find a graph that is built for them.
 
         Args:
           biases: pairs of a sequence, a list of ids, and its bias, a number; at least one.
@@ -40,13 +40,13 @@ class TokenSequences:
         by_last: dict[int, list[int]] = {}
         for i, (ids, _) in enumerate(pairs):
             by_last.setdefault(ids[-1], []).append(i)
-        size = _round_up(len(pairs))
+        size = _round_up_by_4(len(pairs))
         before = np.zeros((size, _round_up(max(len(ids) for ids, _ in pairs) - 1)), np.int32)
         lengths = np.full(size, -1, np.int32)
         for i, (ids, _) in enumerate(pairs):
             before[i, : len(ids) - 1] = ids[-2::-1]
             lengths[i] = len(ids) - 1
-        last = np.full(_round_up(len(by_last)), -1, np.int32)
+        last = np.full(_round_up_by_4(len(by_last)), -1, np.int32)
         members = np.full((len(last), _round_up(max(map(len, by_last.values())))), size, np.int32)
         for row, (token, indices) in enumerate(by_last.items()):
             last[row], members[row, : len(indices)] = token, indices
@@ -65,7 +65,13 @@ class TokenSequences:
 
 
 def _round_up(size: int) -> int:
+    """To a power of two."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def _round_up_by_4(size: int) -> int:
+    """To 16, 64, 256 …"""
+    return 4 ** max(2, -(-(size - 1).bit_length() // 2))
 
 
 def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
