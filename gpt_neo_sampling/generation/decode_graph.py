@@ -21,7 +21,7 @@ from gpt_neo_sampling.models.utils import biasmask_attn_weights
 from gpt_neo_sampling.sample import StoppingCriteria, continue_rows, sample_autoregressive
 from gpt_neo_sampling.sampling.controls import INT32_MAX, NUMBERS, History, SamplingOptions, check_int
 from gpt_neo_sampling.sampling.next_token import chain_distributions
-from gpt_neo_sampling.sampling.prefix_function import PrefixFunction
+from gpt_neo_sampling.sampling.prefix_function import PrefixFunctions
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 DEMO_FOLDER = pathlib.Path(__file__).parents[1] / "demo"
@@ -112,7 +112,7 @@ class ProgramKey:
     n_stop_tokens: int = 1
     no_repeat_ngram_size: int | None = None
     logits_processors: tuple[LogitsProcessor, ...] = ()  # see `sample_autoregressive`
-    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None
+    has_prefix_function: bool = False
     return_logprobs: bool = False
     top_logprobs: int = 0
 
@@ -140,7 +140,7 @@ class ProgramInputs:
     temperature: tf.Tensor  # float32; unused in a greedy graph
     options: dict[str, tf.Tensor]  # of the key's steps, name -> tensor [rows, …]; of its arrays, float32 [vocab]
     sequences: dict[str, TokenSequences] = dataclasses.field(default_factory=dict)
-    prefix_function: PrefixFunction | None = None
+    prefix_functions: PrefixFunctions | None = None
 
     def row_options(self) -> dict[str, Any]:
         """The controls as `sample_autoregressive` and SamplingOptions take them, but for the key's own."""
@@ -149,7 +149,7 @@ class ProgramInputs:
             **self.options,
             **{name: (tf.cast(start, tf.int32), factor) for name, (start, factor) in pairs.items()},
             **self.sequences,
-            "prefix_allowed_tokens_fn": self.prefix_function,
+            "prefix_allowed_tokens_fn": self.prefix_functions,
         }
 
 

@@ -45,8 +45,7 @@ class GenerationOptions(Controls[PerPrompt]):
     The controls of `sampling.controls.Controls` and the fields below. A number may also be a list, with one for each
     prompt. None is the model's own, if its generation_config.json gives one (see `Checkpoint.generation_defaults`), and
     else what changes nothing. `logits_processors` are functions of (logits, ids, position) on mtf tensors, see
-    `sample_autoregressive`; a graph is built for each set of them, and for each prefix_allowed_tokens_fn, so hand over
-    the same objects again.
+    `sample_autoregressive`; a graph is built for each set of them, so hand over the same objects again.
     `return_logprobs` says whether samples have their `logprobs` and `draw_logprobs`; `top_logprobs`, an int up to
     1,024, of how many likeliest tokens they tell, and their `ranks` with them; `return_prompt_logprobs`, whether they
     have their `prompt_logprobs`. docs/sampling.md shows what each option does.

@@ -26,6 +26,7 @@ from gpt_neo_sampling.generation.options import (
     resolve,
 )
 from gpt_neo_sampling.sampling.controls import INT32_MAX, MOST_TOP_LOGPROBS, NUMBERS, TOKEN_SETS, check_bool, check_int
+from gpt_neo_sampling.sampling.prefix_function import PrefixFunction
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's own, where a request gives none
@@ -43,6 +44,7 @@ class Request:
     stop_strings: tuple[str, ...]
     arrays: dict[str, np.ndarray]  # logit_bias, and of TOKEN_SETS those that are given as flags: float32 [vocab]
     sequences: dict[str, TokenSequences]  # of SEQUENCES those that are given
+    prefix_function: PrefixFunction | None
     n_vocab: int  # the model's
     n_ctx: int
     prompt_logprobs: list[list[float | None]] | None = None  # of each prompt, once they are asked for
@@ -104,12 +106,9 @@ def checked_request(
     with of_the_model():
         check_shared(GenerationOptions(**own), n_vocab)
     options = dataclasses.replace(options, **own)
-    if not (options.prefix_allowed_tokens_fn is None or callable(options.prefix_allowed_tokens_fn)):
-        raise ValueError(f"prefix_allowed_tokens_fn={options.prefix_allowed_tokens_fn!r}; a function is needed")
-    try:
-        hash(options.prefix_allowed_tokens_fn)
-    except TypeError as e:
-        raise ValueError(f"prefix_allowed_tokens_fn: {e}; a hashable function is needed") from None
+    function = options.prefix_allowed_tokens_fn
+    if not (function is None or callable(function)):
+        raise ValueError(f"prefix_allowed_tokens_fn={function!r}; a function is needed")
     n_samples = 1 if options.num_return_sequences is None else int(options.num_return_sequences)
 
     values = resolve(options, [defaults] * len(prompts))
@@ -150,6 +149,7 @@ def checked_request(
         stop_strings=_stop_strings(options.stop_strings, checkpoint, tokenizer),
         arrays=_arrays(options, values, checkpoint, tokenizer, asks_for_breakers),
         sequences=_sequences(options, stop_tokens, tokenizer, checkpoint),
+        prefix_function=None if function is None else PrefixFunction(function),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
     )

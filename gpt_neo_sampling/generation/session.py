@@ -38,7 +38,7 @@ from gpt_neo_sampling.mesh.cluster import ClusterError
 from gpt_neo_sampling.mesh.devices import DeviceMesh, MeshError, round_up
 from gpt_neo_sampling.mesh.sharded_rows import padded_size
 from gpt_neo_sampling.models import config, gpt2
-from gpt_neo_sampling.sampling.prefix_function import NO_ROW, PrefixFunction
+from gpt_neo_sampling.sampling.prefix_function import NO_ROW, PrefixFunctions
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 
 MAX_PROGRAMS = 8  # graphs kept; before one more, all are dropped and the weights loaded again
@@ -240,10 +240,11 @@ class DecodeProgram:
         sequences = {
             name: TokenSequences(*map(tf.placeholder, TokenSequences.dtypes, shapes)) for name, shapes in key.sequences
         }
-        prefix_function = None
-        if key.prefix_allowed_tokens_fn is not None:
-            rows, run = tf.placeholder(tf.int32, [key.rows]), tf.placeholder(tf.int32, [])
-            prefix_function = PrefixFunction(key.prefix_allowed_tokens_fn, rows, run)
+        prefix_functions = None
+        if key.has_prefix_function:
+            prefix_functions = PrefixFunctions(
+                weakref.WeakValueDictionary(), tf.placeholder(tf.int32, []), tf.placeholder(tf.int32, [key.rows])
+            )
         self._n_vocab = model.n_vocab
         self._inputs = ProgramInputs(
             ids=tf.placeholder(tf.int32, [key.batch, key.length]),
@@ -255,7 +256,7 @@ class DecodeProgram:
             temperature=option("temperature"),
             options=options,
             sequences=sequences,
-            prefix_function=prefix_function,
+            prefix_functions=prefix_functions,
         )
         self.results = self._build(key, model)
 
@@ -264,8 +265,8 @@ class DecodeProgram:
 
     def cause(self, feeds: dict[tf.Tensor, Any]) -> Exception | None:
         """What a user's function raised in the run of these feeds, which TensorFlow hides in an error of its own."""
-        fn = self._inputs.prefix_function
-        return None if fn is None else fn.errors.pop(feeds[fn.run], None)
+        asked = self._inputs.prefix_functions
+        return None if asked is None else asked.functions[feeds[asked.run]].error
 
     def feeds(
         self, key: ProgramKey, request: Request, prompt_range: range, sample_range: range, limits: list[int]
@@ -310,9 +311,10 @@ class DecodeProgram:
             feeds[inputs.options[name]] = np.pad(array, (0, self._n_vocab - len(array)))
         for name, sequences in request.sequences.items():
             feeds.update(zip(inputs.sequences[name].arrays(), sequences.arrays()))
-        if inputs.prefix_function is not None:
-            feeds[inputs.prefix_function.rows] = indices
-            feeds[inputs.prefix_function.run] = next(_numbers) % 2**31
+        if inputs.prefix_functions is not None:
+            number = next(_numbers) % 2**31
+            inputs.prefix_functions.functions[number] = request.prefix_function  # which lives until the run ends
+            feeds.update({inputs.prefix_functions.run: number, inputs.prefix_functions.rows: indices})
         return feeds
 
 
@@ -437,7 +439,7 @@ def program_key(
         n_stop_tokens=round_up_power(max(1, len(request.stop_tokens))),
         no_repeat_ngram_size=request.options.no_repeat_ngram_size,
         logits_processors=tuple(request.options.logits_processors),
-        prefix_allowed_tokens_fn=request.options.prefix_allowed_tokens_fn,
+        has_prefix_function=request.prefix_function is not None,
         return_logprobs=request.options.return_logprobs,
         top_logprobs=request.options.top_logprobs or 0,
     )

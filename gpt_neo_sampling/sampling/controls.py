@@ -22,7 +22,7 @@ from gpt_neo_sampling.sampling.token_sequences import TokenSequences
 if TYPE_CHECKING:
     from gpt_neo_sampling.mesh import ops
     from gpt_neo_sampling.sampling import dry, masks, penalties, prefix_function, random
-    from gpt_neo_sampling.sampling.prefix_function import PrefixFunction
+    from gpt_neo_sampling.sampling.prefix_function import PrefixFunctions
 else:  # they define operations of mesh-tensorflow; the list can be read without
     ops = LazyModule("gpt_neo_sampling.mesh.ops")
     dry = LazyModule("gpt_neo_sampling.sampling.dry")
@@ -30,7 +30,7 @@ else:  # they define operations of mesh-tensorflow; the list can be read without
     masks = LazyModule("gpt_neo_sampling.sampling.masks")
     penalties = LazyModule("gpt_neo_sampling.sampling.penalties")
     prefix_function = LazyModule("gpt_neo_sampling.sampling.prefix_function")
-    PrefixFunction = Any
+    PrefixFunctions = Any
 
 Class = TypeVar("Class")
 KEEP_SOME = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # the masks that min_tokens_to_keep is of
@@ -519,7 +519,7 @@ class ControlKeywords(TypedDict, total=False):
     bad_words_ids: Sequence[Sequence[int]] | TokenSequences | None
     min_length: RowValue | None
     min_new_tokens: RowValue | None
-    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | PrefixFunction | None
+    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | PrefixFunctions | None
     allowed_token_ids: TokenSet | None
     forced_eos_token_id: TokenSet | None
     exponential_decay_length_penalty: tuple[RowValue, RowValue] | None

@@ -1,7 +1,7 @@
 """A Python function that is asked, at each step, which tokens may come next."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,38 @@ from gpt_neo_sampling.sampling.penalties import mask_where
 NO_ROW = -1  # the number of one that only fills a batch
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class PrefixFunction:
-    """A prefix_allowed_tokens_fn and what it calls its rows.
+    """A prefix_allowed_tokens_fn.
 
     Attributes:
       fn: a function of a row's number, an int, and its ids so far, an int32 ndarray [length], to a list of ids.
-      rows: int32 tensor [rows], the numbers, NO_ROW for rows that it is not asked about; None for 0, 1, 2, …
-      run: int32 tensor, scalar, which run of the graph it is; None for 0.
-      errors: run -> what the function raised in it. TensorFlow turns it into an error of its own.
+      error: what it raised, or None. TensorFlow turns it into an error of its own.
     """
 
     fn: Callable[[int, np.ndarray], Sequence[int]]
-    rows: Any = None
+    error: Exception | None = None
+
+
+@dataclasses.dataclass
+class PrefixFunctions:
+    """What a graph asks: a function for each run of it.
+
+    Attributes:
+      functions: run -> its PrefixFunction.
+      run: int32 tensor, scalar, which run it is; None for 0.
+      rows: int32 tensor [rows], what a function calls its rows, NO_ROW for rows that it is not asked about; None for
+        0, 1, 2, …
+    """
+
+    functions: MutableMapping[int, PrefixFunction]
     run: Any = None
-    errors: dict[int, Exception] = dataclasses.field(default_factory=dict)
+    rows: Any = None
 
 
 def prefix_mask(
     logits: mtf.Tensor,
-    fn: PrefixFunction | Callable[[int, np.ndarray], Sequence[int]],
+    fn: PrefixFunctions | Callable[[int, np.ndarray], Sequence[int]],
     ids: mtf.Tensor,
     position: RowValue,
     done: mtf.Tensor | None = None,
@@ -44,7 +56,7 @@ def prefix_mask(
 
     Args:
       logits: mtf.Tensor, on a mesh of this process's CPUs and GPUs.
-      fn: a PrefixFunction, or the function of one.
+      fn: a function, see PrefixFunction, or PrefixFunctions.
       ids: int32 mtf.Tensor [logits.shape − dim, length].
       position: an int, or an int32 tensor, scalar or [logits.shape − dim]: how many of the ids the row has.
       done: bool mtf.Tensor [logits.shape − dim], rows that it is not asked about; None for none.
@@ -58,7 +70,7 @@ def prefix_mask(
       ValueError: when it is lowered, on another mesh.
     """
     dim, mesh = dim_of(logits, dim), logits.mesh
-    asked = fn if isinstance(fn, PrefixFunction) else PrefixFunction(fn)
+    asked = fn if isinstance(fn, PrefixFunctions) else PrefixFunctions({0: PrefixFunction(fn)})
     rows = mtf.Shape(ids.shape.dims[:-1])
     numbers = row_index(mesh, rows) if asked.rows is None else import_rows(mesh, asked.rows, tf.int32, rows, "rows")
     position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
@@ -69,15 +81,16 @@ def prefix_mask(
     def ask(
         ids: np.ndarray, position: np.ndarray, numbers: np.ndarray, run: np.ndarray, *done: np.ndarray
     ) -> np.ndarray:
+        function = asked.functions[int(run)]
         allowed = np.ones((numbers.size, dim.size), np.float32)
         skipped = done[0].ravel() if done else np.zeros(numbers.size, bool)
         all_ids = ids.reshape(numbers.size, -1)
         for row, (number, end) in enumerate(zip(numbers.ravel().tolist(), position.ravel().tolist())):
             if number != NO_ROW and not skipped[row]:
                 try:
-                    found = _checked(asked.fn(number, all_ids[row, :end].copy()), number, size)
+                    found = _checked(function.fn(number, all_ids[row, :end].copy()), number, size)
                 except Exception as e:
-                    asked.errors[int(run)] = e
+                    function.error = e
                     raise
                 allowed[row] = 0
                 allowed[row, found] = 1

@@ -576,6 +576,15 @@ def test_a_prefix_function_holds_for_greedy_decoding_and_inspect(tiny):
     assert np.flatnonzero(steps[1].probabilities).tolist() == allowed
 
 
+def test_another_prefix_function_takes_the_same_graph(tiny):
+    graphs = set()
+    for allowed in ([3], [50], {51}):
+        sample = tiny.generate([[5, 6]], prefix_allowed_tokens_fn=lambda *_: allowed, max_new_tokens=3)[0]  # noqa: B023
+        assert set(sample.tokens) == set(allowed)
+        graphs.add(tuple(map(id, tiny._graphs._loaded.programs.values())))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     "found, message",
     [([], "gave \\[\\] for row 0; a list of at least one id"), ([127], "gave 127 for row 0; token ids from 0 to 126"),

@@ -19,7 +19,7 @@ from gpt_neo_sampling.sampling.penalties import (
     token_set_mask,
     tokens_mask,
 )
-from gpt_neo_sampling.sampling.prefix_function import NO_ROW, PrefixFunction, prefix_mask
+from gpt_neo_sampling.sampling.prefix_function import NO_ROW, PrefixFunction, PrefixFunctions, prefix_mask
 from gpt_neo_sampling.sampling.token_sequences import TokenSequences, banned, biased
 
 ROWS, VOCAB, LENGTH = 1000, 16, 20
@@ -395,7 +395,7 @@ def test_a_function_of_the_prefix(runner):
         return {(number + len(prefix)) % VOCAB, 5}
 
     def build(mesh, x, ids, position, done, numbers):
-        fn = PrefixFunction(allowed, imp(mesh, numbers, B))
+        fn = PrefixFunctions({0: PrefixFunction(allowed)}, rows=imp(mesh, numbers, B))
         return prefix_mask(imp(mesh, x, B, V), fn, imp(mesh, ids, B, L), imp(mesh, position, B), imp(mesh, done, B))
 
     got = runner(build, x, ids, position, done, numbers.astype(np.int32))
