@@ -27,7 +27,7 @@ from gpt_neo_sampling.sampling.controls import (
 )
 from gpt_neo_sampling.sampling.defaults import ENTMAX_TEMPERATURE, SOFTMAX_TEMPERATURE
 from gpt_neo_sampling.sampling.other_names import check_names
-from gpt_neo_sampling.sampling.token_sequences import TokenSequences, banned, biased
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences, banned, biased, listed
 
 DEFAULT_NEW_TOKENS = 64
 DTYPES = ("float32", "bfloat16")  # of weights and activations
@@ -158,6 +158,7 @@ def check_token_set(name: str, value: Any, n_vocab: int) -> list[Any]:
 
 def check_sequences(name: str, value: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
     """The sequences of a control of SEQUENCES with their biases. Raises ValueError as `biased` and `banned`."""
+    value = listed(value)
     if value is None or (isinstance(value, (list, tuple, dict)) and not value):
         return []
     if isinstance(value, TokenSequences):

@@ -27,7 +27,7 @@ from gpt_neo_sampling.generation.options import (
 )
 from gpt_neo_sampling.sampling.controls import INT32_MAX, MOST_TOP_LOGPROBS, NUMBERS, TOKEN_SETS, check_bool, check_int
 from gpt_neo_sampling.sampling.prefix_function import PrefixFunction
-from gpt_neo_sampling.sampling.token_sequences import TokenSequences
+from gpt_neo_sampling.sampling.token_sequences import TokenSequences, listed
 
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's own, where a request gives none
 
@@ -281,7 +281,7 @@ def _sequences(
 ) -> dict[str, TokenSequences]:
     """Request.sequences."""
     n_vocab = checkpoint.params["n_vocab"]
-    words = [list(word) for word in options.bad_words_ids or ()] + _bad_words(options.bad_words, tokenizer, checkpoint)
+    words = [*map(list, listed(options.bad_words_ids) or ())] + _bad_words(options.bad_words, tokenizer, checkpoint)
     # as in transformers: a row could not end
     words = [word for word in words if not (len(word) == 1 and word[0] in stop_tokens)]
     given = {"sequence_bias": options.sequence_bias, "bad_words_ids": words}

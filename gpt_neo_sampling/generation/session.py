@@ -312,6 +312,7 @@ class DecodeProgram:
         for name, sequences in request.sequences.items():
             feeds.update(zip(inputs.sequences[name].arrays(), sequences.arrays()))
         if inputs.prefix_functions is not None:
+            assert request.prefix_function is not None
             number = next(_numbers) % 2**31
             inputs.prefix_functions.functions[number] = request.prefix_function  # which lives until the run ends
             feeds.update({inputs.prefix_functions.run: number, inputs.prefix_functions.rows: indices})

@@ -74,6 +74,13 @@ def _round_up_by_4(size: int) -> int:
     return 4 ** max(2, -(-(size - 1).bit_length() // 2))
 
 
+def listed(given: Any) -> Any:
+    """The same with lists for the NumPy arrays in it."""
+    if isinstance(given, np.ndarray):
+        return given.tolist()
+    return type(given)(map(listed, given)) if type(given) in (list, tuple) else given
+
+
 def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
     """Pairs of a sequence and its bias, checked, of what transformers takes as `sequence_bias`.
 
@@ -87,7 +94,7 @@ def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
     wanted = "a dict {(1, 2): -3.0}, or a list [[[1, 2], -3.0]], of sequences of token ids and numbers"
     if not isinstance(given, (Mapping, list, tuple)) or not given:
         raise ValueError(f"sequence_bias={given!r}; {wanted} is needed")
-    pairs = list(given.items()) if isinstance(given, Mapping) else list(given)
+    pairs = list(given.items()) if isinstance(given, Mapping) else list(listed(given))
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"sequence_bias: {pair!r}; {wanted} is needed")
@@ -100,6 +107,7 @@ def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
 
 def banned(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
     """The same of what transformers takes as `bad_words_ids`, a list of lists of ids; n_vocab as for `biased`."""
+    given = listed(given)
     if not isinstance(given, (list, tuple)) or not given:
         raise ValueError(f"bad_words_ids={given!r}; a list of lists of token ids is needed, as in [[50256], [3, 1]]")
     for ids in given:

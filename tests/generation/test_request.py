@@ -22,4 +22,5 @@ def test_a_stop_token_among_bad_words_is_not_banned(tiny):
     assert banned(bad_words_ids=[[1], [7]]) == [7]
     assert banned(bad_words_ids=[[1], [7], [7, 1]], eos_token_id=[7, 9]) == [1]  # whose second word ends with 1
     assert banned(bad_words_ids=[[1]], eos_token_id=-1) == [1]
+    assert banned(bad_words_ids=np.array([[7, 9]])) == banned(bad_words_ids=[np.array([7, 9])]) == [9]
     assert np.isneginf(tiny.check([[5]], logit_bias={1: -np.inf}).arrays["logit_bias"][1])  # by name it is

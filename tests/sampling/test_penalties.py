@@ -300,6 +300,7 @@ def test_sequence_bias(runner):
     np.testing.assert_array_equal(masked, after(rows, {tuple(word): -np.inf for word in BANNED}))
     n_changed = [(after(rows, {sequence: bias}) != x).any(1).sum() for sequence, bias in BIASES.items()]
     assert min(n_changed) >= 3, n_changed
+    assert biased([[np.array([3, 4]), np.float32(0.5)]], VOCAB) == [[[3, 4], 0.5]]
 
 
 def test_biases_of_one_token_are_added_in_one_order():
