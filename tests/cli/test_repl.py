@@ -301,7 +301,8 @@ def test_on_a_terminal(demo, tmp_path, with_editor):
         if with_editor:  # (plain input has the rest in common)
             several = text("It was\nthe", num_return_sequences=2)
             assert ask("It was\\", "the") == "".join(f"--- sample {i} of 2 ---\n{s}" for i, s in enumerate(several, 1))
-            assert "top_p 0.5" in ask("/set top_p 0.5", "/inspect Emma")
+            assert ask("/set top_p 0.5") == ""
+            assert "top_p 0.5" in ask("/inspect Emma")
         ask("/set num_samples 999")
         terminal.type("She\r")
         terminal.expect("sample 1 of 999")
