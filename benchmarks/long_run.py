@@ -175,7 +175,8 @@ class Calls:
         self._streamed(KeyboardInterrupt())
 
     def _suppressed(self, every=False):
-        self._generate(1, suppress_tokens=list(range(2048)) if every else self._ids(9))
+        suppressed = range(1, 2048) if every else self._ids(9)  # 0 is the stop token
+        self._generate(1, suppress_tokens=list(suppressed), min_new_tokens=1)
 
     def _score(self):
         self._generator.score([ids + [0, 1] for ids in self._prompts(4)])

@@ -1245,7 +1245,7 @@ CALLS = {
     "top_p has no values": (
         options(top_p=[]),
         ValueError,
-        "top_p has 0 values for 1 prompts; one, or one each, is needed",
+        "top_p has 0 values for 1 prompt; one, or one each, is needed",
     ),
     "temperature of 10^400": (options(temperature=10**400), ValueError, "; a finite number of at least 0 is needed"),
     "seed is bytes": (options(seed=b"1"), ValueError, "seed=b'1'; a number is needed"),

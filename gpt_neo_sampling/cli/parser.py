@@ -47,6 +47,7 @@ _ALIASES = {"entmax_alpha": ["--entmax"], "num_return_sequences": ["--num-sample
 _ESCAPES = "\\n is a newline, \\t a tab, \\r a carriage return, \\\\ a backslash; other backslashes stay"
 # what the command adds to a sentence
 _NOTES = {name: f". {_ESCAPES}" for name in ("stop_strings", "bad_words", "dry_sequence_breakers")}
+_NOTES["dry_sequence_breakers"] = ". Here they are texts" + _NOTES["dry_sequence_breakers"]
 _ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are more than a number
     "no_repeat_ngram_size": {"type": int, "metavar": "N"},
     "logit_bias": {"nargs": "+", "action": "extend", "metavar": "ID=X"},
@@ -83,7 +84,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     greedy = group.add_mutually_exclusive_group()
     greedy.add_argument("--greedy", dest="do_sample", action="store_const", const="false",
-        help="the likeliest token each time, as with --temperature 0")  # fmt: skip
+        help="the likeliest token each time; what only sampling has is an error beside it, and unused with "
+        "--temperature 0")  # fmt: skip
     greedy.add_argument("--do-sample", choices=("true", "false"), help="false is --greedy; true draws tokens also "
         "where the model says otherwise")  # fmt: skip
     for name in ("eos_token_id", "bad_words", *CONTROLS):

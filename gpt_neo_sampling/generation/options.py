@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_neo_sampling._types import is_int, is_real
+from gpt_neo_sampling._types import is_int
 from gpt_neo_sampling.sampling.controls import (
     CONTROLS,
     INT32_MAX,
@@ -151,7 +151,10 @@ def check_token_set(name: str, value: Any, n_vocab: int) -> list[Any]:
     if not isinstance(ids, (list, tuple)) or (name == "allowed_token_ids" and not ids):
         raise ValueError(f"{name}={value!r}; a list of token ids is needed, as in [50256]")
     for token in ids:
-        if not (isinstance(token, str) and token and name in TEXTS_TOO):
+        if isinstance(token, str) and name in TEXTS_TOO:
+            if not token:
+                raise ValueError(f"{name}={value!r}; texts or token ids, and no text that is empty, are needed")
+        else:
             check_int(f"{name}: token id", token, 0, n_vocab - 1)
     return list(ids)
 
@@ -174,9 +177,13 @@ def per_prompt(name: str, value: Any, n_prompts: int) -> list[Any]:
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if isinstance(value, (list, tuple)) and not (PER_PROMPT[name].shape and value and all(map(is_real, value))):
+    is_list = isinstance(value, (list, tuple))
+    if is_list and PER_PROMPT[name].shape:  # rather than one value, which is a list itself
+        is_list = all(v is None or isinstance(v, (list, tuple)) for v in value)
+    if is_list:
         if len(value) != n_prompts:
-            raise ValueError(f"{name} has {len(value)} values for {n_prompts} prompts; one, or one each, is needed")
+            prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts} prompts"
+            raise ValueError(f"{name} has {len(value)} values for {prompts}; one, or one each, is needed")
         values = list(value)
     else:
         values = [value] * n_prompts
@@ -265,7 +272,9 @@ def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[s
     elif given["min_new_tokens"] is not None or "min_new_tokens" in defaults:  # as in transformers
         given = {**given, "min_length": 0}
     row = {name: default(name) if value is None else value for name, value in given.items()}
-    check_together(row)
+    check_together({**dict.fromkeys(NUMBERS), **{n: v for n, v in given.items() if v is not None}})
+    with of_the_model():
+        check_together(row)
     for name, value in given.items():
         of = NUMBERS[name].of
         is_used = do_sample or not NUMBERS[name].argmax_invariant

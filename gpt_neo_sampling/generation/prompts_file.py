@@ -201,7 +201,8 @@ def _records(generator: TextGenerator, data: bytes, source: StrPath, options: di
     for index, line in lines:
         try:
             given, own = _parse(line)
-            own = {name: value for name, value in {**options, **own}.items() if value is not None}
+            own = {**options, **{name: value for name, value in own.items() if value is not None}}
+            own = {name: value for name, value in own.items() if value is not None}
             prompt = generator.encode(given["prompt"] if "prompt" in given else given["prompt_ids"])
             request = generator.check([prompt], **_columns([own]))
             values = request.values
@@ -286,7 +287,8 @@ def _float(text: str) -> float:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise ValueError(f"an object has a key twice: {', '.join(key for key, _ in pairs)}")
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object has the key {max(keys, key=keys.count)!r} twice")
     return record
 
 

@@ -136,6 +136,9 @@ def checked_request(
     if options.pad_token_id is not None:
         check_int("pad_token_id", options.pad_token_id, 0)
     stop_tokens = stop_tokens_of(checkpoint, options.eos_token_id)
+    arrays = _arrays(options, values, checkpoint, tokenizer, asks_for_breakers)
+    words = _words(options, stop_tokens, tokenizer, checkpoint)
+    _check_some_are_left(arrays, words, n_vocab)
     return Request(
         prompts=prompts,
         options=dataclasses.replace(
@@ -147,8 +150,8 @@ def checked_request(
         num_return_sequences=n_samples,
         stop_tokens=stop_tokens,
         stop_strings=_stop_strings(options.stop_strings, checkpoint, tokenizer),
-        arrays=_arrays(options, values, checkpoint, tokenizer, asks_for_breakers),
-        sequences=_sequences(options, stop_tokens, tokenizer, checkpoint),
+        arrays=arrays,
+        sequences=_sequences(options.sequence_bias, words, n_vocab),
         prefix_function=None if function is None else PrefixFunction(function),
         n_vocab=n_vocab,
         n_ctx=n_ctx,
@@ -276,27 +279,46 @@ def default_breakers(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> lis
     return tokens_with(tokenizer, DRY_BREAKERS, checkpoint.params["n_vocab"]) if tokenizer else []
 
 
-def _sequences(
-    options: GenerationOptions, stop_tokens: list[int], tokenizer: Tokenizer | None, checkpoint: Checkpoint
-) -> dict[str, TokenSequences]:
+def _sequences(sequence_bias: Any, words: list[list[int]], n_vocab: int) -> dict[str, TokenSequences]:
     """Request.sequences."""
-    n_vocab = checkpoint.params["n_vocab"]
-    words = [*map(list, listed(options.bad_words_ids) or ())] + _bad_words(options.bad_words, tokenizer, checkpoint)
-    # as in transformers: a row could not end
-    words = [word for word in words if not (len(word) == 1 and word[0] in stop_tokens)]
-    given = {"sequence_bias": options.sequence_bias, "bad_words_ids": words}
+    given = {"sequence_bias": sequence_bias, "bad_words_ids": words}
     pairs = {name: check_sequences(name, value, n_vocab) for name, value in given.items()}
     return {name: TokenSequences.of(biases) for name, biases in pairs.items() if biases}
 
 
+def _words(
+    options: GenerationOptions, stop_tokens: list[int], tokenizer: Tokenizer | None, checkpoint: Checkpoint
+) -> list[list[int]]:
+    """The sequences that never come up whole."""
+    words = [*map(list, listed(options.bad_words_ids) or ())] + _bad_words(options.bad_words, tokenizer, checkpoint)
+    # as in transformers: a row could not end
+    return [word for word in words if not (len(word) == 1 and word[0] in stop_tokens)]
+
+
+def _check_some_are_left(arrays: dict[str, np.ndarray], words: list[list[int]], n_vocab: int) -> None:
+    """Raises ValueError where no token is left whatever the row."""
+    masked = {
+        "logit_bias": np.isneginf(arrays.get("logit_bias", np.zeros(n_vocab))),
+        "bad_words_ids": np.isin(np.arange(n_vocab), [word[0] for word in words if len(word) == 1]),
+        "allowed_token_ids": arrays.get("allowed_token_ids", np.ones(n_vocab)) == 0,
+        "suppress_tokens": arrays.get("suppress_tokens", np.zeros(n_vocab)) > 0,
+    }
+    if np.all(np.any(list(masked.values()), 0)):
+        names = [name for name, tokens in masked.items() if tokens.any()]
+        raise ValueError(f"all {n_vocab} tokens are masked by {' and '.join(names)}; some have to be left")
+    forced = arrays.get("forced_eos_token_id", np.zeros(n_vocab)) > 0
+    if forced.any() and masked["suppress_tokens"][forced].all():
+        raise ValueError("suppress_tokens has all of forced_eos_token_id, so no row could end; leave one out")
+
+
 def _bad_words(words: Any, tokenizer: Tokenizer | None, checkpoint: Checkpoint) -> list[list[int]]:
-    """The tokens of texts, each as a text's beginning and behind a space."""
+    """The tokens of texts, each as it is and, unless it begins with white space, behind a space too."""
     if words is None:
         return []
     given, words = words, [words] if isinstance(words, str) else words
-    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"bad_words={given!r}; a text or a list of texts, none of them blank, is needed")
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and word for word in words):
+        raise ValueError(f"bad_words={given!r}; a text or a list of texts, none of them empty, is needed")
     if words and tokenizer is None:
         raise ValueError(f"bad_words need a tokenizer: {why_no_tokenizer(checkpoint)}; give bad_words_ids")
-    texts = [space + word.strip() for word in words for space in ("", " ")]
+    texts = [space + word for word in words for space in ("", " ") if not (space and word[0].isspace())]
     return [encoded(cast("Tokenizer", tokenizer), text, is_begin=False) for text in dict.fromkeys(texts)]

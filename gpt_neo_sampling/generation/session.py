@@ -263,7 +263,7 @@ class DecodeProgram:
     def _build(self, key: ProgramKey, model: Model) -> Any:
         return build(key, self._inputs, model)
 
-    def cause(self, feeds: dict[tf.Tensor, Any]) -> Exception | None:
+    def cause(self, feeds: dict[tf.Tensor, Any]) -> BaseException | None:
         """What a user's function raised in the run of these feeds, which TensorFlow hides in an error of its own."""
         asked = self._inputs.prefix_functions
         return None if asked is None else asked.functions[feeds[asked.run]].error

@@ -181,7 +181,7 @@ class Decay(Number):
     shape: ClassVar[tuple[int, ...]] = (2,)
 
     def check(self, name: str, value: object) -> None:
-        wanted = "a pair (start, factor), a whole number from 0 on and a finite number above 0,"
+        wanted = "a pair (start, factor), a whole number below 2**24 and a finite number of at least 2**-126,"
         if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(is_real, value)):
             raise ValueError(f"{name}={value!r}; {wanted} is needed")
         start, factor = value
@@ -395,7 +395,7 @@ class Controls(Generic[Value]):
         Sequences("sequences of token ids that never come up whole, but for a stop token by itself",
                   _ban_words))  # fmt: skip
     min_length: Value | None = control(
-        Number("the same as min_new_tokens, but the prompt counts too", _mask_early_stop,
+        Number("no stop token before the row has this many tokens, its prompt included", _mask_early_stop,
                least=0, most=INT32_MAX, neutral=0, whole=True))  # fmt: skip
     min_new_tokens: Value | None = control(
         Number("no stop token before there are this many new tokens; a stop string may end the text earlier",
@@ -431,7 +431,7 @@ class Controls(Generic[Value]):
         "top_n_sigma_mask", "keeps logits within this many standard deviations of the largest",
         neutral=0, most=INF)  # fmt: skip
     top_h: Value | None = _mask(
-        "top_h_mask", "keeps the likeliest of 100 tokens that together have this part of their entropy",
+        "top_h_mask", "of the 100 likeliest tokens keeps the fewest that together have this part of their entropy",
         neutral=0)  # fmt: skip
     top_k: Value | None = control(  # `next_token` applies it: it needs max_top_k too, and may draw from the k alone
         Number("keeps this many of the likeliest tokens",
@@ -451,8 +451,8 @@ class Controls(Generic[Value]):
         "eta_mask", "the same, with a lower bar where the distribution is flat",
         neutral=0, below_most=True)  # fmt: skip
     xtc_probability: Value | None = control(
-        Number("with this chance, all tokens of at least xtc_threshold's probability but the least likely of them are "
-               "cut", mask_step=_exclude_top, argmax_invariant=True, least=0, most=1, neutral=0))  # fmt: skip
+        Number("with this chance cuts all tokens whose probability is at least xtc_threshold, but for the least likely "
+               "of them", mask_step=_exclude_top, argmax_invariant=True, least=0, most=1, neutral=0))  # fmt: skip
     xtc_threshold: Value | None = control(
         Number("of xtc_probability; above 0.5 it cuts nothing", argmax_invariant=True, least=0, most=1,
                of=("xtc_probability",), default=0.1))  # fmt: skip

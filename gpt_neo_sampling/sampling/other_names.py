@@ -191,11 +191,26 @@ _OPENAI_NAMES = {
     "bad_words_token_ids": "{bad_words_ids} takes them",
 }
 
+# llama.cpp's.
+_LLAMA_CPP_NAMES = {
+    "n_predict": "{max_new_tokens} bounds the new tokens",
+    "repeat_penalty": "{repetition_penalty} is that",
+    "repeat_last_n": "penalties count the whole row; leave it out",
+    "penalty_last_n": "penalties count the whole row; leave it out",
+    "dry_penalty_last_n": "DRY looks at the whole row; leave it out",
+    "mirostat_mode": "{mirostat} is 2, or 0 for none",
+    "mirostat_ent": "{mirostat_tau} is the surprise to aim at",
+    "mirostat_lr": "{mirostat_eta} says how fast the bar follows",
+    "samplers": "controls are applied in one order",
+    "grammar": "prefix_allowed_tokens_fn, a function in Python, says what may come next",
+}
+
 # The command's own, where Python and prompts files have others.
 _COMMANDS_NAMES = {
     "num_samples": "{num_return_sequences} draws several samples of each prompt",
     "entmax": "{entmax_alpha} draws by entmax in place of softmax",
     "greedy": "{greedy} takes the likeliest token each time",
+    "stream": "generate takes {stream}; in a prompts file it follows from a line's place",
 }
 
 
@@ -222,7 +237,7 @@ def advice(
 
 
 def _sentence(name: str) -> str | None:
-    return collections.ChainMap(HUGGING_FACE_NAMES, _OPENAI_NAMES, _COMMANDS_NAMES).get(name)
+    return collections.ChainMap(HUGGING_FACE_NAMES, _OPENAI_NAMES, _LLAMA_CPP_NAMES, _COMMANDS_NAMES).get(name)
 
 
 def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] = in_python) -> str:
@@ -240,7 +255,8 @@ def explained(name: str, allowed: Iterable[str], spelled: Callable[[str], str] =
         others = {option for option in options if spelled(option).partition("=")[0] not in allowed}
         function = "from_pretrained" if others <= _FROM_PRETRAINED else "generate"
         return f"{known} (with TextGenerator.{function})" if others else known
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.8)
+    longer = [other for other in allowed if len(name) > 2 and other.startswith(name)]
+    close = longer if len(longer) == 1 else difflib.get_close_matches(name, allowed, n=1, cutoff=0.8)
     return f"did you mean {close[0]}?" if close else f"allowed: {', '.join(allowed)}"
 
 

@@ -24,7 +24,7 @@ class PrefixFunction:
     """
 
     fn: Callable[[int, np.ndarray], Sequence[int]]
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclasses.dataclass
@@ -89,7 +89,7 @@ def prefix_mask(
             if number != NO_ROW and not skipped[row]:
                 try:
                     found = _checked(function.fn(number, all_ids[row, :end].copy()), number, size)
-                except Exception as e:
+                except BaseException as e:
                     function.error = e
                     raise
                 allowed[row] = 0

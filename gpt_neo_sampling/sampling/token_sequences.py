@@ -92,6 +92,7 @@ def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
       ValueError: for anything else, none at all, an id outside the vocabulary, or NaN or +inf.
     """
     wanted = "a dict {(1, 2): -3.0}, or a list [[[1, 2], -3.0]], of sequences of token ids and numbers"
+    seen = set()
     if not isinstance(given, (Mapping, list, tuple)) or not given:
         raise ValueError(f"sequence_bias={given!r}; {wanted} is needed")
     pairs = list(given.items()) if isinstance(given, Mapping) else list(listed(given))
@@ -99,7 +100,12 @@ def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"sequence_bias: {pair!r}; {wanted} is needed")
         ids, bias = pair
-        _check("sequence_bias", ids, n_vocab)
+        _check(
+            "sequence_bias", ids, "sequences of at least one token id, as in [[[50256], -1.0], [[3, 1], 2.5]],", n_vocab
+        )
+        if (sequence := tuple(map(int, ids))) in seen:
+            raise ValueError(f"sequence_bias has {[*sequence]} twice")
+        seen.add(sequence)
         if not is_real(bias) or not (abs(bias) <= FLOAT32_MAX or bias == -np.inf):
             raise ValueError(f"sequence_bias: {bias!r} for {list(ids)}; a finite number of 32 bits, or -inf, is needed")
     return pairs
@@ -111,14 +117,14 @@ def banned(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
     if not isinstance(given, (list, tuple)) or not given:
         raise ValueError(f"bad_words_ids={given!r}; a list of lists of token ids is needed, as in [[50256], [3, 1]]")
     for ids in given:
-        _check("bad_words_ids", ids, n_vocab)
+        _check("bad_words_ids", ids, "lists of at least one token id, as in [[50256], [3, 1]],", n_vocab)
     return [(ids, -np.inf) for ids in given]
 
 
-def _check(name: str, ids: Any, n_vocab: int) -> None:
-    """Raises ValueError unless `ids` are a list of at least one token id below n_vocab."""
+def _check(name: str, ids: Any, wanted: str, n_vocab: int) -> None:
+    """Raises ValueError, which says what is wanted, unless `ids` are a list of at least one token id below n_vocab."""
     if not isinstance(ids, (list, tuple)) or not ids:
-        raise ValueError(f"{name}: {ids!r}; lists of at least one token id are needed, as in [[50256], [3, 1]]")
+        raise ValueError(f"{name}: {ids!r}; {wanted} are needed")
     for token in ids:
         if not is_int(token) or not 0 <= token < n_vocab:
             raise ValueError(f"{name}: token id={token!r}; a whole number from 0 to {n_vocab - 1} is needed")

@@ -298,6 +298,9 @@ def test_mirostat_and_dry_of_a_model(asking):
     model = asking(do_sample=True, mirostat=2)
     assert {"mirostat"} <= model.check([[5]]).steps and "top_k" not in model.check([[5]]).steps
     assert model.check([[5]], top_k=9).steps == {"top_k"}
+    for own in (dict(mirostat=1), dict(mirostat=2, top_k=5), dict(mirostat=2, entmax_alpha=1.3)):
+        with pytest.raises(ValueError, match=r"^the model's generation_config\.json: mirostat="):
+            asking(do_sample=True, **own).check([[5]])
     model = asking(dry_multiplier=0.8, dry_sequence_breakers=[14])
     assert model.check([[5]]).arrays["dry_sequence_breakers"][14] == 1
     assert "dry_multiplier" not in model.check([[5]], dry_multiplier=0.0).steps

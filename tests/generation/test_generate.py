@@ -351,16 +351,33 @@ def test_resident_set_of_64_new_tokens():
         (dict(bad_words_ids=[[1], []]), "bad_words_ids: []; lists of at least one token id"),
         (dict(bad_words_ids=[[1, 127]]), "bad_words_ids: token id=127; a whole number from 0 to 126"),
         (dict(bad_words="a"), "need a tokenizer"),
-        (dict(bad_words=" "), "bad_words=' '; a text or a list of texts"),
+        (dict(bad_words=""), "bad_words=''; a text or a list of texts"),
         (dict(sequence_bias=3), "sequence_bias=3; a dict {(1, 2): -3.0}"),
         (dict(sequence_bias={(1, 2): float("nan")}), "sequence_bias: nan for [1, 2]; a finite number"),
-        (dict(sequence_bias=[[5, 1.0]]), "sequence_bias: 5; lists of at least one token id"),
+        (dict(sequence_bias=[[5, 1.0]]), "sequence_bias: 5; sequences of at least one token id"),
+        (dict(sequence_bias=[[[5, 6], 1.0], [(5, 6), 2.0]]), "sequence_bias has [5, 6] twice"),
+        (dict(suppress_tokens=list(range(127))), "all 127 tokens are masked by suppress_tokens; some"),
+        (
+            dict(
+                logit_bias={5: float("-inf")},
+                bad_words_ids=[[6], [7, 8]],
+                allowed_token_ids=[5, 6, 9],
+                suppress_tokens=9,
+            ),
+            "all 127 tokens are masked by logit_bias and bad_words_ids and allowed_token_ids and suppress_tokens",
+        ),
+        (dict(forced_eos_token_id=[3, 4], suppress_tokens=[4, 3, 5]), "suppress_tokens has all of forced_eos_token_id"),
         (dict(suppress_tokens="x"), "suppress_tokens='x'; a list of token ids"),
         (dict(begin_suppress_tokens=[127]), "begin_suppress_tokens: token id=127; a whole number from 0 to 126"),
         (dict(allowed_token_ids=[]), "allowed_token_ids=[]; a list of token ids"),
         (dict(forced_eos_token_id=-1), "forced_eos_token_id: token id=-1; a whole number"),
         (dict(exponential_decay_length_penalty=1.5), "exponential_decay_length_penalty=1.5; a pair (start, factor)"),
         (dict(exponential_decay_length_penalty=(1, 0)), "exponential_decay_length_penalty=(1, 0); a pair"),
+        (dict(exponential_decay_length_penalty=(True, 1.2)), "exponential_decay_length_penalty=(True, 1.2); a pair"),
+        (
+            dict(exponential_decay_length_penalty=(2**24, 2)),
+            "=(16777216, 2); a pair (start, factor), a whole number below",
+        ),
         (dict(exponential_decay_length_penalty=(float("inf"), 2)), "exponential_decay_length_penalty=(inf, 2); a pair"),
         (dict(exponential_decay_length_penalty=(float("nan"), 2)), "exponential_decay_length_penalty=(nan, 2); a pair"),
         (dict(do_sample=False, dry_base=2), "dry_base=2 without dry_multiplier, which it belongs to"),
@@ -372,6 +389,7 @@ def test_resident_set_of_64_new_tokens():
         (dict(dry_base=2), "dry_base=2 without dry_multiplier, which it belongs to"),
         (dict(dry_sequence_breakers=[5]), "dry_sequence_breakers=[5] without dry_multiplier"),
         (dict(dry_multiplier=1, dry_sequence_breakers=["x"]), "dry_sequence_breakers need a tokenizer"),
+        (dict(dry_multiplier=1, dry_sequence_breakers=""), "dry_sequence_breakers=''; texts or token ids, and no text"),
         (dict(xtc_threshold=0.2), "xtc_threshold=0.2 without xtc_probability"),
         (dict(min_tokens_to_keep=2), "min_tokens_to_keep=2 without top_p or min_p or typical_p or"),
         (dict(min_tokens_to_keep=101, top_p=0.5), "min_tokens_to_keep=101; a whole number from 1 to 100"),
@@ -382,7 +400,7 @@ def test_resident_set_of_64_new_tokens():
         (dict(dynatemp_range=-1), "dynatemp_range=-1; a finite number of at least 0"),
         (dict(stop_strings=["a", ""]), "stop_strings=['a', '']"),
         (dict(stop_strings="a"), "need a tokenizer"),
-        (dict(temperature=[1, 1]), "temperature has 2 values for 1 prompts"),
+        (dict(temperature=[1, 1]), "temperature has 2 values for 1 prompt;"),
         (dict(top_p=["high"]), "top_p='high'"),
         (dict(stream=[None]), "stream"),
         (dict(do_sample=False, top_p=0.5), "top_p=0.5 with do_sample=False"),
@@ -601,6 +619,8 @@ def test_an_error_of_a_prefix_function_is_raised(tiny):
 
     with pytest.raises(KeyError, match="my own"):
         tiny.generate([[5, 6]], prefix_allowed_tokens_fn=fails, max_new_tokens=2, streamer=print)
+    with pytest.raises(SystemExit, match="enough"):
+        tiny.generate([[5, 6]], prefix_allowed_tokens_fn=lambda *_: sys.exit("enough"), max_new_tokens=2)
     with pytest.raises(ValueError, match="generate_each has no prefix_allowed_tokens_fn"):
         list(tiny.generate_each([[5, 6]], [0], prefix_allowed_tokens_fn=fails))
     compiled = TextGenerator(tiny.checkpoint, jit_compile=True)

@@ -311,7 +311,7 @@ BAD_LINES = [
     (b'{"prompt": "a", "temprature": 1}', "unknown key 'temprature'; did you mean temperature?"),
     (b'{"prompt": "a", "warmth": 1}', "unknown key 'warmth'; allowed: prompt, prompt_ids, id, "),
     (b'{"prompt": "a", "max_length": 9}', "unknown key 'max_length'; max_new_tokens counts the new tokens alone"),
-    (b'{"prompt": "a", "prompt": "b"}', "a key twice: prompt, prompt"),
+    (b'{"prompt": "a", "prompt": "b"}', "an object has the key 'prompt' twice"),
     (b'{"id": 1}', "either prompt or prompt_ids is needed"),
     (b'{"prompt": "a", "prompt_ids": [1]}', "either prompt or prompt_ids is needed"),
     (b'{"prompt": 5}', "prompt=5; a text is needed"),
@@ -380,9 +380,10 @@ def write_bytes(path, lines):
 
 
 def test_null_is_as_if_not_given(files):
-    write(files[0], {"prompt": "a"}, {"prompt": "b", "top_k": None})
+    """What the run has then holds."""
+    write(files[0], {"prompt": "a", "top_k": 7}, {"prompt": "b", "top_k": None}, {"prompt": "c"})
     generate_file(Stub(), *files, top_k=5)
-    assert [line["samples"][0]["text"] for line in read(files[1])] == ["5", "None"]
+    assert [line["samples"][0]["text"] for line in read(files[1])] == ["7", "5", "5"]
 
 
 def test_what_the_output_was_not_begun_with_is_refused(files):

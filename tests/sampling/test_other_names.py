@@ -52,6 +52,8 @@ def test_an_unknown_name_is_explained():
     assert explained("max_length", ["devices"]).endswith(" without the prompt (with TextGenerator.generate)")
     assert _FROM_PRETRAINED <= inspect.signature(TextGenerator.from_pretrained).parameters.keys()
     assert explained("temprature", ["top_k", "temperature"]) == "did you mean temperature?"
+    assert explained("xtc_prob", ["top_k", "xtc_probability", "xtc_threshold"]) == "did you mean xtc_probability?"
+    assert explained("mirostat_mode", ["mirostat", "mirostat_eta"]) == "mirostat is 2, or 0 for none"
     assert explained("warmth", ["top_k", "temperature"]) == "allowed: top_k, temperature"
 
 
