@@ -2,8 +2,8 @@
 # make test    runs the tests, some minutes of them; PYTEST_ARGS="-k masks" for a part
 # make test-slow  runs those that it leaves out: more layouts, sizes and repetitions
 # make test-all  runs all of them
-# make test-compat  runs the tests of make test, and GPT-Neo-like scripts, with Python 3.10 or 3.11, TensorFlow 2.12
-#              and mesh-tensorflow 0.1.18
+# make test-compat  runs the tests of make test, but for those marked any_version, and GPT-Neo-like scripts, with Python
+#              3.10 or 3.11, TensorFlow 2.12 and mesh-tensorflow 0.1.18
 # make test-gpt-neo GPT_NEO=path  runs the tests and main.py of a copy of GPT-Neo's repository there, with this library
 #              and without, and compares them
 # make fuzz    runs the property tests on random values; FUZZ_EXAMPLES=500 for so many of each test
@@ -56,7 +56,8 @@ notebook: $(VENV)/test.installed
 
 # A file's tests go to one process, which makes the file's fixtures once.
 PYTEST := bin/python -m pytest -q -n 2 --dist loadfile -rs
-test test-compat: MARKED = not slow
+test: MARKED = not slow
+test-compat: MARKED = not slow and not any_version
 test-slow: MARKED = slow
 test-all: MARKED =
 test test-slow test-all: $(VENV)/test.installed

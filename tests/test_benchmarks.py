@@ -1,5 +1,6 @@
 """The benchmarks' harness: its processes, checks and statistics, on rows defined here."""
 
+import multiprocessing
 import pathlib
 import sys
 
@@ -130,11 +131,16 @@ def test_rise():
     assert long_run.growth([*(500_000 + rng.integers(0, 50_000, 40))], allowed)["grows"]  # cannot tell
 
 
+def rounds():
+    generator = long_run.TextGenerator.from_pretrained()
+    return long_run.call_rounds(generator, 10, 10, [], fresh=0, lasting=3)
+
+
 @pytest.mark.slow
 def test_nothing_grows_in_100_calls():
     """A tenth of them end with errors, in a graph and before it; then a file."""
-    generator = long_run.TextGenerator.from_pretrained()
-    samples = long_run.call_rounds(generator, 10, 10, [], fresh=0, lasting=3)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # where there are no other tests' objects
+        samples = pool.apply(rounds)
     for what, allowed in long_run.ALLOWED.items():
         found = long_run.growth([s[what] for s in samples], (0.1, 0) if what == "memory" else allowed)
         assert not found["grows"], (what, found)

@@ -27,6 +27,8 @@ from test_pytorch_files import write_pytorch
 
 from gpt_neo_sampling.checkpoint import CheckpointError, hub, open_checkpoint
 
+pytestmark = pytest.mark.any_version
+
 pytest.importorskip("huggingface_hub", reason="models by name need huggingface_hub, which [test] installs")
 
 NAME = "Owner/gpt-neo_tiny.1"

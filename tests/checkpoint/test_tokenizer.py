@@ -10,6 +10,8 @@ from gpt_neo_sampling import CheckpointError, TextGenerator, open_checkpoint
 from gpt_neo_sampling.checkpoint import load_tokenizer
 from gpt_neo_sampling.generation import generator as generate
 
+pytestmark = pytest.mark.any_version
+
 TOKENIZER = generate.DEMO_FOLDER / "tokenizer.json"
 TEXT = "It is a truth universally acknowledged, that Zoë paid 3.50.\n<|endoftext|>She"
 
