@@ -32,6 +32,17 @@ SIGMAS = (2, 2, 0.3, 8)
 FULL, SMALL = (tpu_samplers.VOCAB, None), (120, 113)
 
 layouts = pytest.mark.parametrize("layout", tpu_samplers.LAYOUTS)
+samplers_on_layouts = pytest.mark.parametrize(
+    "name, layout",
+    [
+        # the compiler takes a minute for many, all controls in one program
+        pytest.param(
+            name, layout, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name == "many" and i > 0)]
+        )
+        for name in tpu_samplers.SAMPLERS
+        for i, layout in enumerate(tpu_samplers.LAYOUTS)
+    ],
+)
 samplers = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tpu_samplers.SAMPLERS]
 )
@@ -130,8 +141,7 @@ def test_tokens_are_those_of_one_device(name, layout):
     assert_same_tokens(name, layout, FULL)
 
 
-@samplers
-@layouts
+@samplers_on_layouts
 def test_tokens_of_a_small_padded_vocabulary(name, layout):
     assert_same_tokens(name, layout, SMALL)
 
@@ -171,8 +181,7 @@ def test_what_is_compared_is_worth_comparing():
 # --- Costs -----------------------------------------------------------------------------------
 
 
-@samplers
-@layouts
+@samplers_on_layouts
 def test_costs_are_the_tables(name, layout):
     """Cycles and kernels within 10% of tests/data/tpu_costs.json (`benchmarks/tpu.py --write-table` writes it)."""
     costs, table = tpu_program(name, layout).table(), TABLE[f"{name}, {layout}"]
