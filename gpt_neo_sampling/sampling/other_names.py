@@ -210,7 +210,7 @@ _COMMANDS_NAMES = {
     "num_samples": "{num_return_sequences} draws several samples of each prompt",
     "entmax": "{entmax_alpha} draws by entmax in place of softmax",
     "greedy": "{greedy} takes the likeliest token each time",
-    "stream": "generate takes {stream}; in a prompts file it follows from a line's place",
+    "stream": "generate takes a stream; in a prompts file it follows from a line's place",
 }
 
 
