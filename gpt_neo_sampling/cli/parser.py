@@ -46,8 +46,11 @@ _LENGTHS_AND_SEEDS = ("max_new_tokens", "seed", "stream", "num_return_sequences"
 _ALIASES = {"entmax_alpha": ["--entmax"], "num_return_sequences": ["--num-samples"]}
 _ESCAPES = "\\n is a newline, \\t a tab, \\r a carriage return, \\\\ a backslash; other backslashes stay"
 # what the command adds to a sentence
-_NOTES = {name: f". {_ESCAPES}" for name in ("stop_strings", "bad_words", "dry_sequence_breakers")}
-_NOTES["dry_sequence_breakers"] = ". Here they are texts" + _NOTES["dry_sequence_breakers"]
+_NOTES = {
+    "stop_strings": f". {_ESCAPES}",
+    "bad_words": f". {_ESCAPES}",
+    "dry_sequence_breakers": f". Here they are texts. {_ESCAPES}",
+}
 _ARGUMENTS: dict[str, dict[str, Any]] = {  # of argparse, for options that are more than a number
     "no_repeat_ngram_size": {"type": int, "metavar": "N"},
     "logit_bias": {"nargs": "+", "action": "extend", "metavar": "ID=X"},

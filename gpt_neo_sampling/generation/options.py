@@ -272,7 +272,7 @@ def _resolve_row(given: dict[str, Any], do_sample: bool | None, defaults: dict[s
     elif given["min_new_tokens"] is not None or "min_new_tokens" in defaults:  # as in transformers
         given = {**given, "min_length": 0}
     row = {name: default(name) if value is None else value for name, value in given.items()}
-    check_together({**dict.fromkeys(NUMBERS), **{n: v for n, v in given.items() if v is not None}})
+    check_together(given)
     with of_the_model():
         check_together(row)
     for name, value in given.items():

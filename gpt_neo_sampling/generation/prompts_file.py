@@ -201,8 +201,7 @@ def _records(generator: TextGenerator, data: bytes, source: StrPath, options: di
     for index, line in lines:
         try:
             given, own = _parse(line)
-            own = {**options, **{name: value for name, value in own.items() if value is not None}}
-            own = {name: value for name, value in own.items() if value is not None}
+            own = {name: value for of in (options, own) for name, value in of.items() if value is not None}
             prompt = generator.encode(given["prompt"] if "prompt" in given else given["prompt_ids"])
             request = generator.check([prompt], **_columns([own]))
             values = request.values

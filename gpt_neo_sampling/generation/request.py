@@ -297,17 +297,20 @@ def _words(
 
 def _check_some_are_left(arrays: dict[str, np.ndarray], words: list[list[int]], n_vocab: int) -> None:
     """Raises ValueError where no token is left whatever the row."""
-    masked = {
-        "logit_bias": np.isneginf(arrays.get("logit_bias", np.zeros(n_vocab))),
-        "bad_words_ids": np.isin(np.arange(n_vocab), [word[0] for word in words if len(word) == 1]),
-        "allowed_token_ids": arrays.get("allowed_token_ids", np.ones(n_vocab)) == 0,
-        "suppress_tokens": arrays.get("suppress_tokens", np.zeros(n_vocab)) > 0,
-    }
-    if np.all(np.any(list(masked.values()), 0)):
+    masked = {}
+    if "logit_bias" in arrays:
+        masked["logit_bias"] = np.isneginf(arrays["logit_bias"])
+    if alone := [word[0] for word in words if len(word) == 1]:
+        masked["bad_words_ids"] = np.isin(np.arange(n_vocab), alone)
+    if "allowed_token_ids" in arrays:
+        masked["allowed_token_ids"] = arrays["allowed_token_ids"] == 0
+    if "suppress_tokens" in arrays:
+        masked["suppress_tokens"] = arrays["suppress_tokens"] > 0
+    if masked and np.any(list(masked.values()), 0).all():
         names = [name for name, tokens in masked.items() if tokens.any()]
         raise ValueError(f"all {n_vocab} tokens are masked by {' and '.join(names)}; some have to be left")
-    forced = arrays.get("forced_eos_token_id", np.zeros(n_vocab)) > 0
-    if forced.any() and masked["suppress_tokens"][forced].all():
+    forced = arrays.get("forced_eos_token_id")
+    if forced is not None and "suppress_tokens" in masked and masked["suppress_tokens"][forced > 0].all():
         raise ValueError("suppress_tokens has all of forced_eos_token_id, so no row could end; leave one out")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from gpt_neo_sampling._compat import mtf, tf
 from gpt_neo_sampling._types import RowValue, is_int
 from gpt_neo_sampling.mesh.ops import dim_of, host_call, import_rows, row_index
-from gpt_neo_sampling.sampling.penalties import mask_where
+from gpt_neo_sampling.sampling.penalties import mask_where, rows_so_far
 
 NO_ROW = -1  # the number of one that only fills a batch
 
@@ -71,9 +71,8 @@ def prefix_mask(
     """
     dim, mesh = dim_of(logits, dim), logits.mesh
     asked = fn if isinstance(fn, PrefixFunctions) else PrefixFunctions({0: PrefixFunction(fn)})
-    rows = mtf.Shape(ids.shape.dims[:-1])
+    ids, position, rows = rows_so_far(logits, ids, position, dim)
     numbers = row_index(mesh, rows) if asked.rows is None else import_rows(mesh, asked.rows, tf.int32, rows, "rows")
-    position = mtf.broadcast(import_rows(mesh, position, tf.int32, rows, "position"), rows)
     size = vocab_size or dim.size
 
     run = import_rows(mesh, 0 if asked.run is None else asked.run, tf.int32, [], "run")

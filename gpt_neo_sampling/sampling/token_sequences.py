@@ -92,10 +92,10 @@ def biased(given: Any, n_vocab: int) -> list[tuple[Sequence[int], float]]:
       ValueError: for anything else, none at all, an id outside the vocabulary, or NaN or +inf.
     """
     wanted = "a dict {(1, 2): -3.0}, or a list [[[1, 2], -3.0]], of sequences of token ids and numbers"
-    seen = set()
     if not isinstance(given, (Mapping, list, tuple)) or not given:
         raise ValueError(f"sequence_bias={given!r}; {wanted} is needed")
     pairs = list(given.items()) if isinstance(given, Mapping) else list(listed(given))
+    seen = set()
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"sequence_bias: {pair!r}; {wanted} is needed")
